@@ -1,0 +1,38 @@
+"""normopt: an optimizer is a norm.
+
+Every optimizer here is one engine, [`SteepestDescent`][normopt.SteepestDescent], walking downhill,
+measured by a different norm.
+"""
+
+from normopt import norms, schedules
+from normopt.engine import SteepestDescent
+from normopt.zoo import (
+    LPSGD,
+    LPSGDM,
+    SGD,
+    Lion,
+    NormalizedSGD,
+    PowerStep,
+    SignSGD,
+    Signum,
+    get_optimizer,
+    list_optimizers,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LPSGD",
+    "LPSGDM",
+    "SGD",
+    "Lion",
+    "NormalizedSGD",
+    "PowerStep",
+    "SignSGD",
+    "Signum",
+    "SteepestDescent",
+    "get_optimizer",
+    "list_optimizers",
+    "norms",
+    "schedules",
+]

@@ -1,0 +1,74 @@
+"""Checks of what a user hands in: each error says what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+    tensor: bool = False,
+) -> None:
+    """Raise unless ``value`` is a real number in the given range.
+
+    Args:
+        name: the setting's name, for the message.
+        value: what the user gave.
+        low, high: the ends of the allowed range, themselves allowed unless ``open_low``, ``open_high``.
+        tensor: also allow a tensor of one element, whose value is then NOT read (reading would sync).
+
+    Raises:
+        TypeError: ``value`` is not a number (bools and strings are not).
+        ValueError: ``value`` is NaN or outside the range, or a tensor of more or less than one element.
+    """
+    kind = "a number or a one-element tensor" if tensor else "a number"
+    if isinstance(value, Tensor):
+        if not tensor:
+            raise TypeError(f"{name} must be {kind}, but is a tensor: pass {name}.item()")
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be {kind}, but is a tensor of shape {tuple(value.shape)}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {kind}, but is {value!r} ({type(value).__name__})")
+    below = value <= low if open_low else value < low
+    above = value >= high if open_high else value > high
+    if math.isnan(value) or below or above:
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        raise ValueError(f"{name} must lie in {left}{low:g}, {high:g}{right}, but is {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise a ValueError unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, but is {value!r}{near(value, choices)}"
+        )
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise a TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, but is {value!r} ({type(value).__name__})")
+
+
+def near(value: object, choices: Iterable[str]) -> str:
+    """A "did you mean" clause, or nothing, to put at the end of a message."""
+    close = difflib.get_close_matches(str(value).lower(), list(choices), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def is_low_precision(x: Tensor) -> bool:
+    """Whether ``x`` is stored in fewer bits than the arithmetic is done in (float16, bfloat16)."""
+    return x.dtype in (torch.float16, torch.bfloat16)

@@ -1,0 +1,286 @@
+"""The engine: one optimizer, SteepestDescent, that walks a gradient through the stages to the weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from normopt._checks import is_low_precision
+from normopt.norms import registry
+from normopt.norms.base import Norm, Scale
+from normopt.norms.scales import direction
+from normopt.plan import Decay, MomentumRule, Plan, Scope, make_plan
+from normopt.stages import decay as decays
+from normopt.stages import momentum as momenta
+from normopt.stages.agr import agr as regularize
+from normopt.stages.write import descend_, write_
+
+BUFFER = "momentum_buffer"  # torch.optim.SGD's name, so that its checkpoints load here and ours there
+
+
+class SteepestDescent(Optimizer):
+    """Steepest descent under any norm: the engine of every optimizer of normopt.
+
+    One step walks every gradient through the same stages, each of which is optional but the norm::
+
+        g ← −g                                               if maximize
+        g ← g·(1 − |g|/Σ|g|)                                 if agr
+        g ← g + λw                                           if decay is "coupled"
+        c ← momentum(g)                                      "heavy"  m ← μm + (1−τ)g (first m = g), c = m
+                                                             "ema"    m ← μm + (1−μ)g (first m = 0), c = m
+                                                             "lion"   c = μm + (1−μ)g, m ← β₂m + (1−β₂)g
+        u ← ‖c‖⋆^κ · D(c)                                    "unit" κ = 0, "dual" κ = 1, "power" κ = 1/(p−1)
+            D(c) · RMS(c)/RMS(D(c))                          "matched"
+        w ← w − ηu                                           no decay
+            (1 − ηλ)w − ηu                                   decay "decoupled"
+            (w − ηu) · X/(X + pηλ),  X = |w|^(2−p)           decay "lp", with p = decay_p
+
+    with ‖·‖⋆ the dual norm and D the dual map of the chosen norm (see [`Norm`][normopt.norms.Norm]).
+    Every argument but ``params`` and ``foreach``'s device choice is a per-group setting: any of them
+    can be given in a param group, and all are numbers, strings, bools or None there.
+
+    Args:
+        params: parameters, named parameters or param-group dicts, as for torch.optim.
+        lr: η, a float or a one-element tensor; a tensor is never read on the host. Default 1e-3, as torch's SGD.
+        norm: a registered name ("lp", "l1", "l2", "linf", or your own) or a Norm object, which is
+            unpacked into ``norm``, ``p`` and ``norm_<field>``. Default "l2".
+        p: the norm's order, for norms that have one; 1 ≤ p ≤ ∞ for "lp".
+        scale: "power" (the un-normalised power map; needs p > 1), "dual" (true steepest descent),
+            "unit" (the LMO step), or "matched" (SGD's step length at every p). Default "dual".
+        scope: the norm over each "tensor", or over the whole param "group" as one vector.
+        eps: ε of the power scale, ``c·(|c| + ε)^(−ρ)``; 0 is exact at p = 2 and ∞.
+        momentum: μ, the weight of the OLD state, 0 ≤ μ < 1 (heavy: ≤ 1); 0 keeps no buffer.
+        momentum_rule: "heavy", "ema" or "lion".
+        beta2: β₂ of "lion", the weight of the old state in what is stored. Default 0.99, as Lion's.
+        dampening: τ, of "heavy" alone.
+        nesterov: c = g + μm ("heavy") or (1−μ)g + μm ("ema").
+        agr: adaptive gradient regularization.
+        weight_decay: λ ≥ 0.
+        decay: "coupled", "decoupled" or "lp"; runs if λ ≠ 0. Default "decoupled".
+        decay_p: p of the ℓp decay, p > 0 (p < 1 too); only tensors of 2 or more dims are ℓp-decayed.
+        maximize: walk uphill.
+        foreach: multi-tensor operations; None chooses them on CUDA.
+        differentiable: let autograd see the step.
+        **norm_fields: ``norm_<field>=value`` for the other fields of a norm of your own.
+
+    State: one buffer shaped like its parameter, ``momentum_buffer``, if momentum ≠ 0; else none.
+    Complex parameters are taken as pairs of reals. 16-bit parameters are computed in float32.
+
+    Raises:
+        ValueError, TypeError: at construction and in ``add_param_group``, for a setting that is out
+            of range, of the wrong type, unknown, or in contradiction to another.
+        RuntimeError: in ``step()``, for a sparse gradient, before anything is written.
+
+    Warns:
+        UserWarning: a tensor that ℓp decay with p < 2 will hold at zero for ever because it starts there.
+
+    Source: the frame is Bernstein and Newhouse, "Old Optimizer, New Norm", arXiv:2409.20325.
+
+    Example:
+        >>> opt = normopt.SteepestDescent(model.parameters(), lr=0.01, norm="lp", p=3.0, scale="dual",
+        ...                               momentum=0.9, agr=True, weight_decay=1e-3, decay="lp", decay_p=0.8)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        norm: str | Norm = "l2",
+        p: float | None = None,
+        scale: Scale = "dual",
+        scope: Scope = "tensor",
+        eps: float = 0.0,
+        momentum: float = 0.0,
+        momentum_rule: MomentumRule = "heavy",
+        beta2: float = 0.99,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        agr: bool = False,
+        weight_decay: float = 0.0,
+        decay: Decay = "decoupled",
+        decay_p: float = 1.0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        **norm_fields: Any,
+    ) -> None:
+        settings = dict(
+            lr=lr,
+            norm=norm,
+            p=p,
+            scale=scale,
+            scope=scope,
+            eps=eps,
+            momentum=momentum,
+            momentum_rule=momentum_rule,
+            beta2=beta2,
+            dampening=dampening,
+            nesterov=nesterov,
+            agr=agr,
+            weight_decay=weight_decay,
+            decay=decay,
+            decay_p=decay_p,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            **_checked_norm_fields(norm, norm_fields),
+        )
+        settings |= registry.flatten(norm, settings)
+        make_plan(settings)  # refuse before the base class has touched anything
+        super().__init__(params, settings)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch.optim does, after checking its settings; a refused group leaves no trace."""
+        group = dict(param_group)
+        if "norm" in group:
+            group |= registry.flatten(group["norm"], group)
+        plan = make_plan({**self.defaults, **group})
+        super().add_param_group(group)
+        if plan.decays == "lp" and plan.decay_p < 2:
+            _warn_if_stuck(self.param_groups[-1]["params"], plan.decay_p)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and give groups saved by an older version, or by torch.optim.SGD, the settings they lack."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def backend(self) -> str:
+        """What each param group does, and on which backend and why: one line a group."""
+        plans = (make_plan(group, group["params"]) for group in self.param_groups)
+        return "\n".join(f"group {i}: {plan}" for i, plan in enumerate(plans))
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of every param group.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            The closure's loss, None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Everything that can be refused is refused before anything is written.
+        work = [(make_plan(group, group["params"]), _with_gradients(group["params"])) for group in self.param_groups]
+        for plan, params in work:
+            with torch.set_grad_enabled(plan.differentiable and torch.is_grad_enabled()):
+                for batch in _batches(plan, params):
+                    self._walk(plan, batch)
+        return loss
+
+    def _walk(self, plan: Plan, params: list[Tensor]) -> None:
+        """The walk of a gradient: the one place where the order of the stages stands."""
+        weights, w, g = _read(plan, params)
+        lr = plan.lr.reshape(()).to(w[0].device) if isinstance(plan.lr, Tensor) else plan.lr
+        if plan.agr:
+            g = regularize(g)
+        if plan.decays == "coupled":
+            g = decays.coupled(g, w, plan.weight_decay)
+        c = self._momentum(plan, params, g)
+        u = direction(plan.norm, c, plan.scale, plan.scope == "group", plan.eps)
+        if plan.decays == "decoupled":
+            decays.decoupled_(w, lr * plan.weight_decay)
+        shrinking = [x for x, p in zip(w, params, strict=True) if plan.decays == "lp" and p.dim() >= 2]
+        old = [x.clone() for x in shrinking] if plan.differentiable else shrinking  # autograd keeps the old weight
+        factors = decays.lp_factors(old, plan.decay_p, lr * plan.weight_decay)
+        descend_(w, u, lr)
+        if shrinking:
+            torch._foreach_mul_(shrinking, factors)
+        write_(weights, w)
+
+    def _momentum(self, plan: Plan, params: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+        """c from g and the state; buffers are made when they are first needed, never before."""
+        if plan.momentum == 0:
+            return g
+        stored = [self.state[p].get(BUFFER) for p in params]
+        old = [None if b is None else _real(b).to(x.dtype) for b, x in zip(stored, g, strict=True)]
+        if plan.momentum_rule == "heavy":
+            c, new = momenta.heavy(old, g, plan.momentum, plan.dampening, plan.nesterov)
+        elif plan.momentum_rule == "ema":
+            c, new = momenta.ema(old, g, plan.momentum, plan.nesterov)
+        else:
+            c, new = momenta.lion(old, g, plan.momentum, plan.beta2)
+        for p, b, m in zip(params, stored, new, strict=True):
+            if b is None:
+                self.state[p][BUFFER] = torch.view_as_complex(m) if p.is_complex() else m.to(p.dtype)
+            elif b.dtype != m.dtype and not p.is_complex():
+                b.copy_(m)
+        return [x.clone() for x in c] if plan.differentiable else c
+
+
+def _with_gradients(params: list[Tensor]) -> list[Tensor]:
+    """The parameters that have a gradient; a RuntimeError if one of those is sparse."""
+    ready = [p for p in params if p.grad is not None]
+    for p in ready:
+        assert p.grad is not None
+        if p.grad.is_sparse:
+            raise RuntimeError(
+                f"a gradient of shape {tuple(p.grad.shape)} is sparse, and normopt takes dense ones only: use "
+                "Embedding(sparse=False), or give these parameters to torch.optim.SparseAdam"
+            )
+    return ready
+
+
+def _batches(plan: Plan, params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The lists that are walked together: one tensor, one device and dtype, or the whole group."""
+    if not params:
+        return
+    if plan.scope == "group":
+        yield params
+    elif plan.backend == "for-loop":
+        yield from ([p] for p in params)
+    else:
+        buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for p in params:
+            buckets.setdefault((p.device, p.dtype), []).append(p)
+        yield from buckets.values()
+
+
+def _read(plan: Plan, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The weights as reals, the same in the dtype that is computed in (no copy if that is theirs), and gradients."""
+    weights = [_real(p) for p in params]
+    w = [x.float() if is_low_precision(x) else x for x in weights]
+    g = [_real(p.grad).to(x.dtype) for p, x in zip(params, w, strict=True) if p.grad is not None]
+    return weights, w, list(torch._foreach_neg(g)) if plan.maximize else g
+
+
+def _real(x: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _checked_norm_fields(norm: str | Norm, norm_fields: dict[str, Any]) -> dict[str, Any]:
+    cls = type(norm) if isinstance(norm, Norm) else registry.lookup(norm).cls
+    known = {registry.setting_key(f) for f in cls.fields()} - {"p"}
+    for key in norm_fields:
+        if key not in known:
+            takes = f"norm {norm!r} takes {', '.join(sorted(known)) or 'no further field'}"
+            raise TypeError(f"SteepestDescent got an unexpected argument {key!r} ({takes})")
+    return norm_fields
+
+
+def _warn_if_stuck(params: list[Tensor], p: float) -> None:
+    stuck = [tuple(x.shape) for x in params if x.dim() >= 2 and x.numel() and not x.detach().any()]
+    if stuck:
+        warnings.warn(
+            f"ℓp decay with p = {p:g} < 2 holds a zero weight at zero, and these tensors are all zero: {stuck}. "
+            "Initialise them away from zero, or give them weight_decay=0 in a param group of their own.",
+            UserWarning,
+            stacklevel=3,
+        )

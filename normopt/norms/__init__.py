@@ -1,0 +1,7 @@
+"""What a norm is: its size, its dual norm and its dual map, on one tensor or a list; and its name."""
+
+from normopt.norms.base import Norm, TensorNorm
+from normopt.norms.lp import Lp
+from normopt.norms.registry import list_norms, register
+
+__all__ = ["Lp", "Norm", "TensorNorm", "list_norms", "register"]

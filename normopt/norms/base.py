@@ -1,0 +1,161 @@
+"""What a norm is to an optimizer: three small functions, and everything that follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from normopt._checks import is_low_precision
+
+Needs = Literal["none", "tensor", "rows", "matrix"]
+Scale = Literal["power", "dual", "unit", "matched"]
+
+
+class Norm(ABC):
+    """A norm ‖·‖, seen from the side that an optimizer needs: its dual.
+
+    The dual norm is ``‖g‖⋆ = max ⟨g, d⟩ over ‖d‖ ≤ 1``, and the dual map (the LMO, up to its sign)
+    is where that maximum is reached::
+
+        D(g) = argmax ⟨g, d⟩ over ‖d‖ ≤ 1          ⟨g, D(g)⟩ = ‖g‖⋆,  ‖D(g)‖ = 1,  D(0) = 0
+
+    A norm is written as three functions over a list of n tensors, split so that one definition serves
+    a tensor, a whole param group as one vector, two phases of a kernel, and shards on many ranks::
+
+        measure(c)               → partials, shape [n, w]      what each tensor adds to the reduction
+        combine(partials)        → scalars, shape [..., s]     reduces dim -2; scalars[..., 0] is ‖·‖⋆
+        apply(c, scalars, kappa) → ‖c‖⋆^kappa · D(c)           kappa = 0 (unit) or 1 (dual)
+
+    and ``norm`` itself. To write only a dual norm and a dual map, start from
+    [`TensorNorm`][normopt.norms.TensorNorm]. Fields of the norm (such as p) are dataclass fields:
+    primitive values, which is how they live in a param group.
+
+    Attributes:
+        power_exponent: κ of the "power" scale ``‖c‖⋆^κ D(c)``; None where "power" means nothing.
+    """
+
+    @property
+    def power_exponent(self) -> float | None:
+        return None
+
+    @abstractmethod
+    def norm(self, x: Tensor) -> Tensor:
+        """‖x‖, 0-d, of one tensor of any shape."""
+
+    @abstractmethod
+    def measure(self, c: list[Tensor]) -> Tensor:
+        """What each of n tensors adds to the reduction: shape [n, w]."""
+
+    @abstractmethod
+    def combine(self, partials: Tensor) -> Tensor:
+        """Partials of k pieces of one vector, shape [..., k, w], to its scalars, shape [..., s]."""
+
+    @abstractmethod
+    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float) -> list[Tensor]:
+        """``‖c‖⋆^kappa · D(c)`` as new tensors, given one row of scalars a tensor, shape [n, s]."""
+
+    def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
+        """The un-normalised power map ``‖c‖⋆^κ · D(c)`` with κ = ``power_exponent``.
+
+        Raises:
+            ValueError: the norm declares no power exponent, or ``eps`` ≠ 0 and the norm has no such form.
+        """
+        if self.power_exponent is None:
+            raise ValueError(f'scale="power" is not defined for {self}: use "dual", "unit" or "matched"')
+        if eps != 0:
+            raise ValueError(f"eps = {eps} has no meaning for {self}: leave it at 0")
+        return self.apply(c, self.combine(self.measure(c)[:, None]), self.power_exponent)
+
+    def needs(self, scale: Scale) -> Needs:
+        """What must be whole before the direction under a scale is known.
+
+        "none" means that the direction is elementwise; it is then the ``power`` map, whatever the scale.
+        """
+        return "tensor"
+
+    def is_identity(self, scale: Scale) -> bool:
+        """Whether the direction under a scale is its input itself, so that nothing has to run."""
+        return False
+
+    @overload
+    def dual_norm(self, x: Tensor) -> Tensor: ...
+    @overload
+    def dual_norm(self, x: list[Tensor]) -> list[Tensor]: ...
+
+    def dual_norm(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """‖x‖⋆, 0-d, of a tensor of any shape, or of each tensor of a list (float32 for 16-bit input)."""
+        if isinstance(x, Tensor):
+            return self.dual_norm([x])[0]
+        return [self.combine(self.measure([working(t)])[:, None])[0, 0] for t in x]
+
+    @overload
+    def dual_map(self, x: Tensor) -> Tensor: ...
+    @overload
+    def dual_map(self, x: list[Tensor]) -> list[Tensor]: ...
+
+    def dual_map(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """D(x), shaped and typed like x and never sharing its memory, of a tensor or of each of a list."""
+        if isinstance(x, Tensor):
+            return self.dual_map([x])[0]
+        c = [working(t) for t in x]
+        d = [self.apply([t], self.combine(self.measure([t])[:, None]), 0)[0] for t in c]
+        return [u.to(t.dtype) for u, t in zip(d, x, strict=True)]
+
+    @classmethod
+    def fields(cls) -> tuple[str, ...]:
+        """The names of the norm's fields (its dataclass fields)."""
+        return tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
+
+    @classmethod
+    def required_fields(cls) -> tuple[str, ...]:
+        """The fields that have no default."""
+        if not dataclasses.is_dataclass(cls):
+            return ()
+        none = dataclasses.MISSING
+        return tuple(f.name for f in dataclasses.fields(cls) if f.default is none and f.default_factory is none)
+
+
+class TensorNorm(Norm):
+    """The quick start: a norm written as ``dual_norm`` and ``dual_map`` of one tensor.
+
+    Subclasses define those two (each on ONE tensor) and, if it is to be read, ``norm``; the split into
+    measure, combine and apply is then made from them. What that costs: nothing can be shared between
+    tensors, so ``scope="group"`` is refused.
+    """
+
+    def norm(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} defines no primal norm")
+
+    def dual_norm(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        raise NotImplementedError(f"{type(self).__name__} must define dual_norm(x) on one tensor")
+
+    def dual_map(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        raise NotImplementedError(f"{type(self).__name__} must define dual_map(x) on one tensor")
+
+    def measure(self, c: list[Tensor]) -> Tensor:
+        return stack([self.dual_norm(x) for x in c])[:, None]
+
+    def combine(self, partials: Tensor) -> Tensor:
+        if partials.shape[-2] != 1:
+            raise ValueError(f'{type(self).__name__} knows one tensor at a time: use scope="tensor"')
+        return partials[..., 0, :]
+
+    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float) -> list[Tensor]:
+        d = [self.dual_map(x) for x in c]
+        return d if kappa == 0 else [u * n.to(u) ** kappa for u, n in zip(d, scalars[:, 0], strict=True)]
+
+
+def working(x: Tensor) -> Tensor:
+    """``x`` in the dtype that arithmetic is done in: float32 for 16-bit floats, else its own."""
+    if not x.is_floating_point():
+        raise TypeError(f"a norm takes real floating-point tensors, but was given {x.dtype}: convert it first")
+    return x.float() if is_low_precision(x) else x
+
+
+def stack(scalars: list[Tensor]) -> Tensor:
+    """0-d or 1-d tensors, on whatever devices, stacked on the device of the first."""
+    return torch.stack([s.to(scalars[0].device) for s in scalars])

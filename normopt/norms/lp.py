@@ -1,0 +1,172 @@
+"""The ℓp norms, p from 1 to ∞: SGD at p = 2, signSGD at p = ∞, and everything between and below."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normopt._checks import check_number
+from normopt.norms.base import Needs, Norm, Scale, stack, working
+from normopt.norms.registry import register
+
+
+@register("l1", p=1.0)
+@register("l2", p=2.0)
+@register("linf", p=math.inf)
+@register("lp")
+@dataclass(frozen=True)
+class Lp(Norm):
+    """The ℓp norm ``‖x‖_p = (Σ|x|^p)^(1/p)`` of a tensor taken as one vector. Names: lp, l1, l2, linf.
+
+    With 1/p + 1/q = 1::
+
+        ‖g‖⋆  = ‖g‖_q
+        D(g)  = sign(g) · (|g| / ‖g‖_q)^(q−1)          p = 2: g/‖g‖₂     p = ∞: sign(g)
+        p = 1:  sign(g_i) at i = the first index of the largest |g|, 0 elsewhere
+        power = sign(g) · |g|^(1/(p−1))                p = 2: g          p = ∞: sign(g)
+              = g · (|g| + ε)^(−ρ) for ε > 0,          ρ = 1 − 1/(p−1)
+
+    q − 1 = 1/(p−1) is the one exponent of all three. Every sum is taken relative to the largest entry,
+    so that entries from 1e-30 to 1e30 neither over- nor underflow in float32. NaN in gives NaN out
+    (torch.sign alone would turn it into 0).
+
+    Args:
+        p: the norm's order, 1 ≤ p ≤ ∞.
+
+    Raises:
+        ValueError: p < 1 (no norm: the triangle inequality fails) or NaN.
+        TypeError: p is not a number.
+
+    Example:
+        >>> n = normopt.norms.Lp(3.0)
+        >>> g = torch.tensor([3.0, -4.0, 0.0])
+        >>> n.dual_norm(g)                      # the ℓ1.5 norm
+        tensor(5.5842)
+        >>> n.dual_map(g)
+        tensor([ 0.7330, -0.8463,  0.0000])
+    """
+
+    p: float
+
+    def __post_init__(self) -> None:
+        check_number("p", self.p, low=1)
+        object.__setattr__(self, "p", float(self.p))
+
+    @property
+    def q(self) -> float:
+        """The order of the dual norm, 1/p + 1/q = 1."""
+        return math.inf if self.p == 1 else 1 + self._exponent
+
+    @property
+    def _exponent(self) -> float:
+        return math.inf if self.p == 1 else 1 / (self.p - 1)
+
+    @property
+    def power_exponent(self) -> float | None:
+        """κ = 1/(p−1), which makes ‖c‖⋆^κ·D(c) elementwise; None at p = 1, where it diverges."""
+        return None if self.p == 1 else self._exponent
+
+    def needs(self, scale: Scale) -> Needs:
+        elementwise = scale == "power" or (scale == "unit" and self.p == math.inf) or self.is_identity(scale)
+        return "none" if elementwise else "tensor"
+
+    def is_identity(self, scale: Scale) -> bool:
+        return self.p == 2 and scale in ("power", "dual")
+
+    def norm(self, x: Tensor) -> Tensor:
+        """‖x‖_p, 0-d (float32 for 16-bit input)."""
+        return size(relative_sums([working(x)], self.p)[:, None], self.p)[0]
+
+    def measure(self, c: list[Tensor]) -> Tensor:
+        """[n, 2]: the largest entry M and Σ(|x|/M)^q; at p = 1, M and the tensor's place in the list."""
+        return relative_sums(c, self.q)
+
+    def combine(self, partials: Tensor) -> Tensor:
+        """[..., 1]: ‖c‖_q; at p = 1 [..., 2]: the largest entry and the place of the tensor that has it."""
+        if self.p == 1:
+            winner = partials[..., 0].argmax(-1, keepdim=True)  # the first of equals
+            return partials.gather(-2, winner[..., None].expand(*winner.shape, 2))[..., 0, :]
+        return size(partials, self.q)[..., None]
+
+    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float) -> list[Tensor]:
+        if kappa == 1 and self.p == 2:
+            return [x.clone() for x in c]
+        if self.p == 1:
+            d = [one_hot(x, s[1] == i) for i, (x, s) in enumerate(zip(c, scalars, strict=True))]
+        elif self.p == math.inf:
+            d = signed_power(c, 0)
+        else:
+            ratios = [x / nonzero(n.to(x)) for x, n in zip(c, scalars[:, 0], strict=True)]
+            d = signed_power(ratios, self._exponent)
+        return d if kappa == 0 else [u * n.to(u) ** kappa for u, n in zip(d, scalars[:, 0], strict=True)]
+
+    def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
+        """``sign(c)·|c|^(1/(p−1))``, or ``c·(|c| + ε)^(−ρ)`` for ε > 0: elementwise, nothing measured."""
+        if self.p == 1:
+            raise ValueError('scale="power" is not defined at p = 1, where its exponent 1/(p−1) diverges: use p > 1')
+        if eps == 0:
+            return signed_power(c, self._exponent)
+        rho = 1 - self._exponent  # never (p−2)/(p−1), which is NaN at p = ∞
+        damped = torch._foreach_pow(torch._foreach_add(torch._foreach_abs(c), eps), -rho)
+        return list(torch._foreach_mul(c, damped))
+
+
+def signed_power(c: list[Tensor], exponent: float) -> list[Tensor]:
+    """``sign(c)·|c|^exponent``, elementwise, as new tensors; exponent ≥ 0, and 0 means the sign."""
+    if exponent == 0:
+        return [torch.where(x.isnan(), x, x.sign()) for x in c]
+    if exponent == 1:
+        return [x.clone() for x in c]
+    magnitude = torch._foreach_abs(c)
+    if exponent == 2:  # p = 1.5
+        return list(torch._foreach_mul(c, magnitude))
+    # p = 3 is a square root, which costs a tenth of a general power.
+    power = torch._foreach_sqrt(magnitude) if exponent == 0.5 else torch._foreach_pow(magnitude, exponent)
+    return [a.copysign(x) for a, x in zip(power, c, strict=True)]
+
+
+def relative_sums(c: list[Tensor], q: float) -> Tensor:
+    """[n, 2]: for each tensor its largest |entry| M and Σ(|x|/M)^q, or at q = ∞ M and its place in c.
+
+    |x|/M ≤ 1, so that no power of it overflows, and the sum is at least 1, so that none of use vanishes.
+    """
+    rows = []
+    for i, x in enumerate(c):
+        a = x.abs()
+        top = a.max() if x.numel() else a.new_zeros(())
+        rest = torch.full_like(top, i) if q == math.inf else (a / finite(nonzero(top))).pow(q).sum()
+        rows.append(torch.stack([top, rest]))
+    return stack(rows)
+
+
+def size(partials: Tensor, q: float) -> Tensor:
+    """‖·‖_q from the relative sums of the k pieces of a vector: shape [..., k, 2] to [...]."""
+    top = partials[..., 0].amax(-1)
+    if q == math.inf:
+        return top
+    ratio = partials[..., 0] / finite(nonzero(top))[..., None]
+    total = (partials[..., 1] * ratio.pow(q)).sum(-1)
+    return top * total.pow(1 / q)
+
+
+def nonzero(x: Tensor) -> Tensor:
+    """1 where x is 0: a divisor under which 0 stays 0, as D(0) = 0 asks."""
+    return torch.where(x == 0, 1, x)
+
+
+def finite(x: Tensor) -> Tensor:
+    """1 where x is infinite: a divisor under which ∞ stays ∞ instead of becoming NaN."""
+    return torch.where(x.isinf(), 1, x)
+
+
+def one_hot(x: Tensor, here: Tensor) -> Tensor:
+    """sign(x) at the first index of the largest |x| if ``here`` (a 0-d bool on any device), 0 elsewhere."""
+    if x.numel() == 0:
+        return x.clone()
+    flat = x.reshape(-1)
+    first = flat.abs().argmax(keepdim=True)
+    sign = signed_power([flat[first]], 0)[0]
+    return torch.zeros_like(flat).scatter(0, first, sign * here.to(flat.device)).reshape(x.shape)

@@ -1,0 +1,123 @@
+"""Names of norms: how a string in a param group becomes a norm, and how your own norm gets a name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from normopt._checks import near
+from normopt.norms.base import Norm
+
+N = TypeVar("N", bound=type[Norm])
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A registered name: the class it makes, and the fields that the name already fixes (``linf`` fixes p)."""
+
+    cls: type[Norm]
+    fixed: Mapping[str, Any]
+
+
+_entries: dict[str, Entry] = {}
+
+
+def register(name: str, **fixed: Any) -> Callable[[N], N]:
+    """Give a norm class a name, so that ``norm="name"`` works in every optimizer. A class decorator.
+
+    Args:
+        name: the new name, a string such as ``"lp"``.
+        **fixed: fields of the class that this name fixes, such as ``p=1.0`` for ``"l1"``.
+
+    Returns:
+        The decorator; it hands the class back unchanged.
+
+    Raises:
+        ValueError: the name is taken by another class.
+        TypeError: what is decorated is not a [`Norm`][normopt.norms.Norm].
+
+    Example:
+        >>> @normopt.norms.register("rows")
+        ... class Rows(normopt.norms.TensorNorm): ...
+    """
+
+    def decorate(cls: N) -> N:
+        if not (isinstance(cls, type) and issubclass(cls, Norm)):
+            raise TypeError(f"register({name!r}) decorates a subclass of Norm, but was given {cls!r}")
+        taken = _entries.get(name)
+        # A class defined again under its own name (a re-run notebook cell) replaces itself.
+        if taken is not None and taken.cls.__qualname__ != cls.__qualname__:
+            raise ValueError(f"the norm name {name!r} is taken by {taken.cls.__qualname__}: choose another")
+        _entries[name] = Entry(cls, dict(fixed))
+        return cls
+
+    return decorate
+
+
+def list_norms() -> list[str]:
+    """Every registered name, sorted."""
+    return sorted(_entries)
+
+
+def lookup(name: object) -> Entry:
+    """The entry of a name; a ValueError that lists the near ones if there is none."""
+    if not isinstance(name, str):
+        raise TypeError(f"norm must be a registered name or a Norm object, but is {name!r} ({type(name).__name__})")
+    if name not in _entries:
+        known = ", ".join(list_norms())
+        raise ValueError(f"unknown norm {name!r}{near(name, _entries)} (registered: {known})")
+    return _entries[name]
+
+
+def setting_key(field: str) -> str:
+    """The param-group key of a norm's field: ``p`` stays ``p``, any other field ``f`` is ``norm_f``."""
+    return field if field == "p" else f"norm_{field}"
+
+
+def flatten(norm: object, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``norm=`` argument means as flat, primitive param-group settings.
+
+    Args:
+        norm: a registered name, or a Norm object of a registered class.
+        given: the settings that came with it; one that contradicts what the norm fixes is an error.
+
+    Returns:
+        ``norm`` (a name), ``p`` (None for a norm without one) and ``norm_<field>``, as far as the
+        argument decides them: ``"lp"`` alone leaves p open.
+    """
+    if isinstance(norm, Norm):
+        cls, decided = type(norm), {f: getattr(norm, f) for f in norm.fields()}
+        name = _plain_name(cls)
+        if name is None:
+            raise ValueError(f'{cls.__name__} has no name yet: decorate it with @normopt.norms.register("…")')
+    else:
+        entry = lookup(norm)
+        cls, decided = entry.cls, dict(entry.fixed)
+        name = (_plain_name(cls) if decided else None) or str(norm)
+    if "p" not in cls.fields():
+        decided["p"] = None
+    flat = {setting_key(field): value for field, value in decided.items()}
+    for key, value in flat.items():
+        if given.get(key) is not None and given[key] != value:
+            what = f"fixes {key} = {value!r}" if value is not None else f"has no {key}"
+            raise ValueError(f"norm {norm!r} {what}, but {key} = {given[key]!r} was given too: leave one out")
+    return {"norm": name, **flat}
+
+
+def _plain_name(cls: type[Norm]) -> str | None:
+    """The name under which a class is registered with no field fixed: ``"linf"`` is ``"lp"`` with p = ∞."""
+    return next((name for name, entry in _entries.items() if entry.cls is cls and not entry.fixed), None)
+
+
+def build(settings: Mapping[str, Any]) -> Norm:
+    """The norm that a param group's flat settings name."""
+    name = settings["norm"]
+    entry = lookup(name)
+    values = {**settings, **flatten(name, settings)}
+    fields = {f: values[setting_key(f)] for f in entry.cls.fields() if values.get(setting_key(f)) is not None}
+    missing = [f for f in entry.cls.required_fields() if f not in fields]
+    if missing:
+        keys = ", ".join(setting_key(f) for f in missing)
+        raise ValueError(f"norm {name!r} needs {keys}: give it to the optimizer or to the param group")
+    return entry.cls(**fields)

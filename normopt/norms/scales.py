@@ -1,0 +1,37 @@
+"""The four scales: from c to the update direction u, over tensors or over a whole group as one vector."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from normopt.norms.base import Norm, Scale
+from normopt.norms.lp import Lp, nonzero
+
+
+def direction(norm: Norm, c: list[Tensor], scale: Scale, whole_group: bool, eps: float) -> list[Tensor]:
+    """The steepest-descent direction of c under a norm. It may be c itself: read it, never write it.
+
+    ::
+
+        unit      u = D(c)
+        dual      u = ‖c‖⋆ · D(c)
+        power     u = ‖c‖⋆^κ · D(c), κ = 1/(p−1): elementwise for ℓp
+        matched   u = D(c) · RMS(c)/RMS(D(c)), per tensor: SGD's step length, another direction
+
+    With ``whole_group``, ‖·‖⋆ and D are those of all the tensors as one vector.
+    """
+    if norm.is_identity(scale):
+        return c
+    if scale == "power" or norm.needs(scale) == "none":
+        return norm.power(c, eps)
+    partials = norm.measure(c)
+    scalars = norm.combine(partials).expand(len(c), -1) if whole_group else norm.combine(partials[:, None])
+    if scale == "matched":
+        return [rescale(d, x) for d, x in zip(norm.apply(c, scalars, 0), c, strict=True)]
+    return norm.apply(c, scalars, 1 if scale == "dual" else 0)
+
+
+def rescale(d: Tensor, c: Tensor) -> Tensor:
+    """d at the length of c: ``d · ‖c‖₂/‖d‖₂``, and 0 where d is 0."""
+    l2 = Lp(2.0)
+    return d * (l2.norm(c) / nonzero(l2.norm(d)))

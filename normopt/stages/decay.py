@@ -1,0 +1,37 @@
+"""Weight decay: coupled (ℓ2 in the gradient), decoupled (ℓ2 on the weight), and ℓp, which sparsifies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor
+
+
+def coupled(g: list[Tensor], w: list[Tensor], weight_decay: float) -> list[Tensor]:
+    """``g ← g + λw``, before the momentum. Source: torch.optim.SGD."""
+    return list(torch._foreach_add(g, w, alpha=weight_decay))
+
+
+def decoupled_(w: list[Tensor], lr_times_decay: Number) -> None:
+    """``w ← (1 − ηλ)w``, beside the step. Source: AdamW, arXiv:1711.05101."""
+    torch._foreach_mul_(w, 1 - lr_times_decay)
+
+
+def lp_factors(w: list[Tensor], p: float, lr_times_decay: Number) -> list[Tensor]:
+    """The factor of ℓp decay (pWD), of the OLD weights: ``w ← (w − ηu) · X/(X + pηλ)``, X = |w_old|^(2−p).
+
+    Small weights shrink faster the smaller they are (p < 2), down to exactly 0 in finite time for
+    p < 2; zero is then absorbing: a weight that starts at 0 never trains. For p ≥ 2 the factor is
+    written ``1/(1 + pηλ|w_old|^(p−2))``, which has no 0/0. ηλ = 0 gives the factor 1.
+
+    Source: Decoupled weight decay for any p norm, arXiv:2404.10824.
+    """
+    k = p * lr_times_decay
+    if p >= 2:
+        return [1 / (1 + k * x.abs().pow(p - 2)) for x in w]
+    sizes = [x.abs().pow(2 - p) for x in w]
+    factors = [x / (x + k) for x in sizes]
+    if isinstance(k, Tensor):
+        return [torch.where(k == 0, 1, f) for f in factors]
+    return factors if k != 0 else [torch.ones_like(x) for x in sizes]
