@@ -1,0 +1,161 @@
+"""The judge: every rule in NumPy, written from the papers' formulas and from no line of normopt.
+
+float64 throughout, and longdouble (a 15-bit exponent) inside norms, so that plain formulas hold from
+1e-30 to 1e30 without any scaling. Arrays in, arrays out; nothing here is fast or in place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def lp_norm(x: Array, p: float) -> float:
+    a = np.abs(x).astype(np.longdouble).ravel()
+    if a.size == 0:
+        return np.longdouble(0)
+    return a.max() if p == math.inf else (a**p).sum() ** (np.longdouble(1) / np.longdouble(p))
+
+
+def conjugate(p: float) -> float:
+    if p == 1:
+        return math.inf
+    return 1.0 if p == math.inf else p / (p - 1)
+
+
+def lp_dual_norm(g: Array, p: float) -> float:
+    return lp_norm(g, conjugate(p))
+
+
+def lp_dual_map(g: Array, p: float, norm: float | None = None) -> Array:
+    """argmax ⟨g, d⟩ over ‖d‖_p ≤ 1: sign(g)(|g|/‖g‖_q)^(q−1); p = 1 puts ±1 on the first largest entry."""
+    norm = lp_dual_norm(g, p) if norm is None else norm
+    if norm == 0 or g.size == 0:
+        return np.zeros_like(g, dtype=np.float64)
+    if p == math.inf:
+        return np.sign(g)
+    if p == 1:
+        d = np.zeros_like(g, dtype=np.float64)
+        i = np.abs(g).argmax()
+        d.flat[i] = np.sign(g.flat[i]) * (np.abs(g.flat[i]) == norm)
+        return d
+    a = np.abs(g).astype(np.longdouble) / norm
+    return (np.sign(g) * a ** (np.longdouble(1) / np.longdouble(p - 1))).astype(np.float64)
+
+
+def power_map(c: Array, p: float, eps: float = 0.0) -> Array:
+    rho = 1.0 if p == math.inf else 1 - 1 / (p - 1)
+    if eps > 0:
+        return c * (np.abs(c) + eps) ** (-rho)
+    return np.sign(c) * np.abs(c).astype(np.longdouble) ** (1 - np.longdouble(rho))
+
+
+def rms(x: Array) -> float:
+    return np.sqrt(np.mean(x.astype(np.longdouble) ** 2))
+
+
+def direction(cs: list[Array], p: float, scale: str, scope: str = "tensor", eps: float = 0.0) -> list[Array]:
+    if scale == "power":
+        return [power_map(c, p, eps).astype(np.float64) for c in cs]
+    if scope == "group":
+        whole = np.concatenate([c.ravel() for c in cs])
+        n = lp_dual_norm(whole, p)
+        d = lp_dual_map(whole, p)
+        ends = np.cumsum([c.size for c in cs])[:-1]
+        ds = [x.reshape(c.shape) for x, c in zip(np.split(d, ends), cs, strict=True)]
+        return [x if scale == "unit" else (n * x).astype(np.float64) for x in ds]
+    out = []
+    for c in cs:
+        d, n = lp_dual_map(c, p), lp_dual_norm(c, p)
+        if scale == "unit":
+            u = d
+        elif scale == "dual":
+            u = (n * d).astype(np.float64)
+        else:
+            u = (d * (rms(c) / rms(d))).astype(np.float64) if n > 0 else d
+        out.append(u)
+    return out
+
+
+def agr(g: Array) -> Array:
+    """g(1 − |g|/Σ|g|) of arXiv 2407.16944, with Σ of the others for the largest entry, where 1 − x cancels."""
+    total = np.abs(g).sum()
+    if g.size <= 1 or total == 0:
+        return g
+    flat = g.ravel()
+    out = flat * (1 - np.abs(flat) / total)
+    i = np.abs(flat).argmax()
+    out[i] = flat[i] * (np.abs(np.delete(flat, i)).sum() / total)
+    return out.reshape(g.shape)
+
+
+def lp_decay_factor(w: Array, p: float, lr_decay: float) -> Array:
+    """X/(X + pηλ) with X = |w|^(2−p), of arXiv 2404.10824; 1/(1 + pηλ|w|^(p−2)) for p ≥ 2."""
+    k = p * lr_decay
+    if k == 0:
+        return np.ones_like(w)
+    if p >= 2:
+        return 1 / (1 + k * np.abs(w) ** (p - 2))
+    x = np.abs(w) ** (2 - p)
+    return x / (x + k)
+
+
+@dataclass
+class Rule:
+    """One optimizer as numbers; ``step`` advances weights and buffers and keeps what it read as c."""
+
+    p: float = 2.0
+    scale: str = "dual"
+    scope: str = "tensor"
+    eps: float = 0.0
+    lr: float = 1e-3
+    momentum: float = 0.0
+    momentum_rule: str = "heavy"
+    beta2: float = 0.99
+    dampening: float = 0.0
+    nesterov: bool = False
+    agr: bool = False
+    weight_decay: float = 0.0
+    decay: str = "decoupled"
+    decay_p: float = 1.0
+    maximize: bool = False
+    c: list[Array] = field(default_factory=list)
+    u: list[Array] = field(default_factory=list)
+
+    def step(self, ws: list[Array], gs: list[Array], ms: list[Array | None]) -> tuple[list[Array], list[Array | None]]:
+        lam, eta, mu = self.weight_decay, self.lr, self.momentum
+        new_m: list[Array | None] = []
+        self.c = []
+        for w, g, m in zip(ws, gs, ms, strict=True):
+            x = -g if self.maximize else g
+            x = agr(x) if self.agr else x
+            x = x + lam * w if self.decay == "coupled" else x
+            c, m2 = self._momentum(x, m, mu)
+            self.c.append(c)
+            new_m.append(m2)
+        self.u = direction(self.c, self.p, self.scale, self.scope, self.eps)
+        new_w = []
+        for w, u in zip(ws, self.u, strict=True):
+            if self.decay == "decoupled" and lam:
+                new_w.append((1 - eta * lam) * w - eta * u)
+            elif self.decay == "lp" and lam and w.ndim >= 2:
+                new_w.append((w - eta * u) * lp_decay_factor(w, self.decay_p, eta * lam))
+            else:
+                new_w.append(w - eta * u)
+        return new_w, new_m
+
+    def _momentum(self, g: Array, m: Array | None, mu: float) -> tuple[Array, Array | None]:
+        if mu == 0:
+            return g, m
+        if self.momentum_rule == "heavy":
+            m2 = g.copy() if m is None else mu * m + (1 - self.dampening) * g
+            return (g + mu * m2 if self.nesterov else m2), m2
+        m = np.zeros_like(g) if m is None else m
+        if self.momentum_rule == "ema":
+            m2 = mu * m + (1 - mu) * g
+            return ((1 - mu) * g + mu * m2 if self.nesterov else m2), m2
+        return mu * m + (1 - mu) * g, self.beta2 * m + (1 - self.beta2) * g

@@ -1,0 +1,361 @@
+"""The engine around the mathematics: groups, state, backends, and everything it must refuse."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+import normopt
+from normopt import SteepestDescent
+
+NAMES = normopt.list_optimizers()
+REGULARIZERS = [
+    dict(),
+    dict(agr=True),
+    dict(agr=True, weight_decay=0.01, decay="lp", decay_p=0.8),
+    dict(weight_decay=0.01, decay="coupled"),
+    dict(weight_decay=0.01, decay="decoupled"),
+]
+
+
+def make_params(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    shapes = [(6, 5), (4, 2, 3, 3), (5,), (1,), (), (0, 3)]
+    params = [torch.nn.Parameter(torch.randn(s, dtype=dtype)) for s in shapes]
+    params.append(torch.nn.Parameter(torch.randn(5, 6, dtype=dtype).t()))
+    params.append(torch.nn.Parameter(torch.randn(2, 4, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)))
+    return params
+
+
+def set_grads(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def run(make, dtype=torch.float32, steps=5):
+    params = make_params(dtype)
+    opt = make(params)
+    for i in range(steps):
+        set_grads(params, i)
+        opt.step()
+    return params, opt
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_for_loop_and_foreach_agree(name, dtype):
+    for settings in REGULARIZERS:
+        cls = normopt.get_optimizer(name)
+        loop, _ = run(lambda ps: cls(ps, foreach=False, **settings), dtype)  # noqa: B023
+        many, _ = run(lambda ps: cls(ps, foreach=True, **settings), dtype)  # noqa: B023
+        tight = dict(rtol=0, atol=0) if name in ("signsgd", "signum", "lion") else dict(rtol=1e-6, atol=1e-8)
+        for a, b in zip(loop, many, strict=True):
+            torch.testing.assert_close(a, b, **(tight if dtype != torch.bfloat16 else dict(rtol=2**-8, atol=1e-8)))
+
+
+@pytest.mark.parametrize("scale", ["power", "dual", "unit", "matched"])
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0, 8.0, math.inf])
+def test_nothing_moves_without_a_reason(p, scale):
+    """On fresh state, lr = 0 moves nothing whatever the gradient; zero gradients move nothing without decay."""
+    if p == 1 and scale == "power":
+        return
+    for rule, regularizer in itertools.product(("heavy", "ema", "lion"), REGULARIZERS):
+        for lr, grads in ((0.0, "random"), (torch.tensor(0.0), "random"), (0.0, "zero"), (0.1, "zero")):
+            if lr == 0.1 and "weight_decay" in regularizer:
+                continue
+            params = make_params()
+            before = [p.detach().clone() for p in params]
+            opt = SteepestDescent(
+                params, lr, norm="lp", p=p, scale=scale, momentum=0.9, momentum_rule=rule, **regularizer
+            )
+            set_grads(params, 1)
+            if grads == "zero":
+                for w in params:
+                    w.grad.zero_()
+            opt.step()
+            for w, old in zip(params, before, strict=True):
+                assert torch.equal(w, old)
+            for state in opt.state.values():
+                assert state["momentum_buffer"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_never_written(name):
+    for settings in REGULARIZERS:
+        params = make_params()
+        opt = normopt.get_optimizer(name)(params, maximize=True, **settings)
+        for i in range(3):
+            set_grads(params, i)
+            before = [(p.grad, p.grad.clone()) for p in params]
+            opt.step()
+            for p, (grad, value) in zip(params, before, strict=True):
+                assert p.grad is grad
+                assert torch.equal(grad, value)
+        for p in params:
+            buffer = opt.state[p].get("momentum_buffer")
+            if buffer is not None and buffer.numel():
+                assert buffer.data_ptr() != p.grad.data_ptr()
+
+
+def test_every_setting_can_differ_by_group():
+    overrides = dict(
+        lr=0.5,
+        p=4.0,
+        scale="unit",
+        scope="group",
+        momentum=0.5,
+        momentum_rule="ema",
+        nesterov=True,
+        agr=True,
+        weight_decay=0.1,
+        decay="lp",
+        decay_p=0.5,
+        maximize=True,
+        foreach=True,
+    )
+    for overridden in ({}, overrides):
+        first, second, alone = make_params(seed=0), make_params(seed=1), make_params(seed=1)
+        both = SteepestDescent([{"params": first}, {"params": second, **overridden}], norm="lp", p=3.0)
+        single = SteepestDescent(alone, **{"norm": "lp", "p": 3.0, **overridden})
+        for i in range(3):
+            set_grads(first, i)
+            set_grads(second, i)
+            set_grads(alone, i)
+            both.step()
+            single.step()
+        for a, b in zip(second, alone, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_an_alias_in_a_group_overrides_the_default_p():
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = SteepestDescent([{"params": [a]}, {"params": [b], "norm": "linf"}], norm="lp", p=3.0)
+    assert [(g["norm"], g["p"]) for g in opt.param_groups] == [("lp", 3.0), ("lp", math.inf)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_hold_primitives_and_survive_a_safe_load(name, tmp_path):
+    _, opt = run(lambda ps: normopt.get_optimizer(name)(ps, agr=True))
+    for group in opt.param_groups:
+        for key, value in group.items():
+            assert key == "params" or value is None or isinstance(value, (bool, int, float, str)), key
+    torch.save(opt.state_dict(), tmp_path / "opt.pt")
+    state = torch.load(tmp_path / "opt.pt", weights_only=True)
+    params = make_params()
+    other = normopt.get_optimizer(name)(params, lr=9.0)
+    other.load_state_dict(state)
+    assert other.param_groups[0]["lr"] == opt.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_go_on_identically(name):
+    params, opt = run(lambda ps: normopt.get_optimizer(name)(ps, agr=True))
+    params2, opt2 = copy.deepcopy((params, opt))
+    for ps, o in ((params, opt), (params2, opt2)):
+        set_grads(ps, 77)
+        o.step()
+    for a, b in zip(params, params2, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_older_and_torch_checkpoints_are_completed():
+    ours, theirs = make_params(), make_params()
+    torch_opt = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, weight_decay=0.01)
+    set_grads(theirs, 0)
+    torch_opt.step()
+    opt = normopt.SGD(ours, lr=9.0)
+    with torch.no_grad():
+        for a, b in zip(ours, theirs, strict=True):
+            a.copy_(b)
+    opt.load_state_dict(copy.deepcopy(torch_opt.state_dict()))  # state_dict() shares its tensors
+    for i in range(1, 4):
+        set_grads(ours, i)
+        set_grads(theirs, i)
+        opt.step()
+        torch_opt.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_is_lazy_and_only_for_what_has_a_gradient():
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = normopt.LPSGDM([a, b])
+    assert not opt.state
+    a.grad = torch.ones(2)
+    opt.step()
+    assert list(opt.state) == [a]
+    stateless = normopt.SignSGD([a])
+    stateless.step()
+    assert not stateless.state
+
+
+def test_closure():
+    w = torch.nn.Parameter(torch.tensor([3.0]))
+    opt = normopt.SGD([w], lr=0.1)
+    calls = []
+
+    def closure():
+        assert torch.is_grad_enabled()
+        opt.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        calls.append(loss)
+        return loss
+
+    with torch.no_grad():
+        assert opt.step(closure) == 9.0
+    assert len(calls) == 1
+    assert w.item() == pytest.approx(2.4)
+    assert opt.step() is None
+
+
+def test_complex_parameters_are_pairs_of_reals():
+    torch.manual_seed(3)
+    z = torch.nn.Parameter(torch.randn(3, 4, dtype=torch.complex128))
+    x = torch.nn.Parameter(torch.view_as_real(z.detach()).clone())
+    settings = dict(norm="lp", p=3.0, scale="dual", momentum=0.9, agr=True, maximize=True)
+    opts = [SteepestDescent([w], **settings) for w in (z, x)]
+    for i in range(4):
+        torch.manual_seed(i)
+        z.grad = torch.randn_like(z)
+        x.grad = torch.view_as_real(z.grad).clone()
+        for opt in opts:
+            opt.step()
+    assert torch.equal(torch.view_as_real(z.detach()), x.detach())
+    assert opts[0].state[z]["momentum_buffer"].is_complex()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_are_computed_in_float32(dtype):
+    w = torch.nn.Parameter(torch.tensor([[1.0, -2.0], [3.0, 0.5]], dtype=dtype))
+    w.grad = torch.tensor([[1e-4, 2e-4], [-3e-4, 1e-4]], dtype=dtype)
+    exact = torch.nn.Parameter(w.detach().float())
+    exact.grad = w.grad.float()
+    for p in (w, exact):
+        SteepestDescent([p], lr=0.3, norm="lp", p=3.0, scale="unit", agr=True, weight_decay=0.1).step()
+    assert torch.equal(w.detach(), exact.detach().to(dtype))
+
+
+def test_tensor_lr_of_every_shape_equals_the_float():
+    expected, _ = run(lambda ps: normopt.LPSGDM(ps, lr=0.03, weight_decay=0.1, decay="lp"), torch.float64)
+    for shape in ((), (1,), (1, 1)):
+        lr = torch.full(shape, 0.03, dtype=torch.float64)
+        actual, _ = run(lambda ps: normopt.LPSGDM(ps, lr=lr, weight_decay=0.1, decay="lp"), torch.float64)  # noqa: B023
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_differentiable_through_two_steps(name):
+    cls = normopt.get_optimizer(name)
+    for settings in ({}, dict(agr=True, weight_decay=0.3, decay="lp", decay_p=0.8)):
+
+        def two_steps(start, g1, g2):
+            w = start.clone()
+            opt = cls([torch.nn.Parameter(torch.ones_like(w))], lr=0.1, differentiable=True, **settings)  # noqa: B023
+            opt.param_groups[0]["params"][0] = w
+            for g in (g1, g2):
+                w.grad = g
+                opt.step()
+            return w
+
+        torch.manual_seed(0)
+        inputs = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+        assert torch.autograd.gradcheck(two_steps, inputs)
+
+
+def test_backend_says_what_runs_and_why():
+    opt = SteepestDescent(
+        make_params(), norm="lp", p=3.0, momentum=0.9, agr=True, weight_decay=1e-3, decay="lp", decay_p=0.8
+    )
+    said = opt.backend()
+    for word in ("group 0", "AGR", "heavy momentum 0.9", "Lp(p=3.0) dual", "ℓp decay (p = 0.8)", "for-loop"):
+        assert word in said
+    assert "foreach=True" in normopt.SGD(make_params(), foreach=True).backend()
+
+
+def test_names():
+    assert normopt.list_optimizers("*sgd*") == ["lpsgd", "lpsgdm", "normalizedsgd", "sgd", "signsgd"]
+    assert normopt.get_optimizer("LpSgdM") is normopt.LPSGDM
+    with pytest.raises(ValueError, match="did you mean 'lpsgdm'"):
+        normopt.get_optimizer("lpsgdmm")
+    with pytest.raises(TypeError, match="must be a string"):
+        normopt.get_optimizer(3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (dict(lr=-1.0), ValueError, "lr must lie in"),
+        (dict(lr=math.nan), ValueError, "lr"),
+        (dict(lr="0.1"), TypeError, "lr must be a number"),
+        (dict(lr=torch.ones(2)), ValueError, "one-element"),
+        (dict(norm="lp"), ValueError, "needs p"),
+        (dict(norm="lp", p=0.5), ValueError, "p must lie in"),
+        (dict(norm="lp", p="3"), TypeError, "p must be a number"),
+        (dict(norm="nuclera"), ValueError, "unknown norm"),
+        (dict(scale="dualnorm"), ValueError, "scale must be one of"),
+        (dict(scope="model"), ValueError, "scope must be one of"),
+        (dict(norm="l1", scale="power"), ValueError, "not defined for"),
+        (dict(eps=1e-8), ValueError, "eps"),
+        (dict(norm="lp", p=3.0, scale="power", eps=-1e-8), ValueError, "eps"),
+        (dict(scale="matched", scope="group"), ValueError, "scope"),
+        (dict(norm="lp", p=3.0, scale="power", scope="group"), ValueError, "scope"),
+        (dict(momentum=-0.1), ValueError, "momentum"),
+        (dict(momentum=1.0, momentum_rule="ema"), ValueError, "momentum"),
+        (dict(momentum=True), TypeError, "momentum"),
+        (dict(momentum_rule="adam"), ValueError, "momentum_rule must be one of"),
+        (dict(momentum=0.9, momentum_rule="ema", dampening=0.1), ValueError, "dampening"),
+        (dict(nesterov=True), ValueError, "nesterov"),
+        (dict(momentum=0.9, momentum_rule="lion", nesterov=True), ValueError, "nesterov"),
+        (dict(beta2=1.0), ValueError, "beta2"),
+        (dict(agr=1), TypeError, "agr must be True or False"),
+        (dict(weight_decay=-1e-4), ValueError, "weight_decay"),
+        (dict(weight_decay=math.inf), ValueError, "weight_decay"),
+        (dict(decay="l1"), ValueError, "decay must be one of"),
+        (dict(decay_p=0.0), ValueError, "decay_p"),
+        (dict(decay_p=math.inf), ValueError, "decay_p"),
+        (dict(foreach="yes"), TypeError, "foreach"),
+        (dict(foreach=True, differentiable=True), ValueError, "foreach"),
+        (dict(weight_deacy=0.1), TypeError, "weight_deacy"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_at_construction_and_in_groups(settings, error, message):
+    params = make_params()
+    with pytest.raises(error, match=message):
+        SteepestDescent(params, **settings)
+    if "weight_deacy" in settings or settings == dict(norm="lp"):  # in a group, p falls back on the default
+        return
+    opt = SteepestDescent(params[:1])
+    with pytest.raises(error, match=message):
+        opt.add_param_group({"params": params[1:], **settings})
+    assert len(opt.param_groups) == 1
+
+
+def test_a_bad_setting_made_later_is_refused_before_anything_is_written():
+    params = make_params()
+    set_grads(params, 0)
+    opt = SteepestDescent([{"params": params[:2]}, {"params": params[2:]}], norm="lp", p=3.0, momentum=0.9)
+    opt.param_groups[1]["p"] = 0.5
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="p must lie in"):
+        opt.step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    assert not opt.state
+
+
+def test_sparse_gradients_are_refused_before_anything_is_written():
+    dense, sparse = torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(3, 2))
+    dense.grad = torch.ones(3, 2)
+    sparse.grad = torch.eye(3, 2).to_sparse()
+    opt = normopt.LPSGDM([dense, sparse])
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert torch.equal(dense.detach(), torch.ones(3, 2))
+    assert not opt.state

@@ -1,0 +1,139 @@
+"""Schedules of p: the paper's formula, their ends, and a life like a torch scheduler's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import normopt
+from normopt.schedules import ConstantP, CosineP, LinearP, PiecewiseP
+
+
+def optimizer(p=8.0, **kwargs):
+    return normopt.LPSGDM([torch.nn.Parameter(torch.ones(2))], p=p, **kwargs)
+
+
+def visited(schedule_class, steps, p=8.0, **kwargs):
+    opt = optimizer(p)
+    sched = schedule_class(opt, **kwargs)
+    ps = [opt.param_groups[0]["p"]]
+    for _ in range(steps - 1):
+        opt.step()
+        sched.step()
+        ps.append(opt.param_groups[0]["p"])
+    assert sched.get_last_p() == [ps[-1]]
+    return ps
+
+
+def test_cosine_is_the_papers_formula():
+    total = 11
+    expected = [2 + (8 - 2) * (1 + math.cos(math.pi * (s - 1) / (total - 1))) / 2 for s in range(1, total + 1)]
+    assert visited(CosineP, total, total_steps=total) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_ends_are_exact_and_the_last_value_stays():
+    for cls in (CosineP, LinearP):
+        for space in ("p", "exponent"):
+            ps = visited(cls, 10, p=7.3, total_steps=5, space=space)
+            assert ps[0] == 7.3
+            assert ps[4:] == [2.0] * 6
+            assert ps[:5] == sorted(ps[:5], reverse=True)
+
+
+def test_one_step_keeps_the_start():
+    for cls in (CosineP, LinearP):
+        assert visited(cls, 4, total_steps=1) == [8.0] * 4
+
+
+def test_from_infinity_through_the_exponent():
+    ps = visited(CosineP, 5, p=math.inf, total_steps=5, space="exponent")
+    assert ps[0] == math.inf
+    assert ps[-1] == 2
+    assert 1 / (ps[2] - 1) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="exponent"):
+        CosineP(optimizer(math.inf), total_steps=5)
+
+
+def test_linear_constant_piecewise():
+    assert visited(LinearP, 4, total_steps=4) == pytest.approx([8, 6, 4, 2])
+    assert visited(ConstantP, 3) == [8, 8, 8]
+    assert visited(PiecewiseP, 6, milestones=[2, 4], values=[math.inf, 3]) == [8, 8, math.inf, math.inf, 3, 3]
+
+
+def test_state_is_primitive_and_goes_on(tmp_path):
+    opt = optimizer()
+    sched = CosineP(opt, total_steps=10)
+    for _ in range(4):
+        sched.step()
+    torch.save([opt.state_dict(), sched.state_dict()], tmp_path / "run.pt")
+    p_saved = opt.param_groups[0]["p"]
+    sched.step()
+    p_next = opt.param_groups[0]["p"]
+
+    opt2 = optimizer()
+    sched2 = CosineP(opt2, total_steps=10)
+    for state, target in zip(torch.load(tmp_path / "run.pt", weights_only=True), (opt2, sched2), strict=True):
+        target.load_state_dict(state)
+    assert opt2.param_groups[0]["p"] == p_saved
+    sched2.step()
+    assert opt2.param_groups[0]["p"] == p_next
+    with pytest.raises(ValueError, match="keys"):
+        ConstantP(optimizer()).load_state_dict(sched.state_dict())
+
+
+def test_groups_without_a_p_are_passed_over():
+    @normopt.norms.register("p-less norm of a test")
+    class PLess(normopt.norms.TensorNorm):
+        def dual_norm(self, x):
+            return x.norm()
+
+        def dual_map(self, x):
+            return x / x.norm()
+
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = normopt.SteepestDescent([{"params": [a], "norm": "lp", "p": 4.0}, {"params": [b]}], norm=PLess())
+    sched = CosineP(opt, total_steps=3)
+    sched.step()
+    sched.step()
+    assert sched.get_last_p() == [2.0, None]
+    with pytest.raises(ValueError, match="no param group"):
+        CosineP(torch.optim.SGD([a], lr=1), total_steps=3)
+
+
+def test_step_never_changes_p():
+    opt = optimizer()
+    for p in opt.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert opt.param_groups[0]["p"] == 8.0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: CosineP(optimizer(), total_steps=0), ValueError, "at least 1"),
+        (lambda: CosineP(optimizer(), total_steps=2.5), TypeError, "integer"),
+        (lambda: CosineP(optimizer(), total_steps=True), TypeError, "integer"),
+        (lambda: CosineP(optimizer(), total_steps=3, p_end=0.5), ValueError, "p_end"),
+        (lambda: CosineP(optimizer(), total_steps=3, space="log"), ValueError, "space"),
+        (lambda: CosineP(optimizer(1.0, scale="matched"), total_steps=3, space="exponent"), ValueError, "p = 1"),
+        (lambda: CosineP(object(), total_steps=3), TypeError, "optimizer"),
+        (lambda: PiecewiseP(optimizer(), [], []), ValueError, "milestones"),
+        (lambda: PiecewiseP(optimizer(), [3, 2], [4, 2]), ValueError, "increasing"),
+        (lambda: PiecewiseP(optimizer(), [3], [4, 2]), ValueError, "as many values"),
+        (lambda: PiecewiseP(optimizer(), [3], [0.2]), ValueError, "value"),
+        (lambda: PiecewiseP(optimizer(), ["3"], [2]), TypeError, "integers"),
+    ],
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_refused_schedule_changes_nothing():
+    opt = optimizer(math.inf)
+    with pytest.raises(ValueError, match="annealed"):
+        CosineP(opt, total_steps=5)
+    assert opt.param_groups[0]["p"] == math.inf
