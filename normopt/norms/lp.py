@@ -99,8 +99,7 @@ class Lp(Norm):
         elif self.p == math.inf:
             d = signed_power(c, 0)
         else:
-            ratios = [x / nonzero(n.to(x)) for x, n in zip(c, scalars[:, 0], strict=True)]
-            d = signed_power(ratios, self._exponent)
+            d = signed_power(divide(c, scalars[:, 0]), self._exponent)
         return d if kappa == 0 else [u * n.to(u) ** kappa for u, n in zip(d, scalars[:, 0], strict=True)]
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
@@ -132,34 +131,35 @@ def relative_sums(c: list[Tensor], q: float) -> Tensor:
     """[n, 2]: for each tensor its largest |entry| M and Σ(|x|/M)^q, or at q = ∞ M and its place in c.
 
     |x|/M ≤ 1, so that no power of it overflows, and the sum is at least 1, so that none of use vanishes.
+    For a finite q, M is kept off 0 and ∞, under which 0/0 and ∞/∞ would make NaN of them.
     """
     rows = []
     for i, x in enumerate(c):
         a = x.abs()
         top = a.max() if x.numel() else a.new_zeros(())
-        rest = torch.full_like(top, i) if q == math.inf else (a / finite(nonzero(top))).pow(q).sum()
-        rows.append(torch.stack([top, rest]))
+        if q == math.inf:
+            rows.append(torch.stack([top, torch.full_like(top, i)]))
+        else:
+            limits = torch.finfo(a.dtype)
+            top = top.clamp(limits.tiny, limits.max)
+            rows.append(torch.stack([top, (a / top).pow(q).sum()]))
     return stack(rows)
 
 
 def size(partials: Tensor, q: float) -> Tensor:
     """‖·‖_q from the relative sums of the k pieces of a vector: shape [..., k, 2] to [...]."""
-    top = partials[..., 0].amax(-1)
+    tops, sums = partials.unbind(-1)
+    top = tops.amax(-1)
     if q == math.inf:
         return top
-    ratio = partials[..., 0] / finite(nonzero(top))[..., None]
-    total = (partials[..., 1] * ratio.pow(q)).sum(-1)
+    total = sums[..., 0] if sums.shape[-1] == 1 else (sums * (tops / top[..., None]).pow(q)).sum(-1)
     return top * total.pow(1 / q)
 
 
-def nonzero(x: Tensor) -> Tensor:
-    """1 where x is 0: a divisor under which 0 stays 0, as D(0) = 0 asks."""
-    return torch.where(x == 0, 1, x)
-
-
-def finite(x: Tensor) -> Tensor:
-    """1 where x is infinite: a divisor under which ∞ stays ∞ instead of becoming NaN."""
-    return torch.where(x.isinf(), 1, x)
+def divide(c: list[Tensor], norms: Tensor) -> list[Tensor]:
+    """Each tensor by its norm, n of them; a tensor of norm 0 stays 0, as D(0) = 0 asks."""
+    safe = norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return [x / n.to(x) for x, n in zip(c, safe, strict=True)]
 
 
 def one_hot(x: Tensor, here: Tensor) -> Tensor:

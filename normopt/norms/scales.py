@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from normopt.norms.base import Norm, Scale
-from normopt.norms.lp import Lp, nonzero
+from normopt.norms.lp import Lp, divide
 
 
 def direction(norm: Norm, c: list[Tensor], scale: Scale, whole_group: bool, eps: float) -> list[Tensor]:
@@ -27,11 +27,12 @@ def direction(norm: Norm, c: list[Tensor], scale: Scale, whole_group: bool, eps:
     partials = norm.measure(c)
     scalars = norm.combine(partials).expand(len(c), -1) if whole_group else norm.combine(partials[:, None])
     if scale == "matched":
-        return [rescale(d, x) for d, x in zip(norm.apply(c, scalars, 0), c, strict=True)]
+        return matched(norm.apply(c, scalars, 0), c)
     return norm.apply(c, scalars, 1 if scale == "dual" else 0)
 
 
-def rescale(d: Tensor, c: Tensor) -> Tensor:
-    """d at the length of c: ``d · ‖c‖₂/‖d‖₂``, and 0 where d is 0."""
+def matched(d: list[Tensor], c: list[Tensor]) -> list[Tensor]:
+    """Each d at the length of its c: ``d · ‖c‖₂/‖d‖₂``, and 0 where d is 0."""
     l2 = Lp(2.0)
-    return d * (l2.norm(c) / nonzero(l2.norm(d)))
+    lengths = l2.combine(l2.measure([*c, *d])[:, None])[:, 0]
+    return [u * n.to(u) for u, n in zip(divide(d, lengths[len(c) :]), lengths, strict=False)]

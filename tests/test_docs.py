@@ -1,0 +1,125 @@
+"""The documentation tells the truth: its code runs, its pages are complete, and the site needs no other host."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import normopt
+import normopt.plan
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PUBLIC = (
+    [f"normopt.{name}" for name in normopt.__all__]
+    + [f"normopt.norms.{name}" for name in normopt.norms.__all__]
+    + [f"normopt.schedules.{name}" for name in normopt.schedules.__all__]
+    + [f"normopt.plan.{name}" for name in ("Plan", "make_plan", "Settings", "Common")]
+)
+
+
+def run_python(*arguments: str, **environment: str) -> str:
+    """A fresh interpreter, because the pages register norms that other tests must not see."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def python_of(page: Path) -> str:
+    """The page with every line blanked that is not in a ```python block, so that tracebacks show its own lines."""
+    lines, inside = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            inside = line == "```python"
+            line = ""
+        lines.append(line if inside else "")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=lambda p: p.name
+)
+def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
+    code = tmp_path / page.with_suffix(".py").name
+    code.write_text(python_of(page), encoding="utf-8")
+    run_python("-W", "error", str(code))
+
+
+def test_the_example_of_the_readme_is_that_of_the_home_page() -> None:
+    readme, home = (
+        re.search(r"```python\n.*?```", p.read_text(encoding="utf-8"), re.DOTALL)
+        for p in (ROOT / "README.md", ROOT / "docs/index.md")
+    )
+    assert readme is not None
+    assert home is not None
+    assert readme[0] == home[0]
+
+
+def test_every_public_symbol_is_on_a_page() -> None:
+    pages = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs/api").glob("*.md"))
+    shown = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+    assert len(set(shown)) == len(shown), "a symbol stands on two pages, so that a link to it has two targets"
+    assert set(shown) == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_symbol_has_a_docstring(name: str) -> None:
+    thing: object = normopt
+    for part in name.split(".")[1:]:
+        thing = getattr(thing, part)
+    # The class's own: inspect.getdoc alone would be content with an inherited one.
+    assert thing.__doc__ is not None
+    assert len(inspect.cleandoc(thing.__doc__)) > 20
+
+
+def test_the_site_builds_and_needs_no_other_host(tmp_path: Path) -> None:
+    """The strict build, with the tutorials run short: a dead link or an error in a tutorial fails it."""
+    site = tmp_path / "site"
+    run_python(
+        *("-m", "mkdocs", "build", "--strict", "--site-dir", str(site)),
+        NORMOPT_DOCS_FAST="1",
+        NO_MKDOCS_2_WARNING="1",
+    )
+    html = {p: p.read_text(encoding="utf-8") for p in site.rglob("*.html")}
+    host = r"""["']?(?:https?:)?//"""
+    loads = rf"<(?:script|img|iframe|source)\b[^>]*\bsrc={host}"
+    links = rf"<link\b[^>]*rel=\W?(?:stylesheet|preconnect|icon)\b[^>]*href={host}"
+    for path, text in html.items():
+        assert re.findall(f"{loads}|{links}", text) == [], path
+    everything = "".join(html.values())
+    for name in PUBLIC:
+        assert f'id="{name}"' in everything, f"no anchor for {name}"
+    assert (site / "search/search_index.json").stat().st_size > 10_000
+    tutorial = html[site / "tutorials/lp_schedule_on_digits/index.html"]
+    pictures = re.findall(r'<img alt="([^"]+)" src="\.\./(\w+\.svg)"', tutorial)
+    assert len(pictures) == 4
+    for alt, name in pictures:
+        assert alt
+        assert (site / "tutorials" / name).read_text(encoding="utf-8").rstrip().endswith("</svg>")
+    for source in ("hooks", "tutorials/lp_schedule_on_digits.py"):
+        assert not (site / source).exists()
+
+
+def test_an_error_in_a_tutorial_is_an_error_at_its_line(tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text("# %% [markdown]\n# # Title\n\n# %%\nx = 1\n\n# %%\nprint(x)\nraise RuntimeError('as told')\n")
+    code = (
+        "import sys, traceback, pathlib, tutorials\n"
+        "try: tutorials.run(pathlib.Path(sys.argv[1]))\n"
+        "except RuntimeError as e: print(e, traceback.extract_tb(e.__traceback__)[-1].lineno)\n"
+    )
+    assert "as told 9" in run_python("-c", code, str(script), PYTHONPATH=str(ROOT / "docs/hooks"))
