@@ -36,8 +36,9 @@ def check_number(
     if isinstance(value, Tensor):
         if not tensor:
             raise TypeError(f"{name} must be {kind}, but is a tensor: pass {name}.item()")
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be {kind}, but is a tensor of shape {tuple(value.shape)}")
+        if value.numel() != 1 or not value.is_floating_point():
+            given = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+            raise ValueError(f"Tensor {name} must be 1-element and of floats, but is {given}")
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {kind}, but is {value!r} ({type(value).__name__})")
@@ -67,6 +68,11 @@ def near(value: object, choices: Iterable[str]) -> str:
     """A "did you mean" clause, or nothing, to put at the end of a message."""
     close = difflib.get_close_matches(str(value).lower(), list(choices), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def equals(value: float | Tensor, number: float) -> bool:
+    """Whether a setting IS a number; a tensor never is, because its value is not to be read on the host."""
+    return not isinstance(value, Tensor) and value == number
 
 
 def is_low_precision(x: Tensor) -> bool:

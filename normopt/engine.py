@@ -15,13 +15,14 @@ from normopt._checks import is_low_precision
 from normopt.norms import registry
 from normopt.norms.base import Norm, Scale
 from normopt.norms.scales import direction
-from normopt.plan import Decay, MomentumRule, Plan, Scope, make_plan
+from normopt.plan import Decay, MomentumRule, Plan, Rounding, Scope, make_plan
 from normopt.stages import decay as decays
 from normopt.stages import momentum as momenta
 from normopt.stages.agr import agr as regularize
-from normopt.stages.write import descend_, write_
+from normopt.stages.write import descend_, kahan_, nearest_, stochastic_
 
 BUFFER = "momentum_buffer"  # torch.optim.SGD's name, so that its checkpoints load here and ours there
+COMPENSATION = "kahan_compensation"
 
 
 class SteepestDescent(Optimizer):
@@ -50,7 +51,7 @@ class SteepestDescent(Optimizer):
         lr: η, a float or a one-element tensor; a tensor is never read on the host. Default 1e-3, as torch's SGD.
         norm: a registered name ("lp", "l1", "l2", "linf", or your own) or a Norm object, which is
             unpacked into ``norm``, ``p`` and ``norm_<field>``. Default "l2".
-        p: the norm's order, for norms that have one; 1 ≤ p ≤ ∞ for "lp".
+        p: the norm's order, for norms that have one; 1 ≤ p ≤ ∞ for "lp", a float or a one-element tensor.
         scale: "power" (the un-normalised power map; needs p > 1), "dual" (true steepest descent),
             "unit" (the LMO step), or "matched" (SGD's step length at every p). Default "dual".
         scope: the norm over each "tensor", or over the whole param "group" as one vector.
@@ -61,16 +62,22 @@ class SteepestDescent(Optimizer):
         dampening: τ, of "heavy" alone.
         nesterov: c = g + μm ("heavy") or (1−μ)g + μm ("ema").
         agr: adaptive gradient regularization.
-        weight_decay: λ ≥ 0.
+        weight_decay: λ ≥ 0, a float or a one-element tensor.
         decay: "coupled", "decoupled" or "lp"; runs if λ ≠ 0. Default "decoupled".
         decay_p: p of the ℓp decay, p > 0 (p < 1 too); only tensors of 2 or more dims are ℓp-decayed.
+        state_dtype: the dtype of the momentum, such as "float32"; None is the parameter's own.
+        rounding: how 16-bit weights take a step: to the "nearest" (a step below half a unit in the last
+            place is lost), "stochastic" (bfloat16; right on average), or "kahan" (one more buffer, in
+            which what was lost is kept). Weights of 32 bits and more are not touched by it.
         maximize: walk uphill.
         foreach: multi-tensor operations; None chooses them on CUDA.
         differentiable: let autograd see the step.
         **norm_fields: ``norm_<field>=value`` for the other fields of a norm of your own.
 
-    State: one buffer shaped like its parameter, ``momentum_buffer``, if momentum ≠ 0; else none.
-    Complex parameters are taken as pairs of reals. 16-bit parameters are computed in float32.
+    State: ``momentum_buffer``, shaped like its parameter, if momentum ≠ 0, and ``kahan_compensation``,
+    shaped and typed like it, if a 16-bit weight is rounded so; else none. Complex parameters are taken
+    as pairs of reals. 16-bit parameters are computed in float32. lr, p and weight_decay given as
+    tensors are never read on the host: changing them in place neither syncs nor recompiles.
 
     Raises:
         ValueError, TypeError: at construction and in ``add_param_group``, for a setting that is out
@@ -93,7 +100,7 @@ class SteepestDescent(Optimizer):
         lr: float | Tensor = 1e-3,
         *,
         norm: str | Norm = "l2",
-        p: float | None = None,
+        p: float | Tensor | None = None,
         scale: Scale = "dual",
         scope: Scope = "tensor",
         eps: float = 0.0,
@@ -103,9 +110,11 @@ class SteepestDescent(Optimizer):
         dampening: float = 0.0,
         nesterov: bool = False,
         agr: bool = False,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         decay: Decay = "decoupled",
         decay_p: float = 1.0,
+        state_dtype: str | torch.dtype | None = None,
+        rounding: Rounding = "nearest",
         maximize: bool = False,
         foreach: bool | None = None,
         differentiable: bool = False,
@@ -127,6 +136,8 @@ class SteepestDescent(Optimizer):
             weight_decay=weight_decay,
             decay=decay,
             decay_p=decay_p,
+            state_dtype=_dtype_name(state_dtype),
+            rounding=rounding,
             maximize=maximize,
             foreach=foreach,
             differentiable=differentiable,
@@ -138,13 +149,22 @@ class SteepestDescent(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after checking its settings; a refused group leaves no trace."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a param group must be a dict, but is a {type(param_group).__name__}")
         group = dict(param_group)
         if "norm" in group:
             group |= registry.flatten(group["norm"], group)
-        plan = make_plan({**self.defaults, **group})
+        if "state_dtype" in group:
+            group["state_dtype"] = _dtype_name(group["state_dtype"])
         super().add_param_group(group)
+        group = self.param_groups[-1]
+        try:
+            plan = make_plan(group, group["params"])
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
         if plan.decays == "lp" and plan.decay_p < 2:
-            _warn_if_stuck(self.param_groups[-1]["params"], plan.decay_p)
+            _warn_if_stuck(group["params"], plan.decay_p)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and give groups saved by an older version, or by torch.optim.SGD, the settings they lack."""
@@ -152,6 +172,25 @@ class SteepestDescent(Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict()`` gave, the momentum in the group's ``state_dtype``.
+
+        torch rounds all loaded state to the parameter's dtype, which would cost a float32 momentum of
+        16-bit weights its lower half.
+        """
+        seen: list[dict[str, Any]] = []  # as the user's own pre-hooks leave it: this hook runs last
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: seen.append(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        ids = [i for group in seen[0]["param_groups"] for i in group["params"]]
+        ours = [(p, group["state_dtype"]) for group in self.param_groups for p in group["params"]]
+        for i, (p, dtype) in zip(ids, ours, strict=True):
+            buffer = seen[0]["state"].get(i, {}).get(BUFFER)
+            if buffer is not None and dtype is not None and not p.is_complex():
+                self.state[p][BUFFER] = buffer.to(device=p.device, dtype=getattr(torch, dtype))
 
     def backend(self) -> str:
         """What each param group does, and on which backend and why: one line a group."""
@@ -186,23 +225,47 @@ class SteepestDescent(Optimizer):
 
     def _walk(self, plan: Plan, params: list[Tensor]) -> None:
         """The walk of a gradient: the one place where the order of the stages stands."""
-        weights, w, g = _read(plan, params)
-        lr = plan.lr.reshape(()).to(w[0].device) if isinstance(plan.lr, Tensor) else plan.lr
+        weights, w, g = self._read(plan, params)
+        lr, weight_decay = (_on_device(x, w[0].device) for x in (plan.lr, plan.weight_decay))
         if plan.agr:
             g = regularize(g)
         if plan.decays == "coupled":
-            g = decays.coupled(g, w, plan.weight_decay)
+            g = decays.coupled(g, w, weight_decay)
         c = self._momentum(plan, params, g)
         u = direction(plan.norm, c, plan.scale, plan.scope == "group", plan.eps)
         if plan.decays == "decoupled":
-            decays.decoupled_(w, lr * plan.weight_decay)
+            decays.decoupled_(w, lr * weight_decay)
         shrinking = [x for x, p in zip(w, params, strict=True) if plan.decays == "lp" and p.dim() >= 2]
         old = [x.clone() for x in shrinking] if plan.differentiable else shrinking  # autograd keeps the old weight
-        factors = decays.lp_factors(old, plan.decay_p, lr * plan.weight_decay)
+        factors = decays.lp_factors(old, plan.decay_p, lr * weight_decay)
         descend_(w, u, lr)
         if shrinking:
             torch._foreach_mul_(shrinking, factors)
-        write_(weights, w)
+        self._write(plan, params, weights, w)
+
+    def _read(self, plan: Plan, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Weights as reals, the same in the dtype that is computed in (no copy if it is theirs), and gradients."""
+        weights = [_real(p) for p in params]
+        w = [x.float() if is_low_precision(x) else x for x in weights]
+        if plan.rounding == "kahan":
+            for p, x in zip(params, w, strict=True):
+                if is_low_precision(p) and COMPENSATION in self.state[p]:
+                    x.add_(self.state[p][COMPENSATION])
+        g = [_real(p.grad).to(x.dtype) for p, x in zip(params, w, strict=True) if p.grad is not None]
+        return weights, w, list(torch._foreach_neg(g)) if plan.maximize else g
+
+    def _write(self, plan: Plan, params: list[Tensor], weights: list[Tensor], w: list[Tensor]) -> None:
+        """Round what was computed in more bits into the weights, as the plan says."""
+        if plan.rounding == "stochastic":
+            stochastic_(weights, w)
+        elif plan.rounding == "kahan" and any(is_low_precision(p) for p in params):
+            low = [(p, x) for p, x in zip(params, w, strict=True) if is_low_precision(p)]
+            for p, _ in low:
+                if COMPENSATION not in self.state[p]:
+                    self.state[p][COMPENSATION] = torch.zeros_like(p)
+            kahan_([p for p, _ in low], [x for _, x in low], [self.state[p][COMPENSATION] for p, _ in low])
+        else:
+            nearest_(weights, w)
 
     def _momentum(self, plan: Plan, params: list[Tensor], g: list[Tensor]) -> list[Tensor]:
         """c from g and the state; buffers are made when they are first needed, never before."""
@@ -218,7 +281,8 @@ class SteepestDescent(Optimizer):
             c, new = momenta.lion(old, g, plan.momentum, plan.beta2)
         for p, b, m in zip(params, stored, new, strict=True):
             if b is None:
-                self.state[p][BUFFER] = torch.view_as_complex(m) if p.is_complex() else m.to(p.dtype)
+                dtype = getattr(torch, plan.state_dtype) if plan.state_dtype else p.dtype
+                self.state[p][BUFFER] = torch.view_as_complex(m) if p.is_complex() else m.to(dtype)
             elif b.dtype != m.dtype and not p.is_complex():
                 b.copy_(m)
         return [x.clone() for x in c] if plan.differentiable else c
@@ -252,22 +316,22 @@ def _batches(plan: Plan, params: list[Tensor]) -> Iterator[list[Tensor]]:
         yield from buckets.values()
 
 
-def _read(plan: Plan, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The weights as reals, the same in the dtype that is computed in (no copy if that is theirs), and gradients."""
-    weights = [_real(p) for p in params]
-    w = [x.float() if is_low_precision(x) else x for x in weights]
-    g = [_real(p.grad).to(x.dtype) for p, x in zip(params, w, strict=True) if p.grad is not None]
-    return weights, w, list(torch._foreach_neg(g)) if plan.maximize else g
-
-
 def _real(x: Tensor) -> Tensor:
     """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
     return torch.view_as_real(x) if x.is_complex() else x
 
 
+def _on_device(value: float | Tensor, device: torch.device) -> float | Tensor:
+    return value.reshape(()).to(device) if isinstance(value, Tensor) else value
+
+
+def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    """A dtype as the primitive that a param group holds: ``torch.float32`` is "float32"."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
 def _checked_norm_fields(norm: str | Norm, norm_fields: dict[str, Any]) -> dict[str, Any]:
-    cls = type(norm) if isinstance(norm, Norm) else registry.lookup(norm).cls
-    known = {registry.setting_key(f) for f in cls.fields()} - {"p"}
+    known = {registry.setting_key(f) for f in registry.entry_of(norm).fields} - {"p"}
     for key in norm_fields:
         if key not in known:
             takes = f"norm {norm!r} takes {', '.join(sorted(known)) or 'no further field'}"

@@ -9,18 +9,23 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from normopt._checks import check_bool, check_choice, check_number
+from normopt._checks import check_bool, check_choice, check_number, equals
 from normopt.norms import registry
 from normopt.norms.base import Norm, Scale
 
 Scope = Literal["tensor", "group"]
 MomentumRule = Literal["heavy", "ema", "lion"]
 Decay = Literal["coupled", "decoupled", "lp"]
+Rounding = Literal["nearest", "stochastic", "kahan"]
 
-SCALES = ("power", "dual", "unit", "matched")
-SCOPES = ("tensor", "group")
-MOMENTUM_RULES = ("heavy", "ema", "lion")
-DECAYS = ("coupled", "decoupled", "lp")
+CHOICES = {
+    "scale": ("power", "dual", "unit", "matched"),
+    "scope": ("tensor", "group"),
+    "momentum_rule": ("heavy", "ema", "lion"),
+    "decay": ("coupled", "decoupled", "lp"),
+    "rounding": ("nearest", "stochastic", "kahan"),
+}
+STATE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class Common(TypedDict, total=False):
@@ -28,6 +33,8 @@ class Common(TypedDict, total=False):
 
     agr: bool
     decay_p: float
+    state_dtype: str | torch.dtype | None
+    rounding: Rounding
     maximize: bool
     foreach: bool | None
     differentiable: bool
@@ -36,7 +43,7 @@ class Common(TypedDict, total=False):
 class Settings(Common, total=False):
     """`Common` and the weight decay, for the optimizers that do not name theirs."""
 
-    weight_decay: float
+    weight_decay: float | Tensor
     decay: Decay
 
 
@@ -59,9 +66,11 @@ class Plan:
     dampening: float
     nesterov: bool
     agr: bool
-    weight_decay: float
+    weight_decay: float | Tensor
     decay: Decay
     decay_p: float
+    state_dtype: str | None
+    rounding: Rounding
     maximize: bool
     differentiable: bool
     backend: Literal["for-loop", "foreach"]
@@ -70,7 +79,7 @@ class Plan:
     @property
     def decays(self) -> Decay | None:
         """The kind of decay that runs, None if none does."""
-        return self.decay if self.weight_decay != 0 else None
+        return None if equals(self.weight_decay, 0) else self.decay
 
     def __str__(self) -> str:
         stages = ["AGR"] if self.agr else []
@@ -81,6 +90,9 @@ class Plan:
         stages += ["decoupled decay"] if self.decays == "decoupled" else []
         stages += [f"ℓp decay (p = {self.decay_p:g})"] if self.decays == "lp" else []
         return f"{' → '.join(stages)} → write, on {self.backend} ({self.why})"
+
+
+_TAKEN_AS_THEY_ARE = tuple(f.name for f in fields(Plan) if f.name not in ("norm", "backend", "why"))
 
 
 def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Plan:
@@ -96,19 +108,22 @@ def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Pla
     check_number("momentum", s["momentum"], low=0, high=1, open_high=s["momentum_rule"] != "heavy")
     check_number("beta2", s["beta2"], low=0, high=1, open_high=True)
     check_number("dampening", s["dampening"])
-    check_number("weight_decay", s["weight_decay"], low=0, open_high=True)
+    check_number("weight_decay", s["weight_decay"], low=0, open_high=True, tensor=True)
     check_number("decay_p", s["decay_p"], low=0, open_low=True, open_high=True)
-    for name, choices in (("scale", SCALES), ("scope", SCOPES), ("momentum_rule", MOMENTUM_RULES), ("decay", DECAYS)):
+    for name, choices in CHOICES.items():
         check_choice(name, s[name], choices)
+    if s["state_dtype"] is not None:
+        check_choice("state_dtype", s["state_dtype"], STATE_DTYPES)
     for name in ("nesterov", "agr", "maximize", "differentiable"):
         check_bool(name, s[name])
     if s["foreach"] is not None:
         check_bool("foreach", s["foreach"])
     norm = registry.build(s)
+    params = list(params)
     _check_combinations(s, norm)
+    _check_rounding(s["rounding"], params)
     backend, why = _choose_backend(s["foreach"], s["differentiable"], params)
-    numbers = {f.name: s[f.name] for f in fields(Plan) if f.name not in ("norm", "backend", "why")}
-    return Plan(norm=norm, backend=backend, why=why, **numbers)
+    return Plan(norm=norm, backend=backend, why=why, **{name: s[name] for name in _TAKEN_AS_THEY_ARE})
 
 
 def _check_combinations(s: Mapping[str, Any], norm: Norm) -> None:
@@ -135,8 +150,13 @@ def _check_combinations(s: Mapping[str, Any], norm: Norm) -> None:
         raise ValueError(f'dampening belongs to momentum_rule="heavy", not {s["momentum_rule"]!r}: set dampening=0')
 
 
+def _check_rounding(rounding: Rounding, params: list[Tensor]) -> None:
+    if rounding == "stochastic" and any(p.dtype == torch.float16 for p in params):
+        raise ValueError('rounding="stochastic" is for bfloat16 weights, but some are float16: use "kahan"')
+
+
 def _choose_backend(
-    foreach: bool | None, differentiable: bool, params: Iterable[Tensor]
+    foreach: bool | None, differentiable: bool, params: list[Tensor]
 ) -> tuple[Literal["for-loop", "foreach"], str]:
     if foreach is not None:
         if foreach and differentiable:

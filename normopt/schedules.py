@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt._checks import check_choice, check_number
@@ -31,7 +32,8 @@ class PSchedule(ABC):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"a schedule of p takes an optimizer, but was given {type(optimizer).__name__}")
         self.optimizer = optimizer
-        self.base_ps: list[float | None] = [group.get("p") for group in optimizer.param_groups]
+        starts = [group.get("p") for group in optimizer.param_groups]
+        self.base_ps: list[float | None] = [None if p is None else float(p) for p in starts]
         if all(p is None for p in self.base_ps):
             raise ValueError(
                 "no param group of this optimizer has a p to schedule: use a norm that has one, such as "
@@ -49,7 +51,7 @@ class PSchedule(ABC):
         self.last_step += 1
         self._set()
 
-    def get_last_p(self) -> list[float | None]:
+    def get_last_p(self) -> list[float | Tensor | None]:
         """The p of each param group as it is now; None for a group without one."""
         return [group.get("p") for group in self.optimizer.param_groups]
 
@@ -80,7 +82,9 @@ class PSchedule(ABC):
         ps = [None if start is None else self.p_at(start, self.last_step) for start in self.base_ps]
         # Groups added since the schedule was made keep their own p, as under torch's LR schedulers.
         for group, p in zip(self.optimizer.param_groups, ps, strict=False):
-            if p is not None:
+            if isinstance(group.get("p"), Tensor):
+                group["p"].fill_(p)  # in place: a compiled or captured step reads this very tensor
+            elif p is not None:
                 group["p"] = p
 
 

@@ -294,7 +294,7 @@ def test_names():
         (dict(lr=-1.0), ValueError, "lr must lie in"),
         (dict(lr=math.nan), ValueError, "lr"),
         (dict(lr="0.1"), TypeError, "lr must be a number"),
-        (dict(lr=torch.ones(2)), ValueError, "one-element"),
+        (dict(lr=torch.ones(2)), ValueError, "1-element"),
         (dict(norm="lp"), ValueError, "needs p"),
         (dict(norm="lp", p=0.5), ValueError, "p must lie in"),
         (dict(norm="lp", p="3"), TypeError, "p must be a number"),

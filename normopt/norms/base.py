@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from normopt._checks import is_low_precision
+from normopt._checks import equals, is_low_precision
 
 Needs = Literal["none", "tensor", "rows", "matrix"]
 Scale = Literal["power", "dual", "unit", "matched"]
@@ -39,7 +38,7 @@ class Norm(ABC):
     """
 
     @property
-    def power_exponent(self) -> float | None:
+    def power_exponent(self) -> float | Tensor | None:
         return None
 
     @abstractmethod
@@ -55,7 +54,7 @@ class Norm(ABC):
         """Partials of k pieces of one vector, shape [..., k, w], to its scalars, shape [..., s]."""
 
     @abstractmethod
-    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float) -> list[Tensor]:
+    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
         """``‖c‖⋆^kappa · D(c)`` as new tensors, given one row of scalars a tensor, shape [n, s]."""
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
@@ -105,19 +104,6 @@ class Norm(ABC):
         d = [self.apply([t], self.combine(self.measure([t])[:, None]), 0)[0] for t in c]
         return [u.to(t.dtype) for u, t in zip(d, x, strict=True)]
 
-    @classmethod
-    def fields(cls) -> tuple[str, ...]:
-        """The names of the norm's fields (its dataclass fields)."""
-        return tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
-
-    @classmethod
-    def required_fields(cls) -> tuple[str, ...]:
-        """The fields that have no default."""
-        if not dataclasses.is_dataclass(cls):
-            return ()
-        none = dataclasses.MISSING
-        return tuple(f.name for f in dataclasses.fields(cls) if f.default is none and f.default_factory is none)
-
 
 class TensorNorm(Norm):
     """The quick start: a norm written as ``dual_norm`` and ``dual_map`` of one tensor.
@@ -144,9 +130,9 @@ class TensorNorm(Norm):
             raise ValueError(f'{type(self).__name__} knows one tensor at a time: use scope="tensor"')
         return partials[..., 0, :]
 
-    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float) -> list[Tensor]:
+    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
         d = [self.dual_map(x) for x in c]
-        return d if kappa == 0 else [u * n.to(u) ** kappa for u, n in zip(d, scalars[:, 0], strict=True)]
+        return d if equals(kappa, 0) else [u * n.to(u) ** kappa for u, n in zip(d, scalars[:, 0], strict=True)]
 
 
 def working(x: Tensor) -> Tensor:

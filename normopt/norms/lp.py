@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normopt._checks import check_number
+from normopt._checks import check_number, equals
 from normopt.norms.base import Needs, Norm, Scale, stack, working
 from normopt.norms.registry import register
 
@@ -34,7 +34,8 @@ class Lp(Norm):
     (torch.sign alone would turn it into 0).
 
     Args:
-        p: the norm's order, 1 ≤ p ≤ ∞.
+        p: the norm's order, 1 ≤ p ≤ ∞. A one-element tensor (1 < p ≤ ∞, never read on the host) keeps a
+            compiled or captured step valid while p changes; p = 2 and ∞ are as exact as with a float.
 
     Raises:
         ValueError: p < 1 (no norm: the triangle inequality fails) or NaN.
@@ -49,32 +50,33 @@ class Lp(Norm):
         tensor([ 0.7330, -0.8463,  0.0000])
     """
 
-    p: float
+    p: float | Tensor
 
     def __post_init__(self) -> None:
-        check_number("p", self.p, low=1)
-        object.__setattr__(self, "p", float(self.p))
+        check_number("p", self.p, low=1, tensor=True)
+        order = self.p.reshape(()) if isinstance(self.p, Tensor) else float(self.p)
+        object.__setattr__(self, "p", order)
 
     @property
-    def q(self) -> float:
+    def q(self) -> float | Tensor:
         """The order of the dual norm, 1/p + 1/q = 1."""
-        return math.inf if self.p == 1 else 1 + self._exponent
+        return 1 + self._exponent
 
     @property
-    def _exponent(self) -> float:
-        return math.inf if self.p == 1 else 1 / (self.p - 1)
+    def _exponent(self) -> float | Tensor:
+        return math.inf if equals(self.p, 1) else 1 / (self.p - 1)
 
     @property
-    def power_exponent(self) -> float | None:
+    def power_exponent(self) -> float | Tensor | None:
         """κ = 1/(p−1), which makes ‖c‖⋆^κ·D(c) elementwise; None at p = 1, where it diverges."""
-        return None if self.p == 1 else self._exponent
+        return None if equals(self.p, 1) else self._exponent
 
     def needs(self, scale: Scale) -> Needs:
-        elementwise = scale == "power" or (scale == "unit" and self.p == math.inf) or self.is_identity(scale)
+        elementwise = scale == "power" or (scale == "unit" and equals(self.p, math.inf)) or self.is_identity(scale)
         return "none" if elementwise else "tensor"
 
     def is_identity(self, scale: Scale) -> bool:
-        return self.p == 2 and scale in ("power", "dual")
+        return equals(self.p, 2) and scale in ("power", "dual")
 
     def norm(self, x: Tensor) -> Tensor:
         """‖x‖_p, 0-d (float32 for 16-bit input)."""
@@ -86,48 +88,60 @@ class Lp(Norm):
 
     def combine(self, partials: Tensor) -> Tensor:
         """[..., 1]: ‖c‖_q; at p = 1 [..., 2]: the largest entry and the place of the tensor that has it."""
-        if self.p == 1:
+        if equals(self.p, 1):
             winner = partials[..., 0].argmax(-1, keepdim=True)  # the first of equals
             return partials.gather(-2, winner[..., None].expand(*winner.shape, 2))[..., 0, :]
         return size(partials, self.q)[..., None]
 
-    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float) -> list[Tensor]:
-        if kappa == 1 and self.p == 2:
+    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
+        if equals(kappa, 1) and equals(self.p, 2):
             return [x.clone() for x in c]
-        if self.p == 1:
+        if equals(self.p, 1):
             d = [one_hot(x, s[1] == i) for i, (x, s) in enumerate(zip(c, scalars, strict=True))]
-        elif self.p == math.inf:
+        elif equals(self.p, math.inf):
             d = signed_power(c, 0)
         else:
-            d = signed_power(divide(c, scalars[:, 0]), self._exponent)
-        return d if kappa == 0 else [u * n.to(u) ** kappa for u, n in zip(d, scalars[:, 0], strict=True)]
+            d = signed_power(self._or_exact(math.inf, c, divide(c, scalars[:, 0])), self._exponent)
+        if equals(kappa, 0):
+            return d
+        return self._or_exact(2, c, [x * n.to(x) ** kappa for x, n in zip(d, scalars[:, 0], strict=True)])
+
+    def _or_exact(self, end: float, c: list[Tensor], u: list[Tensor]) -> list[Tensor]:
+        """u, but for a tensor p that is at an end: c, as on the path that a float p takes there."""
+        if not isinstance(self.p, Tensor):
+            return u
+        here = self.p == end
+        return [torch.where(here, x, y) for x, y in zip(c, u, strict=True)]
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
         """``sign(c)·|c|^(1/(p−1))``, or ``c·(|c| + ε)^(−ρ)`` for ε > 0: elementwise, nothing measured."""
-        if self.p == 1:
+        if equals(self.p, 1):
             raise ValueError('scale="power" is not defined at p = 1, where its exponent 1/(p−1) diverges: use p > 1')
         if eps == 0:
             return signed_power(c, self._exponent)
         rho = 1 - self._exponent  # never (p−2)/(p−1), which is NaN at p = ∞
-        damped = torch._foreach_pow(torch._foreach_add(torch._foreach_abs(c), eps), -rho)
-        return list(torch._foreach_mul(c, damped))
+        return [x * (x.abs() + eps).pow(-rho) for x in c]
 
 
-def signed_power(c: list[Tensor], exponent: float) -> list[Tensor]:
+def signed_power(c: list[Tensor], exponent: float | Tensor) -> list[Tensor]:
     """``sign(c)·|c|^exponent``, elementwise, as new tensors; exponent ≥ 0, and 0 means the sign."""
-    if exponent == 0:
+    if equals(exponent, 0):
         return [torch.where(x.isnan(), x, x.sign()) for x in c]
-    if exponent == 1:
+    if equals(exponent, 1):
         return [x.clone() for x in c]
     magnitude = torch._foreach_abs(c)
-    if exponent == 2:  # p = 1.5
+    if equals(exponent, 2):  # p = 1.5
         return list(torch._foreach_mul(c, magnitude))
+    if isinstance(exponent, Tensor):
+        ends = zip(signed_power(c, 0), c, magnitude, strict=True)
+        general = [(sign, x, a.pow(exponent).copysign(x)) for sign, x, a in ends]
+        return [torch.where(exponent == 0, s, torch.where(exponent == 1, x, u)) for s, x, u in general]
     # p = 3 is a square root, which costs a tenth of a general power.
     power = torch._foreach_sqrt(magnitude) if exponent == 0.5 else torch._foreach_pow(magnitude, exponent)
     return [a.copysign(x) for a, x in zip(power, c, strict=True)]
 
 
-def relative_sums(c: list[Tensor], q: float) -> Tensor:
+def relative_sums(c: list[Tensor], q: float | Tensor) -> Tensor:
     """[n, 2]: for each tensor its largest |entry| M and Σ(|x|/M)^q, or at q = ∞ M and its place in c.
 
     |x|/M ≤ 1, so that no power of it overflows, and the sum is at least 1, so that none of use vanishes.
@@ -137,7 +151,7 @@ def relative_sums(c: list[Tensor], q: float) -> Tensor:
     for i, x in enumerate(c):
         a = x.abs()
         top = a.max() if x.numel() else a.new_zeros(())
-        if q == math.inf:
+        if equals(q, math.inf):
             rows.append(torch.stack([top, torch.full_like(top, i)]))
         else:
             limits = torch.finfo(a.dtype)
@@ -146,11 +160,11 @@ def relative_sums(c: list[Tensor], q: float) -> Tensor:
     return stack(rows)
 
 
-def size(partials: Tensor, q: float) -> Tensor:
+def size(partials: Tensor, q: float | Tensor) -> Tensor:
     """‖·‖_q from the relative sums of the k pieces of a vector: shape [..., k, 2] to [...]."""
     tops, sums = partials.unbind(-1)
     top = tops.amax(-1)
-    if q == math.inf:
+    if equals(q, math.inf):
         return top
     total = sums[..., 0] if sums.shape[-1] == 1 else (sums * (tops / top[..., None]).pow(q)).sum(-1)
     return top * total.pow(1 / q)

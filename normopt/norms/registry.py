@@ -18,6 +18,8 @@ class Entry:
 
     cls: type[Norm]
     fixed: Mapping[str, Any]
+    fields: tuple[str, ...]
+    required: tuple[str, ...]
 
 
 _entries: dict[str, Entry] = {}
@@ -49,7 +51,10 @@ def register(name: str, **fixed: Any) -> Callable[[N], N]:
         # A class defined again under its own name (a re-run notebook cell) replaces itself.
         if taken is not None and taken.cls.__qualname__ != cls.__qualname__:
             raise ValueError(f"the norm name {name!r} is taken by {taken.cls.__qualname__}: choose another")
-        _entries[name] = Entry(cls, dict(fixed))
+        declared: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+        none = dataclasses.MISSING
+        required = (f.name for f in declared if f.default is none and f.default_factory is none)
+        _entries[name] = Entry(cls, dict(fixed), tuple(f.name for f in declared), tuple(required))
         return cls
 
     return decorate
@@ -58,6 +63,16 @@ def register(name: str, **fixed: Any) -> Callable[[N], N]:
 def list_norms() -> list[str]:
     """Every registered name, sorted."""
     return sorted(_entries)
+
+
+def entry_of(norm: object) -> Entry:
+    """The entry of a ``norm=`` argument, a name or an object."""
+    if not isinstance(norm, Norm):
+        return lookup(norm)
+    name = _plain_name(type(norm))
+    if name is None:
+        raise ValueError(f'{type(norm).__name__} has no name yet: decorate it with @normopt.norms.register("…")')
+    return _entries[name]
 
 
 def lookup(name: object) -> Entry:
@@ -86,16 +101,10 @@ def flatten(norm: object, given: Mapping[str, Any]) -> dict[str, Any]:
         ``norm`` (a name), ``p`` (None for a norm without one) and ``norm_<field>``, as far as the
         argument decides them: ``"lp"`` alone leaves p open.
     """
-    if isinstance(norm, Norm):
-        cls, decided = type(norm), {f: getattr(norm, f) for f in norm.fields()}
-        name = _plain_name(cls)
-        if name is None:
-            raise ValueError(f'{cls.__name__} has no name yet: decorate it with @normopt.norms.register("…")')
-    else:
-        entry = lookup(norm)
-        cls, decided = entry.cls, dict(entry.fixed)
-        name = (_plain_name(cls) if decided else None) or str(norm)
-    if "p" not in cls.fields():
+    entry = entry_of(norm)
+    decided = {f: getattr(norm, f) for f in entry.fields} if isinstance(norm, Norm) else dict(entry.fixed)
+    name = _plain_name(entry.cls) or str(norm)
+    if "p" not in entry.fields:
         decided["p"] = None
     flat = {setting_key(field): value for field, value in decided.items()}
     for key, value in flat.items():
@@ -115,8 +124,8 @@ def build(settings: Mapping[str, Any]) -> Norm:
     name = settings["norm"]
     entry = lookup(name)
     values = {**settings, **flatten(name, settings)}
-    fields = {f: values[setting_key(f)] for f in entry.cls.fields() if values.get(setting_key(f)) is not None}
-    missing = [f for f in entry.cls.required_fields() if f not in fields]
+    fields = {f: values[setting_key(f)] for f in entry.fields if values.get(setting_key(f)) is not None}
+    missing = [f for f in entry.required if f not in fields]
     if missing:
         keys = ", ".join(setting_key(f) for f in missing)
         raise ValueError(f"norm {name!r} needs {keys}: give it to the optimizer or to the param group")

@@ -8,8 +8,10 @@ from torch import Tensor
 Number = float | Tensor
 
 
-def coupled(g: list[Tensor], w: list[Tensor], weight_decay: float) -> list[Tensor]:
+def coupled(g: list[Tensor], w: list[Tensor], weight_decay: Number) -> list[Tensor]:
     """``g ← g + λw``, before the momentum. Source: torch.optim.SGD."""
+    if isinstance(weight_decay, Tensor):
+        return list(torch._foreach_add(g, torch._foreach_mul(w, weight_decay)))
     return list(torch._foreach_add(g, w, alpha=weight_decay))
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normopt.norms import Lp
+from normopt.norms.scales import direction
 from tests.oracle import lp_dual_map, lp_dual_norm, lp_norm
 
 PS = [1.0, 1.01, 1.5, 2.0, 3.0, 4.0, 8.0, 64.0, 128.0, math.inf]  # 1e-30 to the 128th is still a longdouble
@@ -120,6 +121,37 @@ def test_p_1_is_one_hot_at_the_first_of_equals():
     assert float(Lp(1).dual_norm(x)) == 3
 
 
+@pytest.mark.parametrize("p", [1.5, 2.0, 3.0, 8.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_tensor_p_gives_what_the_number_gives(p, dtype):
+    """Exactly at p = 2 and ∞, where a number takes a path of its own; to roundoff elsewhere."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 20, dtype=dtype) * torch.logspace(-20, 0, 20, dtype=dtype)
+    x[0, 0], x[1] = 0, x[1] * 1e-18
+    number, tensor = Lp(p), Lp(torch.tensor([p], dtype=torch.float64))
+    tol = (
+        dict(rtol=0, atol=0)
+        if p in (2.0, math.inf)
+        else dict(rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-37)
+    )
+    torch.testing.assert_close(
+        tensor.dual_map(x), number.dual_map(x), **(tol if p == math.inf else tol | dict(rtol=1e-6))
+    )
+    torch.testing.assert_close(tensor.dual_norm(x), number.dual_norm(x), rtol=1e-6, atol=0)
+    torch.testing.assert_close(tensor.power([x])[0], number.power([x])[0], **tol)
+    for scale in ("dual", "matched"):
+        ours, theirs = (direction(n, [x], scale, False, 0.0)[0] for n in (tensor, number))
+        torch.testing.assert_close(ours, theirs, **(tol if scale == "dual" and p == 2 else dict(rtol=1e-5, atol=0)))
+    x[2, 2] = math.nan
+    assert tensor.power([x])[0].isnan().sum() == 1
+
+
+def test_a_tensor_p_is_one_float():
+    for wrong in (torch.ones(2), torch.tensor(3)):
+        with pytest.raises(ValueError, match="1-element"):
+            Lp(wrong)
+
+
 def test_lists_are_batches():
     xs = [torch.randn(3, 4), torch.randn(5), torch.tensor(2.0), torch.empty(0)]
     n = Lp(3.0)
@@ -145,7 +177,7 @@ def test_no_norm_below_one(p):
         Lp(p)
 
 
-@pytest.mark.parametrize("p", ["3", None, True, torch.tensor(3.0)])
+@pytest.mark.parametrize("p", ["3", None, True])
 def test_p_is_a_number(p):
     with pytest.raises(TypeError, match="p must be a number"):
         Lp(p)

@@ -1,0 +1,88 @@
+"""lr, p and weight_decay as tensors: a compiled step is one graph, and changing them compiles nothing anew."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import normopt
+
+CASES = [
+    *((name, {}) for name in normopt.list_optimizers()),
+    ("lpsgdm", dict(agr=True, decay="lp", decay_p=0.8)),
+    ("lpsgdm", dict(scale="matched")),
+    ("lpsgdm", dict(scale="dual", foreach=True)),
+    ("sgd", dict(decay="lp", momentum=0.9, nesterov=True, maximize=True)),
+]
+
+
+def make(name, settings, p):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s)) for s in ((5, 4), (4,), ())]
+    opt = normopt.get_optimizer(name)(params, lr=torch.tensor(0.1), weight_decay=torch.tensor(0.01), **settings)
+    for group in opt.param_groups:
+        if group["p"] not in (2.0, math.inf):  # LPSGD and its kin
+            group["p"] = torch.tensor(p)
+    return params, opt
+
+
+def set_grads(params, seed):
+    torch.manual_seed(seed)
+    for w in params:
+        g = torch.randn_like(w)
+        w.grad = g if w.grad is None else w.grad.copy_(g)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
+def test_one_graph_that_schedules_do_not_recompile(name, settings):
+    torch._dynamo.reset()
+    eager_params, eager = make(name, settings, 8.0)
+    params, opt = make(name, settings, 8.0)
+    for ps, o in ((eager_params, eager), (params, opt)):
+        set_grads(ps, 0)
+        o.step()  # the first step makes the buffers
+    counter = CompileCounter()
+    compiled = torch.compile(opt.step, backend=counter, fullgraph=True)
+    for i, p in enumerate((8.0, 5.0, 3.0, 2.0, math.inf), start=1):
+        for ps, o in ((eager_params, eager), (params, opt)):
+            set_grads(ps, i)
+            group = o.param_groups[0]
+            group["lr"].fill_(0.1 / i)
+            group["weight_decay"].fill_(0.01 * i)
+            if isinstance(group["p"], torch.Tensor):
+                group["p"].fill_(p)
+        eager.step()
+        compiled()
+    assert counter.frame_count == 1
+    for a, b in zip(eager_params, params, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_tensor_settings_equal_numbers():
+    def run(wrap):
+        torch.manual_seed(0)
+        w = torch.nn.Parameter(torch.randn(6, 5, dtype=torch.float64))
+        opt = normopt.LPSGDM([w], lr=wrap(0.1), p=wrap(8.0), weight_decay=wrap(0.01), agr=True, decay="lp")
+        sched = normopt.schedules.CosineP(opt, total_steps=8)
+        for i in range(10):
+            set_grads([w], i)
+            opt.step()
+            sched.step()
+        return w.detach(), opt
+
+    by_number, _ = run(float)
+    by_tensor, opt = run(lambda x: torch.tensor(x, dtype=torch.float64))
+    assert float(opt.param_groups[0]["p"]) == 2.0
+    torch.testing.assert_close(by_tensor, by_number, rtol=1e-12, atol=0)
+
+
+def test_a_tensor_lr_is_never_read(monkeypatch):
+    """Reading a device value on the host would stall every step on a GPU."""
+    params, opt = make("lpsgdm", dict(agr=True, decay="lp"), 8.0)
+    set_grads(params, 0)
+    for method in ("item", "__bool__", "__float__", "tolist", "cpu"):
+        monkeypatch.setattr(torch.Tensor, method, lambda *_: pytest.fail("a tensor was read on the host"))
+    opt.step()
