@@ -56,7 +56,9 @@ def python_of(page: Path) -> str:
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     code = tmp_path / page.with_suffix(".py").name
     code.write_text(python_of(page), encoding="utf-8")
-    run_python("-W", "error", str(code))
+    printed = run_python("-W", "error", str(code))
+    for output in re.findall(r"```python\n[^`]*```\n\n```text\n([^`]*)```", page.read_text(encoding="utf-8")):
+        assert output in printed
 
 
 def test_the_example_of_the_readme_is_that_of_the_home_page() -> None:
