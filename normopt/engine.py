@@ -43,8 +43,8 @@ class SteepestDescent(Optimizer):
             (w − ηu) · X/(X + pηλ),  X = |w|^(2−p)           decay "lp", with p = decay_p
 
     with ‖·‖⋆ the dual norm and D the dual map of the chosen norm (see [`Norm`][normopt.norms.Norm]).
-    Every argument but ``params`` and ``foreach``'s device choice is a per-group setting: any of them
-    can be given in a param group, and all are numbers, strings, bools or None there.
+    Every argument but ``params`` is a setting that a param group may override; there, all are numbers,
+    tensors, strings, bools or None.
 
     Args:
         params: parameters, named parameters or param-group dicts, as for torch.optim.
@@ -80,8 +80,9 @@ class SteepestDescent(Optimizer):
     tensors are never read on the host: changing them in place neither syncs nor recompiles.
 
     Raises:
-        ValueError, TypeError: at construction and in ``add_param_group``, for a setting that is out
-            of range, of the wrong type, unknown, or in contradiction to another.
+        ValueError: at construction and in ``add_param_group``, for a setting that is out of range,
+            unknown, or in contradiction to another; in ``step()``, for one that was made so since.
+        TypeError: likewise, for a setting of the wrong type.
         RuntimeError: in ``step()``, for a sparse gradient, before anything is written.
 
     Warns:

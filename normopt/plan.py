@@ -99,8 +99,8 @@ def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Pla
     """Check a param group's settings and decide its backend. The one place that does either.
 
     Raises:
-        ValueError, TypeError: a setting is out of range, of the wrong type, unknown, or contradicts
-            another; the message names it.
+        ValueError: a setting is out of range, unknown, or contradicts another; the message names it.
+        TypeError: a setting is of the wrong type; the message names it.
     """
     s = settings
     check_number("lr", s["lr"], low=0, open_high=True, tensor=True)

@@ -76,7 +76,7 @@ class Lp(Norm):
         return "none" if elementwise else "tensor"
 
     def is_identity(self, scale: Scale) -> bool:
-        return equals(self.p, 2) and scale in ("power", "dual")
+        return equals(self.p, 2) and scale != "unit"
 
     def norm(self, x: Tensor) -> Tensor:
         """‖x‖_p, 0-d (float32 for 16-bit input)."""

@@ -1,0 +1,43 @@
+# Every target sets up what it needs: on a fresh machine, `make demo` and `make test` are all there is to type.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types docs docs-serve clean
+
+help: ## Say what there is
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
+
+# Anew whenever pyproject.toml changes.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "normopt needs Python 3.11 or newer: try 'make PYTHON=python3.12 ...'" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: $(READY) ## Run a quick ablation of the optimizers
+	$(BIN)/python -m benchmarks ablate --preset quick
+
+test: $(READY) ## Run the tests, on two workers
+	$(BIN)/python -m pytest -n 2
+
+lint: $(READY) ## Check style and form
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(READY) ## Check the types
+	$(BIN)/mypy -p normopt -p benchmarks
+
+# The variable silences a notice that mkdocs-material prints about its successor.
+docs: $(READY) ## Build the site into site/; runs the tutorials
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(READY) ## Show the site while you edit it; the tutorials run short
+	NO_MKDOCS_2_WARNING=1 NORMOPT_DOCS_FAST=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8000
+
+clean: ## Remove what was built, and the environment
+	rm -rf .venv site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find normopt benchmarks tests docs "(" -name __pycache__ -o -name .ruff_cache ")" -type d -prune -exec rm -rf {} +
