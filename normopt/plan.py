@@ -167,4 +167,4 @@ def _choose_backend(
     devices = {p.device.type for p in params}
     if devices == {"cuda"} and all(type(p) in (Tensor, torch.nn.Parameter) for p in params):
         return "foreach", "every parameter is a plain CUDA tensor"
-    return "for-loop", f"foreach gains nothing on {', '.join(sorted(devices)) or 'no parameters'}"
+    return "for-loop", f"the default on {', '.join(sorted(devices)) or 'no device yet'}"

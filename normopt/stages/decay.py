@@ -27,6 +27,9 @@ def lp_factors(w: list[Tensor], p: float, lr_times_decay: Number) -> list[Tensor
     p < 2; zero is then absorbing: a weight that starts at 0 never trains. For p ≥ 2 the factor is
     written ``1/(1 + pηλ|w_old|^(p−2))``, which has no 0/0. ηλ = 0 gives the factor 1.
 
+    Without a gradient a weight w₀ is gone after about ``|w₀|^(2−p) / ((2−p)·pηλ)`` steps: λ means nothing
+    without η, so a larger learning rate sparsifies as a larger λ does.
+
     Source: Decoupled weight decay for any p norm, arXiv:2404.10824.
     """
     k = p * lr_times_decay

@@ -1,0 +1,21 @@
+"""Programs that measure normopt: ``python -m benchmarks`` from the root of the repository.
+
+Imports run one way: cli → study, report → results → phases, store → training → arms, tasks → spec. Nothing
+imports upward, and normopt imports nothing from here.
+"""
+
+from importlib.util import find_spec
+
+REQUIRED = ("joblib", "plotly", "pydantic", "rich", "scipy", "sklearn", "typer")
+
+
+def require() -> None:
+    """Raise a ModuleNotFoundError that says what to install, if a package of the bench extra is missing."""
+    missing = [name for name in REQUIRED if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f'the benchmarks need {", ".join(missing)}, which this Python does not have: pip install "normopt[bench]"'
+        )
+
+
+require()

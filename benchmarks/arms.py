@@ -1,0 +1,83 @@
+"""The arms of the ablation: a name → an optimizer and, where it has one, its schedule of p."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+import normopt
+from benchmarks.spec import RunSpec
+from normopt.schedules import CosineP, PSchedule
+
+Make = Callable[..., Optimizer]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One optimizer of the comparison.
+
+    Args:
+        name: what the report calls it.
+        make: parameters, lr and settings → the optimizer.
+        lr: the middle of its grid of learning rates.
+        rule: one line for the report.
+        anneals_p: CosineP over the epochs, as the paper has it; else p stays.
+        ours: takes normopt's regularizers.
+    """
+
+    name: str
+    make: Make
+    lr: float
+    rule: str
+    anneals_p: bool = False
+    ours: bool = True
+
+
+_ARMS = (
+    Arm("SGD", partial(normopt.SGD, momentum=0.9), 0.1, "ℓ2, heavy-ball momentum 0.9"),
+    Arm(
+        "SGD-EMA",
+        partial(normopt.SteepestDescent, norm="l2", momentum=0.9, momentum_rule="ema"),
+        1.0,
+        "ℓ2, averaged momentum 0.9: a heavy-ball step with a tenth of the learning rate",
+    ),
+    Arm("SignSGD", normopt.SignSGD, 3e-3, "the sign of the gradient, no momentum"),
+    Arm("Signum", normopt.Signum, 3e-3, "the sign of the averaged momentum 0.9"),
+    Arm(
+        "AdamW",
+        torch.optim.AdamW,
+        1e-2,
+        "torch.optim.AdamW at its defaults, its own weight decay 0.01 included",
+        ours=False,
+    ),
+    Arm("LPSGD", normopt.LPSGD, 1e-2, "power map of the gradient, p from 8 to 2", anneals_p=True),
+    Arm("LPSGDM", normopt.LPSGDM, 1e-2, "power map of the averaged momentum 0.9, p from 8 to 2", anneals_p=True),
+    Arm("LPSGDM-constant", normopt.LPSGDM, 1e-2, "LPSGDM whose p stays at 8"),
+    Arm(
+        "LPSGDM-matched",
+        partial(normopt.LPSGDM, scale="matched"),
+        1.0,
+        "LPSGDM with the length of SGD's step at every p: only the direction differs",
+        anneals_p=True,
+    ),
+)
+
+ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
+
+
+def make_optimizer(spec: RunSpec, params: Any) -> tuple[Optimizer, PSchedule | None]:
+    """The optimizer of a run and its schedule of p, which is stepped after every epoch."""
+    arm = ARMS[spec.arm]
+    # On a model this small the calls cost more than the arithmetic, and multi-tensor ones are fewer.
+    settings: dict[str, Any] = {"foreach": True}
+    if spec.agr:
+        settings["agr"] = True
+    if spec.weight_decay:
+        settings |= {"weight_decay": spec.weight_decay, "decay": "lp", "decay_p": spec.decay_p}
+    optimizer = arm.make(params, spec.lr, **settings)
+    return optimizer, CosineP(optimizer, total_steps=spec.epochs) if arm.anneals_p else None

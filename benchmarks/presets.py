@@ -1,0 +1,62 @@
+"""The studies that have a name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from benchmarks.arms import ARMS
+from benchmarks.spec import ArmPlan, Regularizer, SparsityPlan, Study
+
+ALL: tuple[Regularizer, ...] = ("none", "agr", "lp", "agr+lp")
+
+
+def _plans(names: Iterable[str], factors: tuple[float, ...], regularizers: tuple[Regularizer, ...]) -> list[ArmPlan]:
+    return [
+        ArmPlan(
+            name=name,
+            # Three digits: 0.3 and not 0.30000000000000004 in the store and the report.
+            lrs=tuple(float(f"{ARMS[name].lr * factor:.3g}") for factor in factors),
+            regularizers=regularizers if ARMS[name].ours else ("none",),
+        )
+        for name in names
+    ]
+
+
+# Every arm on handwritten digits, in less than three minutes on two cores.
+QUICK = Study(
+    preset="quick",
+    task="digits",
+    arms=tuple(_plans(ARMS, (0.1, 0.3, 1.0, 3.0, 10.0), ALL)),
+    baseline="SGD",
+    tuning_seed=1000,
+    final_seeds=(1, 2, 3, 4, 5),
+    epochs=12,
+    batch_size=64,
+    target=0.95,
+    decay_p=0.8,
+    decay_step=3e-4,
+    sparsity=SparsityPlan(
+        arm="LPSGDM",
+        weight_decays=(0.01, 0.03, 0.06, 0.1, 0.15, 0.2),
+        seeds=tuple(range(11, 21)),
+        epochs=20,
+    ),
+)
+
+# Seconds: proves that the machinery runs, and nothing about optimizers.
+SMOKE = Study(
+    preset="smoke",
+    task="digits",
+    arms=tuple(_plans(("SGD", "AdamW", "LPSGDM"), (1.0, 3.0), ("none", "agr+lp"))),
+    baseline="SGD",
+    tuning_seed=1000,
+    final_seeds=(1, 2),
+    epochs=2,
+    batch_size=64,
+    target=0.5,
+    decay_p=0.8,
+    decay_step=3e-4,
+    sparsity=SparsityPlan(arm="LPSGDM", weight_decays=(0.1, 1.0), seeds=(11, 12), epochs=2),
+)
+
+PRESETS: dict[str, Study] = {study.preset: study for study in (QUICK, SMOKE)}

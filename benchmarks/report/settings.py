@@ -1,0 +1,48 @@
+"""What was done, in sentences: settings, grids, seeds, and the command that makes the report again."""
+
+from __future__ import annotations
+
+from benchmarks.arms import ARMS
+from benchmarks.report.text import counted
+from benchmarks.results import Results
+from benchmarks.tasks import TASKS
+
+
+def command(results: Results) -> str:
+    """The command that makes this study."""
+    return f"python -m benchmarks ablate --preset {results.study.preset}"
+
+
+def settings(results: Results) -> list[str]:
+    """The study's settings, one sentence or two each."""
+    study, plan = results.study, results.study.sparsity
+    grids = "; ".join(f"{arm.name} {', '.join(f'{lr:g}' for lr in arm.lrs)}" for arm in study.arms)
+    where = "; ".join(
+        f"Python {e.python}, torch {e.torch}, normopt {e.normopt}, scikit-learn {e.sklearn}, {e.system}, "
+        f"{counted(e.cpus, 'CPU')}"
+        for e in results.environments
+    )
+    return [
+        f"Task: {TASKS[study.task].description}.",
+        f"Training: {counted(study.epochs, 'epoch')}, batches of {study.batch_size}, the learning rate of every arm "
+        "annealed to 0 along half a cosine over the steps. A seed fixes the initial weights and the batches, the same "
+        "for every arm.",
+        f"Regularizers: agr is adaptive gradient regularization; lp is ℓp weight decay with p = {study.decay_p:g} on "
+        f"tensors of two or more dimensions, with λ = {study.decay_step:g}/η, so that the product ηλ at the peak of "
+        "the learning rate η, and with it the pull to zero, is the same for every arm and learning rate.",
+        f"Tuning: learning rates {grids}; seed {study.tuning_seed}; chosen by the lowest validation loss after the "
+        "last epoch, a tie going to the smaller rate.",
+        f"Final runs: seeds {', '.join(map(str, study.final_seeds))}, the same for all. ± is half a 95 % t interval "
+        "over the seeds. Comparisons are paired t tests on test accuracy, Holm-corrected within each question.",
+        f"Sparsity: {plan.arm} at the learning rate tuned for it without regularizers ({results.sparsity_lr:g}), "
+        f"{counted(plan.epochs, 'epoch')}, λ = {', '.join(f'{wd:g}' for wd in plan.weight_decays)} with agr and lp, "
+        f"and the twin without either; seeds {plan.seeds[0]} to {plan.seeds[-1]}. Zeros are weights with |w| < 1e-13 "
+        "in tensors of two or more dimensions; nothing is pruned.",
+        "Steps to the target are counted at the first evaluation, one an epoch, whose validation accuracy is at least "
+        f"{100 * study.target:g} %: the median over the seeds, “>N” if it was not reached in N steps.",
+        "ms/step is processor time of a whole training step (forward, backward, optimizer) on one thread, with other "
+        "runs beside it; all optimizers run their multi-tensor (foreach) path. "
+        "State is what the optimizer keeps between steps.",
+        f"Optimizers: {'; '.join(f'{arm.name}: {ARMS[arm.name].rule}' for arm in study.arms)}.",
+        f"Made with {where}. The runs took {results.seconds:.0f} seconds of worker time.",
+    ]

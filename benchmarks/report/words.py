@@ -1,0 +1,205 @@
+"""The summary in plain words. Every sentence is made from the results; none is true by being typed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.report.text import counted, listed, number, p_text, percent, points
+from benchmarks.results import Comparison, Results, Row, SparsityPoint, test_accuracies
+from benchmarks.spec import Pair
+from benchmarks.stats import t_interval
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A question and what the results say to it."""
+
+    title: str
+    text: str
+
+
+def findings(results: Results) -> list[Finding]:
+    """The summary, in the order in which it is read."""
+    return [
+        Finding("The best", _best(results)),
+        Finding(f"Other optimizers against {results.study.baseline}, without regularizers", _arms(results)),
+        Finding("Regularizers against the same optimizer without", _regularizers(results)),
+        Finding("What annealing p does", _annealing(results)),
+        Finding("Sparsity", sparsity_words(results)),
+        Finding("How far to trust this", _trust(results)),
+    ]
+
+
+def arm_family(results: Results) -> list[Comparison]:
+    """Every other arm against the baseline, all without regularizers."""
+    baseline = results.study.baseline
+    arms = [arm.name for arm in results.study.arms if arm.name != baseline]
+    return results.compare([((arm, "none"), (baseline, "none")) for arm in arms])
+
+
+def regularizer_family(results: Results) -> list[Comparison]:
+    """Every regularizer against none, arm by arm."""
+    worn = [pair for pair in results.study.pairs if pair[1] != "none"]
+    return results.compare([(pair, (pair[0], "none")) for pair in worn])
+
+
+def annealing_family(results: Results) -> list[Comparison]:
+    """LPSGDM against its two controls: p that stays, and steps as long as SGD's."""
+    this: Pair = ("LPSGDM", "none")
+    return results.compare([(this, (control, "none")) for control in ("LPSGDM-constant", "LPSGDM-matched")])
+
+
+def _best(results: Results) -> str:
+    sound = [row for row in results.rows if not row.diverged]
+    if not sound:
+        return "Every pair of optimizer and regularizer had a final run that diverged."
+
+    def accuracy(row: Row) -> float:
+        return t_interval(test_accuracies(row.runs)).mean
+
+    best, worst = max(sound, key=accuracy), min(sound, key=accuracy)
+    text = (
+        f"The highest mean test accuracy of {len(results.rows)} pairs of optimizer and regularizer is "
+        f"{_accuracy(best)}, by {best.name}; the lowest is {_accuracy(worst)}, by {worst.name}."
+    )
+    baseline = results.row((results.study.baseline, "none"))
+    if baseline and not baseline.diverged and baseline is not best:
+        above = sum(accuracy(row) > accuracy(baseline) for row in sound)
+        text += f" {baseline.name} alone reaches {_accuracy(baseline)}; {above} of the other means lie above it."
+    return text
+
+
+def _arms(results: Results) -> str:
+    return _verdict(arm_family(results))
+
+
+def _regularizers(results: Results) -> str:
+    return _verdict(regularizer_family(results))
+
+
+def _annealing(results: Results) -> str:
+    family = annealing_family(results)
+    if not family:
+        return "LPSGDM and its controls were not both part of this study, or did not both finish."
+    parts = []
+    for c in family:
+        told = "a difference that stands" if c.adjusted < ALPHA else "which is not significant"
+        parts.append(
+            f"{c.row.name} minus {c.against.name}: {points(c.difference.interval)}, {told} ({p_text(c.adjusted)})"
+        )
+    return f"In test accuracy, each arm at its own learning rate. {'; '.join(parts)}. p-values are Holm-corrected."
+
+
+def _verdict(family: list[Comparison]) -> str:
+    if not family:
+        return "There is nothing to compare."
+    better = [c for c in family if c.adjusted < ALPHA and c.difference.interval.mean > 0]
+    worse = [c for c in family if c.adjusted < ALPHA and c.difference.interval.mean < 0]
+    n = len(family[0].row.runs)
+    text = [f"Test accuracy, paired over {counted(n, 'seed')}; p-values Holm-corrected over {len(family)} comparisons."]
+    for found, word in ((better, "Better"), (worse, "Worse")):
+        if found:
+            text.append(f"{word} at the 5 % level: {listed([_case(c) for c in found])}.")
+    rest = len(family) - len(better) - len(worse)
+    if rest:
+        ups = sum(c.difference.interval.mean > 0 for c in family if c not in better and c not in worse)
+        who = f"The other {rest} of {len(family)}" if better or worse else f"None of the {len(family)}"
+        verb = "cannot be told apart" if better or worse else "can be told apart"
+        text.append(f"{who} {verb} ({ups} of {rest} means are higher).")
+    if not better and not worse:
+        extreme = max(family, key=lambda c: abs(c.difference.interval.mean))
+        text.append(f"The largest difference is {_case(extreme)}.")
+    return " ".join(text)
+
+
+def _case(c: Comparison) -> str:
+    return f"{c.row.name}, {points(c.difference.interval)}, {p_text(c.adjusted)}"
+
+
+def _accuracy(row: Row) -> str:
+    return percent(t_interval(test_accuracies(row.runs)))
+
+
+def met(results: Results, point: SparsityPoint) -> bool:
+    """This λ gives the zeros that the study wants at no more than the loss of accuracy that it allows."""
+    plan = results.study.sparsity
+    difference = point.test_difference
+    return (
+        difference is not None
+        and point.zeros.mean >= plan.zeros_wanted
+        and difference.interval.mean >= -plan.loss_allowed
+    )
+
+
+def chosen(results: Results) -> SparsityPoint | None:
+    """The sparsest λ within the allowed loss on VALIDATION data, so that its test result is no selection's."""
+    allowed = -results.study.sparsity.loss_allowed
+    fit = [
+        point
+        for point in results.sparsity
+        if point.validation_difference is not None and point.validation_difference.interval.mean >= allowed
+    ]
+    return max(fit, key=lambda point: point.zeros.mean, default=None)
+
+
+def sparsity_words(results: Results) -> str:
+    """Whether the sparsity that the study asks for came out."""
+    plan = results.study.sparsity
+    wanted, allowed = f"{100 * plan.zeros_wanted:g} %", f"{100 * plan.loss_allowed:g}"
+    passing = [point for point in results.sparsity if met(results, point)]
+    text = (
+        f"Asked: with AGR and ℓp decay (p = {results.study.decay_p:g}), {plan.arm} should reach {wanted} exact zeros "
+        f"at a mean loss of at most {allowed} point of test accuracy to its twin without either, over "
+        f"{len(plan.seeds)} seeds. "
+    )
+    if passing:
+        text += f"It does at λ = {listed([f'{point.weight_decay:g}' for point in passing])}. "
+    else:
+        text += "It does not at any λ tried. "
+    pick = chosen(results)
+    if pick is None:
+        return text + f"At no λ does the validation accuracy stay within {allowed} point of the twin's."
+    assert pick.test_difference is not None
+    inside = pick.test_difference.interval.low >= -plan.loss_allowed
+    text += (
+        f"Choosing by validation data alone the sparsest network within {allowed} point gives "
+        f"λ = {pick.weight_decay:g}: {percent(pick.zeros)} exact zeros, test accuracy {percent(pick.accuracy)}, "
+        f"{points(pick.test_difference.interval)} to the twin"
+    )
+    text += (
+        f"; the whole interval lies within the allowed {allowed} point."
+        if inside
+        else f"; the interval does not rule out a loss of more than {allowed} point."
+    )
+    if results.sparsity_diverged:
+        text += f" Diverged at λ = {listed([f'{wd:g}' for wd in results.sparsity_diverged])}."
+    return text
+
+
+def _trust(results: Results) -> str:
+    study = results.study
+    text = [
+        f"Learning rates were chosen on one seed by validation loss, and the intervals are over "
+        f"{counted(len(study.final_seeds), 'seed')}: they hold for other initial weights and batches, not for another "
+        "test set or task. Small differences may not be found with so few seeds."
+    ]
+    edges = [row for row in results.rows if row.choice.at_edge]
+    if edges:
+        told = listed([f"{row.name} ({row.choice.lr:g})" for row in edges])
+        text.append(
+            f"The best learning rate lies at the edge of the grid, and a better one may lie beyond, for {told}."
+        )
+    else:
+        text.append("Every best learning rate lies inside its grid.")
+    tried = sum(loss == float("inf") for row in results.rows for loss in row.choice.losses.values())
+    broken = [f"{row.name} ({row.diverged} of {len(row.runs)})" for row in results.rows if row.diverged]
+    text.append(
+        f"{counted(tried, 'tuning run')} diverged"
+        + (f"; final runs that did: {listed(broken)}." if broken else ", and no final run.")
+    )
+    return " ".join(text)
+
+
+__all__ = ["Finding", "chosen", "findings", "met", "number", "sparsity_words"]

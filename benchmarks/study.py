@@ -1,0 +1,58 @@
+"""A study at work: its phases on worker processes, stored as they come, taken up again where they were."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterable
+
+import joblib
+import sklearn
+import torch
+
+import normopt
+from benchmarks import phases
+from benchmarks.spec import RunSpec, Study
+from benchmarks.store import Environment, Store
+from benchmarks.training import run
+
+
+def environment() -> Environment:
+    """Where this process runs."""
+    return Environment(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        cpus=os.cpu_count() or 1,
+        torch=torch.__version__,
+        normopt=normopt.__version__,
+        sklearn=sklearn.__version__,
+    )
+
+
+def execute(study: Study, store: Store, workers: int, advance: Callable[[str, int], None]) -> None:
+    """Make every run of the study that the store does not hold yet.
+
+    Args:
+        study: what to run.
+        store: where results go, each as soon as it is there.
+        workers: processes, each on one thread.
+        advance: told the phase and how many runs have been made or found stored since it was last told.
+    """
+    store.begin(study, environment())
+
+    def make(phase: str, specs: Iterable[RunSpec]) -> None:
+        wanted = {spec.run_id: spec for spec in specs}
+        missing = [spec for run_id, spec in wanted.items() if run_id not in store.runs]
+        advance(phase, len(wanted) - len(missing))
+        if not missing:
+            return
+        # One run a batch: joblib would otherwise hold back short runs to hand them over by the dozen.
+        parallel = joblib.Parallel(n_jobs=workers, batch_size=1, return_as="generator_unordered")
+        for record in parallel(joblib.delayed(run)(spec) for spec in missing):
+            store.add(record)
+            advance(phase, 1)
+
+    make("tuning", phases.tuning(study))
+    choices = phases.choose(study, store.runs)
+    make("final runs", [spec for specs in phases.final(study, choices).values() for spec in specs])
+    make("sparsity", [spec for specs in phases.sparsity(study, choices).values() for spec in specs])

@@ -1,0 +1,10 @@
+"""The tasks: what is learned. A task is one file with a class that fits `Task`, and a line in `TASKS`."""
+
+from __future__ import annotations
+
+from benchmarks.tasks.base import Splits, Task
+from benchmarks.tasks.digits import Digits
+
+TASKS: dict[str, Task] = {task.name: task for task in (Digits(),)}
+
+__all__ = ["TASKS", "Splits", "Task"]

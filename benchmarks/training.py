@@ -1,0 +1,144 @@
+"""One run: a spec → a record. Knows nothing of studies, files or other runs."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from benchmarks.arms import make_optimizer
+from benchmarks.spec import RunSpec
+from benchmarks.tasks import TASKS
+
+ZERO = 1e-13  # the count of exact zeros of arXiv:2404.10824
+
+
+class Epoch(BaseModel):
+    """How a run stood at the end of an epoch; p is the one its steps were made with."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+    steps: int
+    train_loss: float
+    validation_loss: float
+    validation_accuracy: float
+    p: float | None
+
+
+class RunRecord(BaseModel):
+    """What came out of a run. A run that diverged has its finite epochs, no test result, and says so."""
+
+    # p may be infinite, which JSON can only say in a string.
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+    id: str
+    spec: RunSpec
+    epochs: list[Epoch]
+    diverged: bool
+    test_loss: float | None
+    test_accuracy: float | None
+    zero_fraction: float | None
+    steps_to_target: int | None
+    state_bytes: int
+    ms_per_step: float  # of the processor's time, which other programs on the machine disturb less than the clock
+    seconds: float
+
+
+def run(spec: RunSpec) -> RunRecord:
+    """Train and measure one run, on one thread.
+
+    The model is drawn from the seed, and the batches from a generator of their own with the same
+    seed, so that runs with equal seeds start from the same weights and see the same batches,
+    whatever their optimizer does.
+    """
+    # More threads than one per worker only fight each other: a small run takes 20 times as long.
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    task = TASKS[spec.task]
+    splits = task.load()
+    torch.manual_seed(spec.seed)
+    model = task.build()
+    batches = torch.Generator().manual_seed(spec.seed)
+    optimizer, p_schedule = make_optimizer(spec, model.parameters())
+    per_epoch = math.ceil(len(splits.train[0]) / spec.batch_size)
+    lr_schedule = CosineAnnealingLR(optimizer, spec.epochs * per_epoch)
+
+    history: list[Epoch] = []
+    busy, steps, diverged = 0.0, 0, False
+    for _ in range(spec.epochs):
+        p = optimizer.param_groups[0].get("p")
+        start = time.process_time()
+        train_loss = _train_epoch(model, optimizer, lr_schedule, splits.train, spec.batch_size, batches)
+        busy += time.process_time() - start
+        steps += per_epoch
+        if p_schedule is not None:
+            p_schedule.step()
+        loss, accuracy = evaluate(model, splits.validation)
+        diverged = not (math.isfinite(train_loss) and math.isfinite(loss))
+        if diverged:
+            break
+        history.append(
+            Epoch(steps=steps, train_loss=train_loss, validation_loss=loss, validation_accuracy=accuracy, p=p)
+        )
+    test_loss, test_accuracy = evaluate(model, splits.test)
+    diverged = diverged or not math.isfinite(test_loss)
+    return RunRecord(
+        id=spec.run_id,
+        spec=spec,
+        epochs=history,
+        diverged=diverged,
+        test_loss=None if diverged else test_loss,
+        test_accuracy=None if diverged else test_accuracy,
+        zero_fraction=None if diverged else zero_fraction(model),
+        steps_to_target=next((e.steps for e in history if e.validation_accuracy >= spec.target), None),
+        state_bytes=_state_bytes(optimizer),
+        ms_per_step=1000 * busy / steps,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _train_epoch(
+    model: nn.Module,
+    optimizer: Optimizer,
+    lr_schedule: CosineAnnealingLR,
+    data: tuple[Tensor, Tensor],
+    batch_size: int,
+    batches: torch.Generator,
+) -> float:
+    """One pass over the data in a new order; the mean loss over it."""
+    x, y = data
+    total = torch.zeros(())
+    for chosen in torch.split(torch.randperm(len(x), generator=batches), batch_size):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x[chosen]), y[chosen])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        lr_schedule.step()
+        total += loss.detach() * len(chosen)
+    return float(total) / len(x)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy."""
+    x, y = data
+    logits = model(x)
+    return float(cross_entropy(logits, y)), int((logits.argmax(1) == y).sum()) / len(y)
+
+
+@torch.no_grad()
+def zero_fraction(model: nn.Module) -> float:
+    """The part of the weights that is exactly zero: |w| < 1e-13, over tensors of 2 dims or more."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    return sum(int((p.abs() < ZERO).sum()) for p in matrices) / sum(p.numel() for p in matrices)
+
+
+def _state_bytes(optimizer: Optimizer) -> int:
+    values = (v for state in optimizer.state.values() for v in state.values())
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
