@@ -281,10 +281,13 @@ class SteepestDescent(Optimizer):
         else:
             c, new = momenta.lion(old, g, plan.momentum, plan.beta2)
         for p, b, m in zip(params, stored, new, strict=True):
-            if b is None:
-                dtype = getattr(torch, plan.state_dtype) if plan.state_dtype else p.dtype
-                self.state[p][BUFFER] = torch.view_as_complex(m) if p.is_complex() else m.to(dtype)
-            elif b.dtype != m.dtype and not p.is_complex():
+            dtype = getattr(torch, plan.state_dtype) if plan.state_dtype else p.dtype
+            if p.is_complex():
+                if b is None:  # later steps write through a view of it
+                    self.state[p][BUFFER] = torch.view_as_complex(m)
+            elif b is None or b.dtype != dtype:  # new, or the parameter has changed its dtype since
+                self.state[p][BUFFER] = m.to(dtype)
+            elif b is not m:
                 b.copy_(m)
         return [x.clone() for x in c] if plan.differentiable else c
 

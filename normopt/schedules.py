@@ -63,16 +63,17 @@ class PSchedule(ABC):
         """Go on where the saved schedule was, and set p in the param groups to what it was there.
 
         Raises:
-            ValueError: the state is of another kind of schedule, or of another number of groups.
+            ValueError: the state is of another kind of schedule, or of more groups than there are.
         """
         if set(state_dict) != set(self.state_dict()):
             raise ValueError(
                 f"this state has the keys {sorted(state_dict)}, but a {type(self).__name__} has "
                 f"{sorted(self.state_dict())}: load it into the kind of schedule that saved it"
             )
-        if len(state_dict["base_ps"]) != len(self.optimizer.param_groups):
+        # Fewer is fine: the optimizer may have got groups after the schedule was made.
+        if len(state_dict["base_ps"]) > len(self.optimizer.param_groups):
             raise ValueError(
-                f"this state is of {len(state_dict['base_ps'])} param groups, but the optimizer has "
+                f"this state is of {len(state_dict['base_ps'])} param groups, but the optimizer has only "
                 f"{len(self.optimizer.param_groups)}: rebuild the groups as they were saved"
             )
         self.__dict__.update(state_dict)

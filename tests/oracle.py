@@ -76,7 +76,7 @@ def direction(cs: list[Array], p: float, scale: str, scope: str = "tensor", eps:
         elif scale == "dual":
             u = (n * d).astype(np.float64)
         else:
-            u = (d * (rms(c) / rms(d))).astype(np.float64) if n > 0 else d
+            u = d if n == 0 else (d * (rms(c) / rms(d))).astype(np.float64)
         out.append(u)
     return out
 
