@@ -1,0 +1,142 @@
+"""Other people's trainers: the examples run as they stand, and the calls of those that are not installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import normopt
+from normopt.integrations import timm as timm_integration
+
+NAMES = normopt.list_optimizers()
+ROOT = Path(__file__).parent.parent
+
+
+def run_example(name: str) -> str:
+    code = (
+        "from benchmarks.vision import allow_torchvision_import as allow; allow(); import runpy; "
+        f"runpy.run_path('examples/{name}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_lightning_example():
+    """Trains, stops, resumes; both schedules have run to their ends."""
+    out = run_example("lightning_digits.py")
+    accuracy, p, lr = map(float, re.search(r"accuracy (\S+), p has gone from 8 to (\S+), lr to (\S+)", out).groups())
+    assert accuracy > 0.95
+    assert p == 2
+    assert lr == 0
+
+
+def test_accelerate_example():
+    out = run_example("accelerate_digits.py")
+    accuracy, zeros, p = re.search(r"accuracy (\S+), (\S+)% of the weights are zero, p = (\S+)", out).groups()
+    assert float(accuracy) > 0.9
+    assert float(zeros) > 20
+    assert float(p) == 2
+
+
+def decay_groups(net):
+    """Hugging Face Trainer's two groups: everything that decays, and biases and norms, which do not."""
+    decays = [p for p in net.parameters() if p.dim() >= 2]
+    spared = [p for p in net.parameters() if p.dim() < 2]
+    return [{"params": decays, "weight_decay": 0.1}, {"params": spared, "weight_decay": 0.0}]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hugging_face_trainers_optimizer_cls_and_kwargs(name):
+    """``Trainer(optimizer_cls_and_kwargs=(cls, kwargs))`` calls ``cls(groups, **kwargs)``."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
+    optimizer_cls, optimizer_kwargs = normopt.get_optimizer(name), {"lr": 0.01, "agr": True}
+    opt = optimizer_cls(decay_groups(net), **optimizer_kwargs)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: max(0.0, 1 - step / 10))
+    before = [p.detach().clone() for p in net.parameters()]
+    for _ in range(3):
+        net(torch.randn(5, 4)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        scheduler.step()
+        net.zero_grad()
+    assert [g["weight_decay"] for g in opt.param_groups] == [0.1, 0.0]
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.007)
+    assert any(not torch.equal(p, w) for p, w in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_skorchs_call_pattern(name):
+    """skorch builds ``cls(groups, **kwargs)`` from ``optimizer__*``, steps with a closure, and sets lr by group."""
+    net = torch.nn.Linear(4, 2)
+    groups = [{"params": [net.weight], "lr": 0.02}, {"params": [net.bias]}]
+    opt = normopt.get_optimizer(name)(groups, lr=0.01)
+    x = torch.randn(6, 4)
+
+    def step_fn():
+        opt.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [opt.step(step_fn).item() for _ in range(3)]
+    assert losses[-1] < losses[0]
+    for group in opt.param_groups:  # net.set_params(optimizer__lr=0)
+        group["lr"] = 0.0
+    before = net.weight.detach().clone()
+    opt.step(step_fn)
+    assert torch.equal(net.weight, before)
+
+
+@pytest.fixture
+def timm_stub(monkeypatch):
+    """The part of timm.optim that its documentation promises: OptimInfo, default_registry, list_optimizers."""
+
+    @dataclasses.dataclass(frozen=True)
+    class OptimInfo:
+        name: str
+        opt_class: type
+        description: str = ""
+        has_eps: bool = True
+        has_momentum: bool = False
+        has_betas: bool = False
+
+    known = {"sgd": OptimInfo("sgd", torch.optim.SGD), "lion": OptimInfo("lion", torch.optim.SGD)}
+    registry = types.SimpleNamespace(
+        register=lambda info: known.update({info.name: info}), get_optimizer_info=known.__getitem__
+    )
+    stub = types.ModuleType("timm.optim")
+    stub.OptimInfo, stub.default_registry, stub.list_optimizers = OptimInfo, registry, lambda: sorted(known)
+    monkeypatch.setitem(sys.modules, "timm", types.ModuleType("timm"))
+    monkeypatch.setitem(sys.modules, "timm.optim", stub)
+    return known
+
+
+def test_timm_registration(timm_stub):
+    names = timm_integration.register()
+    assert set(names.values()) == {normopt.get_optimizer(n) for n in NAMES}
+    assert names["lpsgdm"] is normopt.LPSGDM
+    assert names["normoptsgd"] is normopt.SGD
+    assert timm_stub["sgd"].opt_class is torch.optim.SGD
+    assert timm_integration.register() == names
+    for name, info in timm_stub.items():
+        if name in names:
+            # What timm's factory passes: weight_decay always, momentum and eps as the info says.
+            kwargs = {"weight_decay": 0.01, "lr": 0.1}
+            kwargs |= {"momentum": 0.9} if info.has_momentum else {}
+            kwargs |= {"eps": 1e-8} if info.has_eps else {}
+            info.opt_class([torch.nn.Parameter(torch.ones(2))], **kwargs)
+            assert "_" not in name
+
+
+def test_without_timm_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    with pytest.raises(ImportError, match="pip install timm"):
+        timm_integration.register()
