@@ -97,7 +97,7 @@ def test_skorchs_call_pattern(name):
 
 @pytest.fixture
 def timm_stub(monkeypatch):
-    """The part of timm.optim that its documentation promises: OptimInfo, default_registry, list_optimizers."""
+    """The part of timm 1.0.31's optimizer factory that registration touches."""
 
     @dataclasses.dataclass(frozen=True)
     class OptimInfo:
@@ -112,10 +112,10 @@ def timm_stub(monkeypatch):
     registry = types.SimpleNamespace(
         register=lambda info: known.update({info.name: info}), get_optimizer_info=known.__getitem__
     )
-    stub = types.ModuleType("timm.optim")
-    stub.OptimInfo, stub.default_registry, stub.list_optimizers = OptimInfo, registry, lambda: sorted(known)
-    monkeypatch.setitem(sys.modules, "timm", types.ModuleType("timm"))
-    monkeypatch.setitem(sys.modules, "timm.optim", stub)
+    package, optim, factory = (types.ModuleType(n) for n in ("timm", "timm.optim", "timm.optim._optim_factory"))
+    optim.OptimInfo, optim.list_optimizers, factory.default_registry = OptimInfo, lambda: sorted(known), registry
+    for module in (package, optim, factory):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     return known
 
 

@@ -26,28 +26,25 @@ def register() -> dict[str, type[SteepestDescent]]:
         >>> opt = timm.optim.create_optimizer_v2(model, opt="lpsgdm", lr=0.01, weight_decay=0.05)
     """
     try:
-        from timm.optim import OptimInfo, default_registry
+        from timm.optim import OptimInfo
         from timm.optim import list_optimizers as list_timm
+        from timm.optim._optim_factory import default_registry  # timm exports it nowhere else
     except ImportError as error:
         raise ImportError("normopt.integrations.timm needs timm 1.0.12 or newer: pip install timm") from error
-    taken = {name for name in list_timm() if default_registry.get_optimizer_info(name).description != _DESCRIPTION}
+    known = {name: default_registry.get_optimizer_info(name).opt_class for name in list_timm()}
     registered = {}
     for ours in list_optimizers():
-        name = f"normopt{ours}" if ours in taken else ours  # no underscore: timm cuts names there
         cls = get_optimizer(ours)
-        arguments = inspect.signature(cls).parameters
-        default_registry.register(
-            OptimInfo(
+        name = ours if known.get(ours, cls) is cls else f"normopt{ours}"  # no underscore: timm cuts names there
+        registered[name] = cls
+        if name not in known:
+            arguments = inspect.signature(cls).parameters
+            info = OptimInfo(
                 name=name,
                 opt_class=cls,
-                description=_DESCRIPTION,
+                description="normopt: steepest descent under a norm",
                 has_eps="eps" in arguments,
                 has_momentum="momentum" in arguments,
-                has_betas=False,
             )
-        )
-        registered[name] = cls
+            default_registry.register(info)
     return registered
-
-
-_DESCRIPTION = "normopt: steepest descent under a norm"
