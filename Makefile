@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs docs-serve clean
+.PHONY: help demo test conformance fuzz lint types docs docs-serve clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -23,6 +23,12 @@ demo: $(READY) ## Run a quick ablation of the optimizers
 
 test: $(READY) ## Run the tests, on two workers
 	$(BIN)/python -m pytest -n 2
+
+conformance: $(READY) ## Ask PyTorch's questions of every optimizer; writes docs/conformance.md
+	$(BIN)/python -m pytest tests/conformance -n 2 --conformance-table docs/conformance.md
+
+fuzz: $(READY) ## The nightly fuzz test: 2,000 random lives of an optimizer
+	NORMOPT_FUZZ=2000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(READY) ## Check style and form
 	$(BIN)/ruff check

@@ -1,0 +1,75 @@
+"""The conformance table: what tests/conformance found, as a page of the docs."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import normopt
+
+PREAMBLE = """# Conformance
+
+What PyTorch's own tests ask of its optimizers, asked of every optimizer of the zoo. The inputs come from
+`torch.testing._internal.common_optimizers`, which ships in torch's wheel. A number is how many cases passed.
+
+This page is written by the test run: `make conformance`, here with torch {version}. {total} cases passed,
+{skipped} were skipped{failed}.
+"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--conformance-table", help="write what tests/conformance finds to this Markdown file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--conformance-table"):
+        config.pluginmanager.register(Table(Path(path)))
+
+
+class Table:
+    """Collects outcomes by question and optimizer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns = sorted((normopt.get_optimizer(n).__name__ for n in normopt.list_optimizers()), key=str.lower)
+        self.cells: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        self.reasons: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        name = re.fullmatch(r"tests/conformance/\S*::test_(\w+)\[(.*)\]", report.nodeid)
+        if name is None or (report.when != "call" and report.outcome == "passed"):
+            return
+        question, case = name[1].replace("_", " "), name[2].split("-")
+        column = next(c for c in self.columns if c in case)
+        self.cells[question][column].append(report.outcome)
+        if report.skipped:
+            self.reasons.append(f"- {question}, {column}: {report.longrepr[2]}")
+
+    def pytest_sessionfinish(self) -> None:
+        outcomes = [o for row in self.cells.values() for cell in row.values() for o in cell]
+        failed = outcomes.count("failed")
+        lines = [
+            PREAMBLE.format(
+                version=torch.__version__.split("+")[0],
+                total=outcomes.count("passed"),
+                skipped=outcomes.count("skipped"),
+                failed=f", and {failed} FAILED" if failed else "",
+            ),
+            "| | " + " | ".join(self.columns) + " |",
+            "|---|" + "---|" * len(self.columns),
+        ]
+        for question, row in self.cells.items():
+            lines.append(f"| {question} | " + " | ".join(summary(row[c]) for c in self.columns) + " |")
+        if self.reasons:
+            lines += ["", "## Skipped, and why", "", *sorted(set(self.reasons))]
+        self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def summary(outcomes: list[str]) -> str:
+    """``12``, or ``12, 1 skipped``."""
+    others = [f"{outcomes.count(o)} {o}" for o in ("skipped", "failed") if o in outcomes]
+    return ", ".join([str(outcomes.count("passed")), *others])
