@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 
 import torch
@@ -41,7 +42,8 @@ def check_number(
             raise ValueError(f"Tensor {name} must be 1-element and of floats, but is {given}")
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {kind}, but is {value!r} ({type(value).__name__})")
+        hint = f": pass float({name})" if isinstance(value, numbers.Real) and not isinstance(value, bool) else ""
+        raise TypeError(f"{name} must be {kind}, but is {value!r} ({type(value).__name__}){hint}")
     below = value <= low if open_low else value < low
     above = value >= high if open_high else value > high
     if math.isnan(value) or below or above:

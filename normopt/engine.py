@@ -12,10 +12,22 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from normopt._checks import is_low_precision
+from normopt.loading import check_loaded, pairs
 from normopt.norms import registry
 from normopt.norms.base import Norm, Scale
 from normopt.norms.scales import direction
-from normopt.plan import Decay, MomentumRule, Plan, Rounding, Scope, make_plan
+from normopt.plan import Plan, make_plan
+from normopt.settings import (
+    DEFAULT_BETA2,
+    DEFAULT_DECAY_P,
+    Decay,
+    MomentumRule,
+    Rounding,
+    Scope,
+    refuse_idle,
+    refuse_typos,
+    refuse_unknown_arguments,
+)
 from normopt.stages import decay as decays
 from normopt.stages import momentum as momenta
 from normopt.stages.agr import agr as regularize
@@ -107,13 +119,13 @@ class SteepestDescent(Optimizer):
         eps: float = 0.0,
         momentum: float = 0.0,
         momentum_rule: MomentumRule = "heavy",
-        beta2: float = 0.99,
+        beta2: float = DEFAULT_BETA2,
         dampening: float = 0.0,
         nesterov: bool = False,
         agr: bool = False,
         weight_decay: float | Tensor = 0.0,
         decay: Decay = "decoupled",
-        decay_p: float = 1.0,
+        decay_p: float = DEFAULT_DECAY_P,
         state_dtype: str | torch.dtype | None = None,
         rounding: Rounding = "nearest",
         maximize: bool = False,
@@ -142,10 +154,12 @@ class SteepestDescent(Optimizer):
             maximize=maximize,
             foreach=foreach,
             differentiable=differentiable,
-            **_checked_norm_fields(norm, norm_fields),
+            **norm_fields,
         )
+        refuse_unknown_arguments(type(self).__name__, norm, norm_fields, settings)
         settings |= registry.flatten(norm, settings)
         make_plan(settings)  # refuse before the base class has touched anything
+        refuse_idle(settings)
         super().__init__(params, settings)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -155,6 +169,7 @@ class SteepestDescent(Optimizer):
         group = dict(param_group)
         if "norm" in group:
             group |= registry.flatten(group["norm"], group)
+        refuse_typos(group, self.defaults)
         if "state_dtype" in group:
             group["state_dtype"] = _dtype_name(group["state_dtype"])
         super().add_param_group(group)
@@ -179,19 +194,29 @@ class SteepestDescent(Optimizer):
 
         torch rounds all loaded state to the parameter's dtype, which would cost a float32 momentum of
         16-bit weights its lower half.
+
+        Raises:
+            ValueError: a momentum has not the shape of its parameter; nothing is changed then.
+
+        Warns:
+            UserWarning: the checkpoint is of an optimizer with another norm, scale or momentum rule (those
+                are loaded too), or has state that no stage here reads.
         """
-        seen: list[dict[str, Any]] = []  # as the user's own pre-hooks leave it: this hook runs last
-        handle = self.register_load_state_dict_pre_hook(lambda _, state: seen.append(state))
+        seen: list[dict[str, Any]] = []
+
+        def look(_: Optimizer, state: dict[str, Any]) -> None:
+            seen.append(state)
+            check_loaded(type(self).__name__, self.param_groups, state, read=(BUFFER, COMPENSATION))
+
+        handle = self.register_load_state_dict_pre_hook(look)  # runs after the user's own pre-hooks
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        ids = [i for group in seen[0]["param_groups"] for i in group["params"]]
-        ours = [(p, group["state_dtype"]) for group in self.param_groups for p in group["params"]]
-        for i, (p, dtype) in zip(ids, ours, strict=True):
+        for group, i, p in pairs(self.param_groups, seen[0]):
             buffer = seen[0]["state"].get(i, {}).get(BUFFER)
-            if buffer is not None and dtype is not None and not p.is_complex():
-                self.state[p][BUFFER] = buffer.to(device=p.device, dtype=getattr(torch, dtype))
+            if buffer is not None and group["state_dtype"] is not None and not p.is_complex():
+                self.state[p][BUFFER] = buffer.to(device=p.device, dtype=getattr(torch, group["state_dtype"]))
 
     def backend(self) -> str:
         """What each param group does, and on which backend and why: one line a group."""
@@ -332,15 +357,6 @@ def _on_device(value: float | Tensor, device: torch.device) -> float | Tensor:
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
     """A dtype as the primitive that a param group holds: ``torch.float32`` is "float32"."""
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-
-
-def _checked_norm_fields(norm: str | Norm, norm_fields: dict[str, Any]) -> dict[str, Any]:
-    known = {registry.setting_key(f) for f in registry.entry_of(norm).fields} - {"p"}
-    for key in norm_fields:
-        if key not in known:
-            takes = f"norm {norm!r} takes {', '.join(sorted(known)) or 'no further field'}"
-            raise TypeError(f"SteepestDescent got an unexpected argument {key!r} ({takes})")
-    return norm_fields
 
 
 def _warn_if_stuck(params: list[Tensor], p: float) -> None:

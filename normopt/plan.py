@@ -4,47 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from normopt._checks import check_bool, check_choice, check_number, equals
+from normopt._checks import equals
 from normopt.norms import registry
 from normopt.norms.base import Norm, Scale
-
-Scope = Literal["tensor", "group"]
-MomentumRule = Literal["heavy", "ema", "lion"]
-Decay = Literal["coupled", "decoupled", "lp"]
-Rounding = Literal["nearest", "stochastic", "kahan"]
-
-CHOICES = {
-    "scale": ("power", "dual", "unit", "matched"),
-    "scope": ("tensor", "group"),
-    "momentum_rule": ("heavy", "ema", "lion"),
-    "decay": ("coupled", "decoupled", "lp"),
-    "rounding": ("nearest", "stochastic", "kahan"),
-}
-STATE_DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
-class Common(TypedDict, total=False):
-    """The settings that every optimizer of the zoo takes and none of them names; see `SteepestDescent`."""
-
-    agr: bool
-    decay_p: float
-    state_dtype: str | torch.dtype | None
-    rounding: Rounding
-    maximize: bool
-    foreach: bool | None
-    differentiable: bool
-
-
-class Settings(Common, total=False):
-    """`Common` and the weight decay, for the optimizers that do not name theirs."""
-
-    weight_decay: float | Tensor
-    decay: Decay
+from normopt.settings import Decay, MomentumRule, Rounding, Scope, check_combinations, check_settings
 
 
 @dataclass(frozen=True)
@@ -82,14 +50,28 @@ class Plan:
         return None if equals(self.weight_decay, 0) else self.decay
 
     def __str__(self) -> str:
-        stages = ["AGR"] if self.agr else []
-        stages += ["coupled decay"] if self.decays == "coupled" else []
-        stages += [f"{self.momentum_rule} momentum {self.momentum:g}"] if self.momentum != 0 else []
-        over = " over the group" if self.scope == "group" else ""
-        stages += [f"{self.norm} {self.scale}{over}"]
-        stages += ["decoupled decay"] if self.decays == "decoupled" else []
-        stages += [f"ℓp decay (p = {self.decay_p:g})"] if self.decays == "lp" else []
-        return f"{' → '.join(stages)} → write, on {self.backend} ({self.why})"
+        decay = f"λ = {_shown(self.weight_decay)}"
+        stages = ["−g"] if self.maximize else []
+        stages += ["AGR"] if self.agr else []
+        stages += [f"coupled decay {decay}"] if self.decays == "coupled" else []
+        stages += [self._momentum_in_words()] if self.momentum != 0 else []
+        eps = f", ε = {self.eps:g}" if self.eps != 0 else ""
+        stages += [f"{self.norm!r} {self.scale}{' over the group' if self.scope == 'group' else ''}{eps}"]
+        stages += [f"decoupled decay {decay}"] if self.decays == "decoupled" else []
+        stages += [f"ℓp decay {decay}, p = {self.decay_p:g}"] if self.decays == "lp" else []
+        rounding = f" ({self.rounding})" if self.rounding != "nearest" else ""
+        return f"{' → '.join(stages)} → write{rounding}, on {self.backend} ({self.why})"
+
+    def _momentum_in_words(self) -> str:
+        more = [f"β₂ = {self.beta2:g}"] if self.momentum_rule == "lion" else []
+        more += [f"dampening {self.dampening:g}"] if self.dampening != 0 else []
+        more += ["Nesterov"] if self.nesterov else []
+        more += [f"in {self.state_dtype}"] if self.state_dtype else []
+        return f"{self.momentum_rule} momentum {self.momentum:g}" + (f" ({', '.join(more)})" if more else "")
+
+
+def _shown(value: float | Tensor) -> str:
+    return "a tensor" if isinstance(value, Tensor) else f"{value:g}"
 
 
 _TAKEN_AS_THEY_ARE = tuple(f.name for f in fields(Plan) if f.name not in ("norm", "backend", "why"))
@@ -102,52 +84,13 @@ def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Pla
         ValueError: a setting is out of range, unknown, or contradicts another; the message names it.
         TypeError: a setting is of the wrong type; the message names it.
     """
-    s = settings
-    check_number("lr", s["lr"], low=0, open_high=True, tensor=True)
-    check_number("eps", s["eps"], low=0, open_high=True)
-    check_number("momentum", s["momentum"], low=0, high=1, open_high=s["momentum_rule"] != "heavy")
-    check_number("beta2", s["beta2"], low=0, high=1, open_high=True)
-    check_number("dampening", s["dampening"])
-    check_number("weight_decay", s["weight_decay"], low=0, open_high=True, tensor=True)
-    check_number("decay_p", s["decay_p"], low=0, open_low=True, open_high=True)
-    for name, choices in CHOICES.items():
-        check_choice(name, s[name], choices)
-    if s["state_dtype"] is not None:
-        check_choice("state_dtype", s["state_dtype"], STATE_DTYPES)
-    for name in ("nesterov", "agr", "maximize", "differentiable"):
-        check_bool(name, s[name])
-    if s["foreach"] is not None:
-        check_bool("foreach", s["foreach"])
-    norm = registry.build(s)
+    check_settings(settings)
+    norm = registry.build(settings)
     params = list(params)
-    _check_combinations(s, norm)
-    _check_rounding(s["rounding"], params)
-    backend, why = _choose_backend(s["foreach"], s["differentiable"], params)
-    return Plan(norm=norm, backend=backend, why=why, **{name: s[name] for name in _TAKEN_AS_THEY_ARE})
-
-
-def _check_combinations(s: Mapping[str, Any], norm: Norm) -> None:
-    if s["scale"] == "power" and norm.power_exponent is None:
-        raise ValueError(
-            f'scale="power" is not defined for {norm}: its exponent 1/(p−1) diverges or does not exist; '
-            'use "dual", "unit" or "matched"'
-        )
-    if s["eps"] != 0 and s["scale"] != "power":
-        raise ValueError(f'eps = {s["eps"]} belongs to scale="power", but the scale is {s["scale"]!r}: set eps=0')
-    if s["scope"] == "group" and s["scale"] in ("power", "matched"):
-        raise ValueError(
-            f'scope="group" needs scale="dual" or "unit": "{s["scale"]}" takes no norm over the group; '
-            'use scope="tensor"'
-        )
-    if s["nesterov"] and s["momentum_rule"] == "lion":
-        raise ValueError('nesterov=True has no meaning under momentum_rule="lion": use "heavy" or "ema"')
-    if s["nesterov"] and (s["momentum"] == 0 or s["dampening"] != 0):
-        raise ValueError(
-            "nesterov=True needs momentum > 0 and dampening = 0, but "
-            f"momentum = {s['momentum']}, dampening = {s['dampening']}"
-        )
-    if s["dampening"] != 0 and s["momentum_rule"] != "heavy":
-        raise ValueError(f'dampening belongs to momentum_rule="heavy", not {s["momentum_rule"]!r}: set dampening=0')
+    check_combinations(settings, norm)
+    _check_rounding(settings["rounding"], params)
+    backend, why = _choose_backend(settings["foreach"], settings["differentiable"], params)
+    return Plan(norm=norm, backend=backend, why=why, **{name: settings[name] for name in _TAKEN_AS_THEY_ARE})
 
 
 def _check_rounding(rounding: Rounding, params: list[Tensor]) -> None:

@@ -57,7 +57,7 @@ class PSchedule(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer, as primitive values."""
-        return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
+        return {"schedule": type(self).__name__} | {k: v for k, v in self.__dict__.items() if k != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the saved schedule was, and set p in the param groups to what it was there.
@@ -65,10 +65,10 @@ class PSchedule(ABC):
         Raises:
             ValueError: the state is of another kind of schedule, or of more groups than there are.
         """
-        if set(state_dict) != set(self.state_dict()):
+        if state_dict.get("schedule") != type(self).__name__:
             raise ValueError(
-                f"this state has the keys {sorted(state_dict)}, but a {type(self).__name__} has "
-                f"{sorted(self.state_dict())}: load it into the kind of schedule that saved it"
+                f"this state is of {state_dict.get('schedule', 'no schedule of p')}, not of {type(self).__name__}: "
+                "load it into the kind of schedule that saved it"
             )
         # Fewer is fine: the optimizer may have got groups after the schedule was made.
         if len(state_dict["base_ps"]) > len(self.optimizer.param_groups):
@@ -76,8 +76,12 @@ class PSchedule(ABC):
                 f"this state is of {len(state_dict['base_ps'])} param groups, but the optimizer has only "
                 f"{len(self.optimizer.param_groups)}: rebuild the groups as they were saved"
             )
-        self.__dict__.update(state_dict)
+        self.__dict__.update({k: v for k, v in state_dict.items() if k != "schedule"})
         self._set()
+
+    def __repr__(self) -> str:
+        state = ", ".join(f"{k}={v}" for k, v in self.state_dict().items() if k != "schedule")
+        return f"{type(self).__name__}({state})"
 
     def _set(self) -> None:
         ps = [None if start is None else self.p_at(start, self.last_step) for start in self.base_ps]
@@ -89,7 +93,7 @@ class PSchedule(ABC):
                 group["p"] = p
 
 
-class _Anneal(PSchedule):
+class AnnealedP(PSchedule):
     """From the group's p to ``p_end`` along a curve that falls from 1 to 0."""
 
     def __init__(
@@ -132,7 +136,7 @@ class _Anneal(PSchedule):
         """1 at t = 0 and 0 at t = 1."""
 
 
-class CosineP(_Anneal):
+class CosineP(AnnealedP):
     """The paper's schedule: p falls from its start to 2 along half a cosine.
 
     ::
@@ -168,7 +172,7 @@ class CosineP(_Anneal):
         return 0.0 if t == 1 else (1 + math.cos(math.pi * t)) / 2
 
 
-class LinearP(_Anneal):
+class LinearP(AnnealedP):
     """p goes from its start to ``p_end`` in a straight line; arguments and errors as for `CosineP`.
 
     ::

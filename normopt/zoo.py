@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from typing import Unpack
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -11,7 +12,14 @@ from torch.optim.optimizer import ParamsT
 from normopt._checks import near
 from normopt.engine import SteepestDescent
 from normopt.norms.base import Scale
-from normopt.plan import Common, Decay, Settings
+from normopt.settings import Common, Decay, Settings
+
+
+def _face(name: str, given: Mapping[str, Any], **fixed: Any) -> dict[str, Any]:
+    """The settings that make a named optimizer what it is, and the ones that its user gave."""
+    for key in fixed.keys() & given.keys():
+        raise TypeError(f"{name} fixes {key} = {fixed[key]!r}: to choose it, use normopt.SteepestDescent")
+    return {**fixed, **given}
 
 
 class SGD(SteepestDescent):
@@ -33,7 +41,7 @@ class SGD(SteepestDescent):
         weight_decay: λ. Default 0; coupled (ℓ2 in the gradient) by default, as in torch.
         nesterov: Nesterov momentum.
         decay: the kind of decay; "coupled" here.
-        **settings: any of [`Common`][normopt.plan.Common], as in `SteepestDescent`.
+        **settings: any of [`Common`][normopt.settings.Common], as in `SteepestDescent`.
 
     State: one buffer per parameter if momentum ≠ 0, else none.
 
@@ -55,15 +63,12 @@ class SGD(SteepestDescent):
         super().__init__(
             params,
             lr,
-            norm="l2",
-            scale="dual",
             momentum=momentum,
-            momentum_rule="heavy",
             dampening=dampening,
             nesterov=nesterov,
             weight_decay=weight_decay,
             decay=decay,
-            **settings,
+            **_face("SGD", settings, norm="l2", scale="dual", momentum_rule="heavy"),
         )
 
 
@@ -79,7 +84,7 @@ class NormalizedSGD(SteepestDescent):
         params: parameters or param groups.
         lr: η, the length of each tensor's step. Default 1e-2, our choice.
         momentum: μ. Default 0; 0.9 is what the paper recommends for stochastic gradients.
-        **settings: any of [`Settings`][normopt.plan.Settings], as in `SteepestDescent`.
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter if momentum ≠ 0, else none.
 
@@ -92,7 +97,8 @@ class NormalizedSGD(SteepestDescent):
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-2, momentum: float = 0.0, **settings: Unpack[Settings]
     ) -> None:
-        super().__init__(params, lr, norm="l2", scale="unit", momentum=momentum, momentum_rule="ema", **settings)
+        face = _face("NormalizedSGD", settings, norm="l2", scale="unit", momentum_rule="ema")
+        super().__init__(params, lr, momentum=momentum, **face)
 
 
 class SignSGD(SteepestDescent):
@@ -105,7 +111,7 @@ class SignSGD(SteepestDescent):
     Args:
         params: parameters or param groups.
         lr: η, how far every weight moves. Default 1e-4, the paper's for ImageNet.
-        **settings: any of [`Settings`][normopt.plan.Settings], as in `SteepestDescent`.
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: none. AGR never changes a sign, so it has no effect here but through underflow.
 
@@ -113,7 +119,7 @@ class SignSGD(SteepestDescent):
     """
 
     def __init__(self, params: ParamsT, lr: float | Tensor = 1e-4, **settings: Unpack[Settings]) -> None:
-        super().__init__(params, lr, norm="linf", scale="unit", **settings)
+        super().__init__(params, lr, **_face("SignSGD", settings, norm="linf", scale="unit", momentum=0.0))
 
 
 class Signum(SteepestDescent):
@@ -128,7 +134,7 @@ class Signum(SteepestDescent):
         params: parameters or param groups.
         lr: η, how far every weight moves. Default 1e-4, the paper's for ImageNet.
         momentum: μ. Default 0.9, the paper's.
-        **settings: any of [`Settings`][normopt.plan.Settings], as in `SteepestDescent`.
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter.
 
@@ -138,7 +144,8 @@ class Signum(SteepestDescent):
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-4, momentum: float = 0.9, **settings: Unpack[Settings]
     ) -> None:
-        super().__init__(params, lr, norm="linf", scale="unit", momentum=momentum, momentum_rule="ema", **settings)
+        face = _face("Signum", settings, norm="linf", scale="unit", momentum_rule="ema")
+        super().__init__(params, lr, momentum=momentum, **face)
 
 
 class Lion(SteepestDescent):
@@ -155,7 +162,7 @@ class Lion(SteepestDescent):
         lr: η, how far every weight moves. Default 1e-4, the paper's.
         momentum: μ = β₁. Default 0.9, the paper's. Named so that OneCycleLR and trainers find it.
         beta2: β₂. Default 0.99, the paper's.
-        **settings: any of [`Settings`][normopt.plan.Settings], as in `SteepestDescent`.
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter.
 
@@ -170,9 +177,8 @@ class Lion(SteepestDescent):
         beta2: float = 0.99,
         **settings: Unpack[Settings],
     ) -> None:
-        super().__init__(
-            params, lr, norm="linf", scale="unit", momentum=momentum, momentum_rule="lion", beta2=beta2, **settings
-        )
+        face = _face("Lion", settings, norm="linf", scale="unit", momentum_rule="lion")
+        super().__init__(params, lr, momentum=momentum, beta2=beta2, **face)
 
 
 class PowerStep(SteepestDescent):
@@ -188,7 +194,7 @@ class PowerStep(SteepestDescent):
         lr: η. Default 1e-3, our choice (Adam's): the power 0.1 makes steps of about that size.
         p: the norm's order. Default 11, which is the paper's exponent 0.1 = 1/(p−1).
         momentum: μ. Default 0.9.
-        **settings: any of [`Settings`][normopt.plan.Settings], as in `SteepestDescent`.
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter.
 
@@ -207,9 +213,8 @@ class PowerStep(SteepestDescent):
         momentum: float = 0.9,
         **settings: Unpack[Settings],
     ) -> None:
-        super().__init__(
-            params, lr, norm="lp", p=p, scale="power", momentum=momentum, momentum_rule="heavy", **settings
-        )
+        face = _face("PowerStep", settings, norm="lp", scale="power", momentum_rule="heavy")
+        super().__init__(params, lr, p=p, momentum=momentum, **face)
 
 
 class LPSGD(SteepestDescent):
@@ -236,7 +241,7 @@ class LPSGD(SteepestDescent):
         p: the norm's order, where the schedule starts. Default 8, our choice.
         eps: ε. Default 0, which is exact at p = 2 and ∞ (the paper has ε > 0; its value was not obtainable).
         scale: "power" is the paper's; "matched" is its control with SGD's step length.
-        **settings: any of [`Settings`][normopt.plan.Settings], as in `SteepestDescent`. The paper's
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`. The paper's
             LPSGD has no weight decay.
 
     State: none.
@@ -255,7 +260,7 @@ class LPSGD(SteepestDescent):
         scale: Scale = "power",
         **settings: Unpack[Settings],
     ) -> None:
-        super().__init__(params, lr, norm="lp", p=p, scale=scale, eps=eps, **settings)
+        super().__init__(params, lr, p=p, scale=scale, eps=eps, **_face("LPSGD", settings, norm="lp", momentum=0.0))
 
 
 class LPSGDM(SteepestDescent):
@@ -279,7 +284,7 @@ class LPSGDM(SteepestDescent):
         momentum: μ. Default 0.9, our choice (the paper's β was not obtainable).
         eps: ε. Default 0, exact at p = 2 and ∞.
         scale: "power" is the paper's; "matched" is its control with SGD's step length.
-        **settings: any of [`Settings`][normopt.plan.Settings], as in `SteepestDescent`.
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter.
 
@@ -298,9 +303,8 @@ class LPSGDM(SteepestDescent):
         scale: Scale = "power",
         **settings: Unpack[Settings],
     ) -> None:
-        super().__init__(
-            params, lr, norm="lp", p=p, scale=scale, eps=eps, momentum=momentum, momentum_rule="ema", **settings
-        )
+        face = _face("LPSGDM", settings, norm="lp", momentum_rule="ema")
+        super().__init__(params, lr, p=p, scale=scale, eps=eps, momentum=momentum, **face)
 
 
 ZOO: dict[str, type[SteepestDescent]] = {

@@ -23,7 +23,7 @@ def make_run(name: str):
         net.parameters(), lr=0.05, agr=True, weight_decay=0.1, decay="lp", decay_p=0.8, rounding=rounding
     )
     scheduled = [torch.optim.lr_scheduler.CosineAnnealingLR(opt, TOTAL)]
-    if opt.param_groups[0]["p"] not in (2.0, float("inf")):
+    if opt.param_groups[0]["p"] is not None:
         scheduled.append(normopt.schedules.CosineP(opt, total_steps=TOTAL))
     return net, opt, scheduled
 

@@ -24,7 +24,7 @@ def make(name, settings, p):
     params = [torch.nn.Parameter(torch.randn(s)) for s in ((5, 4), (4,), ())]
     opt = normopt.get_optimizer(name)(params, lr=torch.tensor(0.1), weight_decay=torch.tensor(0.01), **settings)
     for group in opt.param_groups:
-        if group["p"] not in (2.0, math.inf):  # LPSGD and its kin
+        if group["p"] is not None:  # LPSGD and its kin
             group["p"] = torch.tensor(p)
     return params, opt
 

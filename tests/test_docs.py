@@ -20,7 +20,7 @@ PUBLIC = (
     [f"normopt.{name}" for name in normopt.__all__]
     + [f"normopt.norms.{name}" for name in normopt.norms.__all__]
     + [f"normopt.schedules.{name}" for name in normopt.schedules.__all__]
-    + [f"normopt.plan.{name}" for name in ("Plan", "make_plan", "Settings", "Common")]
+    + ["normopt.plan.Plan", "normopt.plan.make_plan", "normopt.settings.Settings", "normopt.settings.Common"]
 )
 
 

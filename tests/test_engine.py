@@ -135,7 +135,8 @@ def test_every_setting_can_differ_by_group():
 def test_an_alias_in_a_group_overrides_the_default_p():
     a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     opt = SteepestDescent([{"params": [a]}, {"params": [b], "norm": "linf"}], norm="lp", p=3.0)
-    assert [(g["norm"], g["p"]) for g in opt.param_groups] == [("lp", 3.0), ("lp", math.inf)]
+    assert [(g["norm"], g["p"]) for g in opt.param_groups] == [("lp", 3.0), ("linf", None)]
+    assert "Lp(p=inf)" in opt.backend()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -274,7 +275,7 @@ def test_backend_says_what_runs_and_why():
         make_params(), norm="lp", p=3.0, momentum=0.9, agr=True, weight_decay=1e-3, decay="lp", decay_p=0.8
     )
     said = opt.backend()
-    for word in ("group 0", "AGR", "heavy momentum 0.9", "Lp(p=3.0) dual", "ℓp decay (p = 0.8)", "for-loop"):
+    for word in ("group 0", "AGR", "heavy momentum 0.9", "Lp(p=3) dual", "ℓp decay λ = 0.001, p = 0.8", "for-loop"):
         assert word in said
     assert "foreach=True" in normopt.SGD(make_params(), foreach=True).backend()
 
@@ -322,7 +323,10 @@ def test_names():
         (dict(decay_p=math.inf), ValueError, "decay_p"),
         (dict(foreach="yes"), TypeError, "foreach"),
         (dict(foreach=True, differentiable=True), ValueError, "foreach"),
-        (dict(weight_deacy=0.1), TypeError, "weight_deacy"),
+        (dict(weight_deacy=0.1), (TypeError, ValueError), "did you mean 'weight_decay'"),
+        (dict(betas=(0.9, 0.99)), (TypeError, ValueError), "beta2"),
+        (dict(norm="linf", p=3.0), ValueError, "leaves no p to set"),
+        (dict(norm=normopt.norms.Lp), TypeError, "make one"),
     ],
     ids=str,
 )
@@ -330,12 +334,49 @@ def test_bad_input_is_refused_at_construction_and_in_groups(settings, error, mes
     params = make_params()
     with pytest.raises(error, match=message):
         SteepestDescent(params, **settings)
-    if "weight_deacy" in settings or settings == dict(norm="lp"):  # in a group, p falls back on the default
-        return
     opt = SteepestDescent(params[:1])
     with pytest.raises(error, match=message):
         opt.add_param_group({"params": params[1:], **settings})
     assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda ps: normopt.SGD(ps, decay_p=0.8), ValueError, 'decay="lp"'),
+        (lambda ps: SteepestDescent(ps, beta2=0.9), ValueError, 'momentum_rule="lion"'),
+        (lambda ps: normopt.LPSGDM(ps, norm="l2"), TypeError, "LPSGDM fixes norm = 'lp'"),
+        (lambda ps: normopt.Lion(ps, betas=(0.9, 0.99)), TypeError, "Lion got an unexpected .* beta2"),
+        (lambda ps: normopt.SGD([{"params": ps, "p": 4.0}]), ValueError, "leaves no p"),
+        (lambda ps: SteepestDescent(ps, norm_axis=3), TypeError, "norm_axis"),
+        (lambda ps: normopt.SGD(ps).add_param_group([ps]), TypeError, "must be a dict"),
+    ],
+)
+def test_idle_fixed_and_unknown_arguments_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make(make_params())
+
+
+def test_keys_of_other_tools_pass_in_a_group():
+    opt = SteepestDescent([{"params": make_params(), "name": "all", "initial_lr": 0.1, "lr_scale": 0.5}])
+    assert opt.param_groups[0]["lr_scale"] == 0.5
+
+
+def test_a_checkpoint_of_something_else_warns_and_of_another_shape_is_refused():
+    params = make_params()
+    lion, adamw = normopt.Lion(params), torch.optim.AdamW(make_params())
+    for opt in (lion, adamw):
+        set_grads(opt.param_groups[0]["params"], 0)
+        opt.step()
+    with pytest.warns(UserWarning, match="makes LPSGDM another optimizer"):
+        normopt.LPSGDM(make_params()).load_state_dict(lion.state_dict())
+    with pytest.warns(UserWarning, match="exp_avg, exp_avg_sq, step"):
+        normopt.LPSGDM(make_params()).load_state_dict(adamw.state_dict())
+    other = normopt.Lion(make_params()[::-1])
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="has the shape"):
+        other.load_state_dict(lion.state_dict())
+    assert other.state_dict() == before
 
 
 def test_a_bad_setting_made_later_is_refused_before_anything_is_written():

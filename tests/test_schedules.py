@@ -79,7 +79,7 @@ def test_state_is_primitive_and_goes_on(tmp_path):
     assert opt2.param_groups[0]["p"] == p_saved
     sched2.step()
     assert opt2.param_groups[0]["p"] == p_next
-    with pytest.raises(ValueError, match="keys"):
+    with pytest.raises(ValueError, match="not of ConstantP"):
         ConstantP(optimizer()).load_state_dict(sched.state_dict())
 
 
@@ -100,6 +100,27 @@ def test_groups_without_a_p_are_passed_over():
     assert sched.get_last_p() == [2.0, None]
     with pytest.raises(ValueError, match="no param group"):
         CosineP(torch.optim.SGD([a], lr=1), total_steps=3)
+
+
+def test_a_name_that_fixes_p_has_none_to_schedule():
+    for opt in (normopt.SGD([torch.nn.Parameter(torch.ones(2))]), normopt.Lion([torch.nn.Parameter(torch.ones(2))])):
+        with pytest.raises(ValueError, match="no param group"):
+            CosineP(opt, total_steps=3)
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    mixed = normopt.LPSGDM([{"params": [a]}, {"params": [b], "norm": "linf"}], p=8.0)
+    sched = CosineP(mixed, total_steps=2)
+    sched.step()
+    assert sched.get_last_p() == [2.0, None]
+    assert "Lp(p=inf)" in mixed.backend()
+
+
+def test_a_schedule_says_where_it_is():
+    sched = CosineP(optimizer(), total_steps=3)
+    sched.step()
+    assert "CosineP(" in repr(sched)
+    assert "last_step=2" in repr(sched)
+    with pytest.raises(ValueError, match="not of CosineP"):
+        sched.load_state_dict(LinearP(optimizer(), total_steps=3).state_dict())
 
 
 def test_step_never_changes_p():

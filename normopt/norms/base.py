@@ -37,6 +37,9 @@ class Norm(ABC):
         power_exponent: κ of the "power" scale ``‖c‖⋆^κ D(c)``; None where "power" means nothing.
     """
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     @property
     def power_exponent(self) -> float | Tensor | None:
         return None
@@ -123,7 +126,11 @@ class TensorNorm(Norm):
         raise NotImplementedError(f"{type(self).__name__} must define dual_map(x) on one tensor")
 
     def measure(self, c: list[Tensor]) -> Tensor:
-        return stack([self.dual_norm(x) for x in c])[:, None]
+        norms = [self.dual_norm(x) for x in c]
+        for n in norms:
+            if not isinstance(n, Tensor) or n.numel() != 1:
+                raise TypeError(f"{self!r}.dual_norm must return a tensor of one element, but returned {n!r}")
+        return stack([n.reshape(()) for n in norms])[:, None]
 
     def combine(self, partials: Tensor) -> Tensor:
         if partials.shape[-2] != 1:
@@ -132,6 +139,10 @@ class TensorNorm(Norm):
 
     def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
         d = [self.dual_map(x) for x in c]
+        for u, x in zip(d, c, strict=True):
+            if not isinstance(u, Tensor) or u.shape != x.shape:
+                got = f"one of shape {tuple(u.shape)}" if isinstance(u, Tensor) else repr(u)
+                raise TypeError(f"{self!r}.dual_map must return a tensor of shape {tuple(x.shape)}, but returned {got}")
         return d if equals(kappa, 0) else [u * n.to(u) ** kappa for u, n in zip(d, scalars[:, 0], strict=True)]
 
 

@@ -17,7 +17,7 @@ from normopt.norms.registry import register
 @register("l2", p=2.0)
 @register("linf", p=math.inf)
 @register("lp")
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Lp(Norm):
     """The ℓp norm ``‖x‖_p = (Σ|x|^p)^(1/p)`` of a tensor taken as one vector. Names: lp, l1, l2, linf.
 
@@ -56,6 +56,9 @@ class Lp(Norm):
         check_number("p", self.p, low=1, tensor=True)
         order = self.p.reshape(()) if isinstance(self.p, Tensor) else float(self.p)
         object.__setattr__(self, "p", order)
+
+    def __repr__(self) -> str:
+        return f"Lp(p={self.p:g})" if isinstance(self.p, float) else "Lp(p=a tensor)"
 
     @property
     def q(self) -> float | Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -44,6 +45,9 @@ def register(name: str, **fixed: Any) -> Callable[[N], N]:
         ... class Rows(normopt.norms.TensorNorm): ...
     """
 
+    if not isinstance(name, str):
+        raise TypeError(f'register takes a name, as in @register("my-norm"), but was given {name!r}')
+
     def decorate(cls: N) -> N:
         if not (isinstance(cls, type) and issubclass(cls, Norm)):
             raise TypeError(f"register({name!r}) decorates a subclass of Norm, but was given {cls!r}")
@@ -51,13 +55,26 @@ def register(name: str, **fixed: Any) -> Callable[[N], N]:
         # A class defined again under its own name (a re-run notebook cell) replaces itself.
         if taken is not None and taken.cls.__qualname__ != cls.__qualname__:
             raise ValueError(f"the norm name {name!r} is taken by {taken.cls.__qualname__}: choose another")
-        declared: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-        none = dataclasses.MISSING
-        required = (f.name for f in declared if f.default is none and f.default_factory is none)
-        _entries[name] = Entry(cls, dict(fixed), tuple(f.name for f in declared), tuple(required))
+        _entries[name] = Entry(cls, dict(fixed), *_fields_of(cls))
         return cls
 
     return decorate
+
+
+def _fields_of(cls: type[Norm]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """All the fields of a norm, and those without a default: what a param group can hold of it."""
+    if dataclasses.is_dataclass(cls):
+        fields = dataclasses.fields(cls)
+        none = dataclasses.MISSING
+        required = (f.name for f in fields if f.default is none and f.default_factory is none)
+        return tuple(f.name for f in fields), tuple(required)
+    arguments = list(inspect.signature(cls).parameters)
+    if arguments:
+        raise TypeError(
+            f"{cls.__qualname__} takes {', '.join(arguments)}, but a norm's settings must be dataclass fields, so that "
+            "a param group can hold them: decorate it with @dataclass(frozen=True) below @register"
+        )
+    return (), ()
 
 
 def list_norms() -> list[str]:
@@ -71,17 +88,18 @@ def entry_of(norm: object) -> Entry:
         return lookup(norm)
     name = _plain_name(type(norm))
     if name is None:
-        raise ValueError(f'{type(norm).__name__} has no name yet: decorate it with @normopt.norms.register("…")')
+        raise ValueError(f'{norm!r} has no name yet: decorate its class with @normopt.norms.register("…")')
     return _entries[name]
 
 
 def lookup(name: object) -> Entry:
     """The entry of a name; a ValueError that lists the near ones if there is none."""
     if not isinstance(name, str):
-        raise TypeError(f"norm must be a registered name or a Norm object, but is {name!r} ({type(name).__name__})")
+        hint = f": make one, {name.__name__}(…)" if isinstance(name, type) else ""
+        raise TypeError(f"norm must be a registered name or a Norm object, but is {name!r}{hint}")
     if name not in _entries:
         known = ", ".join(list_norms())
-        raise ValueError(f"unknown norm {name!r}{near(name, _entries)} (registered: {known})")
+        raise ValueError(f"unknown norm {name!r}{near(name, _entries)} (registered: {known}; register your own first)")
     return _entries[name]
 
 
@@ -95,23 +113,29 @@ def flatten(norm: object, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         norm: a registered name, or a Norm object of a registered class.
-        given: the settings that came with it; one that contradicts what the norm fixes is an error.
+        given: the settings that came with it; one that contradicts the norm is an error.
 
     Returns:
-        ``norm`` (a name), ``p`` (None for a norm without one) and ``norm_<field>``, as far as the
-        argument decides them: ``"lp"`` alone leaves p open.
+        ``norm`` (a name), ``p`` and ``norm_<field>``, as far as the argument decides them. p is None for
+        a norm without one and for a name that fixes it (``"linf"``): there is none to give or to schedule.
+        ``"lp"`` alone leaves p open.
     """
     entry = entry_of(norm)
-    decided = {f: getattr(norm, f) for f in entry.fields} if isinstance(norm, Norm) else dict(entry.fixed)
-    name = _plain_name(entry.cls) or str(norm)
-    if "p" not in entry.fields:
-        decided["p"] = None
-    flat = {setting_key(field): value for field, value in decided.items()}
-    for key, value in flat.items():
-        if given.get(key) is not None and given[key] != value:
-            what = f"fixes {key} = {value!r}" if value is not None else f"has no {key}"
-            raise ValueError(f"norm {norm!r} {what}, but {key} = {given[key]!r} was given too: leave one out")
-    return {"norm": name, **flat}
+    if not isinstance(norm, Norm):
+        flat: dict[str, Any] = {"norm": norm}
+        closed = {setting_key(f) for f in entry.fixed}
+    else:
+        flat = {setting_key(f): getattr(norm, f) for f in entry.fields} | {"norm": _plain_name(type(norm))}
+        closed = {key for key in flat if key != "norm"}
+    if "p" not in entry.fields or "p" in entry.fixed:
+        flat["p"] = None
+        closed.add("p")
+    for key in closed:
+        value, other = flat.get(key), given.get(key)
+        if other is not None and (value is None or other != value):
+            what = f"has {key} = {value!r}" if value is not None else f"leaves no {key} to set"
+            raise ValueError(f"norm {norm!r} {what}, but {key} = {other!r} was given too: leave one out")
+    return flat
 
 
 def _plain_name(cls: type[Norm]) -> str | None:
@@ -125,6 +149,7 @@ def build(settings: Mapping[str, Any]) -> Norm:
     entry = lookup(name)
     values = {**settings, **flatten(name, settings)}
     fields = {f: values[setting_key(f)] for f in entry.fields if values.get(setting_key(f)) is not None}
+    fields |= entry.fixed
     missing = [f for f in entry.required if f not in fields]
     if missing:
         keys = ", ".join(setting_key(f) for f in missing)

@@ -50,7 +50,7 @@ def optim_inputs(name):
             ]
         if "scale" in cls.__init__.__code__.co_varnames:
             out += [OptimizerInput(params=None, kwargs={"lr": lr, "scale": s}, desc=s) for s in ("dual", "matched")]
-        if group["p"] not in (2.0, float("inf")):
+        if group["p"] is not None:
             out += [OptimizerInput(params=None, kwargs={"lr": lr, "p": 3.0}, desc="p = 3")]
         return out
 

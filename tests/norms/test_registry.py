@@ -109,8 +109,11 @@ def test_an_object_without_a_name_says_how_to_get_one():
 
 @pytest.mark.parametrize(("alias", "p"), [("l1", 1.0), ("l2", 2.0), ("linf", math.inf)])
 def test_aliases_are_lp_with_p_fixed(alias, p):
-    group = normopt.SteepestDescent(params(), norm=alias).param_groups[0]
-    assert (group["norm"], group["p"]) == ("lp", p)
+    """The name leaves no p in the group: there is none to override or to schedule."""
+    opt = normopt.SteepestDescent(params(), norm=alias)
+    group = opt.param_groups[0]
+    assert (group["norm"], group["p"]) == (alias, None)
+    assert f"Lp(p={p:g})" in opt.backend()
     with pytest.raises(ValueError, match="leave one out"):
         normopt.SteepestDescent(params(), norm=alias, p=7.0)
     assert normopt.SteepestDescent(params(), norm=Lp(p)).param_groups[0]["p"] == p
@@ -119,3 +122,31 @@ def test_aliases_are_lp_with_p_fixed(alias, p):
 def test_the_list_of_norms():
     assert {"l1", "l2", "linf", "lp"} <= set(list_norms())
     assert issubclass(Lp, Norm)
+
+
+def test_what_a_norm_of_ones_own_gets_wrong_is_named():
+    @register("returns nothing")
+    class Nothing(TensorNorm):
+        def dual_norm(self, x):
+            return x.norm()
+
+        def dual_map(self, x):
+            x / x.norm()
+
+    @register("returns a float")
+    class Float(TensorNorm):
+        def dual_norm(self, x):
+            return 1.0
+
+    for norm, message in ((Nothing(), r"Nothing\(\).dual_map must return"), (Float(), r"Float\(\).dual_norm must")):
+        with pytest.raises(TypeError, match=message):
+            normopt.SteepestDescent(params(), norm=norm).step()
+    with pytest.raises(TypeError, match="dataclass"):
+
+        @register("with an init")
+        class WithInit(TensorNorm):
+            def __init__(self, k):
+                self.k = k
+
+    with pytest.raises(TypeError, match="takes a name"):
+        register(Nothing)

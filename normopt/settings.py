@@ -1,0 +1,135 @@
+"""What can be set: the names and types of a param group's settings, and everything that is refused of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from normopt._checks import check_bool, check_choice, check_number, near
+from normopt.norms import registry
+from normopt.norms.base import Norm
+
+Scope = Literal["tensor", "group"]
+MomentumRule = Literal["heavy", "ema", "lion"]
+Decay = Literal["coupled", "decoupled", "lp"]
+Rounding = Literal["nearest", "stochastic", "kahan"]
+
+CHOICES = {
+    "scale": ("power", "dual", "unit", "matched"),
+    "scope": ("tensor", "group"),
+    "momentum_rule": ("heavy", "ema", "lion"),
+    "decay": ("coupled", "decoupled", "lp"),
+    "rounding": ("nearest", "stochastic", "kahan"),
+}
+DEFAULT_DECAY_P = 1.0
+DEFAULT_BETA2 = 0.99
+STATE_DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+class Common(TypedDict, total=False):
+    """The settings that every optimizer of the zoo takes and none of them names; see `SteepestDescent`."""
+
+    agr: bool
+    decay_p: float
+    state_dtype: str | torch.dtype | None
+    rounding: Rounding
+    maximize: bool
+    foreach: bool | None
+    differentiable: bool
+
+
+class Settings(Common, total=False):
+    """`Common` and the weight decay, for the optimizers that do not name theirs."""
+
+    weight_decay: float | Tensor
+    decay: Decay
+
+
+SYNONYMS = {
+    "betas": "give β₁ as momentum and, under Lion's rule, β₂ as beta2",
+    "beta1": "β₁ is momentum",
+    "learning_rate": "the learning rate is lr",
+    "wd": "the strength of the decay is weight_decay",
+}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check each setting by itself."""
+    s = settings
+    check_number("lr", s["lr"], low=0, open_high=True, tensor=True)
+    check_number("eps", s["eps"], low=0, open_high=True)
+    check_number("momentum", s["momentum"], low=0, high=1, open_high=s["momentum_rule"] != "heavy")
+    check_number("beta2", s["beta2"], low=0, high=1, open_high=True)
+    check_number("dampening", s["dampening"])
+    check_number("weight_decay", s["weight_decay"], low=0, open_high=True, tensor=True)
+    check_number("decay_p", s["decay_p"], low=0, open_low=True, open_high=True)
+    for name, choices in CHOICES.items():
+        check_choice(name, s[name], choices)
+    if s["state_dtype"] is not None:
+        check_choice("state_dtype", s["state_dtype"], STATE_DTYPES)
+    for name in ("nesterov", "agr", "maximize", "differentiable"):
+        check_bool(name, s[name])
+    if s["foreach"] is not None:
+        check_bool("foreach", s["foreach"])
+
+
+def check_combinations(s: Mapping[str, Any], norm: Norm) -> None:
+    """Check the settings against each other and against the norm."""
+    if s["scale"] == "power" and norm.power_exponent is None:
+        raise ValueError(
+            f'scale="power" is not defined for {norm}: its exponent 1/(p−1) diverges or does not exist; '
+            'use "dual", "unit" or "matched"'
+        )
+    if s["eps"] != 0 and s["scale"] != "power":
+        raise ValueError(f'eps = {s["eps"]} belongs to scale="power", but the scale is {s["scale"]!r}: set eps=0')
+    if s["scope"] == "group" and s["scale"] in ("power", "matched"):
+        raise ValueError(
+            f'scope="group" needs scale="dual" or "unit": "{s["scale"]}" takes no norm over the group; '
+            'use scope="tensor"'
+        )
+    if s["nesterov"] and s["momentum_rule"] == "lion":
+        raise ValueError('nesterov=True has no meaning under momentum_rule="lion": use "heavy" or "ema"')
+    if s["nesterov"] and (s["momentum"] == 0 or s["dampening"] != 0):
+        raise ValueError(
+            "nesterov=True needs momentum > 0 and dampening = 0, but "
+            f"momentum = {s['momentum']}, dampening = {s['dampening']}"
+        )
+    if s["dampening"] != 0 and s["momentum_rule"] != "heavy":
+        raise ValueError(f'dampening belongs to momentum_rule="heavy", not {s["momentum_rule"]!r}: set dampening=0')
+
+
+def refuse_idle(settings: Mapping[str, Any]) -> None:
+    """Refuse, of an optimizer's own arguments, those that would do nothing; a group may inherit what it does not use.
+
+    Raises:
+        ValueError: ``decay_p`` without ``decay="lp"``, or ``beta2`` without ``momentum_rule="lion"``.
+    """
+    if settings["decay_p"] != DEFAULT_DECAY_P and settings["decay"] != "lp":
+        raise ValueError(f'decay_p = {settings["decay_p"]} is of decay="lp", but decay = {settings["decay"]!r}')
+    if settings["beta2"] != DEFAULT_BETA2 and settings["momentum_rule"] != "lion":
+        rule = settings["momentum_rule"]
+        raise ValueError(f'beta2 = {settings["beta2"]} is of momentum_rule="lion", but momentum_rule = {rule!r}')
+
+
+def refuse_unknown_arguments(
+    name: str, norm: str | Norm, arguments: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Refuse what an optimizer called ``name`` was given beside its settings, unless it is a field of the norm."""
+    fields = {registry.setting_key(f) for f in registry.entry_of(norm).fields} - {"p"}
+    for key in arguments.keys() - fields:
+        takes = f"; the norm {norm!r} takes {', '.join(sorted(fields))}" if key.startswith("norm_") and fields else ""
+        hint = f"; {SYNONYMS[key]}" if key in SYNONYMS else near(key, {*fields, *settings} - arguments.keys())
+        raise TypeError(f"{name} got an unexpected argument {key!r}{hint}{takes}")
+
+
+def refuse_typos(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse the key of a param group that is nearly a setting; others are the user's own, as in torch."""
+    for key in group.keys() - defaults.keys() - {"params", "param_names"}:
+        meant = difflib.get_close_matches(key, defaults, n=1, cutoff=0.85)
+        if meant or key in SYNONYMS:
+            hint = f"did you mean {meant[0]!r}?" if meant else SYNONYMS[key]
+            raise ValueError(f"a param group has {key!r}, which is no setting: {hint}")
