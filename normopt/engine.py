@@ -42,17 +42,21 @@ class SteepestDescent(Optimizer):
 
     One step walks every gradient through the same stages, each of which is optional but the norm::
 
-        g ← −g                                               if maximize
-        g ← g·(1 − |g|/Σ|g|)                                 if agr
-        g ← g + λw                                           if decay is "coupled"
-        c ← momentum(g)                                      "heavy"  m ← μm + (1−τ)g (first m = g), c = m
-                                                             "ema"    m ← μm + (1−μ)g (first m = 0), c = m
-                                                             "lion"   c = μm + (1−μ)g, m ← β₂m + (1−β₂)g
-        u ← ‖c‖⋆^κ · D(c)                                    "unit" κ = 0, "dual" κ = 1, "power" κ = 1/(p−1)
-            D(c) · RMS(c)/RMS(D(c))                          "matched"
-        w ← w − ηu                                           no decay
-            (1 − ηλ)w − ηu                                   decay "decoupled"
-            (w − ηu) · X/(X + pηλ),  X = |w|^(2−p)           decay "lp", with p = decay_p
+        g ← −g                                   maximize
+        g ← g·(1 − |g|/Σ|g|)                     agr
+        g ← g + λw                               decay "coupled"
+
+        m ← μm + (1−τ)g (first m = g),  c = m    momentum_rule "heavy"
+        m ← μm + (1−μ)g (first m = 0),  c = m    "ema"
+        c = μm + (1−μ)g, m ← β₂m + (1−β₂)g       "lion"
+
+        u ← ‖c‖⋆^κ · D(c)                        scale "unit" κ = 0, "dual" κ = 1,
+                                                       "power" κ = 1/(p−1)
+        u ← D(c) · RMS(c)/RMS(D(c))              "matched"
+
+        w ← w − ηu                               no decay
+        w ← (1 − ηλ)w − ηu                       decay "decoupled"
+        w ← (w − ηu) · X/(X + pηλ)               decay "lp"; X = |w|^(2−p), p = decay_p
 
     with ‖·‖⋆ the dual norm and D the dual map of the chosen norm (see [`Norm`][normopt.norms.Norm]).
     Every argument but ``params`` is a setting that a param group may override; there, all are numbers,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import normopt
+import normopt.integrations.timm
 import normopt.plan
 
 ROOT = Path(__file__).parents[1]
@@ -21,14 +22,15 @@ PUBLIC = (
     + [f"normopt.norms.{name}" for name in normopt.norms.__all__]
     + [f"normopt.schedules.{name}" for name in normopt.schedules.__all__]
     + ["normopt.plan.Plan", "normopt.plan.make_plan", "normopt.settings.Settings", "normopt.settings.Common"]
+    + ["normopt.integrations.timm.register"]
 )
 
 
-def run_python(*arguments: str, **environment: str) -> str:
+def run_python(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
     """A fresh interpreter, because the pages register norms that other tests must not see."""
     done = subprocess.run(
         [sys.executable, *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -56,7 +58,7 @@ def python_of(page: Path) -> str:
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     code = tmp_path / page.with_suffix(".py").name
     code.write_text(python_of(page), encoding="utf-8")
-    printed = run_python("-W", "error", str(code))
+    printed = run_python("-W", "error", str(code), cwd=tmp_path)
     for output in re.findall(r"```python\n[^`]*```\n\n```text\n([^`]*)```", page.read_text(encoding="utf-8")):
         assert output in printed
 
