@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from normopt._checks import is_low_precision
-from normopt.loading import check_loaded, pairs
+from normopt.loading import check_loaded, completed, pairs
 from normopt.norms import registry
-from normopt.norms.base import Norm, Scale
+from normopt.norms.base import Norm, Scale, working
 from normopt.norms.scales import direction
 from normopt.plan import Plan, make_plan
 from normopt.settings import (
@@ -24,14 +25,15 @@ from normopt.settings import (
     MomentumRule,
     Rounding,
     Scope,
+    check_settings,
     refuse_idle,
     refuse_typos,
     refuse_unknown_arguments,
 )
-from normopt.stages import decay as decays
-from normopt.stages import momentum as momenta
 from normopt.stages.agr import agr as regularize
-from normopt.stages.write import descend_, kahan_, nearest_, stochastic_
+from normopt.stages.decay import coupled, decoupled_, lp_factors
+from normopt.stages.momentum import ema, heavy, lion
+from normopt.stages.write import descend_, kahan_, nearest_, scale_, stochastic_
 
 BUFFER = "momentum_buffer"  # torch.optim.SGD's name, so that its checkpoints load here and ours there
 COMPENSATION = "kahan_compensation"
@@ -93,7 +95,8 @@ class SteepestDescent(Optimizer):
     State: ``momentum_buffer``, shaped like its parameter, if momentum ≠ 0, and ``kahan_compensation``,
     shaped and typed like it, if a 16-bit weight is rounded so; else none. Complex parameters are taken
     as pairs of reals. 16-bit parameters are computed in float32. lr, p and weight_decay given as
-    tensors are never read on the host: changing them in place neither syncs nor recompiles.
+    tensors are never read on the host: changing them in place neither syncs nor recompiles. A tensor p is
+    copied into each group, where it is to be changed. The momentum of a complex parameter has its dtype.
 
     Raises:
         ValueError: at construction and in ``add_param_group``, for a setting that is out of range,
@@ -162,7 +165,7 @@ class SteepestDescent(Optimizer):
         )
         refuse_unknown_arguments(type(self).__name__, norm, norm_fields, settings)
         settings |= registry.flatten(norm, settings)
-        make_plan(settings)  # refuse before the base class has touched anything
+        check_settings(settings)  # refuse before the base class has touched anything
         refuse_idle(settings)
         super().__init__(params, settings)
 
@@ -173,34 +176,41 @@ class SteepestDescent(Optimizer):
         group = dict(param_group)
         if "norm" in group:
             group |= registry.flatten(group["norm"], group)
-        refuse_typos(group, self.defaults)
         if "state_dtype" in group:
             group["state_dtype"] = _dtype_name(group["state_dtype"])
+        refuse_typos(group, self.defaults)
         super().add_param_group(group)
-        group = self.param_groups[-1]
         try:
-            plan = make_plan(group, group["params"])
-        except (ValueError, TypeError):
+            self._admit(self.param_groups[-1])
+        except Exception:
             self.param_groups.pop()
             raise
+
+    def _admit(self, group: dict[str, Any]) -> None:
+        if isinstance(group["p"], Tensor):
+            group["p"] = group["p"].clone()  # a schedule writes into it: no two groups may share it
+        plan = make_plan(group, group["params"])
         if plan.decays == "lp" and plan.decay_p < 2:
             _warn_if_stuck(group["params"], plan.decay_p)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and give groups saved by an older version, or by torch.optim.SGD, the settings they lack."""
+        """Restore, and give what an older version pickled the settings that are newer."""
         super().__setstate__(state)
+        newer = inspect.signature(SteepestDescent.__init__).parameters.items()
+        self.defaults = {k: v.default for k, v in newer if v.default is not v.empty} | self.defaults
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            group.update({**self.defaults, **group})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict()`` gave, the momentum in the group's ``state_dtype``.
 
-        torch rounds all loaded state to the parameter's dtype, which would cost a float32 momentum of
-        16-bit weights its lower half.
+        Settings that the checkpoint lacks, because an older version or torch.optim.SGD wrote it, stay
+        as they are. torch rounds all loaded state to the parameter's dtype, which would cost a float32
+        momentum of 16-bit weights its lower half; here it does not.
 
         Raises:
-            ValueError: a momentum has not the shape of its parameter; nothing is changed then.
+            ValueError: a momentum has not the shape of its parameter, or a setting is refused; nothing
+                is changed then.
 
         Warns:
             UserWarning: the checkpoint is of an optimizer with another norm, scale or momentum rule (those
@@ -208,19 +218,25 @@ class SteepestDescent(Optimizer):
         """
         seen: list[dict[str, Any]] = []
 
-        def look(_: Optimizer, state: dict[str, Any]) -> None:
-            seen.append(state)
-            check_loaded(type(self).__name__, self.param_groups, state, read=(BUFFER, COMPENSATION))
+        def complete(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            seen.append(completed(self.param_groups, state))
+            check_loaded(type(self).__name__, self.param_groups, seen[0], read=(BUFFER, COMPENSATION))
+            return seen[0]
 
-        handle = self.register_load_state_dict_pre_hook(look)  # runs after the user's own pre-hooks
+        def restore(_: Optimizer) -> None:
+            for group, i, p in pairs(self.param_groups, seen[0]):
+                buffer = seen[0]["state"].get(i, {}).get(BUFFER)
+                if buffer is not None:
+                    self.state[p][BUFFER] = buffer.to(device=p.device, dtype=_state_dtype(group["state_dtype"], p))
+
+        # After the user's own pre-hooks, which may rewrite the state, and before their post-hooks.
+        before = self.register_load_state_dict_pre_hook(complete)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        for group, i, p in pairs(self.param_groups, seen[0]):
-            buffer = seen[0]["state"].get(i, {}).get(BUFFER)
-            if buffer is not None and group["state_dtype"] is not None and not p.is_complex():
-                self.state[p][BUFFER] = buffer.to(device=p.device, dtype=getattr(torch, group["state_dtype"]))
+            before.remove()
+            after.remove()
 
     def backend(self) -> str:
         """What each param group does, and on which backend and why: one line a group."""
@@ -256,32 +272,35 @@ class SteepestDescent(Optimizer):
     def _walk(self, plan: Plan, params: list[Tensor]) -> None:
         """The walk of a gradient: the one place where the order of the stages stands."""
         weights, w, g = self._read(plan, params)
+        # What autograd keeps must not be written; without autograd nothing is kept.
+        old = [x.clone() for x in w] if plan.differentiable else w
         lr, weight_decay = (_on_device(x, w[0].device) for x in (plan.lr, plan.weight_decay))
         if plan.agr:
             g = regularize(g)
         if plan.decays == "coupled":
-            g = decays.coupled(g, w, weight_decay)
+            g = coupled(g, old, weight_decay)
         c = self._momentum(plan, params, g)
-        u = direction(plan.norm, c, plan.scale, plan.scope == "group", plan.eps)
-        if plan.decays == "decoupled":
-            decays.decoupled_(w, lr * weight_decay)
-        shrinking = [x for x, p in zip(w, params, strict=True) if plan.decays == "lp" and p.dim() >= 2]
-        old = [x.clone() for x in shrinking] if plan.differentiable else shrinking  # autograd keeps the old weight
-        factors = decays.lp_factors(old, plan.decay_p, lr * weight_decay)
-        descend_(w, u, lr)
-        if shrinking:
-            torch._foreach_mul_(shrinking, factors)
+        u = direction(plan.norm.on(w[0].device), c, plan.scale, plan.scope == "group", plan.eps)
+        if plan.decays == "lp":
+            wide = [i for i, p in enumerate(params) if p.dim() >= 2]
+            factors = lp_factors([old[i] for i in wide], plan.decay_p, lr * weight_decay)
+            descend_(w, u, lr)
+            scale_([w[i] for i in wide], factors)
+        else:
+            if plan.decays == "decoupled":
+                decoupled_(w, lr * weight_decay)
+            descend_(w, u, lr)
         self._write(plan, params, weights, w)
 
     def _read(self, plan: Plan, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Weights as reals, the same in the dtype that is computed in (no copy if it is theirs), and gradients."""
         weights = [_real(p) for p in params]
-        w = [x.float() if is_low_precision(x) else x for x in weights]
+        w = [working(x) for x in weights]
         if plan.rounding == "kahan":
             for p, x in zip(params, w, strict=True):
                 if is_low_precision(p) and COMPENSATION in self.state[p]:
                     x.add_(self.state[p][COMPENSATION])
-        g = [_real(p.grad).to(x.dtype) for p, x in zip(params, w, strict=True) if p.grad is not None]
+        g = [_real(cast(Tensor, p.grad)).to(x.dtype) for p, x in zip(params, w, strict=True)]
         return weights, w, list(torch._foreach_neg(g)) if plan.maximize else g
 
     def _write(self, plan: Plan, params: list[Tensor], weights: list[Tensor], w: list[Tensor]) -> None:
@@ -303,22 +322,21 @@ class SteepestDescent(Optimizer):
             return g
         stored = [self.state[p].get(BUFFER) for p in params]
         old = [None if b is None else _real(b).to(x.dtype) for b, x in zip(stored, g, strict=True)]
+        if plan.differentiable:
+            old = [None if m is None else m.clone() for m in old]
         if plan.momentum_rule == "heavy":
-            c, new = momenta.heavy(old, g, plan.momentum, plan.dampening, plan.nesterov)
+            c, new = heavy(old, g, plan.momentum, plan.dampening, plan.nesterov)
         elif plan.momentum_rule == "ema":
-            c, new = momenta.ema(old, g, plan.momentum, plan.nesterov)
+            c, new = ema(old, g, plan.momentum, plan.nesterov)
         else:
-            c, new = momenta.lion(old, g, plan.momentum, plan.beta2)
+            c, new = lion(old, g, plan.momentum, plan.beta2)
         for p, b, m in zip(params, stored, new, strict=True):
-            dtype = getattr(torch, plan.state_dtype) if plan.state_dtype else p.dtype
-            if p.is_complex():
-                if b is None:  # later steps write through a view of it
-                    self.state[p][BUFFER] = torch.view_as_complex(m)
-            elif b is None or b.dtype != dtype:  # new, or the parameter has changed its dtype since
-                self.state[p][BUFFER] = m.to(dtype)
-            elif b is not m:
-                b.copy_(m)
-        return [x.clone() for x in c] if plan.differentiable else c
+            dtype = _state_dtype(plan.state_dtype, p)
+            if b is None or b.dtype != dtype or plan.differentiable:  # != where the parameter's has changed since
+                self.state[p][BUFFER] = (torch.view_as_complex(m) if p.is_complex() else m).to(dtype)
+            elif _real(b).dtype != m.dtype:  # m is a copy in more bits; else it is b itself, already written
+                _real(b).copy_(m)
+        return c
 
 
 def _with_gradients(params: list[Tensor]) -> list[Tensor]:
@@ -358,13 +376,18 @@ def _on_device(value: float | Tensor, device: torch.device) -> float | Tensor:
     return value.reshape(()).to(device) if isinstance(value, Tensor) else value
 
 
+def _state_dtype(asked: str | None, p: Tensor) -> torch.dtype:
+    """The dtype of the momentum: the one asked for, else the parameter's; of a complex one always its own."""
+    return p.dtype if asked is None or p.is_complex() else cast(torch.dtype, getattr(torch, asked))
+
+
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
     """A dtype as the primitive that a param group holds: ``torch.float32`` is "float32"."""
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 def _warn_if_stuck(params: list[Tensor], p: float) -> None:
-    stuck = [tuple(x.shape) for x in params if x.dim() >= 2 and x.numel() and not x.detach().any()]
+    stuck = [tuple(x.shape) for x in params if x.dim() >= 2 and x.numel() and not x.is_meta and not x.detach().any()]
     if stuck:
         warnings.warn(
             f"ℓp decay with p = {p:g} < 2 holds a zero weight at zero, and these tensors are all zero: {stuck}. "

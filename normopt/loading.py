@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from normopt.plan import make_plan
+
 Groups = list[dict[str, Any]]
 
 
@@ -17,8 +19,16 @@ def pairs(param_groups: Groups, state_dict: dict[str, Any]) -> list[tuple[dict[s
     return [(ours, i, p) for ours, saved in groups for i, p in zip(saved["params"], ours["params"], strict=False)]
 
 
+def completed(param_groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint, with the settings that it lacks taken from the groups that it is loaded into."""
+    kept = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in param_groups]
+    saved = state_dict["param_groups"]
+    groups = [{**(kept[i] if i < len(kept) else {}), **group} for i, group in enumerate(saved)]
+    return {**state_dict, "param_groups": groups}
+
+
 def check_loaded(name: str, param_groups: Groups, state_dict: dict[str, Any], read: Collection[str]) -> None:
-    """Refuse state of another shape; warn of state or settings that are another optimizer's.
+    """Refuse state of another shape and settings that are none; warn of state or settings that are another optimizer's.
 
     Args:
         name: the loading optimizer's name, for the messages.
@@ -37,6 +47,7 @@ def check_loaded(name: str, param_groups: Groups, state_dict: dict[str, Any], re
     if foreign:
         _warn(f"the checkpoint has {', '.join(foreign)}, which {name} does not read: is it another optimizer's?")
     for ours, saved in zip(param_groups, state_dict["param_groups"], strict=False):
+        make_plan(saved, ours["params"])
         other = {k: saved[k] for k in ("norm", "scale", "momentum_rule") if saved.get(k, ours[k]) != ours[k]}
         if other:
             _warn(

@@ -89,6 +89,7 @@ def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Pla
     params = list(params)
     check_combinations(settings, norm)
     _check_rounding(settings["rounding"], params)
+    _check_devices(settings, params)
     backend, why = _choose_backend(settings["foreach"], settings["differentiable"], params)
     return Plan(norm=norm, backend=backend, why=why, **{name: settings[name] for name in _TAKEN_AS_THEY_ARE})
 
@@ -96,6 +97,17 @@ def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Pla
 def _check_rounding(rounding: Rounding, params: list[Tensor]) -> None:
     if rounding == "stochastic" and any(p.dtype == torch.float16 for p in params):
         raise ValueError('rounding="stochastic" is for bfloat16 weights, but some are float16: use "kahan"')
+    if rounding != "nearest" and any(p.dtype == torch.complex32 for p in params):
+        raise ValueError(f'rounding="{rounding}" is not for complex32 weights: use "nearest"')
+
+
+def _check_devices(settings: Mapping[str, Any], params: list[Tensor]) -> None:
+    tensors = [k for k in ("lr", "p", "weight_decay") if isinstance(settings[k], Tensor)]
+    if settings["scope"] == "group" and tensors and len({p.device for p in params}) > 1:
+        raise ValueError(
+            f'scope="group" over several devices takes numbers, but {", ".join(tensors)} is a tensor: give floats, or '
+            "a group for each device"
+        )
 
 
 def _choose_backend(

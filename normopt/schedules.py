@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ class PSchedule(ABC):
                 'normopt.LPSGDM or SteepestDescent(norm="lp", p=8.0)'
             )
         self.last_step = 1
-        self._set()
+        self._set(self.base_ps, self.last_step)
 
     @abstractmethod
     def p_at(self, start: float, s: int) -> float:
@@ -48,8 +49,8 @@ class PSchedule(ABC):
 
     def step(self) -> None:
         """Move every group's p one step on."""
+        self._set(self.base_ps, self.last_step + 1)
         self.last_step += 1
-        self._set()
 
     def get_last_p(self) -> list[float | Tensor | None]:
         """The p of each param group as it is now; None for a group without one."""
@@ -71,20 +72,29 @@ class PSchedule(ABC):
                 "load it into the kind of schedule that saved it"
             )
         # Fewer is fine: the optimizer may have got groups after the schedule was made.
-        if len(state_dict["base_ps"]) > len(self.optimizer.param_groups):
+        groups, starts = self.optimizer.param_groups, state_dict["base_ps"]
+        if len(starts) > len(groups):
             raise ValueError(
-                f"this state is of {len(state_dict['base_ps'])} param groups, but the optimizer has only "
-                f"{len(self.optimizer.param_groups)}: rebuild the groups as they were saved"
+                f"this state is of {len(starts)} param groups, but the optimizer has only {len(groups)}: rebuild the "
+                "groups as they were saved"
             )
-        self.__dict__.update({k: v for k, v in state_dict.items() if k != "schedule"})
-        self._set()
+        for i, (start, group) in enumerate(zip(starts, groups, strict=False)):
+            if (start is None) != (group.get("p") is None):
+                has = ("none", "one") if start is None else ("one", "none")
+                raise ValueError(
+                    f"group {i} has {has[1]} p here and {has[0]} in this state: rebuild the groups as saved"
+                )
+        trial = copy.copy(self)
+        trial.__dict__.update({k: v for k, v in state_dict.items() if k != "schedule"})
+        trial._set(trial.base_ps, trial.last_step)
+        self.__dict__.update(trial.__dict__)
 
     def __repr__(self) -> str:
         state = ", ".join(f"{k}={v}" for k, v in self.state_dict().items() if k != "schedule")
         return f"{type(self).__name__}({state})"
 
-    def _set(self) -> None:
-        ps = [None if start is None else self.p_at(start, self.last_step) for start in self.base_ps]
+    def _set(self, starts: list[float | None], s: int) -> None:
+        ps = [None if start is None else self.p_at(start, s) for start in starts]  # all of them, or none is set
         # Groups added since the schedule was made keep their own p, as under torch's LR schedulers.
         for group, p in zip(self.optimizer.param_groups, ps, strict=False):
             if isinstance(group.get("p"), Tensor):
@@ -113,6 +123,8 @@ class AnnealedP(PSchedule):
         self.p_end = float(p_end)
         self.space = space
         super().__init__(optimizer)
+        if self.p_end == 1 and any(group.get("scale") == "power" for group in optimizer.param_groups):
+            raise ValueError('p_end = 1 is where scale="power" diverges: end above 1, or use another scale')
 
     def p_at(self, start: float, s: int) -> float:
         """p at step s; refused, before any group is touched, where the curve cannot leave or reach its ends."""
@@ -129,7 +141,9 @@ class AnnealedP(PSchedule):
             return self.p_end + (start - self.p_end) * weight
         e_start, e_end = 1 / (start - 1), 1 / (self.p_end - 1)
         exponent = e_end + (e_start - e_end) * weight
-        return self.p_end if weight == 0 else 1 + 1 / exponent
+        if weight == 0 or exponent == 0:
+            return self.p_end
+        return 1 + 1 / exponent
 
     @abstractmethod
     def curve(self, t: float) -> float:

@@ -62,9 +62,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     s = settings
     check_number("lr", s["lr"], low=0, open_high=True, tensor=True)
     check_number("eps", s["eps"], low=0, open_high=True)
+    if 0 < s["eps"] < torch.finfo(torch.float32).tiny:
+        raise ValueError(f"eps must be 0 or at least {torch.finfo(torch.float32).tiny:g}, but is {s['eps']!r}")
     check_number("momentum", s["momentum"], low=0, high=1, open_high=s["momentum_rule"] != "heavy")
     check_number("beta2", s["beta2"], low=0, high=1, open_high=True)
-    check_number("dampening", s["dampening"])
+    check_number("dampening", s["dampening"], open_low=True, open_high=True)
     check_number("weight_decay", s["weight_decay"], low=0, open_high=True, tensor=True)
     check_number("decay_p", s["decay_p"], low=0, open_low=True, open_high=True)
     for name, choices in CHOICES.items():
@@ -86,6 +88,12 @@ def check_combinations(s: Mapping[str, Any], norm: Norm) -> None:
         )
     if s["eps"] != 0 and s["scale"] != "power":
         raise ValueError(f'eps = {s["eps"]} belongs to scale="power", but the scale is {s["scale"]!r}: set eps=0')
+    if s["eps"] != 0 and not norm.power_takes_eps:
+        raise ValueError(f"eps = {s['eps']} has no meaning for {norm!r}: set eps=0")
+    if s["scope"] == "group" and not norm.spans_groups:
+        raise ValueError(f'{norm!r} knows one tensor at a time: use scope="tensor"')
+    if s["differentiable"] and s["rounding"] == "stochastic":
+        raise ValueError('rounding="stochastic" has no derivative: use "nearest" or "kahan" with differentiable=True')
     if s["scope"] == "group" and s["scale"] in ("power", "matched"):
         raise ValueError(
             f'scope="group" needs scale="dual" or "unit": "{s["scale"]}" takes no norm over the group; '
@@ -128,8 +136,10 @@ def refuse_unknown_arguments(
 
 def refuse_typos(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuse the key of a param group that is nearly a setting; others are the user's own, as in torch."""
-    for key in group.keys() - defaults.keys() - {"params", "param_names"}:
-        meant = difflib.get_close_matches(key, defaults, n=1, cutoff=0.85)
+    norm = group.get("norm", defaults["norm"])
+    known = {*defaults, *(registry.setting_key(f) for f in registry.entry_of(norm).fields)}
+    for key in group.keys() - known - {"params", "param_names"}:
+        meant = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
         if meant or key in SYNONYMS:
             hint = f"did you mean {meant[0]!r}?" if meant else SYNONYMS[key]
             raise ValueError(f"a param group has {key!r}, which is no setting: {hint}")

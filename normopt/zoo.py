@@ -113,7 +113,7 @@ class SignSGD(SteepestDescent):
         lr: η, how far every weight moves. Default 1e-4, the paper's for ImageNet.
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
-    State: none. AGR never changes a sign, so it has no effect here but through underflow.
+    State: none. AGR never changes a sign, so all it can do here is erase an entry that is alone among zeros.
 
     Source: Bernstein et al., "signSGD", arXiv:1802.04434.
     """
@@ -273,8 +273,8 @@ class LPSGDM(SteepestDescent):
         w ← (1 − ηλ)w − η · m·(|m| + ε)^(−ρ)               ε > 0, ρ = 1 − 1/(p−1)
 
     On its own this keeps p constant, which is NOT the paper's method: add the schedule, as for
-    [`LPSGD`][normopt.LPSGD], where the step's length is spoken of too. In the p = 2 phase a step is
-    (1−μ) times torch's heavy-ball step once the average has settled.
+    [`LPSGD`][normopt.LPSGD], where the step's length is spoken of too. At p = 2 a step is (1−μ)
+    times torch's heavy-ball step, so a learning rate taken from SGD needs to be 1/(1−μ) times as large.
 
     Args:
         params: parameters or param groups.

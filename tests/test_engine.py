@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -117,11 +118,16 @@ def test_every_setting_can_differ_by_group():
         decay_p=0.5,
         maximize=True,
         foreach=True,
+        beta2=0.5,
+        state_dtype="float64",
+        rounding="kahan",
     )
-    for overridden in ({}, overrides):
+    more = dict(norm="l1", momentum=0.9, dampening=0.5), dict(p=4.0, scale="power", eps=1e-3)
+    for overridden in ({}, overrides, *more):
         first, second, alone = make_params(seed=0), make_params(seed=1), make_params(seed=1)
         both = SteepestDescent([{"params": first}, {"params": second, **overridden}], norm="lp", p=3.0)
-        single = SteepestDescent(alone, **{"norm": "lp", "p": 3.0, **overridden})
+        default = {"norm": "lp", "p": 3.0} if "norm" not in overridden else {}
+        single = SteepestDescent([{"params": alone, **default, **overridden}])
         for i in range(3):
             set_grads(first, i)
             set_grads(second, i)
@@ -231,6 +237,95 @@ def test_complex_parameters_are_pairs_of_reals():
     assert opts[0].state[z]["momentum_buffer"].is_complex()
 
 
+def test_a_complex_parameter_that_changes_its_dtype_keeps_its_momentum():
+    for first, second in ((torch.complex64, torch.complex128), (torch.complex128, torch.complex64)):
+        z = torch.nn.Parameter(torch.zeros(1, dtype=first))
+        opt = normopt.SGD([z], lr=0.1, momentum=0.9, state_dtype="bfloat16")
+        for i in range(6):
+            if i == 1:
+                z.grad, z.data = None, z.data.to(second)
+            z.grad = torch.ones_like(z)
+            opt.step()
+        buffer = opt.state[z]["momentum_buffer"]
+        assert buffer.dtype == second
+        assert complex(buffer[0]) == pytest.approx(sum(0.9**i for i in range(6)))
+
+
+def test_a_tensor_p_is_each_groups_own():
+    p = torch.tensor(8.0)
+    opt = normopt.LPSGDM([torch.nn.Parameter(torch.ones(2))], p=p)
+    sched = normopt.schedules.CosineP(opt, total_steps=3)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    sched.step()
+    sched.step()
+    assert [float(g["p"]) for g in opt.param_groups] == [2.0, 8.0]
+    assert float(opt.defaults["p"]) == float(p) == 8.0
+
+
+def test_a_group_that_fails_for_any_reason_leaves_no_trace():
+    @normopt.norms.register("never satisfied")
+    class Never(normopt.norms.TensorNorm):
+        def __init__(self):
+            raise AssertionError("never")
+
+    opt = normopt.SGD([torch.nn.Parameter(torch.ones(2))])
+    zero = torch.nn.Parameter(torch.zeros(2, 2))
+    for group, error in (
+        ({"norm": "never satisfied"}, AssertionError),
+        (dict(weight_decay=0.1, decay="lp"), UserWarning),
+    ):
+        with pytest.raises(error):  # warnings are errors in this suite
+            opt.add_param_group({"params": [zero], **group})
+        assert len(opt.param_groups) == 1
+    normopt.SGD([torch.nn.Parameter(torch.zeros(2, 2, device="meta"))], weight_decay=0.1, decay="lp")
+
+
+def test_post_hooks_see_and_may_change_what_is_loaded():
+    def make():
+        w = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        w.grad = torch.full_like(w, 0.333)
+        return w, normopt.SGD([w], momentum=0.9, state_dtype="float32")
+
+    _w, opt = make()
+    opt.step()
+    other_w, other = make()
+    seen = []
+
+    def hook(o):
+        seen.append(o.state[other_w]["momentum_buffer"].dtype)
+        o.state[other_w]["momentum_buffer"].zero_()
+
+    other.register_load_state_dict_post_hook(hook)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert seen == [torch.float32]
+    assert not other.state[other_w]["momentum_buffer"].any()
+
+
+def test_a_checkpoint_that_lacks_a_setting_leaves_the_groups_own():
+    """torch.optim.SGD's has no agr: the group that asked for it keeps it."""
+    theirs = torch.optim.SGD(make_params(), lr=0.5)
+    ours = normopt.SGD([{"params": make_params(), "agr": True}])
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["agr"] is True
+    assert ours.param_groups[0]["lr"] == 0.5
+    bad = copy.deepcopy(normopt.SGD(make_params()).state_dict())
+    bad["param_groups"][0]["state_dtype"] = "int8"
+    with pytest.raises(ValueError, match="state_dtype"):
+        ours.load_state_dict(bad)
+    assert ours.param_groups[0]["lr"] == 0.5
+
+
+def test_what_an_older_version_pickled_gets_the_newer_settings():
+    params, opt = run(lambda ps: normopt.LPSGDM(ps))
+    for settings in (opt.defaults, *opt.param_groups):
+        for newer in ("rounding", "state_dtype", "beta2"):
+            del settings[newer]
+    params, opt = pickle.loads(pickle.dumps((params, opt)))
+    set_grads(params, 9)
+    opt.step()
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_weights_are_computed_in_float32(dtype):
     w = torch.nn.Parameter(torch.tensor([[1.0, -2.0], [3.0, 0.5]], dtype=dtype))
@@ -251,23 +346,57 @@ def test_tensor_lr_of_every_shape_equals_the_float():
             torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-16)
 
 
+@pytest.mark.parametrize("rule", ["heavy", "ema", "lion"])
+@pytest.mark.parametrize("scale", ["power", "dual", "unit", "matched"])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_differentiable_through_three_steps(rule, scale, tensor):
+    for regularizer in REGULARIZERS:
+        for nesterov in (False, True) if rule != "lion" else (False,):
+
+            def steps(start, g1, g2, g3, lr):
+                w = start.clone()
+                opt = SteepestDescent(
+                    [torch.nn.Parameter(torch.ones_like(w))],
+                    lr=lr if tensor else 0.1,
+                    norm="lp",
+                    p=3.0,
+                    scale=scale,
+                    momentum=0.9,
+                    momentum_rule=rule,
+                    nesterov=nesterov,  # noqa: B023
+                    differentiable=True,
+                    **regularizer,  # noqa: B023
+                )
+                opt.param_groups[0]["params"][0] = w
+                for g in (g1, g2, g3):
+                    w.grad = g
+                    opt.step()
+                return w
+
+            torch.manual_seed(0)
+            inputs = [torch.randn(2, 2, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+            inputs.append(torch.tensor(0.1, dtype=torch.float64, requires_grad=tensor))
+            assert torch.autograd.gradcheck(steps, inputs)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_differentiable_through_two_steps(name):
-    cls = normopt.get_optimizer(name)
-    for settings in ({}, dict(agr=True, weight_decay=0.3, decay="lp", decay_p=0.8)):
+def test_differentiable_as_it_comes(name):
+    """Each optimizer's own defaults, its coupled decay among them, over two steps."""
 
-        def two_steps(start, g1, g2):
-            w = start.clone()
-            opt = cls([torch.nn.Parameter(torch.ones_like(w))], lr=0.1, differentiable=True, **settings)  # noqa: B023
-            opt.param_groups[0]["params"][0] = w
-            for g in (g1, g2):
-                w.grad = g
-                opt.step()
-            return w
+    def two_steps(start, g1, g2):
+        w = start.clone()
+        opt = normopt.get_optimizer(name)(
+            [torch.nn.Parameter(torch.ones_like(w))], weight_decay=0.1, differentiable=True
+        )
+        opt.param_groups[0]["params"][0] = w
+        for g in (g1, g2):
+            w.grad = g
+            opt.step()
+        return w
 
-        torch.manual_seed(0)
-        inputs = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-        assert torch.autograd.gradcheck(two_steps, inputs)
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(two_steps, inputs)
 
 
 def test_backend_says_what_runs_and_why():
@@ -323,6 +452,9 @@ def test_names():
         (dict(decay_p=math.inf), ValueError, "decay_p"),
         (dict(foreach="yes"), TypeError, "foreach"),
         (dict(foreach=True, differentiable=True), ValueError, "foreach"),
+        (dict(rounding="stochastic", differentiable=True), ValueError, "no derivative"),
+        (dict(norm="lp", p=3.0, scale="power", eps=1e-39), ValueError, "eps"),
+        (dict(dampening=math.inf), ValueError, "dampening"),
         (dict(weight_deacy=0.1), (TypeError, ValueError), "did you mean 'weight_decay'"),
         (dict(betas=(0.9, 0.99)), (TypeError, ValueError), "beta2"),
         (dict(norm="linf", p=3.0), ValueError, "leaves no p to set"),

@@ -18,7 +18,11 @@ from tests.oracle import Rule, direction
 
 PS = [1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 64.0, math.inf]
 SCALES = ["power", "dual", "unit", "matched"]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 2**-7,
+}  # bfloat16: one rounding of up to twice the scale
 STEPS = 20
 
 MOMENTA = {
@@ -112,7 +116,7 @@ def test_every_optimizer_scale_and_p(name, scale, dtype, recorded):
         assert left_out < 1e-3 * total
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 @pytest.mark.parametrize("name", sorted(MOMENTA))
 def test_every_optimizer_as_it_comes_wears_every_regularizer(name, regularizer, dtype, recorded):

@@ -123,6 +123,29 @@ def test_a_schedule_says_where_it_is():
         sched.load_state_dict(LinearP(optimizer(), total_steps=3).state_dict())
 
 
+def test_a_state_that_does_not_fit_changes_nothing():
+    opt = normopt.LPSGDM(
+        [
+            {"params": [torch.nn.Parameter(torch.ones(2))]},
+            {"params": [torch.nn.Parameter(torch.ones(2))], "norm": "linf"},
+        ]
+    )
+    sched = CosineP(opt, total_steps=5)
+    good = sched.state_dict()
+    for wrong in ({"base_ps": [None, 8.0]}, {"base_ps": [math.inf, None]}, {"base_ps": [8.0, None, 3.0]}):
+        with pytest.raises(ValueError):  # noqa: PT011
+            sched.load_state_dict({**good, **wrong})
+        assert sched.state_dict() == good
+        assert sched.get_last_p() == [8.0, None]
+
+
+def test_ends_that_have_no_exponent():
+    assert visited(CosineP, 4, p=math.inf, total_steps=3, p_end=math.inf, space="exponent") == [math.inf] * 4
+    with pytest.raises(ValueError, match="diverges"):
+        CosineP(optimizer(), total_steps=3, p_end=1.0)
+    assert visited(CosineP, 2, p=2.0, total_steps=3, p_end=2.0) == [2.0, 2.0]
+
+
 def test_step_never_changes_p():
     opt = optimizer()
     for p in opt.param_groups[0]["params"]:

@@ -40,6 +40,13 @@ def test_agr_leaves_alone_what_it_would_erase():
     assert agr([torch.tensor([1.0, math.nan])])[0].isnan().all()
 
 
+def test_agr_at_magnitudes_whose_sum_overflows():
+    g = torch.full((100_000,), 1e34)
+    torch.testing.assert_close(agr([g])[0], g * (1 - 1e-5))
+    alone = torch.tensor([0.0, 3.0, 0.0])
+    assert not agr([alone])[0].any()  # the formula's own: 1 − 3/3
+
+
 @pytest.mark.parametrize("p", [0.3, 0.8, 1.0, 1.5, 2.0, 3.0, 4.5])
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_lp_factors_against_the_oracle(p, tensor_lr):
@@ -51,6 +58,12 @@ def test_lp_factors_against_the_oracle(p, tensor_lr):
         assert torch.all((factor >= 0) & (factor <= 1))
         if lr_decay == 0:
             assert torch.all(factor == 1)
+
+
+def test_lp_factors_of_huge_weights_are_one():
+    for p in (0.1, 0.3, 0.8, 1.5, 3.0):
+        (factor,) = lp_factors([torch.tensor([1e25, 1e35, math.inf])], p, 1e-3)
+        assert torch.all((factor == 1) | (torch.tensor(p) >= 2))
 
 
 def weights_after(steps, w, **settings):

@@ -116,23 +116,20 @@ def test_averaged_models(averaging):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_accumulation_equals_the_large_batch(name):
-    whole, parts = make_net(), make_net()
+    whole, parts = make_net().double(), make_net().double()
     opts = [normopt.get_optimizer(name)(n.parameters(), lr=0.01) for n in (whole, parts)]
     for i in range(4):
         torch.manual_seed(i)
-        x = torch.randn(8, 4)
+        x = torch.randn(8, 4, dtype=torch.float64)
         for opt in opts:
             opt.zero_grad()
         whole(x).square().mean().backward()
         for chunk in x.chunk(4):
             (parts(chunk).square().mean() / 4).backward()
-        for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
-            b.grad.copy_(a.grad)  # equal but for roundoff, which a sign would make visible
         for opt in opts:
             opt.step()
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,7 +151,8 @@ def test_freeze_unfreeze_and_never_used(name):
     for i in range(1, 4):
         step(i)
     assert torch.equal(frozen.weight, before)
-    assert repr(dict(opt.state[frozen.weight])) == repr(dict(state))
+    assert opt.state[frozen.weight].keys() == state.keys()
+    assert all(torch.equal(opt.state[frozen.weight][k], v) for k, v in state.items())
     frozen.requires_grad_(True)
     step(4)
     assert not torch.equal(frozen.weight, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, overload
+from typing import ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -35,7 +35,12 @@ class Norm(ABC):
 
     Attributes:
         power_exponent: κ of the "power" scale ``‖c‖⋆^κ D(c)``; None where "power" means nothing.
+        spans_groups: whether many tensors can be one vector of it, as ``scope="group"`` asks.
+        power_takes_eps: whether its power map has a form with ε > 0.
     """
+
+    spans_groups: ClassVar[bool] = True
+    power_takes_eps: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -61,15 +66,13 @@ class Norm(ABC):
         """``‖c‖⋆^kappa · D(c)`` as new tensors, given one row of scalars a tensor, shape [n, s]."""
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
-        """The un-normalised power map ``‖c‖⋆^κ · D(c)`` with κ = ``power_exponent``.
+        """The un-normalised power map ``‖c‖⋆^κ · D(c)`` with κ = ``power_exponent``; ε is 0 in this form.
 
         Raises:
-            ValueError: the norm declares no power exponent, or ``eps`` ≠ 0 and the norm has no such form.
+            ValueError: the norm declares no power exponent.
         """
         if self.power_exponent is None:
             raise ValueError(f'scale="power" is not defined for {self}: use "dual", "unit" or "matched"')
-        if eps != 0:
-            raise ValueError(f"eps = {eps} has no meaning for {self}: leave it at 0")
         return self.apply(c, self.combine(self.measure(c)[:, None]), self.power_exponent)
 
     def needs(self, scale: Scale) -> Needs:
@@ -78,6 +81,10 @@ class Norm(ABC):
         "none" means that the direction is elementwise; it is then the ``power`` map, whatever the scale.
         """
         return "tensor"
+
+    def on(self, device: torch.device) -> Norm:
+        """This norm with its tensor fields, if it has any, on a device."""
+        return self
 
     def is_identity(self, scale: Scale) -> bool:
         """Whether the direction under a scale is its input itself, so that nothing has to run."""
@@ -113,8 +120,10 @@ class TensorNorm(Norm):
 
     Subclasses define those two (each on ONE tensor) and, if it is to be read, ``norm``; the split into
     measure, combine and apply is then made from them. What that costs: nothing can be shared between
-    tensors, so ``scope="group"`` is refused.
+    tensors, so ``scope="group"`` is refused, and its methods take no lists.
     """
+
+    spans_groups: ClassVar[bool] = False
 
     def norm(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} defines no primal norm")

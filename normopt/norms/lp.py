@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class Lp(Norm):
 
     Args:
         p: the norm's order, 1 ≤ p ≤ ∞. A one-element tensor (1 < p ≤ ∞, never read on the host) keeps a
-            compiled or captured step valid while p changes; p = 2 and ∞ are as exact as with a float.
+            compiled or captured step valid while p changes; p = 2 and ∞ are as exact as with a float, but
+            for "matched", which is SGD to roundoff then. Give it in float64 for float64 gradients.
 
     Raises:
         ValueError: p < 1 (no norm: the triangle inequality fails) or NaN.
@@ -49,6 +51,8 @@ class Lp(Norm):
         >>> n.dual_map(g)
         tensor([ 0.7330, -0.8463,  0.0000])
     """
+
+    power_takes_eps: ClassVar[bool] = True
 
     p: float | Tensor
 
@@ -73,6 +77,10 @@ class Lp(Norm):
     def power_exponent(self) -> float | Tensor | None:
         """κ = 1/(p−1), which makes ‖c‖⋆^κ·D(c) elementwise; None at p = 1, where it diverges."""
         return None if equals(self.p, 1) else self._exponent
+
+    def on(self, device: torch.device) -> Lp:
+        """The same norm with a tensor p on a device."""
+        return Lp(self.p.to(device)) if isinstance(self.p, Tensor) and self.p.device != device else self
 
     def needs(self, scale: Scale) -> Needs:
         elementwise = scale == "power" or (scale == "unit" and equals(self.p, math.inf)) or self.is_identity(scale)
@@ -147,8 +155,8 @@ def signed_power(c: list[Tensor], exponent: float | Tensor) -> list[Tensor]:
 def relative_sums(c: list[Tensor], q: float | Tensor) -> Tensor:
     """[n, 2]: for each tensor its largest |entry| M and Σ(|x|/M)^q, or at q = ∞ M and its place in c.
 
-    |x|/M ≤ 1, so that no power of it overflows, and the sum is at least 1, so that none of use vanishes.
-    For a finite q, M is kept off 0 and ∞, under which 0/0 and ∞/∞ would make NaN of them.
+    |x|/M ≤ 1, so that no power of it overflows, and one term is 1, so that the sum never vanishes. For a
+    finite q, M is kept off 0 and ∞, under which 0/0 and ∞/∞ would make NaN of them.
     """
     rows = []
     for i, x in enumerate(c):

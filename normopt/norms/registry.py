@@ -19,8 +19,7 @@ class Entry:
 
     cls: type[Norm]
     fixed: Mapping[str, Any]
-    fields: tuple[str, ...]
-    required: tuple[str, ...]
+    fields: Mapping[str, Any]  # every field's default; `dataclasses.MISSING` where there is none
 
 
 _entries: dict[str, Entry] = {}
@@ -53,28 +52,25 @@ def register(name: str, **fixed: Any) -> Callable[[N], N]:
             raise TypeError(f"register({name!r}) decorates a subclass of Norm, but was given {cls!r}")
         taken = _entries.get(name)
         # A class defined again under its own name (a re-run notebook cell) replaces itself.
-        if taken is not None and taken.cls.__qualname__ != cls.__qualname__:
+        if taken is not None and (taken.cls.__module__, taken.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"the norm name {name!r} is taken by {taken.cls.__qualname__}: choose another")
-        _entries[name] = Entry(cls, dict(fixed), *_fields_of(cls))
+        _entries[name] = Entry(cls, dict(fixed), _fields_of(cls))
         return cls
 
     return decorate
 
 
-def _fields_of(cls: type[Norm]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """All the fields of a norm, and those without a default: what a param group can hold of it."""
+def _fields_of(cls: type[Norm]) -> dict[str, Any]:
+    """The fields of a norm and their defaults: what a param group can hold of it."""
     if dataclasses.is_dataclass(cls):
-        fields = dataclasses.fields(cls)
-        none = dataclasses.MISSING
-        required = (f.name for f in fields if f.default is none and f.default_factory is none)
-        return tuple(f.name for f in fields), tuple(required)
+        return {f.name: f.default for f in dataclasses.fields(cls)}
     arguments = list(inspect.signature(cls).parameters)
     if arguments:
         raise TypeError(
             f"{cls.__qualname__} takes {', '.join(arguments)}, but a norm's settings must be dataclass fields, so that "
             "a param group can hold them: decorate it with @dataclass(frozen=True) below @register"
         )
-    return (), ()
+    return {}
 
 
 def list_norms() -> list[str]:
@@ -121,13 +117,16 @@ def flatten(norm: object, given: Mapping[str, Any]) -> dict[str, Any]:
         ``"lp"`` alone leaves p open.
     """
     entry = entry_of(norm)
-    if not isinstance(norm, Norm):
-        flat: dict[str, Any] = {"norm": norm}
-        closed = {setting_key(f) for f in entry.fixed}
-    else:
+    if isinstance(norm, Norm):
         flat = {setting_key(f): getattr(norm, f) for f in entry.fields} | {"norm": _plain_name(type(norm))}
-        closed = {key for key in flat if key != "norm"}
-    if "p" not in entry.fields or "p" in entry.fixed:
+        closed = set(flat) - {"norm"}
+    else:
+        free = {setting_key(f): default for f, default in entry.fields.items() if f not in entry.fixed}
+        # Another norm's field of the same name must not leak in from the optimizer's defaults.
+        flat = {k: v for k, v in free.items() if v is not dataclasses.MISSING and given.get(k) is None}
+        flat |= {setting_key(f): None for f in entry.fixed} | {"norm": norm}
+        closed = {setting_key(f) for f in entry.fixed}
+    if "p" not in entry.fields:
         flat["p"] = None
         closed.add("p")
     for key in closed:
@@ -150,7 +149,7 @@ def build(settings: Mapping[str, Any]) -> Norm:
     values = {**settings, **flatten(name, settings)}
     fields = {f: values[setting_key(f)] for f in entry.fields if values.get(setting_key(f)) is not None}
     fields |= entry.fixed
-    missing = [f for f in entry.required if f not in fields]
+    missing = [f for f, default in entry.fields.items() if default is dataclasses.MISSING and f not in fields]
     if missing:
         keys = ", ".join(setting_key(f) for f in missing)
         raise ValueError(f"norm {name!r} needs {keys}: give it to the optimizer or to the param group")

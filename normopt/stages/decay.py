@@ -35,7 +35,8 @@ def lp_factors(w: list[Tensor], p: float, lr_times_decay: Number) -> list[Tensor
     k = p * lr_times_decay
     if p >= 2:
         return [1 / (1 + k * x.abs().pow(p - 2)) for x in w]
-    sizes = [x.abs().pow(2 - p) for x in w]
+    # Kept finite, so that a huge weight gives a factor of 1 and not ∞/∞.
+    sizes = [x.abs().pow(2 - p).clamp(max=torch.finfo(x.dtype).max) for x in w]
     factors = [x / (x + k) for x in sizes]
     if isinstance(k, Tensor):
         return [torch.where(k == 0, 1, f) for f in factors]

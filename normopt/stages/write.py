@@ -14,6 +14,12 @@ def descend_(w: list[Tensor], u: list[Tensor], lr: float | Tensor) -> None:
         torch._foreach_add_(w, u, alpha=-lr)
 
 
+def scale_(w: list[Tensor], factors: list[Tensor]) -> None:
+    """``w ← w · factor``, elementwise: what ℓp decay does after the step."""
+    if w:
+        torch._foreach_mul_(w, factors)
+
+
 def nearest_(weights: list[Tensor], w: list[Tensor]) -> None:
     """Round working copies to the nearest weight; a weight that was its own working copy stays."""
     for p, x in zip(weights, w, strict=True):

@@ -71,9 +71,8 @@ def test_what_a_quick_start_norm_cannot_do_is_refused():
     rows = make_row_norm()()
     with pytest.raises(ValueError, match="power"):
         normopt.SteepestDescent(params(), norm=rows, scale="power")
-    opt = normopt.SteepestDescent(params(), norm=rows, scale="unit", scope="group")
     with pytest.raises(ValueError, match='scope="tensor"'):
-        opt.step()
+        normopt.SteepestDescent(params(), norm=rows, scale="unit", scope="group")
 
 
 def test_settings_survive_a_safe_checkpoint(tmp_path):
@@ -150,3 +149,49 @@ def test_what_a_norm_of_ones_own_gets_wrong_is_named():
 
     with pytest.raises(TypeError, match="takes a name"):
         register(Nothing)
+
+
+def test_a_field_never_leaks_into_another_norms_group():
+    """Both norms have a gain; the second group gave none, so it has its own norm's default."""
+    make_row_norm("first")
+
+    @register("second")
+    @dataclasses.dataclass(frozen=True)
+    class Second(TensorNorm):
+        gain: float = 1.0
+
+    register("second, fixed", gain=2.0)(Second)
+    a, b, c = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    groups = [{"params": [a]}, {"params": [b], "norm": "second"}, {"params": [c], "norm": "second, fixed"}]
+    said = normopt.SteepestDescent(groups, norm="first", norm_gain=5.0).backend().splitlines()
+    for line, gain in zip(said, (5.0, 1.0, 2.0), strict=True):
+        assert f"gain={gain}" in line
+    with pytest.raises(ValueError, match="norm_gian"):
+        normopt.SteepestDescent([{"params": [a], "norm_gian": 3.0}], norm="first")
+
+
+def test_p_may_come_with_the_group_alone():
+    opt = normopt.SteepestDescent([{"params": params(), "p": 3.0}], norm="lp")
+    assert "Lp(p=3)" in opt.backend()
+
+
+def test_a_power_exponent_of_ones_own():
+    """A norm that declares κ gets the power scale from its dual norm and dual map, without an ε."""
+
+    @register("l2 with a power of its own")
+    class Power(TensorNorm):
+        power_exponent = 0.5
+
+        def dual_norm(self, x):
+            return x.norm()
+
+        def dual_map(self, x):
+            return x / x.norm()
+
+    ps = params()
+    old = [p.detach().clone() for p in ps]
+    normopt.SteepestDescent(ps, lr=0.1, norm=Power(), scale="power").step()
+    for p, w in zip(ps, old, strict=True):
+        torch.testing.assert_close(p.detach(), w - 0.1 * p.grad / p.grad.norm() ** 0.5)
+    with pytest.raises(ValueError, match="eps"):
+        normopt.SteepestDescent(ps, norm=Power(), scale="power", eps=1e-8)
