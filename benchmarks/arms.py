@@ -28,6 +28,7 @@ class Arm:
         rule: one line for the report.
         anneals_p: CosineP over the epochs, as the paper has it; else p stays.
         ours: takes normopt's regularizers.
+        sign_step: nothing but the signs of the gradient reach the step.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Arm:
     rule: str
     anneals_p: bool = False
     ours: bool = True
+    sign_step: bool = False
 
 
 _ARMS = (
@@ -46,7 +48,7 @@ _ARMS = (
         1.0,
         "ℓ2, averaged momentum 0.9: a heavy-ball step with a tenth of the learning rate",
     ),
-    Arm("SignSGD", normopt.SignSGD, 3e-3, "the sign of the gradient, no momentum"),
+    Arm("SignSGD", normopt.SignSGD, 3e-3, "the sign of the gradient, no momentum", sign_step=True),
     Arm("Signum", normopt.Signum, 3e-3, "the sign of the averaged momentum 0.9"),
     Arm(
         "AdamW",

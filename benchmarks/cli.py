@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
+import textwrap
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from benchmarks import phases, report
 from benchmarks.presets import PRESETS
-from benchmarks.report.tables import terminal
+from benchmarks.progress import progress
+from benchmarks.report.settings import regularizers
+from benchmarks.report.tables import notes, terminal
 from benchmarks.report.words import findings
 from benchmarks.results import collect
 from benchmarks.store import Store, UnfitStore
-from benchmarks.study import execute
+from benchmarks.study import environment, execute
 
 app = typer.Typer(help="Programs that measure normopt.", no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
+console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
 
 
 @app.command()
@@ -35,27 +39,12 @@ def ablate(
         raise typer.BadParameter(f"there is no preset {preset!r}, only {', '.join(PRESETS)}")
     study = PRESETS[preset]
     folder = out or Path("results") / preset
-    store = Store(folder)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        console=console,
-        # Phases differ in speed: look far back.
-        speed_estimate_period=120,
-    )
+    store = _open(folder)
     try:
-        with progress:
-            bar = progress.add_task("", total=phases.count(study))
-            execute(
-                study,
-                store,
-                workers or os.cpu_count() or 1,
-                lambda phase, n: progress.update(bar, description=phase, advance=n),
-            )
+        # Before any progress is shown: a store that is refused would leave a stray line of it.
+        store.begin(study, environment())
+        with progress(console, phases.count(study)) as advance:
+            execute(study, store, workers or os.cpu_count() or 1, advance)
     except KeyboardInterrupt:
         console.print(f"Stopped with {len(store.runs)} runs stored; the same command goes on from there.")
         raise typer.Exit(130) from None
@@ -67,7 +56,17 @@ def ablate(
 @app.command("report")
 def again(folder: Annotated[Path, typer.Argument(help="Folder of a finished study.")]) -> None:
     """Make the report again from stored results."""
-    _report(Store(folder), folder)
+    _report(_open(folder), folder)
+
+
+def _open(folder: Path) -> Store:
+    """The store, with what it warns of told to people: without the line of source that Python adds."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        store = Store(folder)
+    for warning in caught:
+        errors.print(Text.assemble(("Warning: ", "yellow"), str(warning.message)), soft_wrap=True)
+    return store
 
 
 def _report(store: Store, folder: Path) -> None:
@@ -76,7 +75,27 @@ def _report(store: Store, folder: Path) -> None:
     except UnfitStore as error:
         raise typer.BadParameter(str(error)) from None
     path = report.write(results, folder)
+    console.print()
+    _say(
+        f"Ablation {results.study.preset}",
+        f"Means over {len(results.study.final_seeds)} seeds, ± half a 95 % t interval.",
+    )
+    _say("Regularizers", regularizers(results))
     console.print(terminal(results, console.width))
+    for note in notes(results):
+        _say("", note)
+    _say("More columns", f"See {path.with_name('summary.md')}.")
     for finding in findings(results):
-        console.print(f"[bold]{finding.title}.[/bold] {finding.text}", highlight=False)
-    console.print(f"The report: {path}", soft_wrap=True)
+        console.print()
+        _say(finding.title, finding.text)
+    console.print()
+    console.print(f"The report: {path.resolve().as_uri()}", soft_wrap=True)
+
+
+def _say(title: str, text: str) -> None:
+    # Rich would break lines at no-break spaces, and paths at hyphens.
+    bold = f"{title}." if title else ""
+    lines = textwrap.fill(f"{bold} {text}".strip(), console.width, break_long_words=False, break_on_hyphens=False)
+    said = Text(lines)
+    said.stylize("bold", 0, len(bold))
+    console.print(said, soft_wrap=True)

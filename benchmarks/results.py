@@ -23,10 +23,6 @@ class Row:
     runs: list[RunRecord]
 
     @property
-    def name(self) -> str:
-        return self.arm if self.regularizer == "none" else f"{self.arm} + {self.regularizer.replace('+', ' + ')}"
-
-    @property
     def diverged(self) -> int:
         return sum(run.diverged for run in self.runs)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import joblib
 import sklearn
@@ -14,7 +16,7 @@ import normopt
 from benchmarks import phases
 from benchmarks.spec import RunSpec, Study
 from benchmarks.store import Environment, Store
-from benchmarks.training import run
+from benchmarks.training import RunRecord, run
 
 
 def environment() -> Environment:
@@ -36,7 +38,7 @@ def execute(study: Study, store: Store, workers: int, advance: Callable[[str, in
         study: what to run.
         store: where results go, each as soon as it is there.
         workers: processes, each on one thread.
-        advance: told the phase and how many runs have been made or found stored since it was last told.
+        advance: told the phase and how many of its runs were found stored; then, after each, that 1 more was made.
     """
     store.begin(study, environment())
 
@@ -48,7 +50,7 @@ def execute(study: Study, store: Store, workers: int, advance: Callable[[str, in
             return
         # One run a batch: joblib would otherwise hold back short runs to hand them over by the dozen.
         parallel = joblib.Parallel(n_jobs=workers, batch_size=1, return_as="generator_unordered")
-        for record in parallel(joblib.delayed(run)(spec) for spec in missing):
+        for record in parallel(joblib.delayed(_work)(spec) for spec in missing):
             store.add(record)
             advance(phase, 1)
 
@@ -56,3 +58,21 @@ def execute(study: Study, store: Store, workers: int, advance: Callable[[str, in
     choices = phases.choose(study, store.runs)
     make("final runs", [spec for specs in phases.final(study, choices).values() for spec in specs])
     make("sparsity", [spec for specs in phases.sparsity(study, choices).values() for spec in specs])
+
+
+def _work(spec: RunSpec) -> RunRecord:
+    """A run on a worker process."""
+    record = run(spec)
+    _spare_modules()
+    return record
+
+
+@cache
+def _spare_modules() -> None:
+    """Keep the garbage collector, once a process, from going through what will never be garbage.
+
+    Without psutil, joblib's workers collect about every second, and torch's modules make that 0.2 seconds each time.
+    The first run has loaded the last of them.
+    """
+    gc.collect()
+    gc.freeze()

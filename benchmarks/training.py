@@ -20,9 +20,9 @@ ZERO = 1e-13  # the count of exact zeros of arXiv:2404.10824
 
 
 class Epoch(BaseModel):
-    """How a run stood at the end of an epoch; p is the one its steps were made with."""
+    """How a run stood at the end of an epoch; p is the one its steps were made with, None where it is none to set."""
 
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid")
 
     steps: int
     train_loss: float
@@ -34,8 +34,7 @@ class Epoch(BaseModel):
 class RunRecord(BaseModel):
     """What came out of a run. A run that diverged has its finite epochs, no test result, and says so."""
 
-    # p may be infinite, which JSON can only say in a string.
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid")
 
     id: str
     spec: RunSpec
@@ -72,7 +71,7 @@ def run(spec: RunSpec) -> RunRecord:
     history: list[Epoch] = []
     busy, steps, diverged = 0.0, 0, False
     for _ in range(spec.epochs):
-        p = optimizer.param_groups[0].get("p")
+        p = _finite_p(optimizer)
         start = time.process_time()
         train_loss = _train_epoch(model, optimizer, lr_schedule, splits.train, spec.batch_size, batches)
         busy += time.process_time() - start
@@ -137,6 +136,12 @@ def zero_fraction(model: nn.Module) -> float:
     """The part of the weights that is exactly zero: |w| < 1e-13, over tensors of 2 dims or more."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     return sum(int((p.abs() < ZERO).sum()) for p in matrices) / sum(p.numel() for p in matrices)
+
+
+def _finite_p(optimizer: Optimizer) -> float | None:
+    """The p of the norm, None if there is none or it is infinite, which JSON cannot say."""
+    p = optimizer.param_groups[0].get("p")
+    return None if p is None or math.isinf(p) else float(p)
 
 
 def _state_bytes(optimizer: Optimizer) -> int:

@@ -8,11 +8,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from benchmarks.report.text import LABELS, NBSP, name, share, weight
 from benchmarks.report.words import chosen
 from benchmarks.results import Results, Row
+from benchmarks.stats import LEVEL, Interval
 
 # Told apart on white and on near-black, by most eyes; the baseline first.
 COLOURS = ("#3b82f6", "#06a5c4", "#e8590c", "#f2a20c", "#8b93a1", "#2f9e44", "#d6336c", "#9c5fd6", "#8a6d3b")
+PERCENT = f"{NBSP}%"
 DASHES = ("solid", "dash", "dot")
 
 
@@ -40,7 +43,7 @@ def figures(results: Results) -> list[Figure]:
         Figure(
             "accuracy",
             "Validation accuracy",
-            f"The same runs; the dotted line is the target of {100 * results.study.target:g} %.",
+            f"The same runs; the dotted line is the target of {share(results.study.target)}.{_cut(results)}",
             _curves(results, "validation_accuracy", "validation accuracy", target=results.study.target),
         ),
         Figure(
@@ -54,7 +57,7 @@ def figures(results: Results) -> list[Figure]:
         Figure(
             "sparsity",
             "Accuracy against sparsity",
-            f"{results.study.sparsity.arm} + agr + lp at each λ, means and 95 % t intervals over "
+            f"{results.study.sparsity.arm} + {LABELS['agr+lp']} at each λ, means and {share(LEVEL)} t intervals over "
             f"{len(results.study.sparsity.seeds)} seeds; the line and band are the twin without either. The ringed "
             "point was chosen by validation data.",
             _sparsity(results),
@@ -62,8 +65,10 @@ def figures(results: Results) -> list[Figure]:
         Figure(
             "difference",
             "Paired difference to the twin",
-            "Test accuracy minus the twin's with the same seeds, with 95 % t intervals. The dotted lines are what was "
-            "asked for: right of one, above the other.",
+            f"Test accuracy minus the twin's with the same seeds, in points, with {share(LEVEL)} t intervals. The "
+            "dotted lines are what was asked for: right of one, at least "
+            f"{share(results.study.sparsity.zeros_wanted)} zeros; above the other, at most "
+            f"{100 * results.study.sparsity.loss_allowed:g}{NBSP}point lost.",
             _difference(results),
         ),
     ]
@@ -75,22 +80,39 @@ def _style(results: Results, arm: str) -> dict[str, str]:
 
 
 def _curves(results: Results, field: str, title: str, log: bool = False, target: float | None = None) -> Any:
-    figure = _figure("optimizer steps", title, log_y=log, percent_y=not log)
+    figure = _figure("optimizer steps", title, log_y=log, unit_y="" if log else PERCENT)
+    scale = 1 if log else 100
     for row in results.rows:
         histories = [run.epochs for run in row.runs if not run.diverged]
         if histories:
             figure.add_scatter(
                 x=[epoch.steps for epoch in histories[0]],
-                y=[_mean([getattr(epoch, field) for epoch in epochs]) for epochs in zip(*histories, strict=True)],
+                y=[scale * mean for mean in _means(row, field)],
                 line=_style(results, row.arm),
                 mode="lines",
                 **_entry(row),
             )
     if target is not None:
-        figure.add_hline(y=target, line={"dash": "dot", "width": 1, "color": "#888"})
-        # The first epochs would otherwise take all the room.
-        figure.update_yaxes(range=[max(0.0, 1 - 4 * (1 - target)), 1.005])
+        figure.add_hline(y=100 * target, line={"dash": "dot", "width": 1.5, "color": "#888"})
+        figure.update_yaxes(range=[100 * _lowest(target), 100.5])
     return figure
+
+
+def _means(row: Row, field: str) -> list[float]:
+    histories = [run.epochs for run in row.runs if not run.diverged]
+    return [sum(getattr(epoch, field) for epoch in epochs) / len(epochs) for epochs in zip(*histories, strict=True)]
+
+
+def _lowest(target: float) -> float:
+    """Where the axis of accuracy starts: the first epochs would otherwise take all the room."""
+    return max(0.0, 1 - 4 * (1 - target))
+
+
+def _cut(results: Results) -> str:
+    lowest = _lowest(results.study.target)
+    if any(mean < lowest for row in results.rows for mean in _means(row, "validation_accuracy")):
+        return f" The axis starts at {share(lowest)}; what lies below is not shown."
+    return ""
 
 
 def _sensitivity(results: Results) -> Any:
@@ -119,82 +141,106 @@ def _entry(row: Row) -> dict[str, Any]:
         "name": row.arm,
         "meta": {"regularizer": row.regularizer},
         "visible": row.regularizer == "none",
-        "hovertemplate": f"{row.name}<br>%{{x}}: %{{y}}<extra></extra>",
+        "hovertemplate": f"{name(row)}<br>%{{x}}: %{{y}}<extra></extra>",
     }
 
 
 def _sparsity(results: Results) -> Any:
-    figure = _figure("exact zeros", "test accuracy", percent_y=True, percent_x=True)
+    figure = _figure("exact zeros", "test accuracy", unit_y=PERCENT, unit_x=PERCENT)
     twin = next((point for point in results.sparsity if not point.weight_decay), None)
     if twin:
         if not math.isnan(twin.accuracy.half):
-            band = {"fillcolor": "rgba(136,136,136,0.2)", "line_width": 0}
-            figure.add_hrect(y0=twin.accuracy.low, y1=twin.accuracy.high, **band)
-        figure.add_hline(y=twin.accuracy.mean, line={"color": "#888", "width": 2})
-    points = [point for point in results.sparsity if point.weight_decay]
-    _scatter(figure, results, [point.accuracy for point in points])
-    figure.update_xaxes(range=[-0.02, 1.02])
+            band = {"fillcolor": "rgba(136,136,136,0.2)", "line_width": 0, "layer": "below"}
+            figure.add_hrect(y0=100 * twin.accuracy.low, y1=100 * twin.accuracy.high, **band)
+        figure.add_hline(y=100 * twin.accuracy.mean, line={"color": "#888", "width": 2})
+    _scatter(figure, results, [point.accuracy for point in results.sparsity if point.weight_decay], PERCENT)
     return figure
 
 
 def _difference(results: Results) -> Any:
-    figure = _figure("exact zeros", "difference in test accuracy", percent_y=True, percent_x=True)
-    points = [point for point in results.sparsity if point.test_difference]
-    _scatter(figure, results, [point.test_difference.interval for point in points if point.test_difference])
+    figure = _figure("exact zeros", "difference in test accuracy, points", unit_x=PERCENT)
     plan = results.study.sparsity
-    asked = {"dash": "dot", "width": 1, "color": "#888"}
+    asked = {"dash": "dot", "width": 1.5, "color": "#888"}
     figure.add_hline(y=0, line={"color": "#888", "width": 2})
-    figure.add_hline(y=-plan.loss_allowed, line=asked)
-    figure.add_vline(x=plan.zeros_wanted, line=asked)
-    figure.update_xaxes(range=[-0.02, 1.02])
+    figure.add_hline(y=-100 * plan.loss_allowed, line=asked)
+    figure.add_vline(x=100 * plan.zeros_wanted, line=asked)
+    differences = [point.test_difference.interval for point in results.sparsity if point.test_difference]
+    _scatter(figure, results, differences, f"{NBSP}points")
     return figure
 
 
-def _scatter(figure: Any, results: Results, heights: list[Any]) -> None:
+def _scatter(figure: Any, results: Results, heights: list[Interval], unit: str) -> None:
+    """Every λ but 0 at its zeros and the given height, both × 100."""
     points = [point for point in results.sparsity if point.weight_decay]
-    if not points:
+    # Without a twin there are no differences to draw.
+    if not points or len(heights) < len(points):
         return
     pick = chosen(results)
+    ends = [
+        (100 * (height.mean - _finite(height.half)), 100 * (height.mean + _finite(height.half))) for height in heights
+    ]
+    # Without caps: at an interval of the dot's own size they frame it, and it looks like a square.
+    bar = {"thickness": 1.5, "width": 0}
     figure.add_scatter(
-        x=[point.zeros.mean for point in points],
-        y=[height.mean for height in heights],
-        error_x={"array": [_finite(point.zeros.half) for point in points], "thickness": 1},
-        error_y={"array": [_finite(height.half) for height in heights], "thickness": 1},
-        text=[f"{point.weight_decay:g}" for point in points],
-        textposition="top right",
-        mode="lines+markers+text",
+        x=[100 * point.zeros.mean for point in points],
+        y=[100 * height.mean for height in heights],
+        error_x=bar | {"array": [100 * _finite(point.zeros.half) for point in points]},
+        error_y=bar | {"array": [high - 100 * height.mean for (_, high), height in zip(ends, heights, strict=True)]},
+        text=[weight(point.weight_decay) for point in points],
+        mode="lines+markers",
         showlegend=False,
         line={"color": COLOURS[6], "width": 1},
         marker={
-            "size": [13 if point is pick else 7 for point in points],
+            "size": [13 if point is pick else 8 for point in points],
             "symbol": ["circle-open" if point is pick else "circle" for point in points],
             "line": {"width": 2, "color": COLOURS[6]},
+            "opacity": 1,
         },
-        hovertemplate="λ = %{text}<br>zeros %{x:.1%}<br>%{y:.2%}<extra></extra>",
+        hovertemplate=f"%{{text}}<br>zeros %{{x:.1f}}{PERCENT}<br>%{{y:.2f}}{unit}<extra></extra>",
     )
+    for point, height in zip(points, heights, strict=True):
+        # A curve that falls leaves room above its right and below its left; away from the edge, a label fits.
+        right = point.zeros.mean < 0.5
+        figure.add_annotation(
+            x=100 * point.zeros.mean,
+            y=100 * height.mean,
+            xanchor="left" if right else "right",
+            yanchor="bottom" if right else "top",
+            xshift=5 if right else -6,
+            yshift=3 if right else -3,
+            text=weight(point.weight_decay),
+            showarrow=False,
+            borderpad=1,
+            font={"size": 11},
+        )
+    # Plotly leaves no room for labels by itself, nor for lines across the plot.
+    shown = [y for pair in ends for y in pair] + [
+        shape.y0 for shape in figure.layout.shapes if shape.xref == "x domain"
+    ]
+    bottom, top = min(shown), max(shown)
+    room = 0.12 * (top - bottom or 1)
+    figure.update_yaxes(range=[bottom - room, top + room])
+    figure.update_xaxes(range=[-2, 102])
 
 
-def _figure(x: str, y: str, log_y: bool = False, percent_y: bool = False, percent_x: bool = False) -> Any:
+def _figure(x: str, y: str, log_y: bool = False, unit_x: str = "", unit_y: str = "") -> Any:
     figure = go.Figure()
     figure.update_layout(
         template="none",
-        height=430,
-        margin={"l": 60, "r": 12, "t": 12, "b": 58},
+        height=440,
+        margin={"l": 56, "r": 20, "t": 20, "b": 60},
         legend={"orientation": "h", "y": -0.24, "yanchor": "top", "x": 0},
         hovermode="closest",
     )
-    figure.update_xaxes(title=x, tickformat=".0%" if percent_x else None, zeroline=False)
+    title = {"standoff": 14}
+    figure.update_xaxes(title=title | {"text": x}, ticksuffix=unit_x, zeroline=False, automargin=True)
     figure.update_yaxes(
-        title=y, type="log" if log_y else None, tickformat=".1%" if percent_y else None, zeroline=False, automargin=True
+        title=title | {"text": y}, type="log" if log_y else None, ticksuffix=unit_y, zeroline=False, automargin=True
     )
     if log_y:
         ticks = [digit * 10**power for power in range(-4, 3) for digit in (1, 2, 5)]
         figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return figure
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _finite(value: float) -> float:

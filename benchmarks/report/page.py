@@ -9,11 +9,12 @@ from string import Template
 from plotly.offline import get_plotlyjs
 
 from benchmarks.report.figures import Figure, figures
-from benchmarks.report.settings import command
-from benchmarks.report.tables import Column, columns
-from benchmarks.report.text import counted
+from benchmarks.report.settings import command, regularizers
+from benchmarks.report.tables import Column, columns, notes
+from benchmarks.report.text import LABELS, counted, share
 from benchmarks.report.words import Finding
 from benchmarks.results import Results
+from benchmarks.stats import LEVEL
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -21,7 +22,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 def page(results: Results, summary: list[Finding], settings: list[str]) -> str:
     """The whole report as HTML."""
     drawn = figures(results)
-    regularizers = list(dict.fromkeys(regularizer for _, regularizer in results.study.pairs))
+    worn = dict.fromkeys(regularizer for _, regularizer in results.study.pairs)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"normopt: ablation “{results.study.preset}”"),
         lead=escape(
@@ -30,9 +31,12 @@ def page(results: Results, summary: list[Finding], settings: list[str]) -> str:
         ),
         command=escape(command(results)),
         findings="\n".join(f"<section><h3>{escape(f.title)}</h3><p>{escape(f.text)}</p></section>" for f in summary),
+        regularizers=escape(regularizers(results)),
+        level=share(LEVEL),
         seeds=counted(len(results.study.final_seeds), "seed"),
         table=_table(results, columns(results)),
-        options="".join(f"<option>{escape(name)}</option>" for name in regularizers),
+        notes="\n".join(f'<p class="note">{escape(note)}</p>' for note in notes(results)),
+        options="".join(f'<option value="{name}">{escape(LABELS[name])}</option>' for name in worn),
         figures="\n".join(_figure(figure) for figure in drawn),
         settings="\n".join(f"<li>{escape(line)}</li>" for line in settings),
         plotly=get_plotlyjs(),

@@ -6,17 +6,23 @@ import csv
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks.report.text import number, percent
+from benchmarks.arms import ARMS
+from benchmarks.report.settings import regularizers
+from benchmarks.report.text import LABELS, NBSP, listed, number, percent, share
 from benchmarks.report.words import Finding
 from benchmarks.results import Results, Row
+from benchmarks.spec import Regularizer
 from benchmarks.stats import censored_median, t_interval
 from benchmarks.training import RunRecord
 
-WIDE = 150  # characters that the whole table takes
+WIDE = 140  # characters of a terminal that shows losses and validation too
+
+EDGE = "†"
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Column:
     title: str
     cell: Callable[[Row], str]
     left: bool = False
-    wide: bool = False  # left out where the terminal is narrow
+    least: float = 0  # characters of the narrowest terminal that shows it
 
 
 def _mean(value: Callable[[RunRecord], float | None], write: Callable[..., str]) -> Callable[[Row], str]:
@@ -34,7 +40,7 @@ def _mean(value: Callable[[RunRecord], float | None], write: Callable[..., str])
         values = [value(run) for run in row.runs]
         known = [v for v in values if v is not None]
         if len(known) < len(values):
-            return f"{row.diverged} of {len(values)} diverged"
+            return f"{row.diverged}/{len(values)}{NBSP}diverged"
         return write(t_interval(known))
 
     return cell
@@ -48,7 +54,7 @@ def _steps(row: Row) -> str:
 
 
 def _lr(row: Row) -> str:
-    return f"{row.choice.lr:g}{' (edge)' if row.choice.at_edge else ''}"
+    return f"{row.choice.lr:g}{EDGE if row.choice.at_edge else ''}"
 
 
 def validation_accuracy(run: RunRecord) -> float | None:
@@ -65,28 +71,56 @@ def columns(results: Results) -> list[Column]:
     """The columns of the table that people read."""
     return [
         Column("optimizer", lambda row: row.arm, left=True),
-        Column("regularizer", lambda row: row.regularizer, left=True),
+        Column("regularizer", lambda row: LABELS[row.regularizer], left=True),
         Column("learning rate", _lr),
-        Column("validation accuracy", _mean(validation_accuracy, percent), wide=True),
-        Column("validation loss", _mean(validation_loss, number), wide=True),
+        Column("validation accuracy", _mean(validation_accuracy, percent), least=WIDE),
+        Column("validation loss", _mean(validation_loss, number), least=WIDE),
         Column("test accuracy", _mean(lambda run: run.test_accuracy, percent)),
-        Column("test loss", _mean(lambda run: run.test_loss, number), wide=True),
-        Column(f"steps to {100 * results.study.target:g} %", _steps),
+        Column("test loss", _mean(lambda run: run.test_loss, number), least=WIDE),
+        Column(f"steps to{NBSP}{share(results.study.target)}", _steps),
         Column("zeros", _mean(lambda run: run.zero_fraction, percent)),
-        Column("ms/step", lambda row: f"{t_interval([run.ms_per_step for run in row.runs]).mean:.2f}", wide=True),
-        Column("state KiB", lambda row: f"{row.runs[0].state_bytes / 1024:.0f}", wide=True),
+        Column("ms/step", lambda row: f"{t_interval([run.ms_per_step for run in row.runs]).mean:.2f}", least=inf),
+        Column("state KiB", lambda row: f"{row.runs[0].state_bytes / 1024:.0f}", least=inf),
     ]
+
+
+def notes(results: Results) -> list[str]:
+    """What goes under the table: the mark in it, and what would look like a mistake, where they are there."""
+    same = [
+        arm.name
+        for arm in results.study.arms
+        if ARMS[arm.name].sign_step
+        and _same(results, arm.name, "agr", "none")
+        and _same(results, arm.name, "agr+lp", "lp")
+    ]
+    told = []
+    if any(row.choice.at_edge for row in results.rows):
+        told.append(f"{EDGE} The smallest or largest learning rate that was tried: a better one may lie beyond.")
+    if same:
+        told.append(
+            f"The rows of {listed(same)} with AGR equal those without, but for the time: AGR changes the sizes of a "
+            "gradient's entries and never a sign, so it cannot change a sign step."
+        )
+    return told
+
+
+def _same(results: Results, arm: str, this: Regularizer, that: Regularizer) -> bool:
+    a, b = results.row((arm, this)), results.row((arm, that))
+    return a is not None and b is not None and not a.diverged and [*map(_outcome, a.runs)] == [*map(_outcome, b.runs)]
+
+
+def _outcome(run: RunRecord) -> object:
+    return run.spec.lr, run.epochs, run.test_loss, run.test_accuracy, run.zero_fraction
 
 
 def terminal(results: Results, width: int) -> Table:
     """The table for a terminal that is so many characters wide."""
-    title = f"Ablation {results.study.preset}: means over {len(results.study.final_seeds)} seeds, ± 95 % t"
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    shown = [column for column in columns(results) if not column.wide or width >= WIDE]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    shown = [column for column in columns(results) if width >= column.least]
     cells = [[column.cell(row) for column in shown] for row in results.rows]
     for i, column in enumerate(shown):
-        # Titles may be broken into lines, a number and its interval may not.
-        needed = max(len(text) for text in [*column.title.split(), *(line[i] for line in cells)])
+        # Titles may be broken into lines at plain spaces, a number and its interval may not.
+        needed = max(len(text) for text in [*column.title.split(" "), *(line[i] for line in cells)])
         table.add_column(column.title, justify="left" if column.left else "right", width=needed)
     for i, line in enumerate(cells):
         last = i + 1 == len(cells) or results.rows[i + 1].arm != results.rows[i].arm
@@ -99,9 +133,10 @@ def markdown(results: Results, summary: list[Finding], settings: list[str]) -> s
     shown = columns(results)
     lines = [f"# Ablation: {results.study.preset}", ""]
     lines += [f"- **{finding.title}.** {finding.text}" for finding in summary]
-    lines += ["", "| " + " | ".join(column.title for column in shown) + " |"]
+    lines += ["", regularizers(results), "", "| " + " | ".join(column.title for column in shown) + " |"]
     lines += ["|" + "|".join(":--" if column.left else "--:" for column in shown) + "|"]
     lines += ["| " + " | ".join(column.cell(row) for column in shown) + " |" for row in results.rows]
+    lines += [text for note in notes(results) for text in ("", note)]
     lines += ["", "## Settings", "", *(f"- {line}" for line in settings), ""]
     return "\n".join(lines)
 

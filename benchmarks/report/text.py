@@ -5,7 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from benchmarks.stats import Interval
+from benchmarks.results import Row
+from benchmarks.spec import Regularizer
+from benchmarks.stats import LEVEL, Interval
+
+NBSP = "\u00a0"  # a no-break space: a number stays on the line of its unit
+
+# What the report calls the regularizers. Bare "lp" would look like a part of the name LPSGD.
+LABELS: dict[Regularizer, str] = {
+    "none": "none",
+    "agr": "AGR",
+    "lp": f"ℓp{NBSP}decay",
+    "agr+lp": f"AGR + ℓp{NBSP}decay",
+}
+
+
+def name(row: Row) -> str:
+    """The optimizer with what it wears: Signum, or Signum + AGR."""
+    return row.arm if row.regularizer == "none" else f"{row.arm} + {LABELS[row.regularizer]}"
+
+
+def share(fraction: float) -> str:
+    """A round fraction in per cent: 95 %."""
+    return f"{100 * fraction:g}{NBSP}%"
+
+
+def weight(decay: float) -> str:
+    """λ = 0.1."""
+    return f"λ{NBSP}={NBSP}{decay:g}"
 
 
 def percent(interval: Interval, digits: int = 1) -> str:
@@ -13,23 +40,23 @@ def percent(interval: Interval, digits: int = 1) -> str:
     if interval.mean == interval.half == 0:
         return "0"
     if math.isnan(interval.half):
-        return f"{100 * interval.mean:.{digits}f} %"
-    return f"{100 * interval.mean:.{digits}f} % ± {100 * interval.half:.{digits}f}"
+        return f"{100 * interval.mean:.{digits}f}{NBSP}%"
+    return f"{100 * interval.mean:.{digits}f}{NBSP}%{NBSP}±{NBSP}{100 * interval.half:.{digits}f}"
 
 
 def number(interval: Interval, digits: int = 3) -> str:
     """A number and its interval: 0.123 ± 0.004."""
     if math.isnan(interval.half):
         return f"{interval.mean:.{digits}f}"
-    return f"{interval.mean:.{digits}f} ± {interval.half:.{digits}f}"
+    return f"{interval.mean:.{digits}f}{NBSP}±{NBSP}{interval.half:.{digits}f}"
 
 
 def points(interval: Interval) -> str:
     """A difference of two fractions in percentage points, with the ends of its interval."""
-    mean = f"{signed(100 * interval.mean)} points"
+    mean = f"{signed(100 * interval.mean)}{NBSP}points"
     if math.isnan(interval.half):
         return mean
-    return f"{mean} (95 % interval {signed(100 * interval.low)} to {signed(100 * interval.high)})"
+    return f"{mean} ({share(LEVEL)} interval {signed(100 * interval.low)} to {signed(100 * interval.high)})"
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -38,9 +65,9 @@ def signed(value: float, digits: int = 2) -> str:
     return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
-def p_text(p: float) -> str:
-    """A p-value."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+def p_value(p: float) -> str:
+    """P-value 0.042. Never "p = 0.042": p is the norm's."""
+    return f"P-value{NBSP}<{NBSP}0.001" if p < 0.001 else f"P-value{NBSP}{p:.3f}"
 
 
 def listed(items: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.report.text import counted, listed, number, p_text, percent, points
+from benchmarks.report.text import LABELS, NBSP, counted, listed, name, number, p_value, percent, points, share, weight
 from benchmarks.results import Comparison, Results, Row, SparsityPoint, test_accuracies
 from benchmarks.spec import Pair
 from benchmarks.stats import t_interval
@@ -62,21 +62,21 @@ def _best(results: Results) -> str:
     best, worst = max(sound, key=accuracy), min(sound, key=accuracy)
     text = (
         f"The highest mean test accuracy of {len(results.rows)} pairs of optimizer and regularizer is "
-        f"{_accuracy(best)}, by {best.name}; the lowest is {_accuracy(worst)}, by {worst.name}."
+        f"{_accuracy(best)}, by {name(best)}; the lowest is {_accuracy(worst)}, by {name(worst)}."
     )
     baseline = results.row((results.study.baseline, "none"))
     if baseline and not baseline.diverged and baseline is not best:
         above = sum(accuracy(row) > accuracy(baseline) for row in sound)
-        text += f" {baseline.name} alone reaches {_accuracy(baseline)}; {above} of the other means lie above it."
+        text += f" {name(baseline)} alone reaches {_accuracy(baseline)}; {above} of the other means lie above it."
     return text
 
 
 def _arms(results: Results) -> str:
-    return _verdict(arm_family(results))
+    return _verdict(arm_family(results), results.study.baseline)
 
 
 def _regularizers(results: Results) -> str:
-    return _verdict(regularizer_family(results))
+    return _verdict(regularizer_family(results), "the same optimizer without")
 
 
 def _annealing(results: Results) -> str:
@@ -87,27 +87,27 @@ def _annealing(results: Results) -> str:
     for c in family:
         told = "a difference that stands" if c.adjusted < ALPHA else "which is not significant"
         parts.append(
-            f"{c.row.name} minus {c.against.name}: {points(c.difference.interval)}, {told} ({p_text(c.adjusted)})"
+            f"{name(c.row)} minus {name(c.against)}: {points(c.difference.interval)}, {told} ({p_value(c.adjusted)})"
         )
-    return f"In test accuracy, each arm at its own learning rate. {'; '.join(parts)}. p-values are Holm-corrected."
+    return f"In test accuracy, each arm at its own learning rate. {'; '.join(parts)}. P-values are Holm-corrected."
 
 
-def _verdict(family: list[Comparison]) -> str:
+def _verdict(family: list[Comparison], against: str) -> str:
     if not family:
         return "There is nothing to compare."
     better = [c for c in family if c.adjusted < ALPHA and c.difference.interval.mean > 0]
     worse = [c for c in family if c.adjusted < ALPHA and c.difference.interval.mean < 0]
     n = len(family[0].row.runs)
-    text = [f"Test accuracy, paired over {counted(n, 'seed')}; p-values Holm-corrected over {len(family)} comparisons."]
+    text = [f"Test accuracy, paired over {counted(n, 'seed')}; P-values Holm-corrected over {len(family)} comparisons."]
     for found, word in ((better, "Better"), (worse, "Worse")):
         if found:
-            text.append(f"{word} at the 5 % level: {listed([_case(c) for c in found])}.")
+            text.append(f"{word} at the {share(ALPHA)} level: {listed([_case(c) for c in found])}.")
     rest = len(family) - len(better) - len(worse)
     if rest:
         ups = sum(c.difference.interval.mean > 0 for c in family if c not in better and c not in worse)
         who = f"The other {rest} of {len(family)}" if better or worse else f"None of the {len(family)}"
         verb = "cannot be told apart" if better or worse else "can be told apart"
-        text.append(f"{who} {verb} ({ups} of {rest} means are higher).")
+        text.append(f"{who} {verb} from {against} ({ups} of {rest} means are higher).")
     if not better and not worse:
         extreme = max(family, key=lambda c: abs(c.difference.interval.mean))
         text.append(f"The largest difference is {_case(extreme)}.")
@@ -115,7 +115,7 @@ def _verdict(family: list[Comparison]) -> str:
 
 
 def _case(c: Comparison) -> str:
-    return f"{c.row.name}, {points(c.difference.interval)}, {p_text(c.adjusted)}"
+    return f"{name(c.row)}, {points(c.difference.interval)}, {p_value(c.adjusted)}"
 
 
 def _accuracy(row: Row) -> str:
@@ -147,34 +147,34 @@ def chosen(results: Results) -> SparsityPoint | None:
 def sparsity_words(results: Results) -> str:
     """Whether the sparsity that the study asks for came out."""
     plan = results.study.sparsity
-    wanted, allowed = f"{100 * plan.zeros_wanted:g} %", f"{100 * plan.loss_allowed:g}"
+    wanted, allowed = share(plan.zeros_wanted), f"{100 * plan.loss_allowed:g}{NBSP}point"
     passing = [point for point in results.sparsity if met(results, point)]
     text = (
-        f"Asked: with AGR and ℓp decay (p = {results.study.decay_p:g}), {plan.arm} should reach {wanted} exact zeros "
-        f"at a mean loss of at most {allowed} point of test accuracy to its twin without either, over "
+        f"Asked: with {LABELS['agr+lp']} (p{NBSP}={NBSP}{results.study.decay_p:g}), {plan.arm} should reach {wanted} "
+        f"exact zeros at a mean loss of at most {allowed} of test accuracy to its twin without either, over "
         f"{len(plan.seeds)} seeds. "
     )
     if passing:
-        text += f"It does at λ = {listed([f'{point.weight_decay:g}' for point in passing])}. "
+        text += f"It does at {listed([weight(point.weight_decay) for point in passing])}. "
     else:
         text += "It does not at any λ tried. "
     pick = chosen(results)
     if pick is None:
-        return text + f"At no λ does the validation accuracy stay within {allowed} point of the twin's."
+        return text + f"At no λ does the validation accuracy stay within {allowed} of the twin's."
     assert pick.test_difference is not None
     inside = pick.test_difference.interval.low >= -plan.loss_allowed
     text += (
-        f"Choosing by validation data alone the sparsest network within {allowed} point gives "
-        f"λ = {pick.weight_decay:g}: {percent(pick.zeros)} exact zeros, test accuracy {percent(pick.accuracy)}, "
+        f"Choosing by validation data alone the sparsest network within {allowed} gives "
+        f"{weight(pick.weight_decay)}: {percent(pick.zeros)} exact zeros, test accuracy {percent(pick.accuracy)}, "
         f"{points(pick.test_difference.interval)} to the twin"
     )
     text += (
-        f"; the whole interval lies within the allowed {allowed} point."
+        f"; the whole interval lies within the allowed {allowed}."
         if inside
-        else f"; the interval does not rule out a loss of more than {allowed} point."
+        else f"; the interval does not rule out a loss of more than {allowed}."
     )
     if results.sparsity_diverged:
-        text += f" Diverged at λ = {listed([f'{wd:g}' for wd in results.sparsity_diverged])}."
+        text += f" Diverged at {listed([weight(decay) for decay in results.sparsity_diverged])}."
     return text
 
 
@@ -187,18 +187,21 @@ def _trust(results: Results) -> str:
     ]
     edges = [row for row in results.rows if row.choice.at_edge]
     if edges:
-        told = listed([f"{row.name} ({row.choice.lr:g})" for row in edges])
+        told = listed([f"{name(row)} ({row.choice.lr:g})" for row in edges])
         text.append(
             f"The best learning rate lies at the edge of the grid, and a better one may lie beyond, for {told}."
         )
     else:
         text.append("Every best learning rate lies inside its grid.")
     tried = sum(loss == float("inf") for row in results.rows for loss in row.choice.losses.values())
-    broken = [f"{row.name} ({row.diverged} of {len(row.runs)})" for row in results.rows if row.diverged]
-    text.append(
-        f"{counted(tried, 'tuning run')} diverged"
-        + (f"; final runs that did: {listed(broken)}." if broken else ", and no final run.")
-    )
+    broken = [f"{name(row)} ({row.diverged} of {len(row.runs)})" for row in results.rows if row.diverged]
+    tuned = f"{counted(tried, 'tuning run')} diverged" if tried else "No tuning run diverged"
+    if broken:
+        text.append(f"{tuned}; final runs that did: {listed(broken)}.")
+    elif tried or results.sparsity_diverged:
+        text.append(f"{tuned}, and no final run.")
+    else:
+        text.append("No run diverged.")
     return " ".join(text)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import re
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import pytest
 from plotly.offline import get_plotlyjs
+from rich.console import Console
 
 from benchmarks import report
 from benchmarks.phases import Choice
 from benchmarks.presets import PRESETS, SMOKE
+from benchmarks.report.figures import figures
+from benchmarks.report.tables import columns, notes, terminal
+from benchmarks.report.text import NBSP
 from benchmarks.report.words import chosen, findings, met, sparsity_words
 from benchmarks.results import Results, Row, SparsityPoint, collect
 from benchmarks.spec import Pair, Study
@@ -74,6 +79,7 @@ def test_the_page_holds_every_arm_finding_setting_and_figure(written, results):
     for finding in findings(results):
         assert finding.text in words
     assert "python -m benchmarks ablate --preset smoke" in words
+    words = plain(words)
     for number in ("seed 1000", "seeds 1, 2", "0.0003/η", "λ = 0.1, 1"):
         assert number in words
     figures = json.loads(next(script for script in reader.scripts if script.startswith("{")))
@@ -136,7 +142,12 @@ def made_up(means: dict[Pair, float | None], points: tuple[SparsityPoint, ...] =
 
 
 def words(results: Results) -> dict[str, str]:
-    return {finding.title: finding.text for finding in findings(results)}
+    """The findings, with plain spaces: where a line may not be broken has a test of its own."""
+    return {finding.title: plain(finding.text) for finding in findings(results)}
+
+
+def plain(text: str) -> str:
+    return text.replace(NBSP, " ")
 
 
 def test_words_on_arms_follow_the_data():
@@ -153,7 +164,7 @@ def test_words_on_arms_follow_the_data():
 
     level = made_up(dict.fromkeys(pairs, 0.95))
     text = words(level)["Other optimizers against SGD, without regularizers"]
-    assert "None of the 2 can be told apart" in text
+    assert "None of the 2 can be told apart from SGD (" in text
     assert "at the 5 % level" not in text
 
 
@@ -161,7 +172,7 @@ def test_words_on_regularizers_and_annealing_follow_the_data():
     means: dict[Pair, float | None] = {("LPSGDM", "none"): 0.95, ("LPSGDM", "agr"): 0.98}
     means |= {("LPSGDM-constant", "none"): 0.90, ("LPSGDM-matched", "none"): 0.95}
     text = words(made_up(means))
-    assert "Better at the 5 % level: LPSGDM + agr" in text["Regularizers against the same optimizer without"]
+    assert "Better at the 5 % level: LPSGDM + AGR" in text["Regularizers against the same optimizer without"]
     annealing = text["What annealing p does"]
     assert re.search(r"minus LPSGDM-constant: \+\d\.\d\d points [^;]*a difference that stands", annealing)
     assert re.search(r"minus LPSGDM-matched: [^;]*not significant", annealing)
@@ -178,6 +189,95 @@ def test_diverged_runs_are_named_and_compared_with_nothing():
     assert nowhere["The best"].startswith("Every pair")
 
 
+def test_words_on_divergence():
+    sound = made_up({("SGD", "none"): 0.95})
+    row = dataclasses.replace(sound.rows[0], choice=Choice(0.1, {0.01: 1.0, 0.1: 0.5, 1.0: 0.7}))
+    none = dataclasses.replace(sound, rows=[row])
+    assert words(none)["How far to trust this"].endswith(" No run diverged.")
+    assert words(sound)["How far to trust this"].endswith(" 1 tuning run diverged, and no final run.")
+    swept = dataclasses.replace(none, sparsity_diverged=[0.2])
+    assert words(swept)["How far to trust this"].endswith(" No tuning run diverged, and no final run.")
+
+
+def test_p_is_the_norms_and_never_a_significance(results):
+    means = {("LPSGDM", "none"): 0.95, ("LPSGDM-constant", "none"): 0.90, ("LPSGDM-matched", "none"): 0.95}
+    for finding in [*words(results).values(), *words(made_up(means)).values()]:
+        assert not re.search(r"p [=<](?! 0\.8\))|p-value", finding)
+    text = words(made_up(means))["What annealing p does"]
+    assert re.search(r"stands \(P-value < 0.001\).*significant \(P-value \d\.\d{3}\)", text)
+
+
+def test_numbers_stay_with_their_units(results, written):
+    texts = [finding.text for finding in findings(results)] + (written / "summary.md").read_text("utf-8").splitlines()
+    for text in texts:
+        assert not re.search(r"\d (%|±|points?\b)|± \d|[λp] =|= \d", text), text
+    for column in columns(results)[2:]:
+        assert all(" " not in column.cell(row) for row in results.rows)
+
+
+def test_regularizers_have_one_name_everywhere_and_it_is_explained_above_the_table(written, results):
+    html = Reader((written / "report.html").read_text(encoding="utf-8").replace(get_plotlyjs(), ""))
+    markdown = (written / "summary.md").read_text(encoding="utf-8")
+    hover = " ".join(str(trace.hovertemplate) for figure in figures(results) for trace in figure.figure.data)
+    captions = " ".join(figure.caption for figure in figures(results))
+    for text in (" ".join(html.words), markdown, hover, captions):
+        assert "AGR + ℓp" in text
+        assert not re.search(r"\bagr\b|\blp\b", text)
+    for text in (" ".join(html.words), markdown):
+        assert text.index("AGR is adaptive gradient regularization") < text.index("optimizer", text.index("AGR is"))
+
+
+def signs(agr: float) -> Results:
+    results = made_up({("SignSGD", "none"): 0.95, ("SignSGD", "lp"): 0.94})
+    shown = [(row, regularizer) for row, regularizer in zip(results.rows, ("agr", "agr+lp"), strict=True)]
+    changed = [
+        dataclasses.replace(
+            row,
+            regularizer=regularizer,
+            runs=[run.model_copy(update={"test_loss": agr, "ms_per_step": 2.0}) for run in row.runs],
+        )
+        for row, regularizer in shown
+    ]
+    return dataclasses.replace(results, rows=results.rows + changed)
+
+
+def test_equal_rows_of_a_sign_step_are_explained_if_they_are_equal(tmp_path):
+    equal, unequal = signs(agr=0.1), signs(agr=0.2)
+    (note,) = notes(equal)  # nothing at an edge
+    assert "SignSGD with AGR equal those without" in note
+    assert notes(unequal) == []
+    report.write(equal, tmp_path)
+    for name in ("report.html", "summary.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "SignSGD with AGR equal those without" in text
+    other = [dataclasses.replace(row, arm="Signum") for row in equal.rows]
+    assert notes(dataclasses.replace(equal, rows=other)) == []
+
+
+@pytest.mark.parametrize(("width", "shown"), [(80, 6), (139, 6), (140, 9), (200, 9)])
+def test_the_terminal_shows_what_fits_whole(width, shown):
+    results = made_up({("LPSGDM-constant", "agr+lp"): 0.95, ("LPSGDM-matched", "lp"): None})
+    results = dataclasses.replace(
+        results, rows=[dataclasses.replace(row, choice=Choice(0.0003, {0.0003: 1.0, 1.0: 2.0})) for row in results.rows]
+    )
+    table = terminal(results, width)
+    assert len(table.columns) == shown
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    text = console.file.getvalue()
+    for row in results.rows:
+        line = next(line for line in text.splitlines() if row.arm in line)
+        assert all(column.cell(row) in line for column in columns(results) if width >= column.least)
+
+
+def test_curves_that_leave_the_axis_are_said_to():
+    def caption(accuracy: float) -> str:
+        return plain(next(f.caption for f in figures(made_up({("SGD", "none"): accuracy})) if f.name == "accuracy"))
+
+    assert "The axis starts at 80 %" in caption(0.75)
+    assert "axis" not in caption(0.85)
+
+
 def test_words_at_the_edge_of_the_grid():
     results = made_up({("SGD", "none"): 0.95})
     assert "inside its grid" in words(results)["How far to trust this"]
@@ -189,22 +289,24 @@ def test_words_at_the_edge_of_the_grid():
 
 def test_words_on_sparsity_follow_the_data():
     good = point(0.1, zeros=0.8, test=-0.003, validation=-0.002)
-    text = sparsity_words(made_up({}, (point(0.01, 0.2, 0.0, 0.0), good, point(0.2, 0.9, -0.03, -0.04))))
+    text = plain(sparsity_words(made_up({}, (point(0.01, 0.2, 0.0, 0.0), good, point(0.2, 0.9, -0.03, -0.04)))))
     assert "It does at λ = 0.1." in text
     assert "gives λ = 0.1: 80.0 % ± 1.0 exact zeros" in text
     assert "−0.30 points (95 % interval −0.50 to −0.10)" in text
     assert "the whole interval lies within" in text
 
-    wide = sparsity_words(
-        made_up({}, (dataclasses.replace(good, test_difference=point(1, 0, -0.009, 0).test_difference),))
+    wide = plain(
+        sparsity_words(
+            made_up({}, (dataclasses.replace(good, test_difference=point(1, 0, -0.009, 0).test_difference),))
+        )
     )
     assert "does not rule out a loss of more than 1 point" in wide
 
-    none = sparsity_words(made_up({}, (point(0.1, 0.7, 0.0, 0.0), point(0.2, 0.9, -0.011, -0.011))))
+    none = plain(sparsity_words(made_up({}, (point(0.1, 0.7, 0.0, 0.0), point(0.2, 0.9, -0.011, -0.011)))))
     assert "It does not at any λ tried." in none
     assert "gives λ = 0.1: 70.0 %" in none
 
-    lost = sparsity_words(made_up({}, (point(0.2, 0.9, -0.5, -0.5),)))
+    lost = plain(sparsity_words(made_up({}, (point(0.2, 0.9, -0.5, -0.5),))))
     assert "At no λ does the validation accuracy stay" in lost
 
 
@@ -231,6 +333,8 @@ def test_the_report_is_made_again_from_the_store(finished, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert (tmp_path / "report.html").exists()
     assert "Sparsity." in done.stdout
+    assert done.stdout.splitlines()[-1] == f"The report: {(tmp_path / 'report.html').as_uri()}"
+    assert str(tmp_path / "summary.md") in done.stdout
 
 
 @pytest.mark.parametrize("package", ["plotly", "sklearn"])

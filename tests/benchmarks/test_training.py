@@ -66,7 +66,19 @@ def test_p_is_annealed_once_an_epoch_where_it_is_and_stays_where_it_is_not():
     assert [epoch.p for epoch in annealed] == [8.0, 5.0, 2.0]
     assert [epoch.p for epoch in run(spec(arm="LPSGDM-constant")).epochs] == [8.0, 8.0]
     assert run(spec(arm="AdamW", agr=False, weight_decay=0.0)).epochs[0].p is None
-    assert run(spec(arm="Signum")).epochs[0].p == math.inf
+
+
+def test_an_infinite_p_is_recorded_as_none_for_json_cannot_say_it():
+    record = run(spec(arm="Signum"))
+    assert record.epochs[0].p is None
+    text = record.model_dump_json()
+    assert "Infinity" not in text
+    assert "NaN" not in text
+
+
+def test_a_record_from_when_an_infinite_p_was_a_string_can_still_be_read():
+    text = run(spec(arm="Signum")).model_dump_json().replace('"p":null', '"p":"Infinity"')
+    assert RunRecord.model_validate_json(text).epochs[0].p == math.inf
 
 
 def test_a_run_that_diverges_is_a_result(tmp_path):
