@@ -62,7 +62,7 @@ class Table:
             "| | " + " | ".join(self.columns) + " |",
             "|---|" + "---|" * len(self.columns),
         ]
-        for question, row in self.cells.items():
+        for question, row in sorted(self.cells.items()):  # not in the order of the workers
             lines.append(f"| {question} | " + " | ".join(summary(row[c]) for c in self.columns) + " |")
         if self.reasons:
             lines += ["", "## Skipped, and why", "", *sorted(set(self.reasons))]

@@ -219,7 +219,7 @@ def test_save_and_load_with_weights_only(info, inputs, foreach):
     torch.save(opt.state_dict(), file)
     file.seek(0)
     other_params = [Parameter(p.detach().clone()) for p in params]
-    other = info.optim_cls(other_params, lr=0.123)
+    other = info.optim_cls(other_params, **kwargs_of(inputs, lr=0.123))
     other.load_state_dict(torch.load(file, weights_only=True))
     for ps, o in ((params, opt), (other_params, other)):
         steps(ps, o, range(10, 13))
