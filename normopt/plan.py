@@ -90,6 +90,7 @@ def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Pla
     check_combinations(settings, norm)
     _check_rounding(settings["rounding"], params)
     _check_devices(settings, params)
+    norm.check(settings["scale"], params)
     backend, why = _choose_backend(settings["foreach"], settings["differentiable"], params)
     return Plan(norm=norm, backend=backend, why=why, **{name: settings[name] for name in _TAKEN_AS_THEY_ARE})
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -43,7 +44,13 @@ class Norm(ABC):
     power_takes_eps: ClassVar[bool] = False
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        said = []
+        for f in fields:
+            value = getattr(self, f.name)
+            if value != f.default:
+                said.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
+        return f"{type(self).__name__}({', '.join(said)})"
 
     @property
     def power_exponent(self) -> float | Tensor | None:
@@ -81,6 +88,15 @@ class Norm(ABC):
         "none" means that the direction is elementwise; it is then the ``power`` map, whatever the scale.
         """
         return "tensor"
+
+    def check(self, scale: Scale, params: list[Tensor]) -> None:  # noqa: B027 (most norms take everything)
+        """Raise a ValueError where this norm cannot do a scale, or a parameter's shape or dtype. Before every step."""
+
+    def scaled(self, c: list[Tensor], kappa: float, whole_group: bool) -> list[Tensor]:
+        """``‖c‖⋆^kappa · D(c)`` of each tensor, or of all of them as one vector."""
+        partials = self.measure(c)
+        scalars = self.combine(partials).expand(len(c), -1) if whole_group else self.combine(partials[:, None])
+        return self.apply(c, scalars, kappa)
 
     def on(self, device: torch.device) -> Norm:
         """This norm with its tensor fields, if it has any, on a device."""

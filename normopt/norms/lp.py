@@ -62,7 +62,7 @@ class Lp(Norm):
         object.__setattr__(self, "p", order)
 
     def __repr__(self) -> str:
-        return f"Lp(p={self.p:g})" if isinstance(self.p, float) else "Lp(p=a tensor)"
+        return "Lp(p=a tensor)" if isinstance(self.p, Tensor) else super().__repr__()
 
     @property
     def q(self) -> float | Tensor:

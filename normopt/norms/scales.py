@@ -24,11 +24,8 @@ def direction(norm: Norm, c: list[Tensor], scale: Scale, whole_group: bool, eps:
         return c
     if scale == "power" or norm.needs(scale) == "none":
         return norm.power(c, eps)
-    partials = norm.measure(c)
-    scalars = norm.combine(partials).expand(len(c), -1) if whole_group else norm.combine(partials[:, None])
-    if scale == "matched":
-        return matched(norm.apply(c, scalars, 0), c)
-    return norm.apply(c, scalars, 1 if scale == "dual" else 0)
+    u = norm.scaled(c, 1 if scale == "dual" else 0, whole_group)
+    return matched(u, c) if scale == "matched" else u
 
 
 def matched(d: list[Tensor], c: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,51 @@
+"""The polar factor UVᵀ of UΣVᵀ by polynomial iteration: matrix products instead of an SVD."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Coefficients = tuple[float, float, float]
+
+# Keller Jordan, "Muon", 2024: steepest at zero, at the price of singular values that end in about [0.7, 1.2].
+NEWTON_SCHULZ: Coefficients = (3.4445, -4.7750, 2.0315)
+
+# Amsel et al., "The Polar Express", arXiv:2505.16932, Algorithm 1: the best polynomial for each step in turn.
+POLAR_EXPRESS: tuple[Coefficients, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+LIMIT: Coefficients = (1.875, -1.25, 0.375)  # what they tend to; Newton–Schulz of degree 5
+SAFETY = 1.01  # shrinks all but the last polynomial, so that rounding never leaves the interval
+
+
+def coefficients(method: str, steps: int) -> list[Coefficients]:
+    """The polynomials ``a x + b x³ + c x⁵`` of each step."""
+    if method == "newton-schulz":
+        return [NEWTON_SCHULZ] * steps
+    table = (*POLAR_EXPRESS, *([LIMIT] * steps))[:steps]
+    safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in table[: len(POLAR_EXPRESS)]]
+    return [*safe, *table[len(POLAR_EXPRESS) :]]
+
+
+def polar(x: Tensor, method: str, steps: int, dtype: torch.dtype) -> Tensor:
+    """About UVᵀ of each matrix of a stack, shape [stack, rows, columns], in ``dtype``; 0 for a zero matrix.
+
+    The operations and their order are those of torch.optim.Muon. The matrix is first scaled by a power
+    of two, which changes no bit of the result but lets every magnitude through.
+    """
+    top = x.abs().amax(dim=(-2, -1), keepdim=True)
+    y = torch.ldexp(x, -torch.frexp(top).exponent).to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    y = y.mT if tall else y
+    norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
+    y = y / norm.clamp(min=1e-7) if method == "newton-schulz" else y / (norm * SAFETY + 1e-7)
+    for a, b, c in coefficients(method, steps):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if tall else y).to(x.dtype)

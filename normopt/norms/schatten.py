@@ -1,0 +1,228 @@
+"""The Schatten norms: ℓp on singular values. Spectral (Muon), Frobenius (SGD), nuclear, and between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from normopt._checks import check_choice, check_number
+from normopt.norms.base import Needs, Norm, Scale, stack
+from normopt.norms.lp import relative_sums, size
+from normopt.norms.matrices import MATRIX_VIEWS, check_matrix, from_matrices, to_matrices
+from normopt.norms.polar import polar
+from normopt.norms.registry import register
+
+METHODS = ("svd", "newton-schulz", "polar-express")
+ASPECTS: dict[str, Callable[[int, int], float]] = {
+    "none": lambda rows, columns: 1.0,
+    "rms": lambda rows, columns: math.sqrt(rows / columns),
+    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+}
+
+
+@register("nuclear", p=1.0)
+@register("frobenius", p=2.0)
+@register("spectral", p=math.inf)
+@register("schatten")
+@dataclass(frozen=True, repr=False)
+class Schatten(Norm):
+    """The Schatten-p norm: ℓp of the singular values. Names: schatten, nuclear, frobenius, spectral.
+
+    With G = UΣVᵀ, 1/p + 1/q = 1, and f the aspect factor of the matrix::
+
+        ‖G‖⋆  = f · ‖σ‖_q
+        D(G)  = f · U diag((σ/‖σ‖_q)^(q−1)) Vᵀ       p = ∞: f·UVᵀ     p = 2: f·G/‖G‖_F
+        p = 1:  f · u₁v₁ᵀ, the top singular pair
+        power = f · U diag(σ^(1/(p−1))) Vᵀ           or diag(σ^exponent), where one is given
+
+    Singular values up to ε·max(rows, columns)·σ₁ count as zero. A tensor that is several matrices
+    (a stack, or blocks) is measured by the largest of them, so its dual norm is their sum and its dual
+    map theirs, one by one; so is a group under ``scope="group"``.
+
+    Args:
+        p: 1 ≤ p ≤ ∞.
+        method: "svd" is exact. "newton-schulz" (Keller Jordan's polynomial: singular values end within
+            about 0.3 of 1) and "polar-express" (the error falls with the steps: at 8 it is at roundoff of
+            ``dtype`` unless σ is below 1e-3·‖G‖_F) are matrix products only, for p = ∞.
+        steps: of the iteration. Default 5.
+        dtype: of the iteration, "bfloat16" or "float32".
+        aspect: the factor f: "none", "rms" √(rows/columns) (the RMS → RMS operator norm), "original"
+            √max(1, rows/columns) (Keller Jordan's), "match_rms_adamw" 0.2·√max(rows, columns) (Moonlight's).
+        exponent: of the power scale, instead of 1/(p−1). Below 0 it is no norm's any more: Freon's range.
+        matrix_view: "flatten", "batch" or "transposed": which matrix a tensor of more than two dims is.
+        blocks: into how many matrices the rows are cut.
+
+    Raises:
+        ValueError: a setting out of range, an iterative method with p < ∞.
+        TypeError: a setting of the wrong type.
+
+    Source: the dual map as in "Old Optimizer, New Norm", arXiv:2409.20325; HTMuon is an exponent of 0.125;
+    Moonlight is arXiv:2502.16982.
+    """
+
+    power_takes_eps: ClassVar[bool] = False
+
+    p: float
+    method: str = "svd"
+    steps: int = 5
+    dtype: str = "float32"
+    aspect: str = "none"
+    exponent: float | None = None
+    matrix_view: str = "flatten"
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        check_number("p", self.p, low=1)
+        object.__setattr__(self, "p", float(self.p))
+        check_choice("method", self.method, METHODS)
+        check_choice("dtype", self.dtype, ("bfloat16", "float32"))
+        check_choice("aspect", self.aspect, ASPECTS)
+        check_choice("matrix_view", self.matrix_view, MATRIX_VIEWS)
+        for name in ("steps", "blocks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, but is {value!r}")
+            check_number(name, value, low=1, high=100 if name == "steps" else math.inf)
+        if self.exponent is not None:
+            check_number("exponent", self.exponent, open_low=True, open_high=True)
+        if self.method != "svd" and (self.p != math.inf or self.exponent is not None):
+            raise ValueError(f'method="{self.method}" finds UVᵀ, which is p = ∞ without an exponent: use method="svd"')
+
+    @property
+    def power_exponent(self) -> float | None:
+        """The power of the singular values under the power scale; None at p = 1, where it diverges."""
+        if self.exponent is not None:
+            return self.exponent
+        return None if self.p == 1 else 1 / (self.p - 1)
+
+    def needs(self, scale: Scale) -> Needs:
+        return "matrix"
+
+    def check(self, scale: Scale, params: list[Tensor]) -> None:
+        if self.exponent is not None and scale != "power":
+            raise ValueError(f'exponent = {self.exponent} is of scale="power", but the scale is "{scale}"')
+        for x in params:
+            if x.is_complex():
+                raise ValueError(f"{type(self).__name__} takes real matrices, but a parameter is {x.dtype}")
+            check_matrix(x.shape, self.matrix_view, self.blocks)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The largest ‖X‖_Sp / f of the matrices of x, 0-d."""
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        y = to_matrices(x, self.matrix_view, self.blocks)
+        if y.numel() == 0:
+            return x.new_zeros(())
+        norms = sizes(torch.linalg.svdvals(y), self.p)
+        return norms.amax() / self._factor(y)
+
+    def measure(self, c: list[Tensor]) -> Tensor:
+        return stack([n for n, _ in self._pairs(c)])[:, None]
+
+    def combine(self, partials: Tensor) -> Tensor:
+        return partials.sum(-2)
+
+    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
+        return [d * n.to(d) ** kappa for (_, d), n in zip(self._pairs(c), scalars[:, 0], strict=True)]
+
+    def scaled(self, c: list[Tensor], kappa: float, whole_group: bool) -> list[Tensor]:
+        """``‖c‖⋆^kappa · D(c)``, both from one decomposition."""
+        pairs = self._pairs(c)
+        if kappa == 0:
+            return [d for _, d in pairs]
+        norms = stack([n for n, _ in pairs])
+        totals = norms.sum().expand(len(c)) if whole_group else norms
+        return [d * n.to(d) ** kappa for (_, d), n in zip(pairs, totals, strict=True)]
+
+    def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
+        """``f · U diag(σ^exponent) Vᵀ``; singular values that count as zero stay zero."""
+        exponent = self.power_exponent
+        if exponent is None:
+            raise ValueError('scale="power" is not defined at p = 1, where its exponent 1/(p−1) diverges: use p > 1')
+        if exponent == 1:
+            return [self._factor(to_matrices(x, self.matrix_view, self.blocks)) * x for x in c]
+        if exponent == 0 and self.exponent is None:
+            return [d for _, d in self._pairs(c)]
+        return self._map(c, lambda y: (None, powers(y, exponent)))[1]
+
+    def _pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(‖c‖⋆, D(c)) of each tensor."""
+        norms, maps = self._map(c, self._dual)
+        return list(zip(norms, maps, strict=True))
+
+    def _dual(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.p
+        if self.method != "svd":
+            d = polar(y, self.method, self.steps, getattr(torch, self.dtype))
+            return (y * d).sum((-2, -1)), d
+        if p == 2:
+            norms = size(relative_sums(list(y), 2.0)[:, None], 2.0)
+            return norms, y / norms.clamp_min(torch.finfo(y.dtype).tiny)[:, None, None]
+        u, s, vt = singular(y)
+        if p == 1:
+            top = (s[:, :1] > 0).to(s)[:, :, None]
+            return s[:, 0], u[:, :, :1] * top * vt[:, :1]
+        q = 1 if p == math.inf else p / (p - 1)
+        norms = sizes(s, q)
+        safe = norms.clamp_min(torch.finfo(s.dtype).tiny)[:, None]
+        r = (s > 0).to(s) if p == math.inf else (s / safe).pow(q - 1)
+        return norms, (u * r[:, None]) @ vt
+
+    def _map(
+        self, c: list[Tensor], function: Callable[[Tensor], tuple[Tensor | None, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """A function of stacks of matrices over tensors: matrices of one shape, of all tensors, in one call."""
+        views = [to_matrices(x, self.matrix_view, self.blocks) for x in c]
+        norms = [x.new_zeros(()) for x in c]
+        maps = [torch.zeros_like(x) for x in c]
+        batches: dict[object, list[int]] = {}
+        for i, y in enumerate(views):
+            if y.numel():
+                batches.setdefault((y.shape[1:], y.dtype, y.device), []).append(i)
+        for members in batches.values():
+            whole = torch.cat([views[i] for i in members])
+            n, d = function(whole)
+            factor = self._factor(whole)
+            counts = [len(views[i]) for i in members]
+            for i, part in zip(members, torch.split(d, counts), strict=True):
+                maps[i] = factor * from_matrices(part, c[i], self.matrix_view)
+            if n is not None:
+                for i, part in zip(members, torch.split(n, counts), strict=True):
+                    norms[i] = factor * part.sum()
+        return norms, maps
+
+    def _factor(self, y: Tensor) -> float:
+        return ASPECTS[self.aspect](y.shape[-2], y.shape[-1])
+
+
+def sizes(s: Tensor, p: float) -> Tensor:
+    """ℓp of each row of singular values, shape [stack, k] to [stack], relative to the largest."""
+    top = s.amax(-1)
+    if p == math.inf:
+        return top
+    safe = top.clamp(torch.finfo(s.dtype).tiny, torch.finfo(s.dtype).max)
+    return safe * (s / safe[:, None]).pow(p).sum(-1).pow(1 / p)
+
+
+def singular(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, σ, Vᵀ of each matrix, σ that are rounding set to 0; all NaN where the matrix is not finite.
+
+    Scaled by a power of two before and after, so that no magnitude is lost in the decomposition.
+    """
+    fine = y.isfinite().all((-2, -1), keepdim=True)
+    power = torch.frexp(torch.where(fine, y, 0).abs().amax((-2, -1), keepdim=True)).exponent
+    u, s, vt = torch.linalg.svd(torch.ldexp(torch.where(fine, y, 0), -power), full_matrices=False)
+    s = torch.where(s > torch.finfo(s.dtype).eps * max(y.shape[-2:]) * s[:, :1], s, 0)
+    s = torch.where(fine[:, 0], torch.ldexp(s, power[:, 0]), math.nan)
+    return torch.where(fine, u, math.nan), s, torch.where(fine, vt, math.nan)
+
+
+def powers(y: Tensor, exponent: float) -> Tensor:
+    """``U diag(σ^exponent) Vᵀ`` of each matrix, 0 where σ is 0."""
+    u, s, vt = singular(y)
+    return (u * torch.where(s == 0, 0, s.pow(exponent))[:, None]) @ vt

@@ -1,0 +1,282 @@
+"""Schatten norms: duality on every kind of matrix, the stated errors of the fast paths, and torch's Muon."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import normopt
+from normopt.norms import Lp, Schatten
+
+PS = [1.0, 1.5, 2.0, 3.0, 8.0, math.inf]
+
+
+def matrices(dtype):
+    """Random, rank-deficient, zero, tall, wide, 1×n, n×1, badly scaled and badly conditioned matrices."""
+    rng = np.random.default_rng(5)
+    wide = rng.standard_normal((6, 11))
+    deficient = rng.standard_normal((8, 3)) @ rng.standard_normal((3, 7))
+    conditioned = np.linalg.qr(rng.standard_normal((6, 6)))[0] * 10.0 ** -np.arange(6)
+    cases = {
+        "wide": wide,
+        "tall": wide.T.copy(),
+        "square": rng.standard_normal((7, 7)),
+        "rank-deficient": deficient,
+        "zero": np.zeros((4, 5)),
+        "row": rng.standard_normal((1, 9)),
+        "column": rng.standard_normal((9, 1)),
+        "vector": rng.standard_normal(9),
+        "scalar": np.array(-2.5),
+        "empty": np.zeros((0, 3)),
+        "conditioned": conditioned,
+    }
+    for exponent in (-30, -10, 10, 30):
+        cases[f"1e{exponent}"] = wide * 10.0**exponent
+    return {name: torch.tensor(x).to(dtype) for name, x in cases.items()}
+
+
+def oracle(x: np.ndarray, p: float) -> tuple[float, np.ndarray]:
+    """Dual norm and dual map from NumPy's SVD, in the formula's own form."""
+    if x.size == 0 or not x.any():
+        return 0.0, np.zeros_like(x)
+    y = x.reshape(len(x), -1) if x.ndim > 1 else x.reshape(-1, 1)
+    u, s, vt = np.linalg.svd(y, full_matrices=False)
+    s = np.where(s > np.finfo(np.float64).eps * max(y.shape) * s[0], s, 0)
+    if p == 1:
+        return s[0], (u[:, :1] @ vt[:1]).reshape(x.shape)
+    q = 1.0 if p == math.inf else p / (p - 1)
+    n = s[0] * ((s / s[0]) ** q).sum() ** (1 / q)
+    r = (s > 0) * (s / n) ** (q - 1)
+    return n, ((u * r) @ vt).reshape(x.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("p", PS)
+def test_duality_identities(p, dtype):
+    tol = 1e-10 if dtype == torch.float64 else 1e-5
+    n = Schatten(p)
+    for name, x in matrices(dtype).items():
+        before = x.clone()
+        d, dual = n.dual_map(x), n.dual_norm(x)
+        assert torch.equal(x, before), name
+        assert d.shape == x.shape
+        assert d.dtype == dtype
+        inner = float((x.double() * d.double()).sum())
+        assert inner == pytest.approx(float(dual), rel=tol), name
+        assert float(n.norm(d)) == pytest.approx(1.0 if x.any() else 0.0, rel=tol, abs=tol), name
+        assert float(dual) == pytest.approx(float(oracle(x.double().numpy(), p)[0]), rel=tol), name
+        # Homogeneous: powers of two change no bit.
+        assert torch.equal(n.dual_map(x * 4), d), name
+
+
+@pytest.mark.parametrize("p", PS)
+def test_the_map_is_the_oracles(p):
+    for name, x in matrices(torch.float64).items():
+        d = Schatten(p).dual_map(x).numpy()
+        np.testing.assert_allclose(d, oracle(x.numpy(), p)[1], rtol=1e-8, atol=1e-10, err_msg=name)
+
+
+def test_frobenius_is_l2_bit_for_bit():
+    for x in matrices(torch.float32).values():
+        assert torch.equal(Schatten(2.0).dual_map(x), Lp(2.0).dual_map(x))
+        assert torch.equal(Schatten(2.0).dual_norm(x), Lp(2.0).dual_norm(x))
+
+
+def test_nan_is_never_hidden_and_one_bad_matrix_spoils_no_other():
+    good, bad = torch.randn(4, 5), torch.randn(4, 5)
+    bad[1, 1] = math.nan
+    for p in PS:
+        n = Schatten(p)
+        first, second = n.dual_map([bad, good])
+        assert first.isnan().any()
+        assert torch.equal(second, n.dual_map(good))
+        assert n.dual_norm(bad).isnan()
+
+
+def test_batches_equal_singles():
+    torch.manual_seed(0)
+    xs = [torch.randn(6, 4) for _ in range(3)] + [torch.randn(4, 6), torch.randn(5, 2, 3), torch.randn(7)]
+    for n in (Schatten(3.0), Schatten(math.inf), Schatten(math.inf, method="polar-express")):
+        for scale in ("unit", "dual", "matched"):
+            ps = [torch.nn.Parameter(torch.zeros_like(x)) for x in xs]
+            for foreach in (False, True):
+                for p, x in zip(ps, xs, strict=True):
+                    p.data.zero_()
+                    p.grad = x
+                normopt.SteepestDescent(ps, lr=1.0, norm=n, scale=scale, foreach=foreach).step()
+                for p, x in zip(ps, xs, strict=True):
+                    d = n.dual_map(x)
+                    factor = {"unit": 1, "dual": n.dual_norm(x), "matched": x.norm() / d.norm()}[scale]
+                    torch.testing.assert_close(-p.detach(), d * factor, rtol=1e-4, atol=1e-5)
+
+
+def test_views_and_blocks():
+    torch.manual_seed(0)
+    spectral = Schatten(math.inf)
+    conv = torch.randn(6, 3, 2, 2)
+    torch.testing.assert_close(spectral.dual_map(conv), spectral.dual_map(conv.flatten(1)).reshape(conv.shape))
+    experts = torch.randn(4, 5, 3)
+    batch = Schatten(math.inf, matrix_view="batch")
+    for i in range(4):
+        torch.testing.assert_close(batch.dual_map(experts)[i], spectral.dual_map(experts[i]))
+    assert float(batch.dual_norm(experts)) == pytest.approx(
+        sum(float(spectral.dual_norm(e)) for e in experts), rel=1e-5
+    )
+    assert float(batch.norm(experts)) == pytest.approx(max(float(spectral.norm(e)) for e in experts), rel=1e-5)
+    table = torch.randn(10, 4)
+    turned = Schatten(math.inf, matrix_view="transposed", aspect="rms")
+    torch.testing.assert_close(turned.dual_map(table), spectral.dual_map(table) * (4 / 10) ** 0.5)
+    kernel = torch.randn(3, 5, 2, 2)  # a transposed convolution: in × out × k × k
+    as_conv = spectral.dual_map(kernel.transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(Schatten(math.inf, matrix_view="transposed").dual_map(kernel), as_conv)
+    fused = torch.randn(12, 5)
+    q, k, v = fused.chunk(3)
+    split = Schatten(math.inf, blocks=3).dual_map(fused)
+    torch.testing.assert_close(split, torch.cat([spectral.dual_map(b) for b in (q, k, v)]))
+
+
+@pytest.mark.parametrize("aspect", ["none", "rms", "original", "match_rms_adamw"])
+def test_aspect_factors_keep_duality(aspect):
+    x = torch.randn(9, 4, dtype=torch.float64)
+    n = Schatten(math.inf, aspect=aspect)
+    d = n.dual_map(x)
+    assert float((x * d).sum()) == pytest.approx(float(n.dual_norm(x)))
+    assert float(n.norm(d)) == pytest.approx(1.0)
+    factor = {"none": 1, "rms": 1.5, "original": 1.5, "match_rms_adamw": 0.6}[aspect]
+    assert float(torch.linalg.svdvals(d)[0]) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("exponent", [0.125, -0.5, 0.0, 1.0, 2.0])
+def test_power_raises_the_singular_values(exponent):
+    for x in (torch.randn(5, 8, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)):
+        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+        expected = (u * torch.where(s > 0, s**exponent, 0)) @ vt
+        (ours,) = Schatten(math.inf, exponent=exponent).power([x])
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    (by_p,) = Schatten(5.0).power([x])
+    torch.testing.assert_close(by_p, Schatten(math.inf, exponent=0.25).power([x])[0])
+
+
+# The stated errors, relative in the Frobenius norm, on Gaussian matrices, which have few small singular values.
+FAST = [
+    ("newton-schulz", 5, "float32", 0.3),
+    ("newton-schulz", 5, "bfloat16", 0.3),
+    ("polar-express", 5, "float32", 0.15),
+    ("polar-express", 8, "float32", 1e-4),
+    ("polar-express", 8, "bfloat16", 0.02),
+]
+
+
+@pytest.mark.parametrize(("method", "steps", "dtype", "error"), FAST)
+def test_fast_paths_keep_their_stated_error(method, steps, dtype, error):
+    torch.manual_seed(1)
+    fast = Schatten(math.inf, method=method, steps=steps, dtype=dtype)
+    for shape in ((128, 256), (256, 128), (64, 64), (32, 512)):
+        x = torch.randn(shape)
+        exact = Schatten(math.inf).dual_map(x)
+        assert float((fast.dual_map(x) - exact).norm()) <= error * float(exact.norm())
+        assert float(fast.dual_norm(x)) == pytest.approx(float(Schatten(math.inf).dual_norm(x)), rel=error)
+        for magnitude in (2.0**-90, 2.0**90):
+            torch.testing.assert_close(fast.dual_map(x * magnitude), fast.dual_map(x), rtol=0, atol=0)
+    assert not fast.dual_map(torch.zeros(4, 3)).any()
+    assert fast.dual_map(torch.full((4, 3), math.nan)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 32), (32, 64), (48, 48)])
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_the_step_of_torchs_muon(shape, dtype, adjust):
+    """From the same state, 20 recorded steps, within 2^-7 of the step's own length (fp32: far closer)."""
+    torch.manual_seed(2)
+    settings = dict(lr=0.02, momentum=0.95, weight_decay=0.1)
+    for _ in range(20):
+        w, g, m = (torch.randn(shape).to(dtype) for _ in range(3))
+        theirs, ours = (torch.nn.Parameter(w.clone()) for _ in range(2))
+        muon = torch.optim.Muon([theirs], adjust_lr_fn=adjust, nesterov=True, **settings)
+        opt = normopt.SteepestDescent(
+            [ours],
+            norm=Schatten(math.inf, method="newton-schulz", dtype="bfloat16", aspect=adjust),
+            scale="unit",
+            momentum_rule="ema",
+            nesterov=True,
+            **settings,
+        )
+        for p, o in ((theirs, muon), (ours, opt)):
+            p.grad = g.clone()
+            o.state[p]["momentum_buffer"] = m.clone()
+            o.step()
+        step = (theirs.detach() - w).float()
+        difference = float((ours.detach() - theirs.detach()).float().norm())
+        # Both round their result to bfloat16: half a unit in the last place of the weights is no one's error.
+        rounding = float(w.float().norm()) * 2**-8 if dtype == torch.bfloat16 else 0
+        assert difference <= 2**-7 * float(step.norm()) + rounding
+        torch.testing.assert_close(opt.state[ours]["momentum_buffer"], muon.state[theirs]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_and_momentum_are_never_aliased(dtype, foreach):
+    for nesterov in (False, True):
+        w = torch.nn.Parameter(torch.randn(6, 4).to(dtype))
+        opt = normopt.SteepestDescent(
+            [w], norm="spectral", norm_method="newton-schulz", norm_dtype="bfloat16", scale="unit",
+            momentum=0.9, momentum_rule="ema", nesterov=nesterov, foreach=foreach,
+        )  # fmt: skip
+        m = torch.zeros(6, 4)
+        for _ in range(3):
+            w.grad = torch.randn(6, 4).to(dtype)
+            g = w.grad.clone()
+            opt.step()
+            assert torch.equal(w.grad, g)
+            m = m.to(dtype).float().lerp(g.float(), 0.1)
+            torch.testing.assert_close(opt.state[w]["momentum_buffer"], m.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Schatten(0.5), ValueError, "p must lie in"),
+        (lambda: Schatten(3.0, method="newton-schulz"), ValueError, "p = ∞"),
+        (lambda: Schatten(math.inf, method="qr"), ValueError, "method must be one of"),
+        (lambda: Schatten(math.inf, steps=0), ValueError, "steps"),
+        (lambda: Schatten(math.inf, steps=2.5), TypeError, "steps must be an integer"),
+        (lambda: Schatten(math.inf, aspect="square"), ValueError, "aspect"),
+        (lambda: Schatten(math.inf, matrix_view="rows"), ValueError, "matrix_view"),
+        (lambda: spectral(torch.ones(4, 3), norm_blocks=3), ValueError, "does not divide the 4 rows"),
+        (lambda: spectral(torch.ones(4, 3, dtype=torch.complex64)), ValueError, "real matrices"),
+        (lambda: spectral(torch.ones(4, 3), norm_exponent=0.1, scale="unit"), ValueError, "exponent"),
+        (lambda: spectral(torch.ones(4, 3), norm_methd="svd"), TypeError, "norm_method"),
+        (lambda: normopt.SteepestDescent([w_of(torch.ones(2))], norm="nuclear", scale="power"), ValueError, "power"),
+    ],
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def w_of(x):
+    return torch.nn.Parameter(x)
+
+
+def spectral(x, **settings):
+    return normopt.SteepestDescent([w_of(x)], norm="spectral", **settings)
+
+
+def test_whole_group_and_resume():
+    """Over a group the norm is the largest tensor's, so the dual norm is the sum; settings survive a checkpoint."""
+    torch.manual_seed(0)
+    ps = [torch.nn.Parameter(torch.zeros(s)) for s in ((4, 3), (3, 4), (5,))]
+    for p in ps:
+        p.grad = torch.randn_like(p)
+    opt = normopt.SteepestDescent(ps, lr=1.0, norm="schatten", p=3.0, scale="dual", scope="group")
+    opt.step()
+    n = Schatten(3.0)
+    total = sum(float(n.dual_norm(p.grad)) for p in ps)
+    for p in ps:
+        torch.testing.assert_close(-p.detach(), n.dual_map(p.grad) * total, rtol=1e-4, atol=1e-5)
+    other = normopt.SteepestDescent([torch.nn.Parameter(torch.zeros_like(p)) for p in ps], norm="schatten", p=2.0)
+    other.load_state_dict(opt.state_dict())
+    assert other.param_groups[0]["p"] == 3.0
