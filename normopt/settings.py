@@ -92,6 +92,8 @@ def check_combinations(s: Mapping[str, Any], norm: Norm) -> None:
         raise ValueError(f"eps = {s['eps']} has no meaning for {norm!r}: set eps=0")
     if s["scope"] == "group" and not norm.spans_groups:
         raise ValueError(f'{norm!r} knows one tensor at a time: use scope="tensor"')
+    if s["differentiable"] and not norm.differentiable:
+        raise ValueError(f"{norm!r} promises no derivative: set differentiable=False")
     if s["differentiable"] and s["rounding"] == "stochastic":
         raise ValueError('rounding="stochastic" has no derivative: use "nearest" or "kahan" with differentiable=True')
     if s["scope"] == "group" and s["scale"] in ("power", "matched"):

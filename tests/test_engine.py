@@ -14,6 +14,7 @@ import normopt
 from normopt import SteepestDescent
 
 NAMES = normopt.list_optimizers()
+MATRIX_NAMES = {"freon", "muon", "nucgd", "spectralsgd"}  # no derivative of a decomposition is promised
 REGULARIZERS = [
     dict(),
     dict(agr=True),
@@ -379,7 +380,7 @@ def test_differentiable_through_three_steps(rule, scale, tensor):
             assert torch.autograd.gradcheck(steps, inputs)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in MATRIX_NAMES])
 def test_differentiable_as_it_comes(name):
     """Each optimizer's own defaults, its coupled decay among them, over two steps."""
 
@@ -399,6 +400,12 @@ def test_differentiable_as_it_comes(name):
     assert torch.autograd.gradcheck(two_steps, inputs)
 
 
+@pytest.mark.parametrize("name", sorted(MATRIX_NAMES))
+def test_no_derivative_is_promised_where_there_is_none(name):
+    with pytest.raises(ValueError, match="no derivative"):
+        normopt.get_optimizer(name)(make_params(), differentiable=True)
+
+
 def test_backend_says_what_runs_and_why():
     opt = SteepestDescent(
         make_params(), norm="lp", p=3.0, momentum=0.9, agr=True, weight_decay=1e-3, decay="lp", decay_p=0.8
@@ -410,7 +417,9 @@ def test_backend_says_what_runs_and_why():
 
 
 def test_names():
-    assert normopt.list_optimizers("*sgd*") == ["lpsgd", "lpsgdm", "normalizedsgd", "sgd", "signsgd"]
+    assert normopt.list_optimizers("*sgd*") == [
+        *("lpsgd", "lpsgdm", "normalizedsgd", "rownormsgd", "sgd", "signsgd", "spectralsgd")
+    ]
     assert normopt.get_optimizer("LpSgdM") is normopt.LPSGDM
     with pytest.raises(ValueError, match="did you mean 'lpsgdm'"):
         normopt.get_optimizer("lpsgdmm")

@@ -2,7 +2,8 @@
 
 from normopt.norms.base import Norm, TensorNorm
 from normopt.norms.lp import Lp
+from normopt.norms.operator import Mixed
 from normopt.norms.registry import list_norms, register
 from normopt.norms.schatten import Schatten
 
-__all__ = ["Lp", "Norm", "Schatten", "TensorNorm", "list_norms", "register"]
+__all__ = ["Lp", "Mixed", "Norm", "Schatten", "TensorNorm", "list_norms", "register"]

@@ -38,10 +38,12 @@ class Norm(ABC):
         power_exponent: κ of the "power" scale ``‖c‖⋆^κ D(c)``; None where "power" means nothing.
         spans_groups: whether many tensors can be one vector of it, as ``scope="group"`` asks.
         power_takes_eps: whether its power map has a form with ε > 0.
+        differentiable: whether autograd gets the derivative of its maps right.
     """
 
     spans_groups: ClassVar[bool] = True
     power_takes_eps: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
 
     def __repr__(self) -> str:
         fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()

@@ -14,6 +14,7 @@ from normopt._checks import check_choice, check_number
 from normopt.norms.base import Needs, Norm, Scale, stack
 from normopt.norms.lp import relative_sums, size
 from normopt.norms.matrices import MATRIX_VIEWS, check_matrix, from_matrices, to_matrices
+from normopt.norms.operator import sizes
 from normopt.norms.polar import polar
 from normopt.norms.registry import register
 
@@ -66,7 +67,8 @@ class Schatten(Norm):
     Moonlight is arXiv:2502.16982.
     """
 
-    power_takes_eps: ClassVar[bool] = False
+    # The derivative of a decomposition blows up where singular values meet, and an iteration's is its own.
+    differentiable: ClassVar[bool] = False
 
     p: float
     method: str = "svd"
@@ -198,15 +200,6 @@ class Schatten(Norm):
 
     def _factor(self, y: Tensor) -> float:
         return ASPECTS[self.aspect](y.shape[-2], y.shape[-1])
-
-
-def sizes(s: Tensor, p: float) -> Tensor:
-    """ℓp of each row of singular values, shape [stack, k] to [stack], relative to the largest."""
-    top = s.amax(-1)
-    if p == math.inf:
-        return top
-    safe = top.clamp(torch.finfo(s.dtype).tiny, torch.finfo(s.dtype).max)
-    return safe * (s / safe[:, None]).pow(p).sum(-1).pow(1 / p)
 
 
 def singular(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch.testing._internal.common_optimizers import (
 import normopt
 
 SMALL_STEPS = {"signsgd", "signum", "lion"}  # move every weight by lr, whatever the gradient
+MATRIX = {"freon", "muon", "nucgd", "rownormsgd", "spectralsgd"}
 
 
 def optim_inputs(name):
@@ -88,9 +89,9 @@ INFOS = [
         optim_inputs_func=optim_inputs(name),
         optim_error_inputs_func=error_inputs,
         scheduler_inputs=SCHEDULERS,
-        supported_impls=("foreach", "differentiable"),
+        supported_impls=("foreach",) if name in MATRIX - {"rownormsgd"} else ("foreach", "differentiable"),
         not_og_supported_flags=("state_dtype", "rounding"),
-        supports_complex=True,
+        supports_complex=name not in MATRIX,
     )
     for name in normopt.list_optimizers()
 ]

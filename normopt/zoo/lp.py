@@ -1,25 +1,16 @@
-"""The zoo: every named optimizer, each a signature, its rule, and the engine's settings. Nothing runs here."""
+"""The ℓp family: SGD, signSGD, and everything between; no matrix is looked at."""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from normopt._checks import near
 from normopt.engine import SteepestDescent
 from normopt.norms.base import Scale
 from normopt.settings import Common, Decay, Settings
-
-
-def _face(name: str, given: Mapping[str, Any], **fixed: Any) -> dict[str, Any]:
-    """The settings that make a named optimizer what it is, and the ones that its user gave."""
-    for key in fixed.keys() & given.keys():
-        raise TypeError(f"{name} fixes {key} = {fixed[key]!r}: to choose it, use normopt.SteepestDescent")
-    return {**fixed, **given}
+from normopt.zoo.face import face
 
 
 class SGD(SteepestDescent):
@@ -68,7 +59,7 @@ class SGD(SteepestDescent):
             nesterov=nesterov,
             weight_decay=weight_decay,
             decay=decay,
-            **_face("SGD", settings, norm="l2", scale="dual", momentum_rule="heavy"),
+            **face("SGD", settings, norm="l2", scale="dual", momentum_rule="heavy"),
         )
 
 
@@ -97,8 +88,8 @@ class NormalizedSGD(SteepestDescent):
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-2, momentum: float = 0.0, **settings: Unpack[Settings]
     ) -> None:
-        face = _face("NormalizedSGD", settings, norm="l2", scale="unit", momentum_rule="ema")
-        super().__init__(params, lr, momentum=momentum, **face)
+        fixed = face("NormalizedSGD", settings, norm="l2", scale="unit", momentum_rule="ema")
+        super().__init__(params, lr, momentum=momentum, **fixed)
 
 
 class SignSGD(SteepestDescent):
@@ -119,7 +110,7 @@ class SignSGD(SteepestDescent):
     """
 
     def __init__(self, params: ParamsT, lr: float | Tensor = 1e-4, **settings: Unpack[Settings]) -> None:
-        super().__init__(params, lr, **_face("SignSGD", settings, norm="linf", scale="unit", momentum=0.0))
+        super().__init__(params, lr, **face("SignSGD", settings, norm="linf", scale="unit", momentum=0.0))
 
 
 class Signum(SteepestDescent):
@@ -144,8 +135,8 @@ class Signum(SteepestDescent):
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-4, momentum: float = 0.9, **settings: Unpack[Settings]
     ) -> None:
-        face = _face("Signum", settings, norm="linf", scale="unit", momentum_rule="ema")
-        super().__init__(params, lr, momentum=momentum, **face)
+        fixed = face("Signum", settings, norm="linf", scale="unit", momentum_rule="ema")
+        super().__init__(params, lr, momentum=momentum, **fixed)
 
 
 class Lion(SteepestDescent):
@@ -177,8 +168,8 @@ class Lion(SteepestDescent):
         beta2: float = 0.99,
         **settings: Unpack[Settings],
     ) -> None:
-        face = _face("Lion", settings, norm="linf", scale="unit", momentum_rule="lion")
-        super().__init__(params, lr, momentum=momentum, beta2=beta2, **face)
+        fixed = face("Lion", settings, norm="linf", scale="unit", momentum_rule="lion")
+        super().__init__(params, lr, momentum=momentum, beta2=beta2, **fixed)
 
 
 class PowerStep(SteepestDescent):
@@ -213,8 +204,8 @@ class PowerStep(SteepestDescent):
         momentum: float = 0.9,
         **settings: Unpack[Settings],
     ) -> None:
-        face = _face("PowerStep", settings, norm="lp", scale="power", momentum_rule="heavy")
-        super().__init__(params, lr, p=p, momentum=momentum, **face)
+        fixed = face("PowerStep", settings, norm="lp", scale="power", momentum_rule="heavy")
+        super().__init__(params, lr, p=p, momentum=momentum, **fixed)
 
 
 class LPSGD(SteepestDescent):
@@ -260,7 +251,7 @@ class LPSGD(SteepestDescent):
         scale: Scale = "power",
         **settings: Unpack[Settings],
     ) -> None:
-        super().__init__(params, lr, p=p, scale=scale, eps=eps, **_face("LPSGD", settings, norm="lp", momentum=0.0))
+        super().__init__(params, lr, p=p, scale=scale, eps=eps, **face("LPSGD", settings, norm="lp", momentum=0.0))
 
 
 class LPSGDM(SteepestDescent):
@@ -303,37 +294,5 @@ class LPSGDM(SteepestDescent):
         scale: Scale = "power",
         **settings: Unpack[Settings],
     ) -> None:
-        face = _face("LPSGDM", settings, norm="lp", momentum_rule="ema")
-        super().__init__(params, lr, p=p, scale=scale, eps=eps, momentum=momentum, **face)
-
-
-ZOO: dict[str, type[SteepestDescent]] = {
-    cls.__name__.lower(): cls for cls in (SGD, NormalizedSGD, SignSGD, Signum, Lion, PowerStep, LPSGD, LPSGDM)
-}
-
-
-def list_optimizers(pattern: str = "*") -> list[str]:
-    """The names of the optimizers that match a shell pattern, without regard to case, sorted.
-
-    Example:
-        >>> normopt.list_optimizers("*sgd*")
-        ['lpsgd', 'lpsgdm', 'normalizedsgd', 'sgd', 'signsgd']
-    """
-    return sorted(fnmatch.filter(ZOO, pattern.lower()))
-
-
-def get_optimizer(name: str) -> type[SteepestDescent]:
-    """The optimizer class of a name, without regard to case.
-
-    Raises:
-        ValueError: no optimizer has that name; the message lists the near ones.
-
-    Example:
-        >>> normopt.get_optimizer("lpsgdm")
-        <class 'normopt.zoo.LPSGDM'>
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string, but is {name!r} ({type(name).__name__})")
-    if name.lower() not in ZOO:
-        raise ValueError(f"unknown optimizer {name!r}{near(name, ZOO)} (known: {', '.join(list_optimizers())})")
-    return ZOO[name.lower()]
+        fixed = face("LPSGDM", settings, norm="lp", momentum_rule="ema")
+        super().__init__(params, lr, p=p, scale=scale, eps=eps, momentum=momentum, **fixed)

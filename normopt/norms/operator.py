@@ -1,0 +1,134 @@
+"""Norms of a matrix by its lines: an inner ℓp of each row or column, and an outer ℓp over them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normopt._checks import check_choice, check_number
+from normopt.norms.base import Needs, Norm, Scale, stack
+from normopt.norms.lp import one_hot, signed_power
+from normopt.norms.matrices import MATRIX_VIEWS, check_matrix, from_matrices, to_matrices
+from normopt.norms.registry import register
+
+
+@register("row", p_inner=2.0, p_outer=math.inf, lines="rows")
+@register("column", p_inner=2.0, p_outer=math.inf, lines="columns")
+@register("mixed")
+@dataclass(frozen=True, repr=False)
+class Mixed(Norm):
+    """The mixed norm of a matrix's rows or columns. Names: mixed; row and column, the largest line's ℓ2.
+
+    With x_i the lines and q the conjugate orders::
+
+        ‖X‖   = ‖ (‖x_1‖_inner, ‖x_2‖_inner, …) ‖_outer
+        r_i   = ‖g_i‖_q(inner),   ‖G‖⋆ = ‖r‖_q(outer)
+        D(G)  = (r_i/‖G‖⋆)^(q(outer)−1) · D_inner(g_i), line by line
+
+    so that "row" (2 inside, ∞ outside, the 2 → ∞ operator norm) makes every row a unit vector. A tensor
+    that is several matrices is measured by the largest of them.
+
+    Args:
+        p_inner: the order along a line, 1 ≤ p ≤ ∞.
+        p_outer: the order over the lines, 1 ≤ p ≤ ∞; at 1 only the first of the largest lines moves.
+        lines: "rows" or "columns".
+        matrix_view: "flatten", "batch" or "transposed": which matrix a tensor of more than two dims is.
+        blocks: into how many matrices the rows are cut.
+
+    Raises:
+        ValueError: an order below 1 or NaN, or another setting that is none.
+        TypeError: an order is not a number.
+
+    Source: arXiv:2409.20325 for the frame; SCALE's and RowNorm's directions are its members.
+    """
+
+    p_inner: float
+    p_outer: float
+    lines: str = "rows"
+    matrix_view: str = "flatten"
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("p_inner", "p_outer"):
+            check_number(name, getattr(self, name), low=1)
+            object.__setattr__(self, name, float(getattr(self, name)))
+        check_choice("lines", self.lines, ("rows", "columns"))
+        check_choice("matrix_view", self.matrix_view, MATRIX_VIEWS)
+        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int):
+            raise TypeError(f"blocks must be an integer, but is {self.blocks!r}")
+        check_number("blocks", self.blocks, low=1)
+
+    def needs(self, scale: Scale) -> Needs:
+        return "rows" if self.lines == "rows" and self.p_outer == math.inf and scale == "unit" else "matrix"
+
+    def check(self, scale: Scale, params: list[Tensor]) -> None:
+        for x in params:
+            if x.is_complex():
+                raise ValueError(f"{type(self).__name__} takes real matrices, but a parameter is {x.dtype}")
+            check_matrix(x.shape, self.matrix_view, self.blocks)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The largest ‖X‖ of the matrices of x, 0-d."""
+        y = self._lines_of(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+        return sizes(sizes(y, self.p_inner), self.p_outer).amax() if y.numel() else x.new_zeros(())
+
+    def measure(self, c: list[Tensor]) -> Tensor:
+        return stack([self._pair(x)[0] for x in c])[:, None]
+
+    def combine(self, partials: Tensor) -> Tensor:
+        return partials.sum(-2)
+
+    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
+        return [self._pair(x)[1] * n.to(x) ** kappa for x, n in zip(c, scalars[:, 0], strict=True)]
+
+    def scaled(self, c: list[Tensor], kappa: float, whole_group: bool) -> list[Tensor]:
+        """``‖c‖⋆^kappa · D(c)``, both from one pass over the lines."""
+        pairs = [self._pair(x) for x in c]
+        if kappa == 0:
+            return [d for _, d in pairs]
+        norms = stack([n for n, _ in pairs])
+        totals = norms.sum().expand(len(c)) if whole_group else norms
+        return [d * n.to(d) for (_, d), n in zip(pairs, totals, strict=True)]
+
+    def _lines_of(self, x: Tensor) -> Tensor:
+        """[stack, lines, entries]"""
+        y = to_matrices(x, self.matrix_view, self.blocks)
+        return y.mT if self.lines == "columns" else y
+
+    def _pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(‖x‖⋆, D(x)) of one tensor."""
+        y = self._lines_of(x)
+        if y.numel() == 0:
+            return x.new_zeros(()), torch.zeros_like(x)
+        r = sizes(y, conjugate(self.p_inner))
+        totals = sizes(r, conjugate(self.p_outer))
+        d = dual_map(y, r, self.p_inner) * dual_map(r, totals, self.p_outer)[..., None]
+        d = d.mT if self.lines == "columns" else d
+        return totals.sum(), from_matrices(d, x, self.matrix_view)
+
+
+def conjugate(p: float) -> float:
+    """q with 1/p + 1/q = 1."""
+    return math.inf if p == 1 else 1 + 1 / (p - 1)
+
+
+def sizes(x: Tensor, p: float) -> Tensor:
+    """ℓp along the last dim, every sum relative to the largest entry of its own line."""
+    top = x.abs().amax(-1)
+    if p == math.inf:
+        return top
+    safe = top.clamp(torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).max)
+    return safe * (x.abs() / safe[..., None]).pow(p).sum(-1).pow(1 / p)
+
+
+def dual_map(x: Tensor, norms: Tensor, p: float) -> Tensor:
+    """ℓp's dual map along the last dim, given the dual norms of the lines."""
+    if p == 1:
+        lines = x.reshape(-1, x.shape[-1])
+        return torch.stack([one_hot(line, torch.ones((), dtype=torch.bool)) for line in lines]).reshape(x.shape)
+    if p == math.inf:
+        return signed_power([x], 0)[0]
+    return signed_power([x / norms.clamp_min(torch.finfo(x.dtype).tiny)[..., None]], 1 / (p - 1))[0]

@@ -1,0 +1,198 @@
+"""The matrix family: steepest descent under norms of a matrix's singular values or of its rows.
+
+These are for tensors that are matrices (linear layers, convolutions, attention). Give embeddings,
+norms and biases to another optimizer, or param groups of their own norm here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from normopt._checks import check_number
+from normopt.engine import SteepestDescent
+from normopt.settings import Settings
+from normopt.zoo.face import face
+
+
+class Muon(SteepestDescent):
+    """Unit steps under the spectral norm of a moving average: the orthogonalised momentum.
+
+    ::
+
+        m ← μm + (1−μ)g  (first m = 0)          c = (1−μ)g + μm with Nesterov, else m
+        u = f · UVᵀ of c = UΣVᵀ                 by a polynomial iteration in bfloat16
+        w ← (1 − ηλ)w − ηu
+
+    Args:
+        params: parameters or param groups, of matrices; convolutions are taken as out × rest.
+        lr: η. Default 0.02, Keller Jordan's; torch's is 1e-3.
+        momentum: μ. Default 0.95, both conventions'.
+        nesterov: Default True, both conventions'.
+        method: "newton-schulz", both conventions' polynomial, "polar-express", or "svd", which is exact.
+        steps: of the polynomial iteration. Default 5.
+        aspect: the factor f, of a matrix of so many rows and columns: "original" √max(1, rows/columns)
+            (Keller Jordan's, torch's default), "match_rms_adamw" 0.2·√max(rows, columns), "rms"
+            √(rows/columns), or "none".
+        dtype: of the iteration, "bfloat16" or "float32".
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`. λ is 0 by
+            default, as Keller Jordan's; torch's is 0.1.
+
+    State: one buffer per parameter.
+
+    Differs from torch.optim.Muon: gradients below 1e-7 in norm are orthogonalised too (there they fade),
+    and no dual map touches the momentum (there, in bfloat16 without Nesterov, it is overwritten). From
+    the same state a step agrees with torch's within 2^-7 of its length.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the frame is
+    arXiv:2409.20325; "match_rms_adamw" is arXiv:2502.16982.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        *,
+        method: str = "newton-schulz",
+        steps: int = 5,
+        aspect: str = "original",
+        dtype: str = "bfloat16",
+        **settings: Unpack[Settings],
+    ) -> None:
+        fixed = face("Muon", settings, norm="spectral", scale="unit", momentum_rule="ema")
+        iteration: dict[str, Any] = {
+            "norm_method": method,
+            "norm_steps": steps,
+            "norm_aspect": aspect,
+            "norm_dtype": dtype,
+        }
+        super().__init__(params, lr, momentum=momentum, nesterov=nesterov, **iteration, **fixed)
+
+
+class SpectralSGD(SteepestDescent):
+    """True steepest descent under the spectral norm: as Muon, but as long as the gradient's nuclear norm.
+
+    ::
+
+        m ← μm + (1−μ)g  (first m = 0)
+        w ← (1 − ηλ)w − η · (Σσ) · UVᵀ          of m = UΣVᵀ
+
+    Args:
+        params: parameters or param groups, of matrices.
+        lr: η. Default 1e-3, our choice.
+        momentum: μ. Default 0.
+        method: "svd", which is exact, "newton-schulz" or "polar-express".
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
+
+    State: one buffer per parameter if momentum ≠ 0, else none.
+
+    Source: Carlson et al., "Preconditioned Spectral Descent for Deep Learning", 2015; the frame is
+    arXiv:2409.20325.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        *,
+        method: str = "svd",
+        **settings: Unpack[Settings],
+    ) -> None:
+        fixed = face("SpectralSGD", settings, norm="spectral", scale="dual", momentum_rule="ema")
+        super().__init__(params, lr, momentum=momentum, norm_method=method, **fixed)
+
+
+class NucGD(SteepestDescent):
+    """Unit steps under the nuclear norm: one rank a step, the top singular pair.
+
+    ::
+
+        m ← μm + (1−μ)g  (first m = 0)
+        w ← (1 − ηλ)w − η · u₁v₁ᵀ               of m = UΣVᵀ
+
+    Args:
+        params: parameters or param groups, of matrices.
+        lr: η, the length of a step in the Frobenius norm. Default 1e-2, our choice.
+        momentum: μ. Default 0.
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
+
+    State: one buffer per parameter if momentum ≠ 0, else none.
+
+    Source: the ℓ1-Schatten member of the frame of arXiv:2409.20325.
+    """
+
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor = 1e-2, momentum: float = 0.0, **settings: Unpack[Settings]
+    ) -> None:
+        fixed = face("NucGD", settings, norm="nuclear", scale="unit", momentum_rule="ema")
+        super().__init__(params, lr, momentum=momentum, **fixed)
+
+
+class Freon(SteepestDescent):
+    """A power of the singular values: ``(GGᵀ)^(−c) G``, from SGD (c = 0) over Muon (c = 1/2) to beyond.
+
+    ::
+
+        m ← μm + (1−μ)g  (first m = 0)
+        w ← (1 − ηλ)w − η · U Σ^(1−2c) Vᵀ       of m = UΣVᵀ
+
+    For c ≤ 1/2 this is the power scale of a Schatten norm, 1 − 2c = 1/(p−1). For c > 1/2, where the paper
+    reports its best exponents on GPT-2, the exponent is negative and it is the step of no norm.
+
+    Args:
+        params: parameters or param groups, of matrices.
+        lr: η. Default 1e-2, our choice.
+        c: the power of GGᵀ. Default 0.5, which is Muon's direction.
+        momentum: μ. Default 0.95, as Muon's.
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
+
+    State: one buffer per parameter.
+
+    Raises:
+        TypeError, ValueError: c is not a finite number.
+
+    Source: Freon, whose exponent is c = 1 − q/2 for a Schatten-q direction; HTMuon's σ^0.125 is c = 0.4375.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        c: float = 0.5,
+        momentum: float = 0.95,
+        **settings: Unpack[Settings],
+    ) -> None:
+        check_number("c", c, open_low=True, open_high=True)
+        fixed = face("Freon", settings, norm="spectral", scale="power", momentum_rule="ema")
+        super().__init__(params, lr, momentum=momentum, norm_exponent=1 - 2 * c, **fixed)
+
+
+class RowNormSGD(SteepestDescent):
+    """Unit steps under the largest row: every row of every matrix moves by exactly lr.
+
+    ::
+
+        m ← μm + (1−μ)g  (first m = 0)
+        w_i ← (1 − ηλ)w_i − η · m_i/‖m_i‖₂      for each row i; 0 where m_i = 0
+
+    Args:
+        params: parameters or param groups; a convolution's rows are its output channels, a vector's its entries.
+        lr: η, the length of each row's step. Default 1e-2, our choice.
+        momentum: μ. Default 0.9, our choice.
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
+
+    State: one buffer per parameter if momentum ≠ 0, else none.
+
+    Source: the 2 → ∞ operator norm's member of the frame of arXiv:2409.20325.
+    """
+
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor = 1e-2, momentum: float = 0.9, **settings: Unpack[Settings]
+    ) -> None:
+        fixed = face("RowNormSGD", settings, norm="row", scale="unit", momentum_rule="ema")
+        super().__init__(params, lr, momentum=momentum, **fixed)
