@@ -91,7 +91,7 @@ def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Pla
     _check_rounding(settings["rounding"], params)
     _check_devices(settings, params)
     norm.check(settings["scale"], params)
-    backend, why = _choose_backend(settings["foreach"], settings["differentiable"], params)
+    backend, why = _choose_backend(settings["foreach"], settings["differentiable"], norm.batches, params)
     return Plan(norm=norm, backend=backend, why=why, **{name: settings[name] for name in _TAKEN_AS_THEY_ARE})
 
 
@@ -112,7 +112,7 @@ def _check_devices(settings: Mapping[str, Any], params: list[Tensor]) -> None:
 
 
 def _choose_backend(
-    foreach: bool | None, differentiable: bool, params: list[Tensor]
+    foreach: bool | None, differentiable: bool, batches: bool, params: list[Tensor]
 ) -> tuple[Literal["for-loop", "foreach"], str]:
     if foreach is not None:
         if foreach and differentiable:
@@ -120,6 +120,8 @@ def _choose_backend(
         return ("foreach", "foreach=True") if foreach else ("for-loop", "foreach=False")
     if differentiable:
         return "for-loop", "differentiable=True"
+    if batches:
+        return "foreach", "matrices of one shape go together"
     devices = {p.device.type for p in params}
     if devices == {"cuda"} and all(type(p) in (Tensor, torch.nn.Parameter) for p in params):
         return "foreach", "every parameter is a plain CUDA tensor"

@@ -39,11 +39,13 @@ class Norm(ABC):
         spans_groups: whether many tensors can be one vector of it, as ``scope="group"`` asks.
         power_takes_eps: whether its power map has a form with ε > 0.
         differentiable: whether autograd gets the derivative of its maps right.
+        batches: whether tensors of one shape are faster together than one by one, on a CPU too.
     """
 
     spans_groups: ClassVar[bool] = True
     power_takes_eps: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
+    batches: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()

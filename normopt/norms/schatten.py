@@ -69,6 +69,7 @@ class Schatten(Norm):
 
     # The derivative of a decomposition blows up where singular values meet, and an iteration's is its own.
     differentiable: ClassVar[bool] = False
+    batches: ClassVar[bool] = True
 
     p: float
     method: str = "svd"
