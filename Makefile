@@ -10,12 +10,15 @@ READY := .venv/.installed
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
+# The dev extra's exact pins, named first: else pip downloads the newest torch, hundreds of megabytes, to discard it.
+PINS = $(shell $(PYTHON) -c "import tomllib; print(*(r for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev'] if '==' in r))")
+
 # Anew whenever pyproject.toml changes.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "normopt needs Python 3.11 or newer: try 'make PYTHON=python3.12 ...'" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check $(PINS) -e ".[dev]"
 	touch $@
 
 demo: $(READY) ## Run a quick ablation of the optimizers
