@@ -14,7 +14,9 @@ import normopt
 PREAMBLE = """# Conformance
 
 What PyTorch's own tests ask of its optimizers, asked of every optimizer of the zoo. The inputs come from
-`torch.testing._internal.common_optimizers`, which ships in torch's wheel. A number is how many cases passed.
+`torch.testing._internal.common_optimizers`, which ships in torch's wheel. A question is asked once for each kind of
+input that an optimizer takes (its learning rates, decays, momenta, regularizers), and where it matters for the for-loop
+and the multi-tensor path, and for several dtypes.
 
 This page is written by the test run: `make conformance`, here with torch {version}. {total} cases passed,
 {skipped} were skipped{failed}.
@@ -59,11 +61,15 @@ class Table:
                 skipped=outcomes.count("skipped"),
                 failed=f", and {failed} FAILED" if failed else "",
             ),
-            "| | " + " | ".join(self.columns) + " |",
-            "|---|" + "---|" * len(self.columns),
+            "| question | optimizers asked | cases passed |",
+            "|---|---|---|",
         ]
         for question, row in sorted(self.cells.items()):  # not in the order of the workers
-            lines.append(f"| {question} | " + " | ".join(summary(row[c]) for c in self.columns) + " |")
+            lines.append(f"| {question} | {len(row)} | {summary([o for cell in row.values() for o in cell])} |")
+        lines += ["", "| optimizer | questions | cases passed |", "|---|---|---|"]
+        for name in self.columns:
+            cells = [row[name] for row in self.cells.values() if name in row]
+            lines.append(f"| {name} | {len(cells)} | {summary([o for cell in cells for o in cell])} |")
         if self.reasons:
             lines += ["", "## Skipped, and why", "", *sorted(set(self.reasons))]
         self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")

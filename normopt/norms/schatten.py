@@ -63,8 +63,8 @@ class Schatten(Norm):
         ValueError: a setting out of range, an iterative method with p < ∞.
         TypeError: a setting of the wrong type.
 
-    Source: the dual map as in "Old Optimizer, New Norm", arXiv:2409.20325; HTMuon is an exponent of 0.125;
-    Moonlight is arXiv:2502.16982.
+    Source: the dual map as in "Old Optimizer, New Norm", arXiv:2409.20325; HTMuon (arXiv:2603.10067) is
+    an exponent of 0.125, Freon (arXiv:2605.11181) goes below 0; Moonlight is arXiv:2502.16982.
     """
 
     # The derivative of a decomposition blows up where singular values meet, and an iteration's is its own.

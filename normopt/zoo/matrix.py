@@ -123,7 +123,7 @@ class NucGD(SteepestDescent):
 
     State: one buffer per parameter if momentum ≠ 0, else none.
 
-    Source: the ℓ1-Schatten member of the frame of arXiv:2409.20325.
+    Source: the nuclear norm's member of the frame of arXiv:2409.20325; see also arXiv:2512.09678.
     """
 
     def __init__(
@@ -156,7 +156,10 @@ class Freon(SteepestDescent):
     Raises:
         TypeError, ValueError: c is not a finite number.
 
-    Source: Freon, whose exponent is c = 1 − q/2 for a Schatten-q direction; HTMuon's σ^0.125 is c = 0.4375.
+    Differs from the paper: the power is taken through an SVD; there, through an iteration (QDWH).
+
+    Source: Shumaylov et al., "Muon is Not That Special", arXiv:2605.11181, where c = 1 − q/2. HTMuon's
+    σ^0.125, arXiv:2603.10067, is c = 0.4375.
     """
 
     def __init__(
