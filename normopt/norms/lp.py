@@ -153,22 +153,36 @@ def signed_power(c: list[Tensor], exponent: float | Tensor) -> list[Tensor]:
 
 
 def relative_sums(c: list[Tensor], q: float | Tensor) -> Tensor:
-    """[n, 2]: for each tensor its largest |entry| M and Σ(|x|/M)^q, or at q = ∞ M and its place in c.
-
-    |x|/M ≤ 1, so that no power of it overflows, and one term is 1, so that the sum never vanishes. For a
-    finite q, M is kept off 0 and ∞, under which 0/0 and ∞/∞ would make NaN of them.
-    """
+    """[n, 2]: for each tensor its largest |entry| M and Σ(|x|/M)^q, or at q = ∞ M and its place in c."""
     rows = []
     for i, x in enumerate(c):
-        a = x.abs()
-        top = a.max() if x.numel() else a.new_zeros(())
+        flat = x.reshape(-1) if x.numel() else x.new_zeros(1)
         if equals(q, math.inf):
+            top = flat.abs().amax()
             rows.append(torch.stack([top, torch.full_like(top, i)]))
         else:
-            limits = torch.finfo(a.dtype)
-            top = top.clamp(limits.tiny, limits.max)
-            rows.append(torch.stack([top, (a / top).pow(q).sum()]))
+            rows.append(torch.stack(relative_sum(flat, q)))
     return stack(rows)
+
+
+def relative_sum(x: Tensor, q: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The largest |entry| M and Σ(|x|/M)^q, both along the last dim: what every finite ℓq here is made of.
+
+    |x|/M ≤ 1, so that no power of it overflows, and one term is 1, so that the sum never vanishes. M is
+    kept off 0 and ∞, under which 0/0 and ∞/∞ would make NaN of them.
+    """
+    a = x.abs()
+    limits = torch.finfo(a.dtype)
+    top = a.amax(-1).clamp(limits.tiny, limits.max)
+    return top, (a / top[..., None]).pow(q).sum(-1)
+
+
+def sizes(x: Tensor, q: float) -> Tensor:
+    """‖·‖_q along the last dim."""
+    if q == math.inf:
+        return x.abs().amax(-1)
+    top, total = relative_sum(x, q)
+    return top * total.pow(1 / q)
 
 
 def size(partials: Tensor, q: float | Tensor) -> Tensor:

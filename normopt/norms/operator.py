@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normopt._checks import check_choice, check_number
 from normopt.norms.base import Needs, Norm, Scale, stack
-from normopt.norms.lp import one_hot, signed_power
+from normopt.norms.lp import one_hot, signed_power, sizes
 from normopt.norms.matrices import MATRIX_VIEWS, check_matrix, from_matrices, to_matrices
 from normopt.norms.registry import register
 
@@ -113,15 +113,6 @@ class Mixed(Norm):
 def conjugate(p: float) -> float:
     """q with 1/p + 1/q = 1."""
     return math.inf if p == 1 else 1 + 1 / (p - 1)
-
-
-def sizes(x: Tensor, p: float) -> Tensor:
-    """ℓp along the last dim, every sum relative to the largest entry of its own line."""
-    top = x.abs().amax(-1)
-    if p == math.inf:
-        return top
-    safe = top.clamp(torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).max)
-    return safe * (x.abs() / safe[..., None]).pow(p).sum(-1).pow(1 / p)
 
 
 def dual_map(x: Tensor, norms: Tensor, p: float) -> Tensor:

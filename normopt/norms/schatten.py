@@ -12,9 +12,8 @@ from torch import Tensor
 
 from normopt._checks import check_choice, check_number
 from normopt.norms.base import Needs, Norm, Scale, stack
-from normopt.norms.lp import relative_sums, size
+from normopt.norms.lp import relative_sums, size, sizes
 from normopt.norms.matrices import MATRIX_VIEWS, check_matrix, from_matrices, to_matrices
-from normopt.norms.operator import sizes
 from normopt.norms.polar import polar
 from normopt.norms.registry import register
 
