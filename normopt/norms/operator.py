@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_choice, check_number
-from normopt.norms.base import Needs, Norm, Scale, stack
+from normopt.norms.base import Needs, Scale, working
 from normopt.norms.lp import one_hot, signed_power, sizes
-from normopt.norms.matrices import MATRIX_VIEWS, check_matrix, from_matrices, to_matrices
+from normopt.norms.matrices import MatrixNorm, from_matrices, to_matrices
 from normopt.norms.registry import register
 
 
@@ -19,7 +19,7 @@ from normopt.norms.registry import register
 @register("column", p_inner=2.0, p_outer=math.inf, lines="columns")
 @register("mixed")
 @dataclass(frozen=True, repr=False)
-class Mixed(Norm):
+class Mixed(MatrixNorm):
     """The mixed norm of a matrix's rows or columns. Names: mixed; row and column, the largest line's ℓ2.
 
     With x_i the lines and q the conjugate orders::
@@ -56,42 +56,18 @@ class Mixed(Norm):
             check_number(name, getattr(self, name), low=1)
             object.__setattr__(self, name, float(getattr(self, name)))
         check_choice("lines", self.lines, ("rows", "columns"))
-        check_choice("matrix_view", self.matrix_view, MATRIX_VIEWS)
-        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int):
-            raise TypeError(f"blocks must be an integer, but is {self.blocks!r}")
-        check_number("blocks", self.blocks, low=1)
+        self.check_view()
 
     def needs(self, scale: Scale) -> Needs:
         return "rows" if self.lines == "rows" and self.p_outer == math.inf and scale == "unit" else "matrix"
 
-    def check(self, scale: Scale, params: list[Tensor]) -> None:
-        for x in params:
-            if x.is_complex():
-                raise ValueError(f"{type(self).__name__} takes real matrices, but a parameter is {x.dtype}")
-            check_matrix(x.shape, self.matrix_view, self.blocks)
-
     def norm(self, x: Tensor) -> Tensor:
         """The largest ‖X‖ of the matrices of x, 0-d."""
-        y = self._lines_of(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+        y = self._lines_of(working(x))
         return sizes(sizes(y, self.p_inner), self.p_outer).amax() if y.numel() else x.new_zeros(())
 
-    def measure(self, c: list[Tensor]) -> Tensor:
-        return stack([self._pair(x)[0] for x in c])[:, None]
-
-    def combine(self, partials: Tensor) -> Tensor:
-        return partials.sum(-2)
-
-    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
-        return [self._pair(x)[1] * n.to(x) ** kappa for x, n in zip(c, scalars[:, 0], strict=True)]
-
-    def scaled(self, c: list[Tensor], kappa: float, whole_group: bool) -> list[Tensor]:
-        """``‖c‖⋆^kappa · D(c)``, both from one pass over the lines."""
-        pairs = [self._pair(x) for x in c]
-        if kappa == 0:
-            return [d for _, d in pairs]
-        norms = stack([n for n, _ in pairs])
-        totals = norms.sum().expand(len(c)) if whole_group else norms
-        return [d * n.to(d) for (_, d), n in zip(pairs, totals, strict=True)]
+    def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return [self._pair(x) for x in c]
 
     def _lines_of(self, x: Tensor) -> Tensor:
         """[stack, lines, entries]"""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_choice, check_number
-from normopt.norms.base import Needs, Norm, Scale, stack
+from normopt.norms.base import Needs, Scale, working
 from normopt.norms.lp import relative_sums, size, sizes
-from normopt.norms.matrices import MATRIX_VIEWS, check_matrix, from_matrices, to_matrices
+from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, to_matrices
 from normopt.norms.polar import polar
 from normopt.norms.registry import register
 
@@ -31,7 +31,7 @@ ASPECTS: dict[str, Callable[[int, int], float]] = {
 @register("spectral", p=math.inf)
 @register("schatten")
 @dataclass(frozen=True, repr=False)
-class Schatten(Norm):
+class Schatten(MatrixNorm):
     """The Schatten-p norm: ℓp of the singular values. Names: schatten, nuclear, frobenius, spectral.
 
     With G = UΣVᵀ, 1/p + 1/q = 1, and f the aspect factor of the matrix::
@@ -85,12 +85,8 @@ class Schatten(Norm):
         check_choice("method", self.method, METHODS)
         check_choice("dtype", self.dtype, ("bfloat16", "float32"))
         check_choice("aspect", self.aspect, ASPECTS)
-        check_choice("matrix_view", self.matrix_view, MATRIX_VIEWS)
-        for name in ("steps", "blocks"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, but is {value!r}")
-            check_number(name, value, low=1, high=100 if name == "steps" else math.inf)
+        check_integer("steps", self.steps, 100)
+        self.check_view()
         if self.exponent is not None:
             check_number("exponent", self.exponent, open_low=True, open_high=True)
         if self.method != "svd" and (self.p != math.inf or self.exponent is not None):
@@ -109,37 +105,15 @@ class Schatten(Norm):
     def check(self, scale: Scale, params: list[Tensor]) -> None:
         if self.exponent is not None and scale != "power":
             raise ValueError(f'exponent = {self.exponent} is of scale="power", but the scale is "{scale}"')
-        for x in params:
-            if x.is_complex():
-                raise ValueError(f"{type(self).__name__} takes real matrices, but a parameter is {x.dtype}")
-            check_matrix(x.shape, self.matrix_view, self.blocks)
+        super().check(scale, params)
 
     def norm(self, x: Tensor) -> Tensor:
         """The largest ‖X‖_Sp / f of the matrices of x, 0-d."""
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        y = to_matrices(x, self.matrix_view, self.blocks)
+        y = to_matrices(working(x), self.matrix_view, self.blocks)
         if y.numel() == 0:
             return x.new_zeros(())
         norms = sizes(torch.linalg.svdvals(y), self.p)
         return norms.amax() / self._factor(y)
-
-    def measure(self, c: list[Tensor]) -> Tensor:
-        return stack([n for n, _ in self._pairs(c)])[:, None]
-
-    def combine(self, partials: Tensor) -> Tensor:
-        return partials.sum(-2)
-
-    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
-        return [d * n.to(d) ** kappa for (_, d), n in zip(self._pairs(c), scalars[:, 0], strict=True)]
-
-    def scaled(self, c: list[Tensor], kappa: float, whole_group: bool) -> list[Tensor]:
-        """``‖c‖⋆^kappa · D(c)``, both from one decomposition."""
-        pairs = self._pairs(c)
-        if kappa == 0:
-            return [d for _, d in pairs]
-        norms = stack([n for n, _ in pairs])
-        totals = norms.sum().expand(len(c)) if whole_group else norms
-        return [d * n.to(d) ** kappa for (_, d), n in zip(pairs, totals, strict=True)]
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
         """``f · U diag(σ^exponent) Vᵀ``; singular values that count as zero stay zero."""
@@ -149,11 +123,10 @@ class Schatten(Norm):
         if exponent == 1:
             return [self._factor(to_matrices(x, self.matrix_view, self.blocks)) * x for x in c]
         if exponent == 0 and self.exponent is None:
-            return [d for _, d in self._pairs(c)]
+            return [d for _, d in self.pairs(c)]
         return self._map(c, lambda y: (None, powers(y, exponent)))[1]
 
-    def _pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """(‖c‖⋆, D(c)) of each tensor."""
+    def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         norms, maps = self._map(c, self._dual)
         return list(zip(norms, maps, strict=True))
 
