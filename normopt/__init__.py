@@ -9,6 +9,7 @@ from normopt.engine import SteepestDescent
 from normopt.zoo import (
     LPSGD,
     LPSGDM,
+    SCALE,
     SGD,
     Freon,
     Lion,
@@ -17,6 +18,7 @@ from normopt.zoo import (
     NucGD,
     PowerStep,
     RowNormSGD,
+    Scion,
     SignSGD,
     Signum,
     SpectralSGD,
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LPSGD",
     "LPSGDM",
+    "SCALE",
     "SGD",
     "Freon",
     "Lion",
@@ -37,6 +40,7 @@ __all__ = [
     "NucGD",
     "PowerStep",
     "RowNormSGD",
+    "Scion",
     "SignSGD",
     "Signum",
     "SpectralSGD",

@@ -16,7 +16,7 @@ from normopt._checks import is_low_precision
 from normopt.loading import check_loaded, completed, pairs
 from normopt.norms import registry
 from normopt.norms.base import Norm, Scale, working
-from normopt.norms.scales import direction
+from normopt.norms.scales import NormPair, direction, over_the_group
 from normopt.plan import Plan, make_plan
 from normopt.settings import (
     DEFAULT_BETA2,
@@ -56,9 +56,9 @@ class SteepestDescent(Optimizer):
                                                        "power" κ = 1/(p−1)
         u ← D(c) · RMS(c)/RMS(D(c))              "matched"
 
-        w ← w − ηu                               no decay
-        w ← (1 − ηλ)w − ηu                       decay "decoupled"
-        w ← (w − ηu) · X/(X + pηλ)               decay "lp"; X = |w|^(2−p), p = decay_p
+        w ← w − ηru                              no decay; r = radius
+        w ← (1 − ηλ)w − ηru                      decay "decoupled"
+        w ← (w − ηru) · X/(X + pηλ)              decay "lp"; X = |w|^(2−p), p = decay_p
 
     with ‖·‖⋆ the dual norm and D the dual map of the chosen norm (see [`Norm`][normopt.norms.Norm]).
     Every argument but ``params`` is a setting that a param group may override; there, all are numbers,
@@ -73,6 +73,8 @@ class SteepestDescent(Optimizer):
         scale: "power" (the un-normalised power map; needs p > 1), "dual" (true steepest descent),
             "unit" (the LMO step), or "matched" (SGD's step length at every p). Default "dual".
         scope: the norm over each "tensor", or over the whole param "group" as one vector.
+        radius: r > 0, the radius of the norm's ball, by which a group's steps differ from another's under
+            the same learning rate; the weight decay is not scaled by it. Default 1.
         eps: ε of the power scale, ``c·(|c| + ε)^(−ρ)``; 0 is exact at p = 2 and ∞.
         momentum: μ, the weight of the OLD state, 0 ≤ μ < 1 (heavy: ≤ 1); 0 keeps no buffer.
         momentum_rule: "heavy", "ema" or "lion".
@@ -114,6 +116,8 @@ class SteepestDescent(Optimizer):
         ...                               momentum=0.9, agr=True, weight_decay=1e-3, decay="lp", decay_p=0.8)
     """
 
+    _measured: list[tuple[Plan, list[NormPair | None]]] = []  # noqa: RUF012 (replaced by every step, never written)
+
     def __init__(
         self,
         params: ParamsT,
@@ -123,6 +127,7 @@ class SteepestDescent(Optimizer):
         p: float | Tensor | None = None,
         scale: Scale = "dual",
         scope: Scope = "tensor",
+        radius: float = 1.0,
         eps: float = 0.0,
         momentum: float = 0.0,
         momentum_rule: MomentumRule = "heavy",
@@ -146,6 +151,7 @@ class SteepestDescent(Optimizer):
             p=p,
             scale=scale,
             scope=scope,
+            radius=radius,
             eps=eps,
             momentum=momentum,
             momentum_rule=momentum_rule,
@@ -263,34 +269,55 @@ class SteepestDescent(Optimizer):
                 loss = closure()
         # Everything that can be refused is refused before anything is written.
         work = [(make_plan(group, group["params"]), _with_gradients(group["params"])) for group in self.param_groups]
+        self._measured = []
         for plan, params in work:
             with torch.set_grad_enabled(plan.differentiable and torch.is_grad_enabled()):
-                for batch in _batches(plan, params):
-                    self._walk(plan, batch)
+                self._measured.append((plan, [self._walk(plan, batch) for batch in _batches(plan, params)]))
         return loss
 
-    def _walk(self, plan: Plan, params: list[Tensor]) -> None:
+    def norm_pairs(self) -> list[NormPair | None]:
+        """How large the last step was: of each param group, its update's norm and its gradient's dual norm.
+
+        Both were computed by the step itself, and reading them costs nothing more than adding them up:
+        over a group's tensors the norm is the largest and so the dual norm the sum, but for
+        ``scope="group"``, where it is that of all of them as one vector.
+
+        Returns:
+            One [`NormPair`][normopt.norms.NormPair] of 0-d tensors a group, in the order of ``param_groups``;
+            None for a group whose step needs no norm (SGD, signs, every "power" scale), that had no
+            gradient, or that was added since. Empty before the first step.
+
+        Example:
+            >>> opt.step()
+            >>> for group, pair in zip(opt.param_groups, opt.norm_pairs()):
+            ...     print(group["norm"], float(pair.update), float(pair.dual))
+        """
+        return [over_the_group(pairs, plan.scope == "group", plan.radius) for plan, pairs in self._measured]
+
+    def _walk(self, plan: Plan, params: list[Tensor]) -> NormPair | None:
         """The walk of a gradient: the one place where the order of the stages stands."""
         weights, w, g = self._read(plan, params)
         # What autograd keeps must not be written; without autograd nothing is kept.
         old = [x.clone() for x in w] if plan.differentiable else w
         lr, weight_decay = (_on_device(x, w[0].device) for x in (plan.lr, plan.weight_decay))
+        reach = lr if plan.radius == 1 else lr * plan.radius
         if plan.agr:
             g = regularize(g)
         if plan.decays == "coupled":
             g = coupled(g, old, weight_decay)
         c = self._momentum(plan, params, g)
-        u = direction(plan.norm.on(w[0].device), c, plan.scale, plan.scope == "group", plan.eps)
+        u, measured = direction(plan.norm.on(w[0].device), c, plan.scale, plan.scope == "group", plan.eps)
         if plan.decays == "lp":
             wide = [i for i, p in enumerate(params) if p.dim() >= 2]
             factors = lp_factors([old[i] for i in wide], plan.decay_p, lr * weight_decay)
-            descend_(w, u, lr)
+            descend_(w, u, reach)
             scale_([w[i] for i in wide], factors)
         else:
             if plan.decays == "decoupled":
                 decoupled_(w, lr * weight_decay)
-            descend_(w, u, lr)
+            descend_(w, u, reach)
         self._write(plan, params, weights, w)
+        return measured
 
     def _read(self, plan: Plan, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Weights as reals, the same in the dtype that is computed in (no copy if it is theirs), and gradients."""

@@ -26,6 +26,7 @@ class Plan:
     norm: Norm
     scale: Scale
     scope: Scope
+    radius: float
     eps: float
     lr: float | Tensor
     momentum: float
@@ -56,7 +57,8 @@ class Plan:
         stages += [f"coupled decay {decay}"] if self.decays == "coupled" else []
         stages += [self._momentum_in_words()] if self.momentum != 0 else []
         eps = f", ε = {self.eps:g}" if self.eps != 0 else ""
-        stages += [f"{self.norm!r} {self.scale}{' over the group' if self.scope == 'group' else ''}{eps}"]
+        radius = f", radius {self.radius:g}" if self.radius != 1 else ""
+        stages += [f"{self.norm!r} {self.scale}{' over the group' if self.scope == 'group' else ''}{eps}{radius}"]
         stages += [f"decoupled decay {decay}"] if self.decays == "decoupled" else []
         stages += [f"ℓp decay {decay}, p = {self.decay_p:g}"] if self.decays == "lp" else []
         rounding = f" ({self.rounding})" if self.rounding != "nearest" else ""

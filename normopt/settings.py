@@ -61,6 +61,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Check each setting by itself."""
     s = settings
     check_number("lr", s["lr"], low=0, open_high=True, tensor=True)
+    check_number("radius", s["radius"], low=0, open_low=True, open_high=True)
     check_number("eps", s["eps"], low=0, open_high=True)
     if 0 < s["eps"] < torch.finfo(torch.float32).tiny:
         raise ValueError(f"eps must be 0 or at least {torch.finfo(torch.float32).tiny:g}, but is {s['eps']!r}")

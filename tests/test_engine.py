@@ -14,7 +14,7 @@ import normopt
 from normopt import SteepestDescent
 
 NAMES = normopt.list_optimizers()
-MATRIX_NAMES = {"freon", "muon", "nucgd", "spectralsgd"}  # no derivative of a decomposition is promised
+MATRIX_NAMES = {"freon", "muon", "nucgd", "scion", "spectralsgd"}  # no derivative of a decomposition is promised
 REGULARIZERS = [
     dict(),
     dict(agr=True),

@@ -84,7 +84,7 @@ class Norm(ABC):
         """
         if self.power_exponent is None:
             raise ValueError(f'scale="power" is not defined for {self}: use "dual", "unit" or "matched"')
-        return self.scaled(c, self.power_exponent, whole_group=False)
+        return self.scaled(c, self.power_exponent, whole_group=False)[0]
 
     def needs(self, scale: Scale) -> Needs:
         """What must be whole before the direction under a scale is known.
@@ -96,11 +96,11 @@ class Norm(ABC):
     def check(self, scale: Scale, params: list[Tensor]) -> None:  # noqa: B027 (most norms take everything)
         """Raise a ValueError where this norm cannot do a scale, or a parameter's shape or dtype. Before every step."""
 
-    def scaled(self, c: list[Tensor], kappa: float | Tensor, whole_group: bool) -> list[Tensor]:
-        """``‖c‖⋆^kappa · D(c)`` of each tensor, or of all of them as one vector."""
+    def scaled(self, c: list[Tensor], kappa: float | Tensor, whole_group: bool) -> tuple[list[Tensor], Tensor]:
+        """``‖c‖⋆^kappa · D(c)`` of each tensor, or of all of them as one vector; and the dual norms, shape [n]."""
         partials = self.measure(c)
         scalars = self.combine(partials).expand(len(c), -1) if whole_group else self.combine(partials[:, None])
-        return self.apply(c, scalars, kappa)
+        return self.apply(c, scalars, kappa), scalars[:, 0]
 
     def on(self, device: torch.device) -> Norm:
         """This norm with its tensor fields, if it has any, on a device."""
@@ -131,7 +131,7 @@ class Norm(ABC):
         if isinstance(x, Tensor):
             return self.dual_map([x])[0]
         c = [working(t) for t in x]
-        d = [self.scaled([t], 0, whole_group=False)[0] for t in c]
+        d = [self.scaled([t], 0, whole_group=False)[0][0] for t in c]
         return [u.to(t.dtype) for u, t in zip(d, x, strict=True)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,18 @@ from normopt._checks import check_choice, check_number
 from normopt.norms.base import Norm, Scale, stack
 
 MATRIX_VIEWS = ("flatten", "batch", "transposed")
+
+# The factor f of a matrix of so many rows and columns, in which a convolution has k taps for every input channel.
+ASPECTS: dict[str, Callable[[int, int, int], float]] = {
+    "none": lambda rows, columns, taps: 1.0,
+    "rms": lambda rows, columns, taps: math.sqrt(rows / (columns * taps)),
+    "rows": lambda rows, columns, taps: math.sqrt(rows),
+    "columns": lambda rows, columns, taps: math.sqrt(columns),
+    "entries": lambda rows, columns, taps: math.sqrt(rows * columns),
+    "fan-in": lambda rows, columns, taps: 1 / columns,
+    "original": lambda rows, columns, taps: math.sqrt(max(1.0, rows / columns)),
+    "match_rms_adamw": lambda rows, columns, taps: 0.2 * math.sqrt(max(rows, columns)),
+}
 
 
 def to_matrices(x: Tensor, view: str, blocks: int) -> Tensor:
@@ -57,8 +70,22 @@ class MatrixNorm(Norm):
 
     A tensor that is several matrices (a stack, or blocks), and a group under ``scope="group"``, is
     measured by the largest of them: the dual norm is their sum, the dual map theirs, one by one.
+
+    ``aspect`` divides the norm by a factor f that depends on the matrix's shape, so that dual norm and
+    dual map are f times as large, and widths compare::
+
+        "none"              f = 1
+        "rms"               √(rows/columns): with "spectral", the RMS → RMS operator norm. √(out/in)/k for a
+                            convolution of k taps (9 for 3 × 3), whose columns are in·k
+        "rows"              √rows: with "column", the ℓ1 → RMS operator norm, for inputs that are one-hot
+        "columns"           √columns: with "row", every row at RMS 1, as SCALE has it
+        "entries"           √(rows·columns): with "frobenius", the RMS of all entries, for biases
+        "fan-in"            1/columns: with "max", Scion's sign/d_in for output layers
+        "original"          √max(1, rows/columns), Keller Jordan's
+        "match_rms_adamw"   0.2·√max(rows, columns), Moonlight's (arXiv:2502.16982)
     """
 
+    aspect: str
     matrix_view: str
     blocks: int
 
@@ -68,8 +95,15 @@ class MatrixNorm(Norm):
 
     def check_view(self) -> None:
         """Check the fields that all matrix norms have; for ``__post_init__``."""
+        check_choice("aspect", self.aspect, ASPECTS)
         check_choice("matrix_view", self.matrix_view, MATRIX_VIEWS)
         check_integer("blocks", self.blocks, math.inf)
+
+    def factor(self, x: Tensor) -> float:
+        """f of the matrices of x."""
+        _, rows, columns = to_matrices(x, self.matrix_view, self.blocks).shape
+        taps = math.prod(x.shape[2:]) if self.matrix_view != "batch" else 1
+        return ASPECTS[self.aspect](rows, columns, taps) if rows * columns else 1.0
 
     def check(self, scale: Scale, params: list[Tensor]) -> None:
         """Refuse complex matrices, and rows that ``blocks`` does not divide."""
@@ -87,14 +121,14 @@ class MatrixNorm(Norm):
     def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
         return [d * n.to(d) ** kappa for (_, d), n in zip(self.pairs(c), scalars[:, 0], strict=True)]
 
-    def scaled(self, c: list[Tensor], kappa: float | Tensor, whole_group: bool) -> list[Tensor]:
-        """``‖c‖⋆^kappa · D(c)``; measure and apply would each take the matrices apart anew."""
+    def scaled(self, c: list[Tensor], kappa: float | Tensor, whole_group: bool) -> tuple[list[Tensor], Tensor]:
+        """As in `Norm`, but in one pass: measure and apply would each take the matrices apart anew."""
         pairs = self.pairs(c)
-        if kappa == 0:
-            return [d for _, d in pairs]
-        norms = stack([n for n, _ in pairs])
+        maps, norms = [d for _, d in pairs], stack([n for n, _ in pairs])
         totals = norms.sum().expand(len(c)) if whole_group else norms
-        return [d * n.to(d) ** kappa for (_, d), n in zip(pairs, totals, strict=True)]
+        if kappa == 0:
+            return maps, totals
+        return [d * n.to(d) ** kappa for d, n in zip(maps, totals, strict=True)], totals
 
 
 def check_integer(name: str, value: object, high: float) -> None:

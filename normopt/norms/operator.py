@@ -10,31 +10,41 @@ from torch import Tensor
 
 from normopt._checks import check_choice, check_number
 from normopt.norms.base import Needs, Scale, working
-from normopt.norms.lp import one_hot, signed_power, sizes
+from normopt.norms.lp import signed_power, sizes
 from normopt.norms.matrices import MatrixNorm, from_matrices, to_matrices
 from normopt.norms.registry import register
 
 
 @register("row", p_inner=2.0, p_outer=math.inf, lines="rows")
 @register("column", p_inner=2.0, p_outer=math.inf, lines="columns")
+@register("max-row", p_inner=1.0, p_outer=math.inf, lines="rows")
+@register("max", p_inner=math.inf, p_outer=math.inf, lines="rows")
 @register("mixed")
 @dataclass(frozen=True, repr=False)
 class Mixed(MatrixNorm):
-    """The mixed norm of a matrix's rows or columns. Names: mixed; row and column, the largest line's ℓ2.
+    """The mixed norm of a matrix's rows or columns. Names: mixed, row, column, max-row, max.
 
-    With x_i the lines and q the conjugate orders::
+    With x_i the lines, q the conjugate orders and f the aspect factor::
 
-        ‖X‖   = ‖ (‖x_1‖_inner, ‖x_2‖_inner, …) ‖_outer
-        r_i   = ‖g_i‖_q(inner),   ‖G‖⋆ = ‖r‖_q(outer)
-        D(G)  = (r_i/‖G‖⋆)^(q(outer)−1) · D_inner(g_i), line by line
+        ‖X‖   = ‖ (‖x_1‖_inner, ‖x_2‖_inner, …) ‖_outer / f
+        r_i   = ‖g_i‖_q(inner),   ‖G‖⋆ = f · ‖r‖_q(outer)
+        D(G)  = f · (r_i/‖r‖_q(outer))^(q(outer)−1) · D_inner(g_i), line by line
 
-    so that "row" (2 inside, ∞ outside, the 2 → ∞ operator norm) makes every row a unit vector. A tensor
-    that is several matrices is measured by the largest of them.
+    Some of them are operator norms, and have names::
+
+        "row"       2 inside, ∞ outside, rows      ℓ2 → ℓ∞: every row a unit vector
+        "column"    2 inside, ∞ outside, columns   ℓ1 → ℓ2: every column a unit vector
+        "max-row"   1 inside, ∞ outside, rows      ℓ∞ → ℓ∞, the largest absolute row sum: one entry a row
+        "max"       ∞ inside, ∞ outside            ℓ1 → ℓ∞, the largest entry: the sign
+
+    "max" is "linf" as a norm of matrices, which is to say with an aspect. A tensor that is several
+    matrices is measured by the largest of them.
 
     Args:
         p_inner: the order along a line, 1 ≤ p ≤ ∞.
         p_outer: the order over the lines, 1 ≤ p ≤ ∞; at 1 only the first of the largest lines moves.
         lines: "rows" or "columns".
+        aspect: the factor f; see [`MatrixNorm`][normopt.norms.MatrixNorm].
         matrix_view: "flatten", "batch" or "transposed": which matrix a tensor of more than two dims is.
         blocks: into how many matrices the rows are cut.
 
@@ -48,6 +58,7 @@ class Mixed(MatrixNorm):
     p_inner: float
     p_outer: float
     lines: str = "rows"
+    aspect: str = "none"
     matrix_view: str = "flatten"
     blocks: int = 1
 
@@ -64,7 +75,7 @@ class Mixed(MatrixNorm):
     def norm(self, x: Tensor) -> Tensor:
         """The largest ‖X‖ of the matrices of x, 0-d."""
         y = self._lines_of(working(x))
-        return sizes(sizes(y, self.p_inner), self.p_outer).amax() if y.numel() else x.new_zeros(())
+        return sizes(sizes(y, self.p_inner), self.p_outer).amax() / self.factor(x) if y.numel() else x.new_zeros(())
 
     def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         return [self._pair(x) for x in c]
@@ -83,7 +94,8 @@ class Mixed(MatrixNorm):
         totals = sizes(r, conjugate(self.p_outer))
         d = dual_map(y, r, self.p_inner) * dual_map(r, totals, self.p_outer)[..., None]
         d = d.mT if self.lines == "columns" else d
-        return totals.sum(), from_matrices(d, x, self.matrix_view)
+        f = self.factor(x)
+        return f * totals.sum(), f * from_matrices(d, x, self.matrix_view)
 
 
 def conjugate(p: float) -> float:
@@ -94,8 +106,8 @@ def conjugate(p: float) -> float:
 def dual_map(x: Tensor, norms: Tensor, p: float) -> Tensor:
     """ℓp's dual map along the last dim, given the dual norms of the lines."""
     if p == 1:
-        lines = x.reshape(-1, x.shape[-1])
-        return torch.stack([one_hot(line, torch.ones((), dtype=torch.bool)) for line in lines]).reshape(x.shape)
+        first = x.abs().argmax(-1, keepdim=True)  # the first of equals
+        return torch.zeros_like(x).scatter(-1, first, signed_power([x.gather(-1, first)], 0)[0])
     if p == math.inf:
         return signed_power([x], 0)[0]
     return signed_power([x / norms.clamp_min(torch.finfo(x.dtype).tiny)[..., None]], 1 / (p - 1))[0]

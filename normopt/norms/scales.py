@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from normopt.norms.base import Norm, Scale
 from normopt.norms.lp import Lp, divide
 
 
-def direction(norm: Norm, c: list[Tensor], scale: Scale, whole_group: bool, eps: float) -> list[Tensor]:
-    """The steepest-descent direction of c under a norm. It may be c itself: read it, never write it.
+class NormPair(NamedTuple):
+    """How large a step was in its own norm, and its gradient in the dual one.
+
+    Attributes:
+        update: the norm of the update per unit of the learning rate, ``‖u‖``.
+        dual: the dual norm ``‖c‖⋆`` of what the norm was given: the gradient after AGR, coupled decay and momentum.
+    """
+
+    update: Tensor
+    dual: Tensor
+
+
+def direction(
+    norm: Norm, c: list[Tensor], scale: Scale, whole_group: bool, eps: float
+) -> tuple[list[Tensor], NormPair | None]:
+    """The steepest-descent direction of c under a norm, which may be c itself: read it, never write it.
 
     ::
 
@@ -19,17 +36,35 @@ def direction(norm: Norm, c: list[Tensor], scale: Scale, whole_group: bool, eps:
         matched   u = D(c) · RMS(c)/RMS(D(c)), per tensor: SGD's step length, another direction
 
     With ``whole_group``, ‖·‖⋆ and D are those of all the tensors as one vector.
+
+    Beside it ``‖u‖`` and ``‖c‖⋆`` of each tensor, shape [n] each, where u could not be had without them: else None.
     """
     if norm.is_identity(scale):
-        return c
+        return c, None
     if scale == "power" or norm.needs(scale) == "none":
-        return norm.power(c, eps)
-    u = norm.scaled(c, 1 if scale == "dual" else 0, whole_group)
-    return matched(u, c) if scale == "matched" else u
+        return norm.power(c, eps), None
+    u, dual = norm.scaled(c, 1 if scale == "dual" else 0, whole_group)
+    if scale == "dual":
+        return u, NormPair(dual, dual)
+    if scale == "unit":
+        return u, NormPair(torch.where(dual > 0, 1, dual), dual)  # 0 and NaN stay
+    u, factors = matched(u, c)
+    return u, NormPair(factors.to(dual), dual)
 
 
-def matched(d: list[Tensor], c: list[Tensor]) -> list[Tensor]:
-    """Each d at the length of its c: ``d · ‖c‖₂/‖d‖₂``, and 0 where d is 0."""
+def over_the_group(pairs: list[NormPair | None], whole_group: bool, radius: float) -> NormPair | None:
+    """One pair of 0-d tensors from those of a group's batches; None if there are none, or one was not measured."""
+    known = [pair for pair in pairs if pair is not None]
+    if not known or len(known) < len(pairs):
+        return None
+    device = known[0].dual.device
+    updates, duals = (torch.cat([x.detach().to(device) for x in column]) for column in zip(*known, strict=True))
+    return NormPair(updates.amax() * radius, duals[0] if whole_group else duals.sum())
+
+
+def matched(d: list[Tensor], c: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Each d at the length of its c, ``d · ‖c‖₂/‖d‖₂``, 0 where d is 0; and the factors ``‖c‖₂/‖d‖₂``, shape [n]."""
     l2 = Lp(2.0)
-    lengths = l2.combine(l2.measure([*c, *d])[:, None])[:, 0]
-    return [u * n.to(u) for u, n in zip(divide(d, lengths[len(c) :]), lengths, strict=False)]
+    ours, theirs = l2.combine(l2.measure([*c, *d])[:, None])[:, 0].tensor_split(2)
+    u = [x * n.to(x) for x, n in zip(divide(d, theirs), ours, strict=True)]
+    return u, ours / theirs.clamp_min(torch.finfo(theirs.dtype).tiny)

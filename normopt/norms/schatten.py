@@ -12,18 +12,12 @@ from torch import Tensor
 
 from normopt._checks import check_choice, check_number
 from normopt.norms.base import Needs, Scale, working
-from normopt.norms.lp import relative_sums, size, sizes
+from normopt.norms.lp import sizes
 from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, to_matrices
 from normopt.norms.polar import polar
 from normopt.norms.registry import register
 
 METHODS = ("svd", "newton-schulz", "polar-express")
-ASPECTS: dict[str, Callable[[int, int], float]] = {
-    "none": lambda rows, columns: 1.0,
-    "rms": lambda rows, columns: math.sqrt(rows / columns),
-    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
-    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
-}
 
 
 @register("nuclear", p=1.0)
@@ -52,8 +46,8 @@ class Schatten(MatrixNorm):
             ``dtype`` unless σ is below 1e-3·‖G‖_F) are matrix products only, for p = ∞.
         steps: of the iteration. Default 5.
         dtype: of the iteration, "bfloat16" or "float32".
-        aspect: the factor f: "none", "rms" √(rows/columns) (the RMS → RMS operator norm), "original"
-            √max(1, rows/columns) (Keller Jordan's), "match_rms_adamw" 0.2·√max(rows, columns) (Moonlight's).
+        aspect: the factor f: "none", "rms" (the RMS → RMS operator norm), "original" (Keller Jordan's),
+            "match_rms_adamw" (Moonlight's), or another; see [`MatrixNorm`][normopt.norms.MatrixNorm].
         exponent: of the power scale, instead of 1/(p−1). Below 0 it is no norm's any more: Freon's range.
         matrix_view: "flatten", "batch" or "transposed": which matrix a tensor of more than two dims is.
         blocks: into how many matrices the rows are cut.
@@ -63,7 +57,7 @@ class Schatten(MatrixNorm):
         TypeError: a setting of the wrong type.
 
     Source: the dual map as in "Old Optimizer, New Norm", arXiv:2409.20325; HTMuon (arXiv:2603.10067) is
-    an exponent of 0.125, Freon (arXiv:2605.11181) goes below 0; Moonlight is arXiv:2502.16982.
+    an exponent of 0.125, Freon (arXiv:2605.11181) goes below 0.
     """
 
     # The derivative of a decomposition blows up where singular values meet, and an iteration's is its own.
@@ -84,7 +78,6 @@ class Schatten(MatrixNorm):
         object.__setattr__(self, "p", float(self.p))
         check_choice("method", self.method, METHODS)
         check_choice("dtype", self.dtype, ("bfloat16", "float32"))
-        check_choice("aspect", self.aspect, ASPECTS)
         check_integer("steps", self.steps, 100)
         self.check_view()
         if self.exponent is not None:
@@ -113,7 +106,7 @@ class Schatten(MatrixNorm):
         if y.numel() == 0:
             return x.new_zeros(())
         norms = sizes(torch.linalg.svdvals(y), self.p)
-        return norms.amax() / self._factor(y)
+        return norms.amax() / self.factor(x)
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
         """``f · U diag(σ^exponent) Vᵀ``; singular values that count as zero stay zero."""
@@ -121,13 +114,14 @@ class Schatten(MatrixNorm):
         if exponent is None:
             raise ValueError('scale="power" is not defined at p = 1, where its exponent 1/(p−1) diverges: use p > 1')
         if exponent == 1:
-            return [self._factor(to_matrices(x, self.matrix_view, self.blocks)) * x for x in c]
+            return [self.factor(x) * x for x in c]
         if exponent == 0 and self.exponent is None:
             return [d for _, d in self.pairs(c)]
-        return self._map(c, lambda y: (None, powers(y, exponent)))[1]
+        return self._map(c, lambda y, _: (None, powers(y, exponent)))[1]
 
     def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        norms, maps = self._map(c, self._dual)
+        # A vector is its own singular vector: nothing to iterate, nothing to decompose.
+        norms, maps = self._map(c, lambda y, vectors: normalized(y) if vectors or self.p == 2 else self._dual(y))
         return list(zip(norms, maps, strict=True))
 
     def _dual(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,9 +129,6 @@ class Schatten(MatrixNorm):
         if self.method != "svd":
             d = polar(y, self.method, self.steps, getattr(torch, self.dtype))
             return (y * d).sum((-2, -1)), d
-        if p == 2:
-            norms = size(relative_sums(list(y), 2.0)[:, None], 2.0)
-            return norms, y / norms.clamp_min(torch.finfo(y.dtype).tiny)[:, None, None]
         u, s, vt = singular(y)
         if p == 1:
             top = (s[:, :1] > 0).to(s)[:, :, None]
@@ -149,30 +140,34 @@ class Schatten(MatrixNorm):
         return norms, (u * r[:, None]) @ vt
 
     def _map(
-        self, c: list[Tensor], function: Callable[[Tensor], tuple[Tensor | None, Tensor]]
+        self, c: list[Tensor], function: Callable[[Tensor, bool], tuple[Tensor | None, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """A function of stacks of matrices over tensors: matrices of one shape, of all tensors, in one call."""
+        """A function of stacks of matrices over tensors: matrices of one shape, of all tensors, in one call.
+
+        It is told whether the tensors are vectors.
+        """
         views = [to_matrices(x, self.matrix_view, self.blocks) for x in c]
         norms = [x.new_zeros(()) for x in c]
         maps = [torch.zeros_like(x) for x in c]
-        batches: dict[object, list[int]] = {}
+        batches: dict[tuple[bool, object], list[int]] = {}
         for i, y in enumerate(views):
             if y.numel():
-                batches.setdefault((y.shape[1:], y.dtype, y.device), []).append(i)
-        for members in batches.values():
-            whole = torch.cat([views[i] for i in members])
-            n, d = function(whole)
-            factor = self._factor(whole)
+                batches.setdefault((c[i].dim() <= 1, (y.shape[1:], y.dtype, y.device)), []).append(i)
+        for (vectors, _), members in batches.items():
+            n, d = function(torch.cat([views[i] for i in members]), vectors)
             counts = [len(views[i]) for i in members]
             for i, part in zip(members, torch.split(d, counts), strict=True):
-                maps[i] = factor * from_matrices(part, c[i], self.matrix_view)
+                maps[i] = self.factor(c[i]) * from_matrices(part, c[i], self.matrix_view)
             if n is not None:
                 for i, part in zip(members, torch.split(n, counts), strict=True):
-                    norms[i] = factor * part.sum()
+                    norms[i] = self.factor(c[i]) * part.sum()
         return norms, maps
 
-    def _factor(self, y: Tensor) -> float:
-        return ASPECTS[self.aspect](y.shape[-2], y.shape[-1])
+
+def normalized(y: Tensor) -> tuple[Tensor, Tensor]:
+    """(‖y‖₂, y/‖y‖₂) of each matrix; 0 stays 0."""
+    norms = sizes(y.flatten(1), 2.0)
+    return norms, y / norms.clamp_min(torch.finfo(y.dtype).tiny)[:, None, None]
 
 
 def singular(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

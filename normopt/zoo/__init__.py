@@ -7,11 +7,11 @@ import fnmatch
 from normopt._checks import near
 from normopt.engine import SteepestDescent
 from normopt.zoo.lp import LPSGD, LPSGDM, SGD, Lion, NormalizedSGD, PowerStep, SignSGD, Signum
-from normopt.zoo.matrix import Freon, Muon, NucGD, RowNormSGD, SpectralSGD
+from normopt.zoo.matrix import SCALE, Freon, Muon, NucGD, RowNormSGD, Scion, SpectralSGD
 
 MEMBERS = (
     *(SGD, NormalizedSGD, SignSGD, Signum, Lion, PowerStep, LPSGD, LPSGDM),
-    *(Muon, SpectralSGD, NucGD, Freon, RowNormSGD),
+    *(Muon, Scion, SCALE, SpectralSGD, NucGD, Freon, RowNormSGD),
 )
 ZOO: dict[str, type[SteepestDescent]] = {cls.__name__.lower(): cls for cls in MEMBERS}
 
@@ -46,6 +46,7 @@ def get_optimizer(name: str) -> type[SteepestDescent]:
 __all__ = [
     "LPSGD",
     "LPSGDM",
+    "SCALE",
     "SGD",
     "Freon",
     "Lion",
@@ -54,6 +55,7 @@ __all__ = [
     "NucGD",
     "PowerStep",
     "RowNormSGD",
+    "Scion",
     "SignSGD",
     "Signum",
     "SpectralSGD",

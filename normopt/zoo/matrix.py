@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from normopt._checks import check_number
 from normopt.engine import SteepestDescent
-from normopt.settings import Settings
+from normopt.settings import Common, Decay, Settings
 from normopt.zoo.face import face
 
 
@@ -173,6 +173,101 @@ class Freon(SteepestDescent):
         check_number("c", c, open_low=True, open_high=True)
         fixed = face("Freon", settings, norm="spectral", scale="power", momentum_rule="ema")
         super().__init__(params, lr, momentum=momentum, norm_exponent=1 - 2 * c, **fixed)
+
+
+class Scion(SteepestDescent):
+    """Unit steps in a norm ball of radius r around the weights, or towards the ball's edge: a conditional gradient.
+
+    ::
+
+        m ← μm + (1−μ)g  (first m = 0)
+        w ← (1 − ηλ)w − ηr·D(m)                 D(m) = √(out/in)·UVᵀ by default
+
+    λ = 1 is Scion: w stays a mean of points of the ball, so that ‖w‖ ≤ r for ever if it starts there.
+    λ = 0 is unconstrained Scion, and between them the ball has radius r/λ. Each kind of layer has its own
+    norm and radius: [`param_groups`][normopt.param_groups] gives the paper's with ``preset="scion"``::
+
+        opt = normopt.Scion(normopt.param_groups(model, preset="scion"), lr=2**-12)
+
+    Args:
+        params: parameters or param groups. A plain list is taken as hidden layers: matrices and convolutions
+            under the RMS → RMS norm, biases and gains under their RMS.
+        lr: η. Default 2⁻¹², the paper's for a GPT with the radii of the preset.
+        momentum: μ, the weight of the OLD state: the paper's α is 1 − μ. Default 0.9, its α = 0.1.
+        radius: r. Default 50, the paper's for hidden layers of a GPT; it has 8 for a small CNN, 1 for an MLP.
+        weight_decay: λ. Default 1.
+        decay: the kind of decay; with "lp" the weights stay in no ball.
+        method: "newton-schulz", as in the paper, "polar-express", or "svd", which is exact.
+        **settings: any of [`Common`][normopt.settings.Common], as in `SteepestDescent`.
+
+    State: one buffer per parameter if momentum ≠ 0, else none.
+
+    Differs from the paper: it draws the initial weights from the ball's edge (for λ = 1, start inside the
+    ball: PyTorch's own initialisations are, at these radii), and adds 1e-8 to every norm, where D(0) = 0 here.
+
+    Source: Pethick et al., "Training Deep Learning Models with Norm-Constrained LMOs", arXiv:2502.07529.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2**-12,
+        momentum: float = 0.9,
+        *,
+        radius: float = 50.0,
+        weight_decay: float | Tensor = 1.0,
+        decay: Decay = "decoupled",
+        method: str = "newton-schulz",
+        **settings: Unpack[Common],
+    ) -> None:
+        fixed = face("Scion", settings, norm="spectral", scale="unit", momentum_rule="ema", norm_aspect="rms")
+        iteration: dict[str, Any] = {"norm_method": method, "norm_dtype": "bfloat16"}
+        super().__init__(
+            params,
+            lr,
+            momentum=momentum,
+            radius=radius,
+            weight_decay=weight_decay,
+            decay=decay,
+            **iteration,
+            **fixed,
+        )
+
+
+class SCALE(SteepestDescent):
+    """Each output unit's gradient at RMS 1, without momentum but in the last layer.
+
+    ::
+
+        m ← μm + (1−μ)g  (first m = 0)          μ = 0 but for the last layer: there is no m then
+        w_i ← (1 − ηλ)w_i − η · m_i/RMS(m_i)    for the weights of each output unit i; 0 where m_i = 0
+
+    [`param_groups`][normopt.param_groups] says which layer is the last, and how embeddings lie::
+
+        opt = normopt.SCALE(normopt.param_groups(model, preset="scale"), lr=1e-3)
+
+    Args:
+        params: parameters or param groups. A plain list is taken as layers before the last.
+        lr: η. Default 1e-3, the size of the authors' own.
+        momentum: μ. Default 0; the preset gives the last layer 0.9, the authors'.
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
+
+    State: none, but one buffer for each parameter of a group with momentum.
+
+    A column of the paper's d_in × d_out matrices is a row of PyTorch's; for embeddings, which lie the other
+    way, the preset turns the matrix. RMS instead of the paper's ℓ2 norm is what the authors' code divides by.
+
+    Differs from the authors' code: vectors take sign steps with the preset, where theirs take AdamW's;
+    they clamp the RMS at 1e-8, where D(0) = 0 here.
+
+    Source: Glentis et al., "A Minimalist Optimizer Design for LLM Pretraining", arXiv:2506.16659.
+    """
+
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor = 1e-3, momentum: float = 0.0, **settings: Unpack[Settings]
+    ) -> None:
+        fixed = face("SCALE", settings, norm="row", scale="unit", momentum_rule="ema", norm_aspect="columns")
+        super().__init__(params, lr, momentum=momentum, **fixed)
 
 
 class RowNormSGD(SteepestDescent):

@@ -14,7 +14,7 @@ from torch.testing._internal.common_optimizers import (
 import normopt
 
 SMALL_STEPS = {"signsgd", "signum", "lion"}  # move every weight by lr, whatever the gradient
-MATRIX = {"freon", "muon", "nucgd", "rownormsgd", "spectralsgd"}
+MATRIX = {"freon", "muon", "nucgd", "rownormsgd", "scale", "scion", "spectralsgd"}
 
 
 def optim_inputs(name):
@@ -89,7 +89,7 @@ INFOS = [
         optim_inputs_func=optim_inputs(name),
         optim_error_inputs_func=error_inputs,
         scheduler_inputs=SCHEDULERS,
-        supported_impls=("foreach",) if name in MATRIX - {"rownormsgd"} else ("foreach", "differentiable"),
+        supported_impls=("foreach",) if name in MATRIX - {"rownormsgd", "scale"} else ("foreach", "differentiable"),
         not_og_supported_flags=("state_dtype", "rounding"),
         supports_complex=name not in MATRIX,
     )
