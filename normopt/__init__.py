@@ -6,6 +6,7 @@ measured by a different norm.
 
 from normopt import norms, schedules
 from normopt.engine import SteepestDescent
+from normopt.groups import ParamGroups, param_groups
 from normopt.zoo import (
     LPSGD,
     LPSGDM,
@@ -38,6 +39,7 @@ __all__ = [
     "Muon",
     "NormalizedSGD",
     "NucGD",
+    "ParamGroups",
     "PowerStep",
     "RowNormSGD",
     "Scion",
@@ -48,5 +50,6 @@ __all__ = [
     "get_optimizer",
     "list_optimizers",
     "norms",
+    "param_groups",
     "schedules",
 ]

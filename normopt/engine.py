@@ -181,7 +181,9 @@ class SteepestDescent(Optimizer):
             raise TypeError(f"a param group must be a dict, but is a {type(param_group).__name__}")
         group = dict(param_group)
         if "norm" in group:
-            group |= registry.flatten(group["norm"], group)
+            # A group that names the optimizer's own norm keeps the optimizer's fields of it.
+            own = group["norm"] == self.defaults["norm"]
+            group |= registry.flatten(group["norm"], {**self.defaults, **group} if own else group)
         if "state_dtype" in group:
             group["state_dtype"] = _dtype_name(group["state_dtype"])
         refuse_typos(group, self.defaults)

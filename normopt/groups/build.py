@@ -1,0 +1,226 @@
+"""``param_groups``: a model and a preset → groups for any optimizer of normopt, and the table of who got what."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from normopt._checks import check_choice, check_number, near
+from normopt.groups.claims import KINDS, Claim, claims
+from normopt.groups.modular import budgets
+from normopt.groups.presets import PRESETS
+from normopt.norms import registry
+from normopt.norms.matrices import check_integer
+
+Overrides = Mapping[str | type[nn.Module], Mapping[str, Any]]
+
+
+def param_groups(
+    model: nn.Module,
+    preset: str = "muon",
+    *,
+    overrides: Overrides | None = None,
+    output: str | None = "last",
+    residual_depth: int | None = None,
+) -> ParamGroups:
+    """Param groups that give each layer of a model its norm; ``print`` them to see who got what.
+
+    ::
+
+        preset        hidden layers       embeddings       output           vectors     radii
+        "muon"        spectral            sign             sign             sign        1, the rest 0.015
+        "scion"       RMS → RMS           ℓ1 → RMS         sign/d_in        RMS         50, output 3000: a GPT's
+        "scion-cnn"   the same                                                          8, output 128
+        "scion-mlp"   the same                                                          1, output 1024
+        "scale"       rows at RMS 1       the same, turned the same         sign        1; momentum at the output
+        "modular"     RMS → RMS           ℓ1 → RMS         RMS → RMS        RMS         computed from the model
+
+    Hidden layers are linear ones, attention and convolutions, whose matrices are read as their modules mean them:
+    out × rest, the three of a fused in_proj one by one, a grouped convolution's groups likewise, transposed
+    convolutions and embeddings turned. Vectors are biases and the gains of norm layers. All steps are unit ones.
+
+    The groups hold a norm, a scale and a radius, and leave the rest to the optimizer: give them to the one that the
+    preset is named after, `Muon`, `Scion` or `SCALE`, and "modular" to any with averaged momentum. A group that
+    names the optimizer's own norm takes the optimizer's fields of it too, such as ``method`` and ``steps``.
+
+    "modular" bounds how far a step can move the model's output: every parameter has a mass m and a sensitivity s,
+    how far the output moves as its layer's does, and its radius is (m/Σm)/s. Hidden layers have a mass of 5
+    together; embeddings, output and vectors 1 each together. Sensitivities come from the model's graph (torch.fx):
+    1 along a chain of layers, summed where paths meet, times the numbers that branches are multiplied by. With
+    ``residual_depth=L`` nothing is traced: the model is taken for a stream of L residual branches that each make an
+    L-th of it, because they are multiplied by 1/L or because a norm layer at the end divides by what they add up to.
+
+    Args:
+        model: any module; every parameter must be of a module that is known here, or claimed by an override.
+        preset: one of the above.
+        overrides: settings for the parameters of modules: a pattern (as of a shell) of the parameter's or its
+            module's name, or a module type, to a dict of settings, laid over the preset's; a later entry over an
+            earlier one. A "norm" replaces the preset's with its fields and radius. "kind" says what a parameter is
+            ("embedding", "linear", "conv", "output", "norm" or "bias"), and "mass" is for "modular".
+        output: the name of the output layer; "last" is the last linear layer or convolution in the order of
+            definition, None is none. A weight that is tied to the embedding is the output's.
+        residual_depth: L, for "modular"; None traces the model.
+
+    Returns:
+        A list of dicts, one for each kind and setting, with ``params`` as (name, parameter) pairs and the key
+        ``kind``; "modular" adds ``share`` (of the mass) and ``sensitivity``.
+
+    Raises:
+        ValueError: a parameter that nobody claims; an override that matches nothing; an unknown preset, kind or
+            output; a model that "modular" cannot trace.
+        TypeError: ``model`` is no module, an override no dict.
+
+    Source: Muon, Keller Jordan, 2024; Scion, arXiv:2502.07529; SCALE, arXiv:2506.16659; the modular norm, Large et
+    al., arXiv:2405.14813, and modular duality, Bernstein and Newhouse, arXiv:2410.21265.
+
+    Example:
+        >>> groups = normopt.param_groups(model, preset="scion", overrides={"*.pos": {"kind": "embedding"}})
+        >>> opt = normopt.Scion(groups, lr=2**-12)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups takes a torch.nn.Module, but was given {type(model).__name__}")
+    check_choice("preset", preset, PRESETS)
+    if residual_depth is not None:
+        check_integer("residual_depth", residual_depth, float("inf"))
+        if preset != "modular":
+            raise ValueError(f'residual_depth is of preset="modular", but the preset is {preset!r}: leave it out')
+    claimed = claims(model, output)
+    given = _given(claimed, overrides or {})
+    settings = [_settings(claim, preset, given[claim.name]) for claim in claimed]
+    _refuse_unclaimed([c for c, s in zip(claimed, settings, strict=True) if "norm" not in s])
+    if preset == "modular":
+        masses = {c.name: s.pop("mass") for c, s in zip(claimed, settings, strict=True) if "mass" in s}
+        for name, budget in budgets(model, claimed, masses, residual_depth).items():
+            own = next(s for c, s in zip(claimed, settings, strict=True) if c.name == name)
+            own["radius"] = own.get("radius", 1.0) * budget.radius
+            own |= {"share": budget.share, "sensitivity": budget.sensitivity}
+    return _gather(claimed, settings, preset)
+
+
+class ParamGroups(list[dict[str, Any]]):
+    """Param groups, for ``params`` of an optimizer; as a string, the table of who got what."""
+
+    preset: str
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        rows = [("kind", "norm", "radius", "other settings", "parameters", "names")]
+        total = tensors = 0
+        for group in self:
+            count = sum(p.numel() for _, p in group["params"])
+            total, tensors = total + count, tensors + len(group["params"])
+            radius = f"{group.get('radius', 1.0):.4g}"
+            names = _collapsed([name for name, _ in group["params"]])
+            rows.append((group["kind"], str(group["norm"]), radius, _others(group), f"{count:,}", names))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"preset {self.preset!r}: {total:,} parameters in {tensors} tensors"]
+        for row in rows:
+            cells = [
+                x.rjust(w) if i in (2, 4) else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
+
+
+def _given(claimed: list[Claim], overrides: Overrides) -> dict[str, dict[str, Any]]:
+    """What the overrides say of every parameter."""
+    given: dict[str, dict[str, Any]] = {claim.name: {} for claim in claimed}
+    for key, settings in overrides.items():
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"overrides[{key!r}] must be a dict of settings, but is {settings!r}")
+        matched = [claim for claim in claimed if _matches(claim, key)]
+        if not matched:
+            names = [claim.name for claim in claimed]
+            hint = near(key, names) if isinstance(key, str) else ""
+            raise ValueError(f"overrides[{key!r}] matches no parameter{hint}: the first are {', '.join(names[:5])}")
+        if "kind" in settings:
+            check_choice("kind", settings["kind"], KINDS)
+        if "mass" in settings:
+            check_number("mass", settings["mass"], low=0, open_low=True, open_high=True)
+        for claim in matched:
+            before = given[claim.name]
+            given[claim.name] = (_without_norm(before) if "norm" in settings else before) | dict(settings)
+    return given
+
+
+def _matches(claim: Claim, key: str | type[nn.Module]) -> bool:
+    if isinstance(key, str):
+        return any(fnmatch.fnmatchcase(name, key) for name in (claim.name, *claim.places))
+    if isinstance(key, type) and issubclass(key, nn.Module):
+        return isinstance(claim.module, key)
+    raise TypeError(f"a key of overrides must be a pattern or a module type, but is {key!r}")
+
+
+def _settings(claim: Claim, preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of one parameter: the preset's for its kind, as its module means it, under the user's."""
+    if "kind" in given and given["kind"] != claim.kind:
+        claim.kind = given["kind"]
+        claim.matrix = {"matrix_view": "transposed"} if claim.kind == "embedding" else {}
+    base = dict(PRESETS[preset][claim.kind]) if claim.kind else {}
+    settings = (_without_norm(base) if "norm" in given else base) | given | {"kind": claim.kind or "other"}
+    if "mass" in settings and preset != "modular":
+        raise ValueError(f'"mass" is of preset="modular", but the preset is {preset!r}: leave it out')
+    if isinstance(settings.get("norm"), str):
+        fields = registry.lookup(settings["norm"]).fields
+        for name, value in claim.matrix.items():
+            if name in fields:
+                settings.setdefault(registry.setting_key(name), value)
+    if "norm_blocks" in settings:
+        claim.matrix["blocks"] = settings["norm_blocks"]
+    return settings
+
+
+def _without_norm(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if k not in ("p", "radius") and not k.startswith("norm")}
+
+
+def _refuse_unclaimed(unclaimed: list[Claim]) -> None:
+    if not unclaimed:
+        return
+    told = "; ".join(f"{c.name} {tuple(c.param.shape)} of a {type(c.module).__name__}" for c in unclaimed[:8])
+    more = f"; and {len(unclaimed) - 8} more" if len(unclaimed) > 8 else ""
+    raise ValueError(
+        f"no kind of layer is known for {told}{more}. Say what it is, overrides={{{unclaimed[0].name!r}: "
+        '{"kind": "linear"}}, or give it a norm of its own, {"norm": "l2", "scale": "unit"}'
+    )
+
+
+def _gather(claimed: list[Claim], settings: list[dict[str, Any]], preset: str) -> ParamGroups:
+    """One group for all parameters with the same settings; groups in the order of the kinds."""
+    gathered: dict[str, dict[str, Any]] = {}
+    for claim, own in zip(claimed, settings, strict=True):
+        key = repr(sorted(own.items(), key=lambda item: item[0]))
+        gathered.setdefault(key, {"params": [], **own})["params"].append((claim.name, claim.param))
+    groups = ParamGroups(
+        sorted(gathered.values(), key=lambda g: KINDS.index(g["kind"]) if g["kind"] in KINDS else len(KINDS))
+    )
+    groups.preset = preset
+    return groups
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
+_COLUMNS = ("params", "kind", "norm", "radius")
+
+
+def _others(group: Mapping[str, Any]) -> str:
+    told = {k: v for k, v in group.items() if k not in _COLUMNS and not (k == "scale" and v == "unit")}
+    shown = {k.removeprefix("norm_"): f"{v:.3g}" if isinstance(v, float) else v for k, v in told.items()}
+    return ", ".join(f"{k} {v}" for k, v in shown.items())
+
+
+def _collapsed(names: list[str]) -> str:
+    """Names that differ only in a number as one with a star in its place, and no more of them than fit a line."""
+    numbers: dict[str, list[tuple[str, ...]]] = {}
+    for name in names:
+        numbers.setdefault(_NUMBER.sub("*", name), []).append(tuple(_NUMBER.findall(name)))
+    told = []
+    for pattern, found in numbers.items():
+        places = iter([column[0] if len(set(column)) == 1 else "*" for column in zip(*found, strict=True)])
+        told.append(re.sub(r"\*", lambda _, places=places: next(places), pattern))  # type: ignore[misc]
+    return ", ".join(told[:4]) + (f", … ({len(told)} in all)" if len(told) > 4 else "")

@@ -1,0 +1,449 @@
+"""param_groups: who gets which norm, what is refused, and whether the modular norm's promise holds."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import normopt
+from normopt.groups.presets import PRESETS
+from normopt.groups.sensitivity import sensitivities
+
+
+class Mix(nn.Module):
+    """An embedding, a convolution, linear layers, norms of two sorts, biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(17, 4)
+        self.conv = nn.Conv2d(4, 6, 3)
+        self.norm = nn.GroupNorm(2, 6)
+        self.hidden = nn.Linear(6 * 36, 20)
+        self.norm2 = nn.LayerNorm(20)
+        self.head = nn.Linear(20, 10)
+
+    def forward(self, x):
+        x = self.embed(x).permute(0, 3, 1, 2)
+        x = torch.relu(self.norm(self.conv(x))).flatten(1)
+        return self.head(torch.relu(self.norm2(self.hidden(x))))
+
+
+class Stream(nn.Module):
+    """A residual stream of attention and two-layer branches, each multiplied by 1/L."""
+
+    def __init__(self, width=8, blocks=2):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(11, width), nn.Embedding(5, width)
+        self.register_buffer("order", torch.arange(5))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                dict(
+                    ln1=nn.LayerNorm(width),
+                    qkv=nn.Linear(width, 3 * width),
+                    out=nn.Linear(width, width),
+                    ln2=nn.LayerNorm(width),
+                    up=nn.Linear(width, 2 * width),
+                    down=nn.Linear(2 * width, width),
+                )
+            )
+            for _ in range(blocks)
+        )
+        self.ln, self.head = nn.LayerNorm(width), nn.Linear(width, 11)
+        self.depth = 2 * blocks
+
+    def forward(self, x, mask=None):
+        h = self.tokens(x) / 2 + 0.5 * self.places(self.order)
+        for b in self.blocks:
+            q, k, v = b["qkv"](b["ln1"](h)).chunk(3, -1)
+            h = (1 - 1 / self.depth) * h + b["out"](scaled_dot_product_attention(q, k, v)) / self.depth
+            h = (1 - 1 / self.depth) * h + b["down"](torch.relu(b["up"](b["ln2"](h)))) * (1 / self.depth)
+        return self.head(self.ln(h))
+
+
+def by_name(groups, key):
+    return {name: group.get(key) for group in groups for name, _ in group["params"]}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_parameter_is_in_one_group_and_learns(preset):
+    torch.manual_seed(0)
+    model = Mix()
+    groups = normopt.param_groups(model, preset)
+    names = [name for group in groups for name, _ in group["params"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    lr = {"muon": 0.05, "scion": 2e-4, "scion-cnn": 1e-3, "scion-mlp": 1e-3, "scale": 3e-3, "modular": 0.2}[preset]
+    opt = normopt.SteepestDescent(groups, lr=lr, momentum=0.9, momentum_rule="ema")
+    x, y = torch.randint(17, (64, 8, 8)), torch.randint(10, (64,))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = []
+    for _ in range(30):
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_kinds_of_the_mix():
+    kinds = by_name(normopt.param_groups(Mix(), "scion"), "kind")
+    assert kinds == {
+        "embed.weight": "embedding",
+        "conv.weight": "conv",
+        "hidden.weight": "linear",
+        "head.weight": "output",
+        **dict.fromkeys(("norm.weight", "norm.bias", "norm2.weight", "norm2.bias"), "norm"),
+        **dict.fromkeys(("conv.bias", "hidden.bias", "head.bias"), "bias"),
+    }
+
+
+def test_matrices_are_read_as_their_modules_mean_them():
+    model = nn.ModuleDict(
+        dict(
+            attention=nn.MultiheadAttention(8, 2),
+            lstm=nn.LSTM(4, 5, proj_size=3),
+            grouped=nn.Conv1d(6, 4, 3, groups=2),
+            turned=nn.ConvTranspose2d(3, 4, 2),
+            bag=nn.EmbeddingBag(7, 4),
+            head=nn.Linear(3, 2),
+        )
+    )
+    groups = normopt.param_groups(model, "modular", residual_depth=1)
+    assert by_name(groups, "norm_blocks") | {} == {
+        **dict.fromkeys((name for name, _ in model.named_parameters())),
+        "attention.in_proj_weight": 3,
+        "lstm.weight_ih_l0": 4,
+        "lstm.weight_hh_l0": 4,
+        "grouped.weight": 2,
+    }
+    views = {name: view for name, view in by_name(groups, "norm_matrix_view").items() if view is not None}
+    assert views == {"turned.weight": "transposed", "bag.weight": "transposed"}
+    assert by_name(groups, "kind")["attention.out_proj.weight"] == "linear"
+    opt = normopt.SteepestDescent(groups, lr=1.0)
+    g = torch.randn(24, 8)
+    before = model["attention"].in_proj_weight.detach().clone()
+    model["attention"].in_proj_weight.grad = g
+    opt.step()
+    steps = (before - model["attention"].in_proj_weight.detach()).chunk(3)
+    for step in steps:  # q, k and v are each orthogonalised by themselves
+        s = torch.linalg.svdvals(step)
+        torch.testing.assert_close(s, s[:1].expand(8))
+
+
+def test_the_steps_of_scions_preset_are_the_published_ones():
+    torch.manual_seed(0)
+    model = Mix().double()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    opt = normopt.SteepestDescent(normopt.param_groups(model, "scion-cnn"), lr=1.0)
+    opt.step()
+    step = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    g = {name: p.grad for name, p in model.named_parameters()}
+
+    def polar(x):
+        u, _, vt = torch.linalg.svd(x.flatten(1), full_matrices=False)
+        return (u @ vt).reshape(x.shape)
+
+    torch.testing.assert_close(step["hidden.weight"], 8 * math.sqrt(20 / 216) * polar(g["hidden.weight"]))
+    torch.testing.assert_close(step["conv.weight"], 8 * math.sqrt(6 / 4) / 9 * polar(g["conv.weight"]))
+    torch.testing.assert_close(step["head.weight"], 128 / 20 * g["head.weight"].sign())
+    rms = g["embed.weight"].square().mean(1, keepdim=True).sqrt()  # a column of theirs is one of 17 rows here
+    torch.testing.assert_close(step["embed.weight"], 8 * g["embed.weight"] / rms)
+    for name in ("norm.weight", "hidden.bias"):
+        torch.testing.assert_close(step[name], 8 * g[name] / g[name].square().mean().sqrt())
+
+
+def test_the_step_of_scales_preset_is_the_published_one():
+    model = Mix().double()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    opt = normopt.SCALE(normopt.param_groups(model, "scale"), lr=1.0)
+    opt.step()
+    for name, p in model.named_parameters():
+        step = before[name] - p.detach()
+        if p.dim() == 1:
+            torch.testing.assert_close(step, p.grad.sign())
+        else:
+            lines = p.grad.T if name.startswith("embed") else p.grad.flatten(1)
+            expected = lines / lines.square().mean(1, keepdim=True).sqrt()
+            torch.testing.assert_close(step.T if name.startswith("embed") else step.flatten(1), expected)
+    assert {name for name, p in model.named_parameters() if p in opt.state} == {"head.weight"}
+
+
+def test_a_group_takes_the_fields_of_the_optimizers_own_norm_and_of_no_other():
+    groups = normopt.param_groups(Mix(), "muon")
+    opt = normopt.Muon(groups, method="polar-express", steps=7, aspect="match_rms_adamw")
+    norms = {name: group for group in opt.param_groups for name in group["param_names"]}
+    assert norms["hidden.weight"]["norm_method"] == "polar-express"
+    assert norms["hidden.weight"]["norm_steps"] == 7
+    assert "match_rms_adamw" in opt.backend()
+    assert "Lp(p=inf) unit, radius 0.015" in opt.backend()
+    opt = normopt.Muon(normopt.param_groups(Mix(), "scion"), steps=7)
+    fields = [(g["norm"], g["norm_aspect"], g["norm_steps"]) for g in opt.param_groups]
+    assert ("spectral", "rms", 7) in fields
+    assert all(line.count("method") == line.count("p=inf, method") for line in opt.backend().splitlines())
+
+
+def test_overrides_are_laid_over_the_preset_in_their_order():
+    groups = normopt.param_groups(
+        Mix(),
+        "scion",
+        overrides={
+            nn.Linear: {"radius": 3.0, "lr": 0.5},
+            "head": {"radius": 7.0},
+            "hidden.*": {"norm": "nuclear"},
+            "norm2": {"weight_decay": 0.0},
+        },
+    )
+    assert by_name(groups, "radius")["head.weight"] == 7.0
+    assert by_name(groups, "lr")["head.weight"] == 0.5
+    assert by_name(groups, "norm")["hidden.weight"] == "nuclear"
+    assert by_name(groups, "radius")["hidden.weight"] is None  # the preset's was of the preset's norm
+    assert by_name(groups, "norm_aspect")["hidden.weight"] is None
+    assert by_name(groups, "lr")["hidden.weight"] == 0.5
+    assert by_name(groups, "weight_decay")["norm2.weight"] == 0.0
+    normopt.Scion(groups)
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 4))
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x + self.token)))
+
+
+def test_a_parameter_that_nobody_claims_is_refused_until_somebody_does():
+    with pytest.raises(ValueError, match=r"no kind of layer is known for token \(1, 4\) of a Bare.*overrides"):
+        normopt.param_groups(Bare(), "muon")
+    groups = normopt.param_groups(Bare(), "scion", overrides={"token": {"kind": "embedding"}})
+    assert by_name(groups, "norm_matrix_view")["token"] == "transposed"
+    assert by_name(groups, "radius")["token"] == 50
+    groups = normopt.param_groups(Bare(), "scion", overrides={"token": {"norm": "l2", "scale": "dual"}})
+    assert by_name(groups, "kind")["token"] == "other"
+    assert by_name(groups, "norm")["token"] == "l2"
+    normopt.Scion(groups)
+
+
+def test_the_output_layer():
+    tied = nn.ModuleDict(dict(head=nn.Linear(4, 9, bias=False), body=nn.Linear(4, 4), embed=nn.Embedding(9, 4)))
+    assert by_name(normopt.param_groups(tied, "muon"), "kind")["body.weight"] == "output"  # defined last
+    tied["embed"].weight = tied["head"].weight
+    kinds = by_name(normopt.param_groups(tied, "scion"), "kind")
+    assert kinds == {"head.weight": "output", "body.weight": "linear", "body.bias": "bias"}
+    first = nn.ModuleDict(dict(embed=nn.Embedding(9, 4), body=nn.Linear(4, 4), head=nn.Linear(4, 9, bias=False)))
+    first["head"].weight = first["embed"].weight
+    groups = normopt.param_groups(first, "scion")
+    assert by_name(groups, "kind") == {"embed.weight": "output", "body.weight": "linear", "body.bias": "bias"}
+    assert by_name(groups, "norm_matrix_view")["embed.weight"] is None
+    assert by_name(normopt.param_groups(Mix(), "muon", output="hidden"), "kind")["hidden.weight"] == "output"
+    assert "output" not in by_name(normopt.param_groups(Mix(), "muon", output=None), "kind").values()
+
+
+REFUSED = [
+    (dict(preset="moun"), ValueError, "preset must be one of .*did you mean 'muon'"),
+    (dict(output="heed"), ValueError, "no module of the model is called 'heed'.*'head'"),
+    (dict(output="norm2"), ValueError, "has no weight matrix"),
+    (dict(overrides={"hiden.*": {}}), ValueError, "matches no parameter; did you mean"),
+    (dict(overrides={nn.LSTM: {}}), ValueError, "matches no parameter"),
+    (dict(overrides={"head": 3}), TypeError, "must be a dict of settings"),
+    (dict(overrides={3: {}}), TypeError, "a pattern or a module type"),
+    (dict(overrides={"head": {"kind": "haed"}}), ValueError, "kind must be one of"),
+    (dict(overrides={"head": {"mass": 1}}), ValueError, '"mass" is of preset="modular"'),
+    (dict(preset="modular", overrides={"head": {"mass": 0}}), ValueError, "mass must lie in"),
+    (dict(residual_depth=3), ValueError, 'residual_depth is of preset="modular"'),
+    (dict(preset="modular", residual_depth=0), ValueError, "residual_depth must lie in"),
+    (dict(preset="modular", residual_depth=2.5), TypeError, "residual_depth must be an integer"),
+    (dict(overrides={"head": {"norm": "spectrall"}}), ValueError, "did you mean 'spectral'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), REFUSED, ids=[m for *_, m in REFUSED])
+def test_what_is_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        normopt.param_groups(Mix(), **arguments)
+
+
+def test_what_is_no_model_or_not_ready_is_refused():
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, but was given generator"):
+        normopt.param_groups(Mix().parameters(), "muon")
+    with pytest.raises(ValueError, match="run a batch through the model first"):
+        normopt.param_groups(nn.LazyLinear(3), "muon")
+
+
+def test_the_table_says_who_got_what():
+    lines = str(normopt.param_groups(Stream(), "scion")).splitlines()
+    assert lines[0] == "preset 'scion': 1,443 parameters in 30 tensors"
+    assert lines[1].split() == ["kind", "norm", "radius", "other", "settings", "parameters", "names"]
+    hidden = next(line for line in lines if line.startswith("linear"))
+    assert "blocks.*.qkv.weight, blocks.*.out.weight" in hidden
+    assert "aspect rms" in hidden
+    assert repr(normopt.param_groups(nn.Linear(2, 3), "muon")).count("0.015") == 2
+
+
+def test_names_and_settings_are_saved_and_loaded():
+    model = Stream()
+    opt = normopt.Scion(normopt.param_groups(model, "scion"))
+    model(torch.randint(11, (3, 5))).square().mean().backward()
+    opt.step()
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    other = normopt.Scion(normopt.param_groups(model, "scion"))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert [g["param_names"] for g in other.param_groups] == [g["param_names"] for g in opt.param_groups]
+    assert [g["radius"] for g in other.param_groups] == [g["radius"] for g in opt.param_groups]
+
+
+# The modular norm.
+
+
+def test_sensitivities_of_a_chain_and_of_a_damped_stream():
+    chain = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 5), nn.Dropout(), nn.ReLU(), nn.Linear(5, 2))
+    assert sensitivities(chain, ["0", "2", "5"]) | {} == {"5": 1, "4": 1, "3": 1, "2": 1, "1": 1, "0": 1.1290}
+    model = Stream(blocks=1)
+    found = sensitivities(
+        model, [n for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
+    )
+    mlp = 0.5 + 0.5  # through the second branch's addition: the stream's half and the branch's half
+    expected = {
+        "head": 1,
+        "ln": 1,
+        "blocks.0.down": 0.5,
+        "blocks.0.up": 0.5,
+        "blocks.0.ln2": 0.5,
+        "blocks.0.out": 0.5 * mlp,
+        "blocks.0.qkv": 3 * 0.5 * mlp,  # queries, keys and values
+        "tokens": 0.5 * (0.5 + 3 * 0.5) * mlp,
+        "places": 0.5 * (0.5 + 3 * 0.5) * mlp,
+    }
+    assert {k: found[k] for k in expected} == pytest.approx(expected)
+
+
+def test_a_layer_that_is_used_twice_and_a_bare_parameter():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+            self.shift = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            x = torch.relu(self.layer(x)) + self.shift
+            return self.head(self.layer(x) - 3 * x)
+
+    found = sensitivities(Twice(), ["layer", "head"])
+    assert found["layer"] == 1 + (1 + 3)
+    assert found["shift"] == 1 + 3
+    groups = normopt.param_groups(Twice(), "modular", overrides={"shift": {"kind": "bias"}})
+    assert by_name(groups, "sensitivity")["layer.weight"] == 5
+    assert by_name(groups, "radius")["layer.weight"] == pytest.approx(5 / 7 / 5)  # masses 5, 1 and 1
+
+
+def test_attention_that_is_a_layer_of_torchs():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(0.25 * self.attention(x, x, x)[0])
+
+    groups = normopt.param_groups(Net(), "modular")
+    assert by_name(groups, "sensitivity")["attention.out_proj.weight"] == 0.25
+    shares = by_name(groups, "share")
+    assert shares["attention.in_proj_weight"] == pytest.approx(3 * shares["attention.out_proj.weight"])
+
+
+def test_masses_add_up_and_can_be_given():
+    for overrides in ({}, {"head.weight": {"mass": 3.0}}):
+        groups = normopt.param_groups(Mix(), "modular", overrides=overrides)
+        shares = by_name(groups, "share")
+        assert sum(shares.values()) == pytest.approx(1)
+        head = overrides["head.weight"]["mass"] if overrides else 1.0
+        assert shares["head.weight"] == pytest.approx(head / (7 + head))
+        assert shares["hidden.weight"] == pytest.approx(2.5 / (7 + head))
+    given = normopt.param_groups(Mix(), "modular", overrides={"head.weight": {"radius": 10.0}})
+    assert by_name(given, "radius")["head.weight"] == pytest.approx(10 / 8)
+
+
+def test_a_declared_depth_stands_for_a_trace():
+    model = Stream(blocks=3)
+    groups = normopt.param_groups(model, "modular", residual_depth=6)
+    sensitivity = by_name(groups, "sensitivity")
+    assert sensitivity["blocks.1.up.weight"] == pytest.approx(1 / 6)
+    assert sensitivity["tokens.weight"] == sensitivity["head.weight"] == sensitivity["ln.weight"] == 1
+    radii = by_name(groups, "radius")
+    deep = by_name(normopt.param_groups(Stream(blocks=12), "modular", residual_depth=24), "radius")
+    assert deep["blocks.1.up.weight"] == pytest.approx(radii["blocks.1.up.weight"])  # whatever the depth
+    assert deep["head.weight"] == pytest.approx(radii["head.weight"])
+
+
+UNTRACEABLE = {
+    "cannot trace": lambda self, x: self.head(x) if x.sum() > 0 else x,
+    "is a mul of two values": lambda self, x: self.head(x) * x,
+    "is a truediv of two values": lambda self, x: 1 / self.head(x),
+    "how steep 'exp' is": lambda self, x: self.head(x).exp(),
+    "how steep 'matmul' is": lambda self, x: self.head(x) @ x.mT,
+}
+
+
+@pytest.mark.parametrize("reason", UNTRACEABLE)
+def test_what_modular_cannot_see_through_says_so(reason):
+    model = type("Net", (nn.Module,), {"forward": UNTRACEABLE[reason]})()
+    model.head = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=f"{reason}.*residual_depth=L"):
+        normopt.param_groups(model, "modular")
+    normopt.param_groups(model, "modular", residual_depth=1)
+
+
+def test_a_step_moves_the_output_by_no_more_than_the_learning_rate():
+    """The modular norm's promise, to first order, on models of the kind that it is proved for: well-normed layers."""
+    torch.manual_seed(0)
+
+    class Averaged(nn.Module):
+        def __init__(self, damped):
+            super().__init__()
+            self.first, self.head = nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False)
+            self.blocks = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(4))
+            self.damped = damped
+
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                x = 0.75 * x + 0.25 * torch.relu(block(x)) if self.damped else torch.relu(block(x))
+            return self.head(x)
+
+    for damped in (False, True):
+        model = Averaged(damped)
+        with torch.no_grad():
+            for p in model.parameters():  # of RMS → RMS norm 1
+                nn.init.orthogonal_(p)
+                p *= math.sqrt(p.shape[0] / p.shape[1])
+        x = torch.randn(256, 8)
+        x = x / x.square().mean(1, keepdim=True).sqrt()
+        largest = 0.0
+        for lr in (1e-3, 1e-2):
+            for _ in range(20):
+                for p in model.parameters():
+                    p.grad = torch.randn_like(p)
+                start = [p.detach().clone() for p in model.parameters()]
+                before = model(x)
+                normopt.SteepestDescent(normopt.param_groups(model, "modular"), lr=lr).step()
+                moved = (model(x) - before).detach().square().mean(1).sqrt().max()
+                largest = max(largest, float(moved) / lr)
+                with torch.no_grad():
+                    for p, old in zip(model.parameters(), start, strict=True):
+                        p.copy_(old)
+        assert largest <= 1 + 1e-2
+        assert largest > 0.05  # a bound, and not an empty one
