@@ -294,7 +294,8 @@ class SteepestDescent(Optimizer):
             >>> for group, pair in zip(opt.param_groups, opt.norm_pairs()):
             ...     print(group["norm"], float(pair.update), float(pair.dual))
         """
-        return [over_the_group(pairs, plan.scope == "group", plan.radius) for plan, pairs in self._measured]
+        known = [over_the_group(pairs, plan.scope == "group", plan.radius) for plan, pairs in self._measured]
+        return known and known + [None] * (len(self.param_groups) - len(known))
 
     def _walk(self, plan: Plan, params: list[Tensor]) -> NormPair | None:
         """The walk of a gradient: the one place where the order of the stages stands."""

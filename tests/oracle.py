@@ -113,6 +113,7 @@ class Rule:
     scope: str = "tensor"
     eps: float = 0.0
     lr: float = 1e-3
+    radius: float = 1.0
     momentum: float = 0.0
     momentum_rule: str = "heavy"
     beta2: float = 0.99
@@ -127,7 +128,7 @@ class Rule:
     u: list[Array] = field(default_factory=list)
 
     def step(self, ws: list[Array], gs: list[Array], ms: list[Array | None]) -> tuple[list[Array], list[Array | None]]:
-        lam, eta, mu = self.weight_decay, self.lr, self.momentum
+        lam, eta, mu, r = self.weight_decay, self.lr, self.momentum, self.radius
         new_m: list[Array | None] = []
         self.c = []
         for w, g, m in zip(ws, gs, ms, strict=True):
@@ -141,11 +142,11 @@ class Rule:
         new_w = []
         for w, u in zip(ws, self.u, strict=True):
             if self.decay == "decoupled" and lam:
-                new_w.append((1 - eta * lam) * w - eta * u)
+                new_w.append((1 - eta * lam) * w - eta * r * u)
             elif self.decay == "lp" and lam and w.ndim >= 2:
-                new_w.append((w - eta * u) * lp_decay_factor(w, self.decay_p, eta * lam))
+                new_w.append((w - eta * r * u) * lp_decay_factor(w, self.decay_p, eta * lam))
             else:
-                new_w.append(w - eta * u)
+                new_w.append(w - eta * r * u)
         return new_w, new_m
 
     def _momentum(self, g: Array, m: Array | None, mu: float) -> tuple[Array, Array | None]:

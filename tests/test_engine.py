@@ -86,6 +86,19 @@ def test_nothing_moves_without_a_reason(p, scale):
                 assert state["momentum_buffer"].isfinite().all()
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_first_step_at_lr_zero_changes_no_bit(name, dtype, foreach):
+    for settings in REGULARIZERS:
+        params = make_params(dtype)
+        before = [p.detach().clone() for p in params]
+        set_grads(params, 1)
+        normopt.get_optimizer(name)(params, lr=0.0, foreach=foreach, **settings).step()
+        for p, old in zip(params, before, strict=True):
+            assert torch.equal(p, old)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_never_written(name):
     for settings in REGULARIZERS:
@@ -110,6 +123,7 @@ def test_every_setting_can_differ_by_group():
         p=4.0,
         scale="unit",
         scope="group",
+        radius=3.0,
         momentum=0.5,
         momentum_rule="ema",
         nesterov=True,
@@ -440,6 +454,12 @@ def test_names():
         (dict(norm="nuclera"), ValueError, "unknown norm"),
         (dict(scale="dualnorm"), ValueError, "scale must be one of"),
         (dict(scope="model"), ValueError, "scope must be one of"),
+        (dict(radius=0.0), ValueError, "radius must lie in"),
+        (dict(radius=-1.0), ValueError, "radius must lie in"),
+        (dict(radius=math.inf), ValueError, "radius must lie in"),
+        (dict(radius=math.nan), ValueError, "radius must lie in"),
+        (dict(radius="50"), TypeError, "radius must be a number"),
+        (dict(radius=torch.tensor(50.0)), TypeError, "radius must be a number"),
         (dict(norm="l1", scale="power"), ValueError, "not defined for"),
         (dict(eps=1e-8), ValueError, "eps"),
         (dict(norm="lp", p=3.0, scale="power", eps=-1e-8), ValueError, "eps"),

@@ -76,8 +76,9 @@ def test_hugging_face_trainers_optimizer_cls_and_kwargs(name):
 def test_skorchs_call_pattern(name):
     """skorch builds ``cls(groups, **kwargs)`` from ``optimizer__*``, steps with a closure, and sets lr by group."""
     net = torch.nn.Linear(4, 2)
-    groups = [{"params": [net.weight], "lr": 0.02}, {"params": [net.bias]}]
-    opt = normopt.get_optimizer(name)(groups, lr=0.01)
+    cls = normopt.get_optimizer(name)
+    unit = 1 / cls([torch.nn.Parameter(torch.zeros(1))]).defaults["radius"]  # Scion's radius is 50
+    opt = cls([{"params": [net.weight], "lr": 0.02 * unit}, {"params": [net.bias]}], lr=0.01 * unit)
     x = torch.randn(6, 4)
 
     def step_fn():

@@ -91,7 +91,7 @@ def check(optimizer_class, settings: dict, rule: Rule, recorded, dtype: torch.dt
             # A sign flips where c cancels to nothing: those entries say nothing about correctness.
             m = np.zeros_like(gs[i]) if ms[i] is None else ms[i]
             unsure = np.abs(rule.c[i]) < 1e-5 * (rule.momentum * np.abs(m) + np.abs(gs[i]))
-            scale = np.maximum(np.abs(w), rule.lr * np.abs(rule.u[i]))
+            scale = np.maximum(np.abs(w), rule.lr * rule.radius * np.abs(rule.u[i]))
             error = np.abs(p.detach().double().numpy() - new_w) / np.maximum(scale, 1e-30)
             assert np.all(error[~unsure] <= TOLERANCE[dtype]), (i, error[~unsure].max())
             left_out, total = left_out + int(unsure.sum()), total + unsure.size
@@ -176,9 +176,16 @@ def test_rules_of_momentum(settings, recorded):
     check(normopt.SteepestDescent, dict(norm="lp", **settings), Rule(**settings), recorded, torch.float64)
 
 
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_radius_scales_the_step_and_not_the_decay(scale, regularizer, recorded):
+    settings = dict(p=3.0, scale=scale, radius=0.3, momentum=0.9, momentum_rule="ema", **REGULARIZERS[regularizer])
+    check(normopt.SteepestDescent, dict(norm="lp", **settings), Rule(**settings), recorded, torch.float64)
+
+
 def test_a_wrong_rule_is_caught(recorded):
     """The comparison itself can fail: an oracle with another p, or without its decay, must not agree."""
-    for wrong in (dict(p=3.01), dict(weight_decay=0.0), dict(agr=False), dict(momentum=0.91)):
+    for wrong in (dict(p=3.01), dict(weight_decay=0.0), dict(agr=False), dict(momentum=0.91), dict(radius=0.99)):
         right = dict(p=3.0, scale="power", momentum=0.9, momentum_rule="ema", agr=True, weight_decay=0.1, decay="lp")
         with pytest.raises(AssertionError):
             check(normopt.SteepestDescent, dict(norm="lp", **right), Rule(**(right | wrong)), recorded, torch.float32)

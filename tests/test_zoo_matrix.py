@@ -41,7 +41,8 @@ def rows(m):
 RULES = {
     "muon": (dict(method="svd", nesterov=False), lambda m: aspect(m) * oracle(m, math.inf)[1]),
     "spectralsgd": (dict(), lambda m: oracle(m, math.inf)[0] * oracle(m, math.inf)[1]),
-    "nucgd": (dict(), lambda m: oracle(m, 1.0)[1]),
+    "nucgd": (dict(), lambda m: oracle(m, 1.0)[1]),  # Lanczos, with more steps than there are rows or columns
+    "nucgd, by SVD": (dict(method="svd"), lambda m: oracle(m, 1.0)[1]),
     "rownormsgd": (dict(), rows),
     "freon": (dict(c=0.25), freon(0.25)),
     "freon, c = 0 is SGD": (dict(c=0.0), lambda m: m),

@@ -55,6 +55,18 @@ def from_matrices(y: Tensor, like: Tensor, view: str) -> Tensor:
     return y.reshape(like.shape)
 
 
+def rescaled(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(y·2^−e, e, whether y is finite) of each matrix of a stack, e and the last of shape [stack, 1, 1].
+
+    The largest entry is then in [½, 1), at the cost of no bit, so that no square over- or underflows; a
+    matrix that is not finite is 0.
+    """
+    top = torch.linalg.vector_norm(y, math.inf, dim=(-2, -1), keepdim=True)
+    fine = top.isfinite()
+    power = torch.frexp(torch.where(fine, top, 0)).exponent
+    return torch.where(fine, torch.ldexp(y, -power), 0), power, fine
+
+
 def check_matrix(shape: torch.Size, view: str, blocks: int) -> None:
     """Raise a ValueError where a tensor of this shape cannot be cut into ``blocks``."""
     rows = math.prod(shape) if len(shape) <= 1 else shape[{"flatten": 0, "batch": -2, "transposed": 1}[view]]

@@ -15,7 +15,8 @@ class NormPair(NamedTuple):
     """How large a step was in its own norm, and its gradient in the dual one.
 
     Attributes:
-        update: the norm of the update per unit of the learning rate, ``‖u‖``.
+        update: the norm of the update per unit of the learning rate, ``‖u‖``: by the rule, which an iterative
+            method such as Newton–Schulz meets within its own error.
         dual: the dual norm ``‖c‖⋆`` of what the norm was given: the gradient after AGR, coupled decay and momentum.
     """
 

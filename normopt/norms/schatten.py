@@ -12,12 +12,14 @@ from torch import Tensor
 
 from normopt._checks import check_choice, check_number
 from normopt.norms.base import Needs, Scale, working
+from normopt.norms.lanczos import top_pair
 from normopt.norms.lp import sizes
-from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, to_matrices
+from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, rescaled, to_matrices
 from normopt.norms.polar import polar
 from normopt.norms.registry import register
 
-METHODS = ("svd", "newton-schulz", "polar-express")
+# What a method finds, and at which p that is the dual map; "svd" does for all.
+FINDS = {"newton-schulz": ("UVᵀ", math.inf), "polar-express": ("UVᵀ", math.inf), "lanczos": ("u₁v₁ᵀ", 1.0)}
 
 
 @register("nuclear", p=1.0)
@@ -43,9 +45,11 @@ class Schatten(MatrixNorm):
         p: 1 ≤ p ≤ ∞.
         method: "svd" is exact. "newton-schulz" (Keller Jordan's polynomial: singular values end within
             about 0.3 of 1) and "polar-express" (the error falls with the steps: at 8 it is at roundoff of
-            ``dtype`` unless σ is below 1e-3·‖G‖_F) are matrix products only, for p = ∞.
-        steps: of the iteration. Default 5.
-        dtype: of the iteration, "bfloat16" or "float32".
+            ``dtype`` unless σ is below 1e-3·‖G‖_F) are matrix products only, for p = ∞. "lanczos", for
+            p = 1, is products with vectors only, two a step: on Gaussian matrices of 256 × 256 the dual norm
+            is within 0.3 % at 24, and from min(rows, columns) steps on it is as exact as "svd".
+        steps: of the iteration. Default 5, which is for p = ∞; give "lanczos" 24 or so.
+        dtype: of the iteration for p = ∞, "bfloat16" or "float32".
         aspect: the factor f: "none", "rms" (the RMS → RMS operator norm), "original" (Keller Jordan's),
             "match_rms_adamw" (Moonlight's), or another; see [`MatrixNorm`][normopt.norms.MatrixNorm].
         exponent: of the power scale, instead of 1/(p−1). Below 0 it is no norm's any more: Freon's range.
@@ -53,7 +57,7 @@ class Schatten(MatrixNorm):
         blocks: into how many matrices the rows are cut.
 
     Raises:
-        ValueError: a setting out of range, an iterative method with p < ∞.
+        ValueError: a setting out of range, an iterative method with another p than its own.
         TypeError: a setting of the wrong type.
 
     Source: the dual map as in "Old Optimizer, New Norm", arXiv:2409.20325; HTMuon (arXiv:2603.10067) is
@@ -76,14 +80,18 @@ class Schatten(MatrixNorm):
     def __post_init__(self) -> None:
         check_number("p", self.p, low=1)
         object.__setattr__(self, "p", float(self.p))
-        check_choice("method", self.method, METHODS)
+        check_choice("method", self.method, ("svd", *FINDS))
         check_choice("dtype", self.dtype, ("bfloat16", "float32"))
         check_integer("steps", self.steps, 100)
         self.check_view()
         if self.exponent is not None:
             check_number("exponent", self.exponent, open_low=True, open_high=True)
-        if self.method != "svd" and (self.p != math.inf or self.exponent is not None):
-            raise ValueError(f'method="{self.method}" finds UVᵀ, which is p = ∞ without an exponent: use method="svd"')
+        what, p = FINDS.get(self.method, ("", self.p))
+        if self.p != p or (what and self.exponent is not None):
+            at = "∞" if p == math.inf else f"{p:g}"
+            raise ValueError(
+                f'method="{self.method}" finds {what}, which is p = {at} without an exponent: use method="svd"'
+            )
 
     @property
     def power_exponent(self) -> float | None:
@@ -126,6 +134,8 @@ class Schatten(MatrixNorm):
 
     def _dual(self, y: Tensor) -> tuple[Tensor, Tensor]:
         p = self.p
+        if self.method == "lanczos":
+            return top_pair(y, self.steps)
         if self.method != "svd":
             d = polar(y, self.method, self.steps, getattr(torch, self.dtype))
             return (y * d).sum((-2, -1)), d
@@ -171,13 +181,9 @@ def normalized(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def singular(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, σ, Vᵀ of each matrix, σ that are rounding set to 0; all NaN where the matrix is not finite.
-
-    Scaled by a power of two before and after, so that no magnitude is lost in the decomposition.
-    """
-    fine = y.isfinite().all((-2, -1), keepdim=True)
-    power = torch.frexp(torch.where(fine, y, 0).abs().amax((-2, -1), keepdim=True)).exponent
-    u, s, vt = torch.linalg.svd(torch.ldexp(torch.where(fine, y, 0), -power), full_matrices=False)
+    """U, σ, Vᵀ of each matrix, σ that are rounding set to 0; all NaN where the matrix is not finite."""
+    x, power, fine = rescaled(y)
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
     s = torch.where(s > torch.finfo(s.dtype).eps * max(y.shape[-2:]) * s[:, :1], s, 0)
     s = torch.where(fine[:, 0], torch.ldexp(s, power[:, 0]), math.nan)
     return torch.where(fine, u, math.nan), s, torch.where(fine, vt, math.nan)

@@ -66,7 +66,8 @@ def test_a_terminal_has_a_bar():
 
 
 def test_a_store_that_is_refused_shows_no_progress(tmp_path: Path):
-    Store(tmp_path).begin(Study.model_validate(SMOKE.model_dump() | {"epochs": 3}), environment())
+    other = Study.model_validate(SMOKE.model_dump() | {"epochs": 3})
+    Store(tmp_path).begin(other, environment(other))
     before = (tmp_path / FILE).read_bytes()
     command = [sys.executable, "-m", "benchmarks", "ablate", "--preset", "smoke", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -37,22 +37,22 @@ def records(finished: Path) -> list[RunRecord]:
 
 def test_what_is_stored_is_read_again(tmp_path, records):
     store = Store(tmp_path)
-    store.begin(SMOKE, environment())
+    store.begin(SMOKE, environment(SMOKE))
     for record in records[:3]:
         store.add(record)
         store.add(record)  # a second time changes nothing
     again = Store(tmp_path)
     assert again.study == SMOKE
-    assert again.environments == [environment()]
+    assert again.environments == [environment(SMOKE)]
     assert again.runs == {record.id: record for record in records[:3]}
-    again.begin(SMOKE, environment())
+    again.begin(SMOKE, environment(SMOKE))
     assert len(lines(tmp_path)) == 1 + 1 + 3
 
 
 @pytest.mark.parametrize("cut", [1, 2, 100, -1])
 def test_a_line_cut_off_is_skipped_and_the_next_does_not_grow_out_of_it(tmp_path, records, cut):
     store = Store(tmp_path)
-    store.begin(SMOKE, environment())
+    store.begin(SMOKE, environment(SMOKE))
     for record in records[:3]:
         store.add(record)
     path = tmp_path / FILE
@@ -75,7 +75,7 @@ def test_a_line_cut_off_is_skipped_and_the_next_does_not_grow_out_of_it(tmp_path
 
 def test_a_line_that_cannot_be_read_is_skipped_with_its_number(tmp_path, records):
     store = Store(tmp_path)
-    store.begin(SMOKE, environment())
+    store.begin(SMOKE, environment(SMOKE))
     store.add(records[0])
     with (tmp_path / FILE).open("a") as file:
         file.write('{"run": {"id": 3}}\nnonsense\n{"what": 1}\n[]\n')
@@ -88,10 +88,18 @@ def test_a_line_that_cannot_be_read_is_skipped_with_its_number(tmp_path, records
 
 
 def test_two_studies_do_not_mix(tmp_path):
-    Store(tmp_path).begin(SMOKE, environment())
+    Store(tmp_path).begin(SMOKE, environment(SMOKE))
     other = Study.model_validate(SMOKE.model_dump() | {"epochs": 3})
     with pytest.raises(UnfitStore, match="--out"):
-        Store(tmp_path).begin(other, environment())
+        Store(tmp_path).begin(other, environment(other))
+
+
+def test_runs_on_other_data_do_not_mix(tmp_path):
+    here = environment(SMOKE)
+    Store(tmp_path).begin(SMOKE, here)
+    Store(tmp_path).begin(SMOKE, here.model_copy(update={"torch": "another"}))
+    with pytest.raises(UnfitStore, match="on other data"):
+        Store(tmp_path).begin(SMOKE, here.model_copy(update={"data": "of another Python"}))
 
 
 def test_a_finished_study_runs_nothing_again(finished):

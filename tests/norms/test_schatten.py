@@ -185,6 +185,81 @@ def test_fast_paths_keep_their_stated_error(method, steps, dtype, error):
     assert fast.dual_map(torch.full((4, 3), math.nan)).isnan().all()
 
 
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_lanczos_with_as_many_steps_as_rows_or_columns_is_the_svd(dtype, tol):
+    n = Schatten(1.0, method="lanczos", steps=11)
+    for name, x in matrices(dtype).items():
+        dual, d = n.dual_norm(x), n.dual_map(x)
+        expected, expected_d = oracle(x.double().numpy(), 1.0)
+        assert d.dtype == dtype
+        assert float(dual) == pytest.approx(expected, rel=tol), name
+        np.testing.assert_allclose(d.double().numpy(), expected_d, rtol=0, atol=10 * tol, err_msg=name)
+        assert float((x.double() * d.double()).sum()) == pytest.approx(float(dual), rel=tol), name
+        assert float(n.norm(d)) == pytest.approx(1.0 if x.any() else 0.0, rel=tol), name
+        assert torch.equal(n.dual_map(x * 4), d), name
+
+
+def test_lanczos_keeps_its_stated_error_and_its_dual_norm_is_that_of_its_map():
+    torch.manual_seed(1)
+    fast = Schatten(1.0, method="lanczos", steps=24)
+    few = Schatten(1.0, method="lanczos", steps=3)  # far from σ₁, and as consistent
+    for shape in ((256, 256), (128, 512), (512, 128)):
+        xs = [torch.randn(shape) for _ in range(8)]
+        top = torch.stack([torch.linalg.svdvals(x)[0] for x in xs])
+        error = 1 - torch.stack(fast.dual_norm(xs)) / top
+        assert float(error.min()) > -1e-6
+        assert float(error.max()) < 3e-3
+        for n in (fast, few):
+            for x in xs[:2]:
+                d = n.dual_map(x)
+                assert float((x.double() * d.double()).sum()) == pytest.approx(float(n.dual_norm(x)), rel=1e-6)
+                assert float(torch.linalg.matrix_norm(d.double())) == pytest.approx(1.0, rel=1e-6)
+                assert float(torch.linalg.svdvals(d)[1]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_lanczos_is_not_trapped_and_ends_early_without_a_nan(dtype):
+    """Few steps suffice where there are few distinct singular values, whatever the rank, and wherever they are."""
+    tol = 1e-10 if dtype == torch.float64 else 1e-5
+    rng = np.random.default_rng(0)
+    blocks = np.zeros((30, 30))
+    blocks[:10, :10], blocks[10:, 10:] = np.eye(10), 3 * np.linalg.qr(rng.standard_normal((20, 20)))[0]
+    one_hot = np.zeros((40, 30))
+    one_hot[37, 11] = -2.0
+    cases = {
+        "rank one": (np.outer(rng.standard_normal(30), rng.standard_normal(50)), 1),
+        "integers of rank one": (np.outer(np.arange(30) - 7.0, np.arange(20) - 3.0), 1),
+        "one entry": (one_hot, 1),
+        "ones": (np.ones((30, 30)), 1),
+        "identity": (np.eye(30), 1),
+        "blocks": (blocks, 2),
+        "rank three": (rng.standard_normal((30, 3)) @ rng.standard_normal((3, 20)), 3),
+    }
+    for name, (x, distinct) in cases.items():
+        x = torch.tensor(x).to(dtype)
+        for steps in (distinct, 16, 100):
+            n = Schatten(1.0, method="lanczos", steps=steps)
+            d = n.dual_map(x)
+            assert float(n.dual_norm(x)) == pytest.approx(np.linalg.norm(x.double().numpy(), 2), rel=tol), name
+            assert float((x * d).sum()) == pytest.approx(float(n.dual_norm(x)), rel=tol), name
+            assert float(n.norm(d)) == pytest.approx(1.0, rel=tol), name
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_lanczos_spoils_no_other_matrix_and_draws_no_random_number(bad):
+    torch.manual_seed(0)
+    stack = torch.randn(3, 20, 30)
+    n = Schatten(1.0, method="lanczos", steps=4, matrix_view="batch")
+    before, generator = n.dual_map(stack), torch.get_rng_state()
+    stack[1, 19, 29] = bad
+    after = n.dual_map(stack)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert after[1].isnan().all()
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    assert n.dual_norm(stack).isnan()
+    assert not n.dual_map(torch.zeros(2, 4, 3)).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 32), (32, 64), (48, 48)])
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
@@ -240,6 +315,10 @@ def test_gradient_and_momentum_are_never_aliased(dtype, foreach):
     [
         (lambda: Schatten(0.5), ValueError, "p must lie in"),
         (lambda: Schatten(3.0, method="newton-schulz"), ValueError, "p = ∞"),
+        (lambda: Schatten(1.0, method="polar-express"), ValueError, "p = ∞"),
+        (lambda: Schatten(math.inf, method="lanczos"), ValueError, 'p = 1 .*use method="svd"'),
+        (lambda: Schatten(1.0, method="lanczos", exponent=0.5), ValueError, "without an exponent"),
+        (lambda: normopt.NucGD([w_of(torch.ones(2, 2))], method="newton-schulz"), ValueError, "p = ∞"),
         (lambda: Schatten(math.inf, method="qr"), ValueError, "method must be one of"),
         (lambda: Schatten(math.inf, steps=0), ValueError, "steps"),
         (lambda: Schatten(math.inf, steps=2.5), TypeError, "steps must be an integer"),
