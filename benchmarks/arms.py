@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 import normopt
@@ -23,12 +24,13 @@ class Arm:
 
     Args:
         name: what the report calls it.
-        make: parameters, lr and settings → the optimizer.
+        make: parameters or param groups, lr and settings → the optimizer.
         lr: the middle of its grid of learning rates.
         rule: one line for the report.
         anneals_p: CosineP over the epochs, as the paper has it; else p stays.
         ours: takes normopt's regularizers.
         sign_step: nothing but the signs of the gradient reach the step.
+        preset: the preset of `normopt.param_groups` that gives each layer its norm; without one, all have the same.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Arm:
     anneals_p: bool = False
     ours: bool = True
     sign_step: bool = False
+    preset: str | None = None
 
 
 _ARMS = (
@@ -67,12 +70,45 @@ _ARMS = (
         "LPSGDM with the length of SGD's step at every p: only the direction differs",
         anneals_p=True,
     ),
+    Arm(
+        "Muon",
+        normopt.Muon,
+        0.1,
+        "the averaged momentum 0.95, Nesterov's, with all singular values 1",
+        preset="muon",
+    ),
+    Arm(
+        "Scion",
+        normopt.Scion,
+        3e-4,
+        "unit steps of the averaged momentum 0.9 inside each layer's norm ball, its own weight decay 1 included",
+        preset="scion",
+    ),
+    Arm(
+        "SCALE",
+        normopt.SCALE,
+        3e-2,
+        "the gradient of every output unit at RMS 1, momentum in the last layer alone",
+        preset="scale",
+    ),
+    Arm(
+        "Modular",
+        partial(normopt.SteepestDescent, scale="unit", momentum=0.9, momentum_rule="ema"),
+        0.3,
+        "unit steps of the averaged momentum 0.9 under the modular norm of the whole network",
+        preset="modular",
+    ),
 )
 
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 
 
-def make_optimizer(spec: RunSpec, params: Any) -> tuple[Optimizer, PSchedule | None]:
+def grouped(preset: str, model: nn.Module, residual_depth: int | None) -> normopt.ParamGroups:
+    """The param groups of an arm with a preset."""
+    return normopt.param_groups(model, preset, residual_depth=residual_depth if preset == "modular" else None)
+
+
+def make_optimizer(spec: RunSpec, model: nn.Module, residual_depth: int | None) -> tuple[Optimizer, PSchedule | None]:
     """The optimizer of a run and its schedule of p, which is stepped after every epoch."""
     arm = ARMS[spec.arm]
     # On a model this small the calls cost more than the arithmetic, and multi-tensor ones are fewer.
@@ -81,5 +117,6 @@ def make_optimizer(spec: RunSpec, params: Any) -> tuple[Optimizer, PSchedule | N
         settings["agr"] = True
     if spec.weight_decay:
         settings |= {"weight_decay": spec.weight_decay, "decay": "lp", "decay_p": spec.decay_p}
+    params = grouped(arm.preset, model, residual_depth) if arm.preset else model.parameters()
     optimizer = arm.make(params, spec.lr, **settings)
     return optimizer, CosineP(optimizer, total_steps=spec.epochs) if arm.anneals_p else None

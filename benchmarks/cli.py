@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from benchmarks import phases, report
+from benchmarks import phases, report, transfer
 from benchmarks.presets import PRESETS
 from benchmarks.progress import progress
 from benchmarks.report.settings import regularizers
@@ -42,7 +42,7 @@ def ablate(
     store = _open(folder)
     try:
         # Before any progress is shown: a store that is refused would leave a stray line of it.
-        store.begin(study, environment())
+        store.begin(study, environment(study))
         with progress(console, phases.count(study)) as advance:
             execute(study, store, workers or os.cpu_count() or 1, advance)
     except KeyboardInterrupt:
@@ -57,6 +57,22 @@ def ablate(
 def again(folder: Annotated[Path, typer.Argument(help="Folder of a finished study.")]) -> None:
     """Make the report again from stored results."""
     _report(_open(folder), folder)
+
+
+@app.command("transfer")
+def measure_transfer(
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/transfer.json"),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")
+    ] = None,
+) -> None:
+    """Measure whether one learning rate serves models of every width and depth."""
+    with progress(console, transfer.count()) as advance:
+        result = transfer.measure(workers or os.cpu_count() or 1, advance)
+    transfer.write(result, out)
+    console.print(
+        f"{len(result.points)} points in {result.seconds:.0f} seconds: {out.resolve().as_uri()}", soft_wrap=True
+    )
 
 
 def _open(folder: Path) -> Store:
@@ -80,7 +96,8 @@ def _report(store: Store, folder: Path) -> None:
         f"Ablation {results.study.preset}",
         f"Means over {len(results.study.final_seeds)} seeds, ± half a 95 % t interval.",
     )
-    _say("Regularizers", regularizers(results))
+    if results.study.regularized:
+        _say("Regularizers", regularizers(results))
     console.print(terminal(results, console.width))
     for note in notes(results):
         _say("", note)

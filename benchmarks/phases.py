@@ -47,8 +47,10 @@ def final(study: Study, choices: Mapping[Pair, Choice]) -> dict[Pair, list[RunSp
 
 
 def sparsity(study: Study, choices: Mapping[Pair, Choice]) -> dict[float, list[RunSpec]]:
-    """Phase 3: the sweep over λ; λ = 0 is the twin, without AGR too."""
+    """Phase 3, if the study has it: the sweep over λ; λ = 0 is the twin, without AGR too."""
     plan = study.sparsity
+    if plan is None:
+        return {}
     lr = choices[plan.arm, "none"].lr
     return {
         weight_decay: [
@@ -73,7 +75,7 @@ def sparsity(study: Study, choices: Mapping[Pair, Choice]) -> dict[float, list[R
 def count(study: Study) -> int:
     """How many runs the whole study has."""
     tried = sum(len(arm.lrs) * len(arm.regularizers) for arm in study.arms)
-    swept = (1 + len(study.sparsity.weight_decays)) * len(study.sparsity.seeds)
+    swept = (1 + len(study.sparsity.weight_decays)) * len(study.sparsity.seeds) if study.sparsity else 0
     return tried + len(study.pairs) * len(study.final_seeds) + swept
 
 

@@ -8,6 +8,7 @@ from benchmarks.arms import ARMS
 from benchmarks.spec import ArmPlan, Regularizer, SparsityPlan, Study
 
 ALL: tuple[Regularizer, ...] = ("none", "agr", "lp", "agr+lp")
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 def _plans(names: Iterable[str], factors: tuple[float, ...], regularizers: tuple[Regularizer, ...]) -> list[ArmPlan]:
@@ -22,11 +23,11 @@ def _plans(names: Iterable[str], factors: tuple[float, ...], regularizers: tuple
     ]
 
 
-# Every arm on handwritten digits, in less than three minutes on two cores.
+# Every arm with one norm for all layers, on handwritten digits, in less than three minutes on two cores.
 QUICK = Study(
     preset="quick",
     task="digits",
-    arms=tuple(_plans(ARMS, (0.1, 0.3, 1.0, 3.0, 10.0), ALL)),
+    arms=tuple(_plans([name for name, arm in ARMS.items() if arm.preset is None], FACTORS, ALL)),
     baseline="SGD",
     tuning_seed=1000,
     final_seeds=(1, 2, 3, 4, 5),
@@ -41,6 +42,33 @@ QUICK = Study(
         seeds=tuple(range(11, 21)),
         epochs=20,
     ),
+)
+
+# Optimizers that give each layer a norm of its own beside three that do not, on a network with layers of every kind:
+# about a minute.
+LAYERS_DIGITS = Study(
+    preset="layers-digits",
+    task="digits-mix",
+    arms=tuple(_plans(("AdamW", "SGD", "LPSGDM", "Muon", "Scion", "SCALE", "Modular"), FACTORS, ("none",))),
+    baseline="AdamW",
+    tuning_seed=1000,
+    final_seeds=(1, 2, 3, 4, 5),
+    epochs=12,
+    batch_size=64,
+    target=0.95,
+)
+
+# The same on a tiny GPT, in less than ten minutes on two cores.
+LAYERS_BYTES = Study(
+    preset="layers-bytes",
+    task="bytes",
+    arms=LAYERS_DIGITS.arms,
+    baseline="AdamW",
+    tuning_seed=1000,
+    final_seeds=(1, 2, 3),
+    epochs=10,
+    batch_size=16,
+    target=0.35,
 )
 
 # Seconds: proves that the machinery runs, and nothing about optimizers.
@@ -59,4 +87,4 @@ SMOKE = Study(
     sparsity=SparsityPlan(arm="LPSGDM", weight_decays=(0.1, 1.0), seeds=(11, 12), epochs=2),
 )
 
-PRESETS: dict[str, Study] = {study.preset: study for study in (QUICK, SMOKE)}
+PRESETS: dict[str, Study] = {study.preset: study for study in (QUICK, LAYERS_DIGITS, LAYERS_BYTES, SMOKE)}

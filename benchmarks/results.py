@@ -50,12 +50,12 @@ class SparsityPoint:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that the report is made of."""
+    """Everything that the report is made of; a study without a sweep over λ has no ``sparsity_lr``."""
 
     study: Study
     environments: list[Environment]
     rows: list[Row]
-    sparsity_lr: float
+    sparsity_lr: float | None
     sparsity: list[SparsityPoint]
     sparsity_diverged: list[float]
     seconds: float
@@ -97,7 +97,7 @@ def collect(store: Store) -> Results:
         study=study,
         environments=store.environments,
         rows=[Row(*pair, choices[pair], runs) for pair, runs in final.items()],
-        sparsity_lr=choices[study.sparsity.arm, "none"].lr,
+        sparsity_lr=choices[study.sparsity.arm, "none"].lr if study.sparsity else None,
         sparsity=[_point(wd, runs, whole.get(0.0)) for wd, runs in whole.items()],
         sparsity_diverged=[wd for wd in swept if wd not in whole],
         seconds=sum(run.seconds for run in store.runs.values()),

@@ -71,7 +71,7 @@ class SparsityPlan(Frozen):
 
 
 class Study(Frozen):
-    """A whole ablation.
+    """A whole ablation; what only regularizers or a sweep over λ need may be left out with them.
 
     ``decay_step`` is ηλ, the ℓp decay of one step at the peak of the learning rate, and the same for
     all: learning rates of the arms differ by a factor of a thousand, so that one λ for all would
@@ -87,11 +87,16 @@ class Study(Frozen):
     epochs: int
     batch_size: int
     target: float
-    decay_p: float
-    decay_step: float
-    sparsity: SparsityPlan
+    decay_p: float = 1.0
+    decay_step: float = 0.0
+    sparsity: SparsityPlan | None = None
 
     @property
     def pairs(self) -> list[Pair]:
         """Every arm with every regularizer that it is tried with."""
         return [(arm.name, regularizer) for arm in self.arms for regularizer in arm.regularizers]
+
+    @property
+    def regularized(self) -> bool:
+        """Some arm is tried with a regularizer."""
+        return any(regularizer != "none" for _, regularizer in self.pairs)

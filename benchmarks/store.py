@@ -21,7 +21,7 @@ class UnfitStore(ValueError):
 
 
 class Environment(BaseModel):
-    """Where runs were made."""
+    """Where runs were made, with the sha256 of data that another machine may have in another version."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -31,6 +31,7 @@ class Environment(BaseModel):
     torch: str
     normopt: str
     sklearn: str
+    data: str | None = None
 
 
 class Store:
@@ -56,7 +57,7 @@ class Store:
         """Note the study and the environment, each once.
 
         Raises:
-            UnfitStore: the folder holds another study.
+            UnfitStore: the folder holds another study, or runs on other data.
         """
         if self.study is None:
             self._append("study", study)
@@ -65,6 +66,11 @@ class Store:
             raise UnfitStore(
                 f"{self.path} holds a study with other settings (preset {self.study.preset!r}), and results of two "
                 "studies do not mix: choose another folder with --out, or remove that one"
+            )
+        if any(old.data != environment.data for old in self.environments):
+            raise UnfitStore(
+                f"{self.path} holds runs on other data than the task {study.task!r} has here, Python "
+                f"{environment.python}: choose another folder with --out, or go on with the Python that began it"
             )
         if environment not in self.environments:
             self._append("environment", environment)

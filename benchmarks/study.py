@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import platform
@@ -16,11 +17,12 @@ import normopt
 from benchmarks import phases
 from benchmarks.spec import RunSpec, Study
 from benchmarks.store import Environment, Store
+from benchmarks.tasks import TASKS
 from benchmarks.training import RunRecord, run
 
 
-def environment() -> Environment:
-    """Where this process runs."""
+def environment(study: Study) -> Environment:
+    """Where this process runs, and the data that the study finds there."""
     return Environment(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
@@ -28,6 +30,7 @@ def environment() -> Environment:
         torch=torch.__version__,
         normopt=normopt.__version__,
         sklearn=sklearn.__version__,
+        data=TASKS[study.task].fingerprint(),
     )
 
 
@@ -40,7 +43,7 @@ def execute(study: Study, store: Store, workers: int, advance: Callable[[str, in
         workers: processes, each on one thread.
         advance: told the phase and how many of its runs were found stored; then, after each, that 1 more was made.
     """
-    store.begin(study, environment())
+    store.begin(study, environment(study))
 
     def make(phase: str, specs: Iterable[RunSpec]) -> None:
         wanted = {spec.run_id: spec for spec in specs}
@@ -57,7 +60,8 @@ def execute(study: Study, store: Store, workers: int, advance: Callable[[str, in
     make("tuning", phases.tuning(study))
     choices = phases.choose(study, store.runs)
     make("final runs", [spec for specs in phases.final(study, choices).values() for spec in specs])
-    make("sparsity", [spec for specs in phases.sparsity(study, choices).values() for spec in specs])
+    if study.sparsity:
+        make("sparsity", [spec for specs in phases.sparsity(study, choices).values() for spec in specs])
 
 
 def _work(spec: RunSpec) -> RunRecord:
@@ -76,3 +80,5 @@ def _spare_modules() -> None:
     """
     gc.collect()
     gc.freeze()
+    # At exit it is garbage after all: triton prints pages about what it finds alive then.
+    atexit.register(gc.unfreeze)

@@ -64,8 +64,9 @@ def run(spec: RunSpec) -> RunRecord:
     torch.manual_seed(spec.seed)
     model = task.build()
     batches = torch.Generator().manual_seed(spec.seed)
-    optimizer, p_schedule = make_optimizer(spec, model.parameters())
-    per_epoch = math.ceil(len(splits.train[0]) / spec.batch_size)
+    optimizer, p_schedule = make_optimizer(spec, model, task.residual_depth)
+    drawn = splits.per_epoch or len(splits.train[0])
+    per_epoch = math.ceil(drawn / spec.batch_size)
     lr_schedule = CosineAnnealingLR(optimizer, spec.epochs * per_epoch)
 
     history: list[Epoch] = []
@@ -73,7 +74,7 @@ def run(spec: RunSpec) -> RunRecord:
     for _ in range(spec.epochs):
         p = _finite_p(optimizer)
         start = time.process_time()
-        train_loss = _train_epoch(model, optimizer, lr_schedule, splits.train, spec.batch_size, batches)
+        train_loss = _train_epoch(model, optimizer, lr_schedule, splits.train, drawn, spec.batch_size, batches)
         busy += time.process_time() - start
         steps += per_epoch
         if p_schedule is not None:
@@ -107,20 +108,26 @@ def _train_epoch(
     optimizer: Optimizer,
     lr_schedule: CosineAnnealingLR,
     data: tuple[Tensor, Tensor],
+    drawn: int,
     batch_size: int,
     batches: torch.Generator,
 ) -> float:
-    """One pass over the data in a new order; the mean loss over it."""
+    """One pass over so many of the examples, drawn anew and in a new order; the mean loss over it."""
     x, y = data
     total = torch.zeros(())
-    for chosen in torch.split(torch.randperm(len(x), generator=batches), batch_size):
+    for chosen in torch.split(torch.randperm(len(x), generator=batches)[:drawn], batch_size):
         optimizer.zero_grad()
-        loss = cross_entropy(model(x[chosen]), y[chosen])
+        loss = mean_loss(model(x[chosen]), y[chosen])
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         lr_schedule.step()
         total += loss.detach() * len(chosen)
-    return float(total) / len(x)
+    return float(total) / drawn
+
+
+def mean_loss(logits: Tensor, classes: Tensor) -> Tensor:
+    """Cross-entropy over the last dim, whatever comes before it: a class an image, or a byte a place."""
+    return cross_entropy(logits.flatten(0, -2), classes.flatten())
 
 
 @torch.no_grad()
@@ -128,7 +135,7 @@ def evaluate(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, floa
     """Mean cross-entropy and accuracy."""
     x, y = data
     logits = model(x)
-    return float(cross_entropy(logits, y)), int((logits.argmax(1) == y).sum()) / len(y)
+    return float(mean_loss(logits, y)), int((logits.argmax(-1) == y).sum()) / y.numel()
 
 
 @torch.no_grad()

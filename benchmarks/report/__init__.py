@@ -1,4 +1,4 @@
-"""The report of a finished study: words first, then the table, then the figures, then how it was done."""
+"""The report of a finished study: in words, as a table, in figures, the norms of layers, and how it was done."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import plotly.graph_objects as go
 from benchmarks.report.text import LABELS, NBSP, name, share, weight
 from benchmarks.report.words import chosen
 from benchmarks.results import Results, Row
+from benchmarks.spec import SparsityPlan
 from benchmarks.stats import LEVEL, Interval
 
 # Told apart on white and on near-black, by most eyes; the baseline first.
@@ -33,12 +35,13 @@ class Figure:
 def figures(results: Results) -> list[Figure]:
     """All figures of the report, in their order."""
     seeds = len(results.study.final_seeds)
-    return [
+    each = "pair" if results.study.regularized else "optimizer"
+    drawn = [
         Figure(
             "loss",
             "Validation loss",
-            f"Mean over {seeds} seeds, each pair at its chosen learning rate; runs that diverged are left out.",
-            _curves(results, "validation_loss", "validation loss", log=True),
+            f"Mean over {seeds} seeds, each {each} at its chosen learning rate; runs that diverged are left out.",
+            _curves(results, "validation_loss", "validation loss"),
         ),
         Figure(
             "accuracy",
@@ -54,22 +57,27 @@ def figures(results: Results) -> list[Figure]:
             _sensitivity(results),
             whole_width=True,
         ),
+    ]
+    return drawn + _sparsity_figures(results, results.study.sparsity) if results.study.sparsity else drawn
+
+
+def _sparsity_figures(results: Results, plan: SparsityPlan) -> list[Figure]:
+    return [
         Figure(
             "sparsity",
             "Accuracy against sparsity",
-            f"{results.study.sparsity.arm} + {LABELS['agr+lp']} at each λ, means and {share(LEVEL)} t intervals over "
-            f"{len(results.study.sparsity.seeds)} seeds; the line and band are the twin without either. The ringed "
+            f"{plan.arm} + {LABELS['agr+lp']} at each λ, means and {share(LEVEL)} t intervals over "
+            f"{len(plan.seeds)} seeds; the line and band are the twin without either. The ringed "
             "point was chosen by validation data.",
-            _sparsity(results),
+            _sparsity(results, plan),
         ),
         Figure(
             "difference",
             "Paired difference to the twin",
             f"Test accuracy minus the twin's with the same seeds, in points, with {share(LEVEL)} t intervals. The "
             "dotted lines are what was asked for: right of one, at least "
-            f"{share(results.study.sparsity.zeros_wanted)} zeros; above the other, at most "
-            f"{100 * results.study.sparsity.loss_allowed:g}{NBSP}point lost.",
-            _difference(results),
+            f"{share(plan.zeros_wanted)} zeros; above the other, at most {100 * plan.loss_allowed:g}{NBSP}point lost.",
+            _difference(results, plan),
         ),
     ]
 
@@ -79,23 +87,31 @@ def _style(results: Results, arm: str) -> dict[str, str]:
     return {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place % len(DASHES)]}
 
 
-def _curves(results: Results, field: str, title: str, log: bool = False, target: float | None = None) -> Any:
-    figure = _figure("optimizer steps", title, log_y=log, unit_y="" if log else PERCENT)
-    scale = 1 if log else 100
+def _curves(results: Results, field: str, title: str, target: float | None = None) -> Any:
+    means = {name(row): _means(row, field) for row in results.rows}
+    shown = [mean for row in means.values() for mean in row]
+    percent = target is not None
+    figure = _figure("optimizer steps", title, log_y=not percent and _wide(shown), unit_y=PERCENT if percent else "")
     for row in results.rows:
         histories = [run.epochs for run in row.runs if not run.diverged]
         if histories:
             figure.add_scatter(
                 x=[epoch.steps for epoch in histories[0]],
-                y=[scale * mean for mean in _means(row, field)],
+                y=[100 * mean if percent else mean for mean in means[name(row)]],
                 line=_style(results, row.arm),
                 mode="lines",
                 **_entry(row),
             )
     if target is not None:
         figure.add_hline(y=100 * target, line={"dash": "dot", "width": 1.5, "color": "#888"})
-        figure.update_yaxes(range=[100 * _lowest(target), 100.5])
+        low, high = _range(results, target)
+        figure.update_yaxes(range=[100 * low, 100 * high])
     return figure
+
+
+def _wide(values: list[float]) -> bool:
+    """So far apart that an axis of powers shows more."""
+    return max(values, default=1.0) > 5 * min(values, default=1.0)
 
 
 def _means(row: Row, field: str) -> list[float]:
@@ -103,20 +119,24 @@ def _means(row: Row, field: str) -> list[float]:
     return [sum(getattr(epoch, field) for epoch in epochs) / len(epochs) for epochs in zip(*histories, strict=True)]
 
 
-def _lowest(target: float) -> float:
-    """Where the axis of accuracy starts: the first epochs would otherwise take all the room."""
-    return max(0.0, 1 - 4 * (1 - target))
+def _range(results: Results, target: float) -> tuple[float, float]:
+    """The axis of accuracy: up to 1 the first epochs would take all the room; far from it, all that is shown fits."""
+    shown = [target, *(mean for row in results.rows for mean in _means(row, "validation_accuracy"))]
+    if max(shown) < 0.8:
+        return 0.95 * min(shown), 1.05 * max(shown)
+    return max(0.0, 1 - 4 * (1 - target)), 1.005
 
 
 def _cut(results: Results) -> str:
-    lowest = _lowest(results.study.target)
+    lowest, _ = _range(results, results.study.target)
     if any(mean < lowest for row in results.rows for mean in _means(row, "validation_accuracy")):
         return f" The axis starts at {share(lowest)}; what lies below is not shown."
     return ""
 
 
 def _sensitivity(results: Results) -> Any:
-    figure = _figure("learning rate", "validation loss", log_y=True)
+    tried = [loss for row in results.rows for loss in row.choice.losses.values() if math.isfinite(loss)]
+    figure = _figure("learning rate", "validation loss", log_y=True, digits=(1, 2, 5) if _wide(tried) else range(1, 10))
     powers = [10.0**power for power in range(-6, 4)]
     figure.update_xaxes(type="log", tickvals=powers, ticktext=[f"{power:g}" for power in powers])
     for row in results.rows:
@@ -145,7 +165,7 @@ def _entry(row: Row) -> dict[str, Any]:
     }
 
 
-def _sparsity(results: Results) -> Any:
+def _sparsity(results: Results, plan: SparsityPlan) -> Any:
     figure = _figure("exact zeros", "test accuracy", unit_y=PERCENT, unit_x=PERCENT)
     twin = next((point for point in results.sparsity if not point.weight_decay), None)
     if twin:
@@ -153,29 +173,28 @@ def _sparsity(results: Results) -> Any:
             band = {"fillcolor": "rgba(136,136,136,0.2)", "line_width": 0, "layer": "below"}
             figure.add_hrect(y0=100 * twin.accuracy.low, y1=100 * twin.accuracy.high, **band)
         figure.add_hline(y=100 * twin.accuracy.mean, line={"color": "#888", "width": 2})
-    _scatter(figure, results, [point.accuracy for point in results.sparsity if point.weight_decay], PERCENT)
+    _scatter(figure, results, plan, [point.accuracy for point in results.sparsity if point.weight_decay], PERCENT)
     return figure
 
 
-def _difference(results: Results) -> Any:
+def _difference(results: Results, plan: SparsityPlan) -> Any:
     figure = _figure("exact zeros", "difference in test accuracy, points", unit_x=PERCENT)
-    plan = results.study.sparsity
     asked = {"dash": "dot", "width": 1.5, "color": "#888"}
     figure.add_hline(y=0, line={"color": "#888", "width": 2})
     figure.add_hline(y=-100 * plan.loss_allowed, line=asked)
     figure.add_vline(x=100 * plan.zeros_wanted, line=asked)
     differences = [point.test_difference.interval for point in results.sparsity if point.test_difference]
-    _scatter(figure, results, differences, f"{NBSP}points")
+    _scatter(figure, results, plan, differences, f"{NBSP}points")
     return figure
 
 
-def _scatter(figure: Any, results: Results, heights: list[Interval], unit: str) -> None:
+def _scatter(figure: Any, results: Results, plan: SparsityPlan, heights: list[Interval], unit: str) -> None:
     """Every λ but 0 at its zeros and the given height, both × 100."""
     points = [point for point in results.sparsity if point.weight_decay]
     # Without a twin there are no differences to draw.
     if not points or len(heights) < len(points):
         return
-    pick = chosen(results)
+    pick = chosen(results, plan)
     ends = [
         (100 * (height.mean - _finite(height.half)), 100 * (height.mean + _finite(height.half))) for height in heights
     ]
@@ -223,7 +242,9 @@ def _scatter(figure: Any, results: Results, heights: list[Interval], unit: str) 
     figure.update_xaxes(range=[-2, 102])
 
 
-def _figure(x: str, y: str, log_y: bool = False, unit_x: str = "", unit_y: str = "") -> Any:
+def _figure(
+    x: str, y: str, log_y: bool = False, unit_x: str = "", unit_y: str = "", digits: Iterable[int] = (1, 2, 5)
+) -> Any:
     figure = go.Figure()
     figure.update_layout(
         template="none",
@@ -238,7 +259,7 @@ def _figure(x: str, y: str, log_y: bool = False, unit_x: str = "", unit_y: str =
         title=title | {"text": y}, type="log" if log_y else None, ticksuffix=unit_y, zeroline=False, automargin=True
     )
     if log_y:
-        ticks = [digit * 10**power for power in range(-4, 3) for digit in (1, 2, 5)]
+        ticks = [digit * 10**power for power in range(-4, 3) for digit in digits]
         figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return figure
 

@@ -9,9 +9,10 @@ from string import Template
 from plotly.offline import get_plotlyjs
 
 from benchmarks.report.figures import Figure, figures
+from benchmarks.report.layers import WORDS, layers
 from benchmarks.report.settings import command, regularizers
 from benchmarks.report.tables import Column, columns, notes
-from benchmarks.report.text import LABELS, counted, share
+from benchmarks.report.text import LABELS, compared, counted, share
 from benchmarks.report.words import Finding
 from benchmarks.results import Results
 from benchmarks.stats import LEVEL
@@ -22,22 +23,22 @@ TEMPLATE = Path(__file__).with_name("page.html")
 def page(results: Results, summary: list[Finding], settings: list[str]) -> str:
     """The whole report as HTML."""
     drawn = figures(results)
-    worn = dict.fromkeys(regularizer for _, regularizer in results.study.pairs)
+    explained = f"{regularizers(results)} " if results.study.regularized else ""
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"normopt: ablation “{results.study.preset}”"),
         lead=escape(
-            f"{counted(len(results.rows), 'pair')} of optimizer and regularizer on {results.study.task}, the learning "
-            "rate of each tuned with the same budget."
+            f"{compared(results)} on {results.study.task}, the learning rate of each tuned with the same budget."
         ),
         command=escape(command(results)),
         findings="\n".join(f"<section><h3>{escape(f.title)}</h3><p>{escape(f.text)}</p></section>" for f in summary),
-        regularizers=escape(regularizers(results)),
+        regularizers=escape(explained),
         level=share(LEVEL),
         seeds=counted(len(results.study.final_seeds), "seed"),
         table=_table(results, columns(results)),
         notes="\n".join(f'<p class="note">{escape(note)}</p>' for note in notes(results)),
-        options="".join(f'<option value="{name}">{escape(LABELS[name])}</option>' for name in worn),
+        choice=_choice(results),
         figures="\n".join(_figure(figure) for figure in drawn),
+        layers=_layers(layers(results)),
         settings="\n".join(f"<li>{escape(line)}</li>" for line in settings),
         plotly=get_plotlyjs(),
         data=_data(drawn),
@@ -56,6 +57,23 @@ def _table(results: Results, shown: list[Column]) -> str:
         lines.append(f"<tr{first}>" + "".join(cell("td", column, column.cell(row)) for column in shown) + "</tr>")
         before = row.arm
     return "\n".join([*lines, "</tbody>"])
+
+
+def _choice(results: Results) -> str:
+    """The box that chooses a regularizer, where there is one to choose."""
+    if not results.study.regularized:
+        return ""
+    worn = dict.fromkeys(regularizer for _, regularizer in results.study.pairs)
+    options = "".join(f'<option value="{name}">{escape(LABELS[name])}</option>' for name in worn)
+    return f'<label>Curves and learning rates with regularizer <select id="regularizer">{options}</select></label>'
+
+
+def _layers(shown: dict[str, str]) -> str:
+    """The section on the norms of layers, where optimizers have a preset."""
+    if not shown:
+        return ""
+    tables = (f'<h3>{escape(arm)}</h3><pre class="scroll">{escape(table)}</pre>' for arm, table in shown.items())
+    return "\n".join([f'<h2>Which layer has which norm</h2><p class="note">{escape(WORDS)}</p>', *tables])
 
 
 def _figure(figure: Figure) -> str:

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.arms import ARMS
+from benchmarks.report.layers import WORDS, layers
 from benchmarks.report.settings import regularizers
 from benchmarks.report.text import LABELS, NBSP, listed, number, percent, share
 from benchmarks.report.words import Finding
@@ -68,17 +69,19 @@ def validation_loss(run: RunRecord) -> float | None:
 
 
 def columns(results: Results) -> list[Column]:
-    """The columns of the table that people read."""
+    """The columns of the table that people read; without regularizers, none that they alone fill."""
+    regularizer = [Column("regularizer", lambda row: LABELS[row.regularizer], left=True)]
+    zeros = [Column("zeros", _mean(lambda run: run.zero_fraction, percent))]
     return [
         Column("optimizer", lambda row: row.arm, left=True),
-        Column("regularizer", lambda row: LABELS[row.regularizer], left=True),
+        *(regularizer if results.study.regularized else []),
         Column("learning rate", _lr),
         Column("validation accuracy", _mean(validation_accuracy, percent), least=WIDE),
         Column("validation loss", _mean(validation_loss, number), least=WIDE),
         Column("test accuracy", _mean(lambda run: run.test_accuracy, percent)),
         Column("test loss", _mean(lambda run: run.test_loss, number), least=WIDE),
         Column(f"steps to{NBSP}{share(results.study.target)}", _steps),
-        Column("zeros", _mean(lambda run: run.zero_fraction, percent)),
+        *(zeros if results.study.regularized else []),
         Column("ms/step", lambda row: f"{t_interval([run.ms_per_step for run in row.runs]).mean:.2f}", least=inf),
         Column("state KiB", lambda row: f"{row.runs[0].state_bytes / 1024:.0f}", least=inf),
     ]
@@ -124,7 +127,7 @@ def terminal(results: Results, width: int) -> Table:
         table.add_column(column.title, justify="left" if column.left else "right", width=needed)
     for i, line in enumerate(cells):
         last = i + 1 == len(cells) or results.rows[i + 1].arm != results.rows[i].arm
-        table.add_row(*line, end_section=last)
+        table.add_row(*line, end_section=last and results.study.regularized)
     return table
 
 
@@ -133,10 +136,14 @@ def markdown(results: Results, summary: list[Finding], settings: list[str]) -> s
     shown = columns(results)
     lines = [f"# Ablation: {results.study.preset}", ""]
     lines += [f"- **{finding.title}.** {finding.text}" for finding in summary]
-    lines += ["", regularizers(results), "", "| " + " | ".join(column.title for column in shown) + " |"]
+    lines += ["", regularizers(results)] if results.study.regularized else []
+    lines += ["", "| " + " | ".join(column.title for column in shown) + " |"]
     lines += ["|" + "|".join(":--" if column.left else "--:" for column in shown) + "|"]
     lines += ["| " + " | ".join(column.cell(row) for column in shown) + " |" for row in results.rows]
     lines += [text for note in notes(results) for text in ("", note)]
+    for i, (arm, table) in enumerate(layers(results).items()):
+        lines += ["", "## Which layer has which norm", "", WORDS] if i == 0 else []
+        lines += ["", f"{arm}:", "", "```text", table, "```"]
     lines += ["", "## Settings", "", *(f"- {line}" for line in settings), ""]
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from benchmarks.results import Row
+from benchmarks.results import Results, Row
 from benchmarks.spec import Regularizer
 from benchmarks.stats import LEVEL, Interval
 
@@ -23,6 +23,14 @@ LABELS: dict[Regularizer, str] = {
 def name(row: Row) -> str:
     """The optimizer with what it wears: Signum, or Signum + AGR."""
     return row.arm if row.regularizer == "none" else f"{row.arm} + {LABELS[row.regularizer]}"
+
+
+def compared(results: Results) -> str:
+    """36 pairs of optimizer and regularizer, or 7 optimizers."""
+    n = len(results.rows)
+    return (
+        f"{counted(n, 'pair')} of optimizer and regularizer" if results.study.regularized else counted(n, "optimizer")
+    )
 
 
 def share(fraction: float) -> str:

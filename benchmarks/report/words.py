@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.report.text import LABELS, NBSP, counted, listed, name, number, p_value, percent, points, share, weight
+from benchmarks.report.text import (
+    LABELS,
+    NBSP,
+    compared,
+    counted,
+    listed,
+    name,
+    number,
+    p_value,
+    percent,
+    points,
+    share,
+    weight,
+)
 from benchmarks.results import Comparison, Results, Row, SparsityPoint, test_accuracies
-from benchmarks.spec import Pair
+from benchmarks.spec import Pair, SparsityPlan
 from benchmarks.stats import t_interval
 
 ALPHA = 0.05
+CONTROLS = ("LPSGDM-constant", "LPSGDM-matched")
 
 
 @dataclass(frozen=True)
@@ -21,15 +35,17 @@ class Finding:
 
 
 def findings(results: Results) -> list[Finding]:
-    """The summary, in the order in which it is read."""
-    return [
-        Finding("The best", _best(results)),
-        Finding(f"Other optimizers against {results.study.baseline}, without regularizers", _arms(results)),
-        Finding("Regularizers against the same optimizer without", _regularizers(results)),
-        Finding("What annealing p does", _annealing(results)),
-        Finding("Sparsity", sparsity_words(results)),
-        Finding("How far to trust this", _trust(results)),
-    ]
+    """The summary, in the order in which it is read, of what the study has."""
+    study = results.study
+    others = f"Other optimizers against {study.baseline}" + (", without regularizers" if study.regularized else "")
+    told = [Finding("The best", _best(results)), Finding(others, _arms(results))]
+    if study.regularized:
+        told.append(Finding("Regularizers against the same optimizer without", _regularizers(results)))
+    if {"LPSGDM", *CONTROLS} <= {arm.name for arm in study.arms}:
+        told.append(Finding("What annealing p does", _annealing(results)))
+    if study.sparsity:
+        told.append(Finding("Sparsity", sparsity_words(results, study.sparsity)))
+    return [*told, Finding("How far to trust this", _trust(results))]
 
 
 def arm_family(results: Results) -> list[Comparison]:
@@ -48,26 +64,27 @@ def regularizer_family(results: Results) -> list[Comparison]:
 def annealing_family(results: Results) -> list[Comparison]:
     """LPSGDM against its two controls: p that stays, and steps as long as SGD's."""
     this: Pair = ("LPSGDM", "none")
-    return results.compare([(this, (control, "none")) for control in ("LPSGDM-constant", "LPSGDM-matched")])
+    return results.compare([(this, (control, "none")) for control in CONTROLS])
 
 
 def _best(results: Results) -> str:
     sound = [row for row in results.rows if not row.diverged]
     if not sound:
-        return "Every pair of optimizer and regularizer had a final run that diverged."
+        return f"Each of {compared(results)} had a final run that diverged."
 
     def accuracy(row: Row) -> float:
         return t_interval(test_accuracies(row.runs)).mean
 
     best, worst = max(sound, key=accuracy), min(sound, key=accuracy)
     text = (
-        f"The highest mean test accuracy of {len(results.rows)} pairs of optimizer and regularizer is "
+        f"The highest mean test accuracy of {compared(results)} is "
         f"{_accuracy(best)}, by {name(best)}; the lowest is {_accuracy(worst)}, by {name(worst)}."
     )
     baseline = results.row((results.study.baseline, "none"))
     if baseline and not baseline.diverged and baseline is not best:
         above = sum(accuracy(row) > accuracy(baseline) for row in sound)
-        text += f" {name(baseline)} alone reaches {_accuracy(baseline)}; {above} of the other means lie above it."
+        alone = " alone" if results.study.regularized else ""
+        text += f" {name(baseline)}{alone} reaches {_accuracy(baseline)}; {above} of the other means lie above it."
     return text
 
 
@@ -82,7 +99,7 @@ def _regularizers(results: Results) -> str:
 def _annealing(results: Results) -> str:
     family = annealing_family(results)
     if not family:
-        return "LPSGDM and its controls were not both part of this study, or did not both finish."
+        return "LPSGDM or its controls had a final run that diverged."
     parts = []
     for c in family:
         told = "a difference that stands" if c.adjusted < ALPHA else "which is not significant"
@@ -122,9 +139,8 @@ def _accuracy(row: Row) -> str:
     return percent(t_interval(test_accuracies(row.runs)))
 
 
-def met(results: Results, point: SparsityPoint) -> bool:
+def met(plan: SparsityPlan, point: SparsityPoint) -> bool:
     """This λ gives the zeros that the study wants at no more than the loss of accuracy that it allows."""
-    plan = results.study.sparsity
     difference = point.test_difference
     return (
         difference is not None
@@ -133,9 +149,9 @@ def met(results: Results, point: SparsityPoint) -> bool:
     )
 
 
-def chosen(results: Results) -> SparsityPoint | None:
+def chosen(results: Results, plan: SparsityPlan) -> SparsityPoint | None:
     """The sparsest λ within the allowed loss on VALIDATION data, so that its test result is no selection's."""
-    allowed = -results.study.sparsity.loss_allowed
+    allowed = -plan.loss_allowed
     fit = [
         point
         for point in results.sparsity
@@ -144,11 +160,10 @@ def chosen(results: Results) -> SparsityPoint | None:
     return max(fit, key=lambda point: point.zeros.mean, default=None)
 
 
-def sparsity_words(results: Results) -> str:
+def sparsity_words(results: Results, plan: SparsityPlan) -> str:
     """Whether the sparsity that the study asks for came out."""
-    plan = results.study.sparsity
     wanted, allowed = share(plan.zeros_wanted), f"{100 * plan.loss_allowed:g}{NBSP}point"
-    passing = [point for point in results.sparsity if met(results, point)]
+    passing = [point for point in results.sparsity if met(plan, point)]
     text = (
         f"Asked: with {LABELS['agr+lp']} (p{NBSP}={NBSP}{results.study.decay_p:g}), {plan.arm} should reach {wanted} "
         f"exact zeros at a mean loss of at most {allowed} of test accuracy to its twin without either, over "
@@ -158,7 +173,7 @@ def sparsity_words(results: Results) -> str:
         text += f"It does at {listed([weight(point.weight_decay) for point in passing])}. "
     else:
         text += "It does not at any λ tried. "
-    pick = chosen(results)
+    pick = chosen(results, plan)
     if pick is None:
         return text + f"At no λ does the validation accuracy stay within {allowed} of the twin's."
     assert pick.test_difference is not None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from benchmarks.tasks.base import Splits, Task
+from benchmarks.tasks.bytes import Bytes
 from benchmarks.tasks.digits import Digits
+from benchmarks.tasks.digits_mix import DigitsMix
 
-TASKS: dict[str, Task] = {task.name: task for task in (Digits(),)}
+TASKS: dict[str, Task] = {task.name: task for task in (Digits(), DigitsMix(), Bytes())}
 
 __all__ = ["TASKS", "Splits", "Task"]

@@ -223,4 +223,4 @@ def _collapsed(names: list[str]) -> str:
     for pattern, found in numbers.items():
         places = iter([column[0] if len(set(column)) == 1 else "*" for column in zip(*found, strict=True)])
         told.append(re.sub(r"\*", lambda _, places=places: next(places), pattern))  # type: ignore[misc]
-    return ", ".join(told[:4]) + (f", … ({len(told)} in all)" if len(told) > 4 else "")
+    return ", ".join(told[:3]) + (f", … ({len(told)} in all)" if len(told) > 3 else "")

@@ -280,6 +280,15 @@ def test_curves_that_leave_the_axis_are_said_to():
     assert "axis" not in caption(0.85)
 
 
+def test_the_axis_of_accuracies_far_from_1_fits_them():
+    results = made_up({("SGD", "none"): 0.3, ("Signum", "none"): 0.4})
+    low_target = dataclasses.replace(results, study=QUICK.model_copy(update={"target": 0.35}))
+    figure = next(f for f in figures(low_target) if f.name == "accuracy")
+    low, high = figure.figure.layout.yaxis.range
+    assert 25 < low < 30 < 40 < high < 45
+    assert "axis" not in figure.caption
+
+
 def test_words_at_the_edge_of_the_grid():
     results = made_up({("SGD", "none"): 0.95})
     assert "inside its grid" in words(results)["How far to trust this"]

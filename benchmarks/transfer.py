@@ -1,0 +1,152 @@
+"""Does one learning rate serve every size? Each optimizer at every rate of a grid, on models of many sizes.
+
+The modular norm (arXiv:2405.14813) is made so that it should; the standard parametrization, PyTorch's own initial
+weights under AdamW, is what it is held against. Results are one JSON file, which the documentation draws.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import joblib
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import normopt
+from benchmarks.progress import Advance
+from benchmarks.spec import Frozen
+from benchmarks.tasks import TASKS
+from benchmarks.tasks.bytes import GPT
+from benchmarks.training import evaluate, mean_loss
+
+GRID = tuple(range(-5, 5))  # powers of two around each optimizer's own rate
+MIDDLE = {"Modular": 0.25, "AdamW": 2**-8}
+
+
+class Size(Frozen):
+    """A model's size, and the axis of the question that it is on."""
+
+    model: str
+    axis: str
+    width: int
+    depth: int
+
+
+class Point(BaseModel):
+    """One size under one optimizer at one rate: validation losses at the end, a seed each; None where it diverged."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    size: Size
+    optimizer: str
+    lr: float
+    losses: list[float | None]
+
+
+class Transfer(BaseModel):
+    """The whole measurement."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    torch: str
+    seconds: float
+    settings: dict[str, dict[str, int]]
+    points: list[Point]
+
+
+# Width by 8 at one depth, depth by 4 at one width.
+SIZES = (
+    *(Size(model="MLP", axis="width", width=w, depth=2) for w in (32, 64, 128, 256)),
+    *(Size(model="MLP", axis="depth", width=64, depth=d) for d in (2, 4, 8)),
+    *(Size(model="GPT", axis="width", width=w, depth=2) for w in (16, 32, 64, 128)),
+    *(Size(model="GPT", axis="depth", width=32, depth=d) for d in (1, 2, 4)),
+)
+SETTINGS = {
+    "MLP": {"seeds": 3, "steps": 200, "batch": 64},
+    "GPT": {"seeds": 2, "steps": 150, "batch": 16},
+}
+
+
+def build(size: Size) -> nn.Module:
+    """The model: an MLP on the digits with so many hidden layers, or a byte-level GPT of so many blocks."""
+    if size.model == "GPT":
+        return GPT(size.width, size.depth)
+    widths = [64, *[size.width] * size.depth]
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(size.width, 10))
+
+
+def optimize(name: str, model: nn.Module, size: Size, lr: float) -> Optimizer:
+    """The optimizer. A GPT adds up two branches a block, and its last norm layer divides by their sum."""
+    if name == "AdamW":
+        return torch.optim.AdamW(model.parameters(), lr)
+    depth = 2 * size.depth if size.model == "GPT" else None
+    groups = normopt.param_groups(model, "modular", residual_depth=depth)
+    iteration: dict[str, Any] = {"norm_method": "polar-express", "norm_steps": 8}
+    return normopt.SteepestDescent(groups, lr, norm="spectral", momentum=0.9, momentum_rule="ema", **iteration)
+
+
+def train(size: Size, name: str, lr: float, seed: int) -> float | None:
+    """Validation loss after a fixed number of steps, the rate falling to 0 along half a cosine; None if it diverged."""
+    torch.set_num_threads(1)
+    task, plan = TASKS["bytes" if size.model == "GPT" else "digits"], SETTINGS[size.model]
+    splits = task.load()
+    torch.manual_seed(seed)
+    model = build(size)
+    optimizer = optimize(name, model, size, lr)
+    schedule = CosineAnnealingLR(optimizer, plan["steps"])
+    batches = torch.Generator().manual_seed(seed)
+    x, y = splits.train
+    for _ in range(plan["steps"]):
+        chosen = torch.randint(len(x), (plan["batch"],), generator=batches)
+        optimizer.zero_grad()
+        loss = mean_loss(model(x[chosen]), y[chosen])
+        if not math.isfinite(loss.item()):
+            return None
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    final, _ = evaluate(model, splits.validation)
+    return final if math.isfinite(final) else None
+
+
+def plan() -> list[tuple[Size, str, float]]:
+    """Every size, optimizer and rate."""
+    return [(size, name, rate * 2.0**k) for size in SIZES for name, rate in MIDDLE.items() for k in GRID]
+
+
+def count() -> int:
+    """How many runs that is."""
+    return sum(SETTINGS[size.model]["seeds"] for size, _, _ in plan())
+
+
+def measure(workers: int, advance: Advance) -> Transfer:
+    """Train everything; ``advance`` is told of each run."""
+    began = time.perf_counter()
+    cells = plan()
+    runs = [(i, seed) for i, (size, _, _) in enumerate(cells) for seed in range(SETTINGS[size.model]["seeds"])]
+    # The largest models first, so that no worker is left with one at the end.
+    runs.sort(key=lambda run: -cells[run[0]][0].width * cells[run[0]][0].depth)
+    parallel = joblib.Parallel(n_jobs=workers, batch_size=1, return_as="generator")
+    losses: dict[int, list[float | None]] = {i: [] for i in range(len(cells))}
+    for (i, _), loss in zip(runs, parallel(joblib.delayed(train)(*cells[i], seed) for i, seed in runs), strict=True):
+        losses[i].append(loss)
+        advance("transfer", 1)
+    points = [Point(size=s, optimizer=n, lr=lr, losses=losses[i]) for i, (s, n, lr) in enumerate(cells)]
+    return Transfer(torch=torch.__version__, seconds=time.perf_counter() - began, settings=SETTINGS, points=points)
+
+
+def write(result: Transfer, path: Path) -> None:
+    """As JSON, a point a line, so that a later measurement shows what changed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps(result.model_dump(exclude={"points"}))[:-1]
+    lines = ",\n".join(point.model_dump_json() for point in result.points)
+    path.write_text(f'{head}, "points": [\n{lines}\n]}}\n', encoding="utf-8")
