@@ -11,7 +11,7 @@ help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
 # The dev extra's exact pins, named first: else pip downloads the newest torch, hundreds of megabytes, to discard it.
-PINS = $(shell $(PYTHON) -c "import tomllib; print(*(r for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev'] if '==' in r))")
+PINS = $(shell $(PYTHON) -c "import tomllib; print(*(r for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev'] if '==' in r and ';' not in r))")
 
 # Anew whenever pyproject.toml changes.
 $(READY): pyproject.toml

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from normopt._checks import is_low_precision
+from normopt.kernels.fused import Look, Remembered, Stepper
 from normopt.loading import check_loaded, completed, pairs
 from normopt.norms import registry
 from normopt.norms.base import Norm, Scale, working
@@ -34,9 +35,7 @@ from normopt.stages.agr import agr as regularize
 from normopt.stages.decay import coupled, decoupled_, lp_factors
 from normopt.stages.momentum import ema, heavy, lion
 from normopt.stages.write import descend_, kahan_, nearest_, scale_, stochastic_
-
-BUFFER = "momentum_buffer"  # torch.optim.SGD's name, so that its checkpoints load here and ours there
-COMPENSATION = "kahan_compensation"
+from normopt.state import BUFFER, COMPENSATION, state_dtype
 
 
 class SteepestDescent(Optimizer):
@@ -90,7 +89,10 @@ class SteepestDescent(Optimizer):
             place is lost), "stochastic" (bfloat16; right on average), or "kahan" (one more buffer, in
             which what was lost is kept). Weights of 32 bits and more are not touched by it.
         maximize: walk uphill.
-        foreach: multi-tensor operations; None chooses them on CUDA.
+        foreach: multi-tensor operations; None leaves the choice to ``fused`` and to what is faster.
+        fused: kernels that do the whole step of a group in one to three passes: Triton's on CUDA, Numba's on a CPU
+            (the extra "cpu"). For ℓp norms with p > 1. None takes them on CUDA wherever they work, and not on
+            a CPU; `backend` says what was chosen, and why.
         differentiable: let autograd see the step.
         **norm_fields: ``norm_<field>=value`` for the other fields of a norm of your own.
 
@@ -116,7 +118,10 @@ class SteepestDescent(Optimizer):
         ...                               momentum=0.9, agr=True, weight_decay=1e-3, decay="lp", decay_p=0.8)
     """
 
-    _measured: list[tuple[Plan, list[NormPair | None]]] = []  # noqa: RUF012 (replaced by every step, never written)
+    # Neither is saved: what the last step measured, and what fused steps keep of each group's tables.
+    _measured: list[tuple[Plan, list[NormPair | None]]]
+    _remembered: dict[int, Remembered]
+    _steppers: dict[tuple[int, int], Stepper]
 
     def __init__(
         self,
@@ -142,6 +147,7 @@ class SteepestDescent(Optimizer):
         rounding: Rounding = "nearest",
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         differentiable: bool = False,
         **norm_fields: Any,
     ) -> None:
@@ -166,6 +172,7 @@ class SteepestDescent(Optimizer):
             rounding=rounding,
             maximize=maximize,
             foreach=foreach,
+            fused=fused,
             differentiable=differentiable,
             **norm_fields,
         )
@@ -173,7 +180,11 @@ class SteepestDescent(Optimizer):
         settings |= registry.flatten(norm, settings)
         check_settings(settings)  # refuse before the base class has touched anything
         refuse_idle(settings)
+        self._forget()
         super().__init__(params, settings)
+
+    def _forget(self) -> None:
+        self._measured, self._remembered, self._steppers = [], {}, {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after checking its settings; a refused group leaves no trace."""
@@ -203,6 +214,7 @@ class SteepestDescent(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and give what an older version pickled the settings that are newer."""
+        self._forget()
         super().__setstate__(state)
         newer = inspect.signature(SteepestDescent.__init__).parameters.items()
         self.defaults = {k: v.default for k, v in newer if v.default is not v.empty} | self.defaults
@@ -235,7 +247,7 @@ class SteepestDescent(Optimizer):
             for group, i, p in pairs(self.param_groups, seen[0]):
                 buffer = seen[0]["state"].get(i, {}).get(BUFFER)
                 if buffer is not None:
-                    self.state[p][BUFFER] = buffer.to(device=p.device, dtype=_state_dtype(group["state_dtype"], p))
+                    self.state[p][BUFFER] = buffer.to(device=p.device, dtype=state_dtype(group["state_dtype"], p))
 
         # After the user's own pre-hooks, which may rewrite the state, and before their post-hooks.
         before = self.register_load_state_dict_pre_hook(complete)
@@ -270,12 +282,45 @@ class SteepestDescent(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Everything that can be refused is refused before anything is written.
-        work = [(make_plan(group, group["params"]), _with_gradients(group["params"])) for group in self.param_groups]
+        work = [self._ready(i, group) for i, group in enumerate(self.param_groups)]
         self._measured = []
-        for plan, params in work:
+        for i, (plan, params, look) in enumerate(work):
+            batches = [params] if look else list(_batches(plan, params))
             with torch.set_grad_enabled(plan.differentiable and torch.is_grad_enabled()):
-                self._measured.append((plan, [self._walk(plan, batch) for batch in _batches(plan, params)]))
+                if plan.backend == "fused":
+                    pairs = [self._fused(plan, batch, (i, j), look) for j, batch in enumerate(batches)]
+                else:
+                    pairs = [self._walk(plan, batch) for batch in batches]
+                self._measured.append((plan, pairs))
         return loss
+
+    def _ready(self, i: int, group: dict[str, Any]) -> tuple[Plan, list[Tensor], Look | None]:
+        """A group's plan, its parameters that have gradients, and what was seen of them if the plan is the last step's."""
+        known = self._remembered.get(i)
+        look = known.look(group) if known else None
+        if known is not None and look is not None:
+            return known.plan, group["params"], look
+        plan, ready = make_plan(group, group["params"]), _with_gradients(group["params"])
+        self._remembered.pop(i, None)
+        if plan.backend == "fused" and len(ready) == len(group["params"]) and len(list(_batches(plan, ready))) == 1:
+            self._remembered[i] = Remembered(group, plan)
+        return plan, ready, None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by GradScaler: whether the step unscales its gradients, and skips itself, without the host knowing.
+
+        A heavy ball with dampening has to know whether its first step was skipped.
+        """
+        plans = [make_plan(group, group["params"]) for group in self.param_groups]
+        return all(p.backend == "fused" and not (p.momentum_rule == "heavy" and p.dampening) for p in plans)
+
+    def _fused(self, plan: Plan, params: list[Tensor], place: tuple[int, int], look: Look | None) -> NormPair | None:
+        """The walk, by fused kernels."""
+        grad_scale, found_inf = (cast(Tensor | None, getattr(self, k, None)) for k in ("grad_scale", "found_inf"))
+        unscale = None if grad_scale is None else 1 / grad_scale
+        stepper = self._steppers.setdefault(place, Stepper())
+        return stepper.step(plan, params, self.state, look, unscale, found_inf)
 
     def norm_pairs(self) -> list[NormPair | None]:
         """How large the last step was: of each param group, its update's norm and its gradient's dual norm.
@@ -361,7 +406,7 @@ class SteepestDescent(Optimizer):
         else:
             c, new = lion(old, g, plan.momentum, plan.beta2)
         for p, b, m in zip(params, stored, new, strict=True):
-            dtype = _state_dtype(plan.state_dtype, p)
+            dtype = state_dtype(plan.state_dtype, p)
             if b is None or b.dtype != dtype or plan.differentiable:  # != where the parameter's has changed since
                 self.state[p][BUFFER] = (torch.view_as_complex(m) if p.is_complex() else m).to(dtype)
             elif _real(b).dtype != m.dtype:  # m is a copy in more bits; else it is b itself, already written
@@ -386,14 +431,15 @@ def _batches(plan: Plan, params: list[Tensor]) -> Iterator[list[Tensor]]:
     """The lists that are walked together: one tensor, one device and dtype, or the whole group."""
     if not params:
         return
-    if plan.scope == "group":
+    if plan.scope == "group" and plan.backend != "fused":
         yield params
     elif plan.backend == "for-loop":
         yield from ([p] for p in params)
     else:
-        buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for p in params:
-            buckets.setdefault((p.device, p.dtype), []).append(p)
+        buckets: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+        for p in params:  # a kernel has nothing to do for empty ones
+            empty = plan.backend == "fused" and not p.numel()
+            buckets.setdefault((p.device, p.dtype, empty), []).append(p)
         yield from buckets.values()
 
 
@@ -404,11 +450,6 @@ def _real(x: Tensor) -> Tensor:
 
 def _on_device(value: float | Tensor, device: torch.device) -> float | Tensor:
     return value.reshape(()).to(device) if isinstance(value, Tensor) else value
-
-
-def _state_dtype(asked: str | None, p: Tensor) -> torch.dtype:
-    """The dtype of the momentum: the one asked for, else the parameter's; of a complex one always its own."""
-    return p.dtype if asked is None or p.is_complex() else cast(torch.dtype, getattr(torch, asked))
 
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from normopt._checks import equals
+from normopt.kernels import support
 from normopt.norms import registry
 from normopt.norms.base import Norm, Scale
 from normopt.settings import Decay, MomentumRule, Rounding, Scope, check_combinations, check_settings
+
+Backend = Literal["for-loop", "foreach", "fused"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Plan:
     rounding: Rounding
     maximize: bool
     differentiable: bool
-    backend: Literal["for-loop", "foreach"]
+    backend: Backend
     why: str
 
     @property
@@ -93,7 +96,7 @@ def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Pla
     _check_rounding(settings["rounding"], params)
     _check_devices(settings, params)
     norm.check(settings["scale"], params)
-    backend, why = _choose_backend(settings["foreach"], settings["differentiable"], norm.batches, params)
+    backend, why = _choose_backend(settings, norm, params)
     return Plan(norm=norm, backend=backend, why=why, **{name: settings[name] for name in _TAKEN_AS_THEY_ARE})
 
 
@@ -113,18 +116,29 @@ def _check_devices(settings: Mapping[str, Any], params: list[Tensor]) -> None:
         )
 
 
-def _choose_backend(
-    foreach: bool | None, differentiable: bool, batches: bool, params: list[Tensor]
-) -> tuple[Literal["for-loop", "foreach"], str]:
-    if foreach is not None:
-        if foreach and differentiable:
-            raise ValueError("foreach=True cannot be differentiated through: set foreach=None or differentiable=False")
+def _choose_backend(settings: Mapping[str, Any], norm: Norm, params: list[Tensor]) -> tuple[Backend, str]:
+    """How the step is run, and why so."""
+    foreach, fused, differentiable = settings["foreach"], settings["fused"], settings["differentiable"]
+    if foreach and fused:
+        raise ValueError("foreach=True and fused=True are two ways of running a step: set one of them to None or False")
+    if foreach and differentiable:
+        raise ValueError("foreach=True cannot be differentiated through: set foreach=None or differentiable=False")
+    if foreach is not None and not fused:
         return ("foreach", "foreach=True") if foreach else ("for-loop", "foreach=False")
+    cuda = {p.device.type for p in params} == {"cuda"}
+    if fused or (fused is None and cuda):
+        why_not = support.why_not(
+            norm, settings["scale"], settings["scope"], differentiable, settings["state_dtype"], params
+        )
+        if why_not is None:
+            return "fused", "fused=True" if fused else "every parameter is a plain CUDA tensor"
+        if fused:
+            raise ValueError(f"fused=True is not to be had: {why_not}. Set fused=None or False")
     if differentiable:
         return "for-loop", "differentiable=True"
-    if batches:
+    if norm.batches:
         return "foreach", "matrices of one shape go together"
-    devices = {p.device.type for p in params}
-    if devices == {"cuda"} and all(type(p) in (Tensor, torch.nn.Parameter) for p in params):
+    if cuda and all(type(p) in (Tensor, torch.nn.Parameter) for p in params):
         return "foreach", "every parameter is a plain CUDA tensor"
-    return "for-loop", f"the default on {', '.join(sorted(devices)) or 'no device yet'}"
+    devices = sorted({p.device.type for p in params})
+    return "for-loop", f"the default on {', '.join(devices) or 'no device yet'}"

@@ -39,6 +39,7 @@ class Common(TypedDict, total=False):
     rounding: Rounding
     maximize: bool
     foreach: bool | None
+    fused: bool | None
     differentiable: bool
 
 
@@ -76,8 +77,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         check_choice("state_dtype", s["state_dtype"], STATE_DTYPES)
     for name in ("nesterov", "agr", "maximize", "differentiable"):
         check_bool(name, s[name])
-    if s["foreach"] is not None:
-        check_bool("foreach", s["foreach"])
+    for name in ("foreach", "fused"):
+        if s[name] is not None:
+            check_bool(name, s[name])
 
 
 def check_combinations(s: Mapping[str, Any], norm: Norm) -> None:

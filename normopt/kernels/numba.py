@@ -1,0 +1,414 @@
+"""The fused step's kernels on CPUs, compiled by Numba: AGR's sums, the norms' sums, and the walk of every entry.
+
+A kernel is made for one set of `Flags`, which are constants to its compiler; it walks the chunks ``begin`` to ``end``
+of its tables and releases the interpreter's lock, so that threads of Python can share the chunks out. Sums are kept
+chunk by chunk: no result depends on the number of threads.
+
+Arithmetic is in float32; a bfloat16 is the upper half of one. Constants and counters are wrapped in NumPy's types,
+because a bare Python number would make everything that it touches 64 bits wide. Compiled functions have no type hints:
+their types are the compiler's to find. All of them are in this one file, because it is this file that the cache of
+compiled kernels watches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload
+
+from normopt.kernels.flags import (
+    DECOUPLED,
+    HEAVY,
+    KAHAN,
+    LINEAR,
+    LION,
+    LP,
+    NONE,
+    SIGN,
+    SQRT,
+    SQUARE,
+    STOCHASTIC,
+    Flags,
+)
+from normopt.kernels.tables import CHUNK
+
+Kernel = Callable[..., None]
+
+# Columns of the table of what is a tensor's own: AGR's four, what |c| is multiplied by and its power too, the
+# weights of the old momentum and of the gradient, and whether ℓp decay acts on it.
+AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, KEPT, NEW, WIDE = range(9)
+# Places in the table of the numbers that all tensors share.
+UNSCALE, REACH, MU, BETA2, BETA2_NEW, COUPLED, SHRINK, PULL, EPS = range(9)
+
+
+class Exponent(NamedTuple):
+    """An exponent for `raised`, in float32.
+
+    Attributes:
+        high, low: in two parts, the first of 12 bits, so that its product with a float's own exponent is exact.
+        whole: in one.
+        floor, ceiling: up to the one its power is 0, from the other on ∞: it is no normal float32 there.
+    """
+
+    high: Any
+    low: Any
+    whole: Any
+    floor: Any
+    ceiling: Any
+
+
+# A product and a sum may become one operation; nothing else of floating point is given away, but in sums: their terms
+# may be put in another order, once and for all when they are compiled.
+EXACT: Any = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+SUMS: Any = {**EXACT, "fastmath": {"contract", "reassoc"}}
+INLINE: Any = {**EXACT, "forceinline": True}  # a loop that calls is not vectorized
+
+F, J, U = np.float32, np.int32, np.uint32
+ZERO, ONE = F(0), F(1)
+INFINITY, LARGEST, TINY = F(np.inf), F(np.finfo(F).max), F(np.finfo(F).tiny)
+
+
+@intrinsic
+def pointer(_context: Any, address: Any) -> Any:
+    """An address as a pointer that ``carray`` takes."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def bits_of(_context: Any, x: Any) -> Any:
+    """The bits of a float32 as an int32."""
+    return types.int32(types.float32), lambda _c, builder, _s, a: builder.bitcast(a[0], ir.IntType(32))
+
+
+@intrinsic
+def float_of(_context: Any, x: Any) -> Any:
+    """The float32 of an int32's bits."""
+    return types.float32(types.int32), lambda _c, builder, _s, a: builder.bitcast(a[0], ir.FloatType())
+
+
+def load(x):
+    """A stored number as float32."""
+    raise NotImplementedError("only compiled code calls this")
+
+
+@overload(load)
+def _load(x):
+    if x == types.uint16:
+        return lambda x: float_of(J(x) << J(16))
+    return lambda x: x
+
+
+@njit(**INLINE)
+def size_bits(x):
+    """The bits of |x|: as integers in the order of the sizes, ∞ and then NaN at the end, of which maxima are fast."""
+    return J(bits_of(x) & J(0x7FFFFFFF))
+
+
+@njit(**INLINE)
+def scale_of(largest):
+    """(2^k, 2^−k) near the float of these bits, both within the range of normal numbers."""
+    k = min(max(J((largest >> J(23)) - J(127)), J(-126)), J(126))
+    return float_of(J(J(k + J(127)) << J(23))), float_of(J(J(J(127) - k) << J(23)))
+
+
+@njit(**INLINE)
+def bfloat16(x):
+    """The bits of the nearest bfloat16, ties to even."""
+    b = bits_of(x)
+    rounded = J(b + J(0x7FFF) + ((b >> J(16)) & J(1))) >> J(16)
+    kept = J(b >> J(16)) | J(0x40)  # NaN stays one
+    return np.uint16(kept if x != x else rounded)
+
+
+@njit(**INLINE)
+def bfloat16_at_random(x, counter):
+    """The bfloat16 above or below, by chance, so that the mean is x: random bits are added below, then cut off."""
+    h = U(counter)
+    h = U((h ^ (h >> U(16))) * U(0x7FEB352D))
+    h = U((h ^ (h >> U(15))) * U(0x846CA68B))
+    noise = J((h ^ (h >> U(16))) & U(0xFFFF))
+    up_or_down = np.uint16(J(bits_of(x) + noise) >> J(16))
+    return up_or_down if abs(x) < INFINITY else bfloat16(x)
+
+
+def fitted(function: Callable[[Any], Any], low: float, high: float, degree: int) -> list[Any]:
+    """The coefficients of a polynomial near a function on an interval, by interpolation at Chebyshev's points."""
+    near = np.polynomial.Chebyshev.interpolate(function, degree, domain=[low, high])
+    return [F(x) for x in near.convert(kind=np.polynomial.Polynomial, domain=[-1, 1]).coef]
+
+
+# log₂(1 + f)/f where 1 + f is in [√½, √2), to 1e-7 of the logarithm, and 2^r where r is in [−½, ½], to 1e-7.
+L0, L1, L2, L3, L4, L5, L6, L7 = fitted(lambda f: np.log2(1 + f) / f, math.sqrt(0.5) - 1, math.sqrt(2) - 1, 7)
+E0, E1, E2, E3, E4, E5 = fitted(np.exp2, -0.5, 0.5, 5)
+SQRT_HALF = J(0x3F3504F3)
+ROUNDS = F(1.5 * 2**23)  # adding and subtracting it rounds to an integer
+UP = F(2.0**24)
+
+
+@njit(**INLINE)
+def raised(a, e):
+    """``a^exponent`` for a ≥ 0, to 5e-7 relative, by the `Exponent` e; 0, ∞, NaN and denormals as ``pow`` has them."""
+    small = a < TINY
+    b = bits_of(a * UP if small else a)
+    k = J(b - SQRT_HALF) >> J(23)
+    f = float_of(J(b - J(k << J(23)))) - ONE
+    log = f * (L0 + f * (L1 + f * (L2 + f * (L3 + f * (L4 + f * (L5 + f * (L6 + f * L7)))))))
+    kf = F(J(k - J(24)) if small else k)
+    product = e.high * kf
+    rest = e.low * kf + e.whole * log
+    n = (product + rest) + ROUNDS  # its lowest bits are an integer's
+    r = (product - (n - ROUNDS)) + rest
+    y = E0 + r * (E1 + r * (E2 + r * (E3 + r * (E4 + r * E5))))
+    y = float_of(J(bits_of(y) + J(bits_of(n) << J(23))))
+    y = y if a > e.floor else ZERO
+    return y if a < e.ceiling else a + INFINITY
+
+
+@njit(**INLINE)
+def power(a, mode, e):
+    """``a^exponent`` for a ≥ 0; at exponent 0 that of 0 is 0."""
+    if mode == SIGN:
+        return ONE if a > ZERO else a
+    if mode == LINEAR:
+        return a
+    if mode == SQRT:
+        return F(math.sqrt(a))
+    if mode == SQUARE:
+        return F(a * a)
+    return raised(a, e)
+
+
+@njit(**INLINE)
+def signed(a, c):
+    """a with the sign of c."""
+    return F(math.copysign(a, c))
+
+
+@njit(**INLINE)
+def gradient_of(g, w, maximize, unscale, agr, scale, top, rest, inverse, coupled, decay):
+    """The gradient on its way to the momentum: unscaled, negated, regularized, with the coupled decay."""
+    x = F(load(g) * unscale)
+    if maximize:
+        x = -x
+    if agr and scale != ZERO:
+        # x times the part that the other entries have in Σ|g|. The largest comes apart from the rest, all scaled by
+        # a power of two: where x is the largest, their difference is exactly 0.
+        x = F(x * (((top - abs(x) * scale) + rest) * inverse))
+    if coupled:
+        x = F(x + decay * w)
+    return x
+
+
+@njit(**INLINE)
+def moved(m, x, rule, nesterov, mu, kept, new, beta2, beta2_new):
+    """(c, the new m). ``kept`` and ``new`` weigh m and x: μ and 1−τ or 1−μ; 0 and 1 at a heavy ball's first step."""
+    if rule == NONE:
+        return x, m
+    if rule == LION:
+        return F(mu * m + new * x), F(beta2 * m + beta2_new * x)
+    after = F(kept * m + new * x)
+    if nesterov:
+        return F((x if rule == HEAVY else new * x) + mu * after), after
+    return after, after
+
+
+@njit(**INLINE)
+def shrunk(a, mode, steep, pull, e):
+    """The factor of ℓp decay for |w| = a."""
+    x = power(a, mode, e)
+    if steep and mode == SIGN:
+        x = ONE if a == a else a  # 0⁰ = 1
+    if steep:
+        return ONE / (ONE + pull * x)
+    x = x if x < LARGEST else LARGEST + ZERO * x  # NaN stays, ∞/∞ would be one
+    return x / (x + pull) if pull != ZERO else ONE
+
+
+@cache
+def agr_kernel(gradient16: bool) -> Kernel:
+    """Of each chunk the largest |g|, and the sum of the others: beside a dominant entry they are not to be lost."""
+
+    @njit(**SUMS)
+    def sums(gradients, tensor, start, count, begin, end, unscale, partials):
+        for j in range(begin, end):
+            n = count[j]
+            if gradient16:
+                g = carray(pointer(gradients[tensor[j]] + 2 * start[j]), (n,), np.uint16)
+            else:
+                g = carray(pointer(gradients[tensor[j]] + 4 * start[j]), (n,), np.float32)
+            largest = J(0)
+            for i in range(n):
+                largest = max(largest, size_bits(F(load(g[i]) * unscale)))
+            top = float_of(largest)
+            near, relative = scale_of(largest)
+            others, tops = ZERO, J(0)
+            for i in range(n):
+                a = abs(F(load(g[i]) * unscale))
+                others += ZERO if a == top else F(a * relative)
+                tops += J(1) if a == top else J(0)
+            partials[j, 0] = top
+            partials[j, 1] = np.float64(others) * near + np.float64(top) * max(tops - 1, 0)
+
+    return sums
+
+
+@cache
+def norm_kernel(f: Flags, early: bool) -> Kernel:
+    """Of each chunk Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent), with M near the largest |c|.
+
+    M is a power of two, so that no quotient is rounded. If ``early`` the momentum is c, and is stored already here.
+    """
+    weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
+    mode, matched, rule, nesterov = f.mode, f.matched, f.momentum, f.nesterov
+    maximize, agr, coupled, kahan = f.maximize, f.agr, f.coupled, f.rounding == KAHAN
+
+    @njit(**SUMS)
+    def sums(weights, gradients, states, lost, tensor, start, count, begin, end, rows, numbers, exponent, partials):
+        unscale, mu, beta2, beta2_new = numbers[UNSCALE], numbers[MU], numbers[BETA2], numbers[BETA2_NEW]
+        decay = numbers[COUPLED]
+        seen = np.empty(CHUNK, np.int32)
+        for j in range(begin, end):
+            t, s, n = tensor[j], start[j], count[j]
+            scale, agr_top = rows[t, AGR_SCALE], rows[t, AGR_TOP]
+            agr_others, inverse = rows[t, AGR_OTHERS], rows[t, AGR_INVERSE]
+            kept, new = rows[t, KEPT], rows[t, NEW]
+            if weight16:
+                w = carray(pointer(weights[t] + 2 * s), (n,), np.uint16)
+            else:
+                w = carray(pointer(weights[t] + 4 * s), (n,), np.float32)
+            if gradient16:
+                g = carray(pointer(gradients[t] + 2 * s), (n,), np.uint16)
+            else:
+                g = carray(pointer(gradients[t] + 4 * s), (n,), np.float32)
+            if state16:
+                m = carray(pointer(states[t] + 2 * s), (n,), np.uint16)
+            else:
+                m = carray(pointer(states[t] + 4 * s), (n,), np.float32)
+            k = carray(pointer(lost[t] + 2 * s), (n,), np.uint16)
+            largest = J(0)
+            for i in range(n):
+                old = load(w[i]) if coupled else ZERO
+                if kahan and coupled:
+                    old = F(old + load(k[i]))
+                x = gradient_of(g[i], old, maximize, unscale, agr, scale, agr_top, agr_others, inverse, coupled, decay)
+                m0 = load(m[i]) if rule != NONE else ZERO
+                c = moved(m0, x, rule, nesterov, mu, kept, new, beta2, beta2_new)[0]
+                if early:
+                    m[i] = c
+                bits = size_bits(c)
+                seen[i] = bits
+                largest = max(largest, bits)
+            near, relative = scale_of(largest)
+            sum_q = sum_2 = sum_d = ZERO
+            for i in range(n):
+                r = F(float_of(seen[i]) * relative)
+                y = power(r, mode, exponent)
+                sum_q += r * y
+                if matched:
+                    sum_2 += r * r
+                    sum_d += y * y
+            partials[j, 0] = near
+            partials[j, 1] = sum_q
+            partials[j, 2] = sum_2
+            partials[j, 3] = sum_d
+
+    return sums
+
+
+@cache
+def update_kernel(f: Flags, early: bool) -> Kernel:
+    """The walk itself, entry by entry: gradient, momentum, direction, decay, write. If ``early`` c is the momentum."""
+    weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
+    mode, smoothed, scaled, rule, nesterov = f.mode, f.smoothed, f.scaled, f.momentum, f.nesterov
+    maximize, agr, coupled = f.maximize, f.agr, f.coupled
+    decoupled, lp, decay_mode, steep = f.decay == DECOUPLED, f.decay == LP, f.decay_mode, f.decay_steep
+    stochastic, kahan = f.rounding == STOCHASTIC, f.rounding == KAHAN
+
+    @njit(**EXACT)
+    def update(
+        weights,
+        gradients,
+        states,
+        lost,
+        tensor,
+        start,
+        count,
+        begin,
+        end,
+        rows,
+        numbers,
+        exponent,
+        decay_exponent,
+        seed,
+    ):
+        unscale, mu, beta2, beta2_new = numbers[UNSCALE], numbers[MU], numbers[BETA2], numbers[BETA2_NEW]
+        decay, eps = numbers[COUPLED], numbers[EPS]
+        reach, shrink, pull = numbers[REACH], numbers[SHRINK], numbers[PULL]
+        for j in range(begin, end):
+            t, s, n = tensor[j], start[j], count[j]
+            scale, agr_top = rows[t, AGR_SCALE], rows[t, AGR_TOP]
+            agr_others, inverse = rows[t, AGR_OTHERS], rows[t, AGR_INVERSE]
+            kept, new, size, factor = rows[t, KEPT], rows[t, NEW], rows[t, SIZE], rows[t, FACTOR]
+            pulled = pull if rows[t, WIDE] != ZERO else ZERO
+            if weight16:
+                w = carray(pointer(weights[t] + 2 * s), (n,), np.uint16)
+            else:
+                w = carray(pointer(weights[t] + 4 * s), (n,), np.float32)
+            if gradient16:
+                g = carray(pointer(gradients[t] + 2 * s), (n,), np.uint16)
+            else:
+                g = carray(pointer(gradients[t] + 4 * s), (n,), np.float32)
+            if state16:
+                m = carray(pointer(states[t] + 2 * s), (n,), np.uint16)
+            else:
+                m = carray(pointer(states[t] + 4 * s), (n,), np.float32)
+            k = carray(pointer(lost[t] + 2 * s), (n,), np.uint16)
+            drawn = J(seed + j * CHUNK)
+            for i in range(n):
+                old = load(w[i])
+                if kahan:
+                    old = F(old + load(k[i]))
+                if early:
+                    c = m1 = load(m[i])
+                else:
+                    x = gradient_of(
+                        g[i], old, maximize, unscale, agr, scale, agr_top, agr_others, inverse, coupled, decay
+                    )
+                    m0 = load(m[i]) if rule != NONE else ZERO
+                    c, m1 = moved(m0, x, rule, nesterov, mu, kept, new, beta2, beta2_new)
+                if smoothed:
+                    a = F(abs(c) + eps)
+                    u = F(c / a) if mode == SIGN else F(c * raised(a, exponent))
+                elif scaled:
+                    u = F(signed(power(F(abs(c) * size), mode, exponent), c) * factor)
+                else:
+                    u = signed(power(abs(c), mode, exponent), c)
+                after = F((shrink * old if decoupled else old) - reach * u)
+                if lp:
+                    after = F(after * shrunk(abs(old), decay_mode, steep, pulled, decay_exponent))
+                if rule != NONE and not early:
+                    if state16:
+                        m[i] = bfloat16(m1)
+                    else:
+                        m[i] = m1
+                if weight16:
+                    b = bfloat16_at_random(after, J(drawn + J(i))) if stochastic else bfloat16(after)
+                    w[i] = b
+                    if kahan:
+                        near = load(b)
+                        k[i] = bfloat16(F(after - near) if abs(near) < INFINITY else ZERO)
+                else:
+                    w[i] = after
+
+    return update

@@ -1,0 +1,61 @@
+"""Threads for kernels that release the interpreter's lock. torch's own pool is left alone, and so are its settings.
+
+Numba's pools are not used: one kind dies when two threads enter it at once, another in a process that was forked.
+These are plain threads of Python, made anew in a forked process, and any number of steps may share them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from normopt.kernels.tables import Chunks
+
+ALONE = 1 << 16  # entries under which waking other threads costs more than they save
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+_size = 0
+
+
+def share_out(work: Callable[[int, int], None], chunks: Chunks) -> None:
+    """Call ``work(begin, end)`` on ranges that cover the chunks, on as many threads as torch would use.
+
+    The calling thread takes the first range itself. An error in any range is raised here, after all have ended.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or chunks.before[-1] < ALONE:
+        work(0, len(chunks))
+        return
+    mine, *others = chunks.shared(threads)
+    waiting = [_executor(threads - 1).submit(work, *part) for part in others]
+    try:
+        work(*mine)
+    finally:
+        errors = [future.exception() for future in waiting]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _executor(threads: int) -> ThreadPoolExecutor:
+    global _pool, _size
+    with _lock:
+        if _pool is None or _size < threads:
+            # The old pool, if any, ends by itself once nobody holds it: its work is done or going on.
+            _pool, _size = ThreadPoolExecutor(threads, thread_name_prefix="normopt"), threads
+        return _pool
+
+
+def _forget() -> None:
+    """In a forked process: threads are not inherited, and the lock may have been held by one that is gone."""
+    global _lock, _pool, _size
+    _lock, _pool, _size = threading.Lock(), None, 0
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,64 @@
+"""Whether a param group's step can be fused, and if not, why not. Imports no kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from normopt._checks import equals
+from normopt.norms.base import Norm, Scale
+from normopt.norms.lp import Lp
+
+# What the kernels of a kind of device are compiled by, the extra that brings it, and the dtypes that they take.
+COMPILERS = {"cpu": ("numba", 'the extra "cpu"'), "cuda": ("triton", "PyTorch's CUDA wheels")}
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def why_not(
+    norm: Norm, scale: Scale, scope: str, differentiable: bool, state_dtype: str | None, params: Sequence[Tensor]
+) -> str | None:
+    """What stands in the way of a fused step, as the end of a sentence; None if nothing does."""
+    if not isinstance(norm, Lp):
+        return f"{norm!r} does not work entry by entry"
+    if equals(norm.p, 1):
+        return "at p = 1 a single entry of each tensor moves"
+    if differentiable:
+        return "a kernel has no derivative"
+    if torch.compiler.is_compiling():
+        return "torch.compile makes kernels of its own"
+    kinds = {p.device.type for p in params}
+    for kind in sorted(kinds):
+        if kind not in COMPILERS:
+            return f"there are no kernels for {kind} tensors"
+        compiler, source = COMPILERS[kind]
+        if not _installed(compiler):
+            return f"{compiler} is not installed, which {source} brings"
+    if any(type(p) not in (Tensor, torch.nn.Parameter) for p in params):
+        return "some parameters are tensors of a class of their own"
+    for dtype, kind in {(p.dtype, p.device.type) for p in params}:
+        if dtype not in DTYPES[kind] or (state_dtype or "float32") not in _names(DTYPES[kind]):
+            offered = ", ".join(_names(DTYPES[kind]))
+            return f"on {kind} it takes weights and momentum in {offered}, but some are {state_dtype or _name(dtype)}"
+    if scope == "group" and len({(p.dtype, p.device) for p in params}) > 1:
+        return 'scope="group" spans several dtypes or devices'
+    return None
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> list[str]:
+    return [_name(d) for d in dtypes]

@@ -1,0 +1,70 @@
+"""Where the tensors of a group lie: their addresses, and the chunks that they are cut into, as tables for a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+Array = np.ndarray
+
+CHUNK = 4096  # entries: 16 KB of float32, so that what a chunk reads twice it finds in the nearest cache
+
+
+class Chunks:
+    """Tensors of given sizes, none of them empty, cut into chunks.
+
+    Attributes:
+        sizes: the number of entries of each tensor, shape [n].
+        wide: which tensors have two dims or more, shape [n]; the others are not ℓp-decayed.
+        tensor, start, count: of each chunk its tensor, its first entry and its number of entries, shape [chunks].
+        first: the first chunk of each tensor, shape [n].
+        before: the number of entries before each chunk, and of all at the end, shape [chunks + 1].
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], chunk: int = CHUNK) -> None:
+        self.sizes = np.array([shape.numel() for shape in shapes], dtype=np.int64)
+        self.wide = np.array([len(shape) >= 2 for shape in shapes], dtype=np.bool_)
+        each = -(-self.sizes // chunk)
+        ends = np.cumsum(each)
+        self.first = ends - each
+        self.tensor = np.repeat(np.arange(len(each)), each)
+        self.start = (np.arange(each.sum()) - np.repeat(self.first, each)) * chunk
+        self.count = np.minimum(chunk, self.sizes[self.tensor] - self.start)
+        self.before = np.concatenate(([0], np.cumsum(self.count)))
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def shared(self, parts: int) -> list[tuple[int, int]]:
+        """Ranges of chunks, at most so many, of about the same number of entries."""
+        ends = np.searchsorted(self.before, np.linspace(0, self.before[-1], parts + 1)).tolist()
+        return [(a, b) for a, b in pairwise(ends) if a < b]
+
+
+@dataclass
+class Batch:
+    """Where n tensors of one group, one device and one dtype each lie, none of them empty and all contiguous.
+
+    Attributes:
+        chunks: how they are cut up.
+        device: where they are.
+        weights, gradients: the addresses of their memory, shape [n], int64.
+        states: those of the momentum, None without one.
+        compensations: those of what Kahan's rounding keeps, None without it.
+        new: the places of momenta that were made in this step, and are zero: a heavy ball's is then the gradient.
+        kept: what a backend keeps from step to step, such as tables on its device.
+    """
+
+    chunks: Chunks
+    device: torch.device
+    weights: Array
+    gradients: Array
+    states: Array | None
+    compensations: Array | None
+    new: list[int]
+    kept: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,525 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""The fused kernels on CUDA, compiled by Triton: AGR's sums, the norms' sums, and the walk, over tables of tensors.
+
+One program works on one chunk of one tensor, whose address it finds in a table. A sum over a tensor is kept chunk by
+chunk and added in their order, in float64, by a program of its own: there are no atomics, and every step is repeated
+bit by bit. A step is one launch; AGR adds two, and a norm over tensors or over the group two.
+
+Nothing is read on the host, and a number that changes from step to step recompiles nothing: numbers come to the kernels
+in a table too. The tables are made anew when what is in them changes and never written over, so that a captured graph,
+which keeps its own, stays valid whatever is stepped between its replays.
+
+Arithmetic is in float32. Roots and powers are not left to the hardware's approximations, and divisions only where that
+is harmless.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any, cast
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from normopt.kernels import flags as choices
+from normopt.kernels.flags import Flags, Numbers
+from normopt.kernels.tables import CHUNK, Array, Batch
+from normopt.norms.base import Scale
+
+BLOCK = tl.constexpr(CHUNK)  # entries of a chunk, the last one of a tensor excepted
+SUMMED = tl.constexpr(1024)  # chunks whose sums are added at once
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+
+# A kernel may read no global but a constant of Triton's.
+SIGN, LINEAR, SQRT, SQUARE = (tl.constexpr(x) for x in (choices.SIGN, choices.LINEAR, choices.SQRT, choices.SQUARE))
+NONE, HEAVY, LION = (tl.constexpr(x) for x in (choices.NONE, choices.HEAVY, choices.LION))
+DECOUPLED, LP = tl.constexpr(choices.DECOUPLED), tl.constexpr(choices.LP)
+STOCHASTIC, KAHAN = tl.constexpr(choices.STOCHASTIC), tl.constexpr(choices.KAHAN)
+INFINITY = tl.constexpr(math.inf)
+LARGEST, TINY = tl.constexpr(float(np.finfo(np.float32).max)), tl.constexpr(float(np.finfo(np.float32).tiny))
+
+# Columns of the tables, which are int64: of tensors, of chunks, and of the chunks that a sum is over.
+WEIGHT, GRADIENT, STATE, COMPENSATION, FRESH, TENSOR = (tl.constexpr(i) for i in range(6))  # the last is their number
+OF, BEGIN, COUNT, WIDE, CHUNKS = (tl.constexpr(i) for i in range(5))
+FIRST, MANY, SIZE, SPAN = (tl.constexpr(i) for i in range(4))
+# Places of the numbers, which are float64.
+REACH, MU, NEW, BETA2, DECAY, SHRINK, PULL, EXPONENT, EPS, DECAY_EXPONENT = (
+    tl.constexpr(i) for i in range(len(Numbers._fields))
+)
+# What is known of each vector that a norm is over, float64: the dual norm, the factor of D(c), and what an entry of c
+# is divided by before its power, and that multiplied by.
+DUAL, FACTOR, DIVISOR, MULTIPLIER, MEASURED = (tl.constexpr(i) for i in range(5))
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def number(numbers, PLACE: tl.constexpr):
+    """A number, in float32."""
+    return tl.load(numbers + PLACE).to(tl.float32)
+
+
+@triton.jit
+def exponent_of(numbers, PLACE: tl.constexpr):
+    """An exponent as a float32 of 12 bits, and another for the rest."""
+    x = tl.load(numbers + PLACE)
+    high = (x.to(tl.float32).to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    return high, (x - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def entries(table, t, COLUMN: tl.constexpr, begin, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where the entries of a chunk of tensor t are that begins at ``begin``."""
+    tensor = tl.load(table + t * TENSOR + COLUMN).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        tensor = tl.multiple_of(tensor, 16)  # and so is begin: then loads and stores are of 128 bits
+    return tensor + begin + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def cut_off(x, carry):
+    """The bfloat16 of x's upper 16 bits, to the lower of which ``carry`` is added first; ∞ and NaN stay."""
+    bits = x.to(tl.int32, bitcast=True)
+    upper = tl.where(tl.abs(x) < INFINITY, bits + carry, tl.where(x != x, 0x7FC00000, bits)) >> 16
+    return upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def stored(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest, ties to even."""
+    carry = 0x7FFF + ((x.to(tl.int32, bitcast=True) >> 16) & 1)  # Triton's interpreter would cut off
+    return cut_off(x, carry) if dtype == tl.bfloat16 else x.to(dtype)
+
+
+@triton.jit
+def noise(seed, j):
+    """16 random bits for each entry of chunk j: every draw of 128 bits is shared by 8 of them."""
+    a, b, c, d = tl.randint4x(seed, j * (BLOCK // 8) + tl.arange(0, BLOCK // 8))
+    words = tl.join(tl.join(a, b), tl.join(c, d)).to(tl.uint32, bitcast=True)
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK]).to(tl.int32, bitcast=True)
+
+
+# log₂ of m in [√½, √2) as an odd series in (m−1)/(m+1), and 2^r on [−½, ½]: both to 2e-8.
+SQRT_HALF = tl.constexpr(0x3F3504F3)
+L1, L3, L5, L7, L9 = (tl.constexpr(2 / math.log(2) / k) for k in (1, 3, 5, 7, 9))
+E1, E2, E3, E4, E5, E6, E7 = (tl.constexpr(math.log(2) ** k / math.factorial(k)) for k in range(1, 8))
+ROUNDS = tl.constexpr(1.5 * 2**23)  # adding and subtracting it rounds to an integer
+
+
+@triton.jit
+def raised(a, high, low):
+    """``a^(high + low)`` for a ≥ 0; 0, ∞ and NaN as ``pow`` has them, denormals too.
+
+    To 2e-7 relative for exponents up to 1, and 1.5e-7 times the exponent beyond.
+    ``high`` has 12 bits, so that its product with the binary exponent is exact.
+    """
+    small = a < TINY
+    bits = tl.where(small, a * 16777216.0, a).to(tl.int32, bitcast=True)
+    k = (bits - SQRT_HALF) >> 23
+    m = (bits - (k << 23)).to(tl.float32, bitcast=True)
+    k = tl.where(small, k - 24, k).to(tl.float32)
+    s = (m - 1) / (m + 1)  # on a GPU to two units in the last place
+    z = s * s
+    log = s * (L1 + z * (L3 + z * (L5 + z * (L7 + z * L9))))
+    product = high * k
+    rest = low * k + (high + low) * log
+    n = ((product + rest) + ROUNDS) - ROUNDS
+    r = (product - n) + rest
+    y = 1 + r * (E1 + r * (E2 + r * (E3 + r * (E4 + r * (E5 + r * (E6 + r * E7))))))
+    n = tl.minimum(tl.maximum(n, -252.0), 252.0).to(tl.int32)  # beyond which the result is 0 or ∞
+    half = n >> 1  # in two factors, because one may leave the range of an exponent
+    y *= ((half + 127) << 23).to(tl.float32, bitcast=True)
+    y *= ((n - half + 127) << 23).to(tl.float32, bitcast=True)
+    inverse = tl.where(a > 0, 0.0, a + INFINITY)
+    end = tl.where(high > 0, a, tl.where(high < 0, inverse, tl.where(a == a, 1.0, a)))
+    return tl.where((a > 0) & (a < INFINITY), y, end)
+
+
+@triton.jit
+def power(a, high, low, MODE: tl.constexpr):
+    """``a^exponent`` for a ≥ 0, but 0 at exponent 0 where a is."""
+    if MODE == SIGN:
+        y = tl.where(a > 0, 1.0, a)
+    elif MODE == LINEAR:
+        y = a
+    elif MODE == SQRT:
+        y = tl.sqrt_rn(a)
+    elif MODE == SQUARE:
+        y = a * a
+    else:  # exact where a tensor p is at ∞ or 2
+        y = tl.where(high == 0, tl.where(a > 0, 1.0, a), raised(a, high, low))
+        y = tl.where((high == 1) & (low == 0), a, y)
+    return y
+
+
+@triton.jit
+def signed(a, c):
+    """a ≥ 0 with the sign of c."""
+    return tl.where(c < 0, -a, a)
+
+
+@triton.jit
+def shrunk(a, high, low, pull, MODE: tl.constexpr, STEEP: tl.constexpr):
+    """The factor of ℓp decay for |w| = a."""
+    x = a * 0 + 1 if MODE == SIGN else power(a, high, low, MODE)  # 0⁰ is 1 here
+    if STEEP:
+        factor = tl.div_rn(a * 0 + 1, 1 + pull * x)
+    else:
+        x = tl.where(x > LARGEST, LARGEST, x)  # ∞/∞ would be NaN
+        factor = tl.where(pull == 0, 1.0, tl.div_rn(x, x + pull))
+    return factor
+
+
+@triton.jit
+def walk(
+    table,
+    chunks,
+    numbers,
+    unscale,
+    found_inf,
+    seed,
+    regularizers,
+    measured,
+    sums,
+    MEASURING: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr,
+    GRADIENT_TYPE: tl.constexpr,
+    STATE_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    AGR: tl.constexpr,
+    COUPLED: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MODE: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    SCALED: tl.constexpr,
+    MATCHED: tl.constexpr,
+    WHOLE_GROUP: tl.constexpr,
+    DECAYS: tl.constexpr,
+    DECAY_MODE: tl.constexpr,
+    DECAY_STEEP: tl.constexpr,
+    ROUNDING: tl.constexpr,
+):
+    """The walk of a chunk's gradient to its weights, or, ``MEASURING``, to the norm: then the chunk's sums are written.
+
+    They are the largest |c| = M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent).
+    """
+    j = tl.program_id(0)
+    t = tl.load(chunks + j * CHUNKS + OF)
+    begin = tl.multiple_of(tl.load(chunks + j * CHUNKS + BEGIN), BLOCK)
+    count = tl.load(chunks + j * CHUNKS + COUNT)
+    if found_inf is not None and not MEASURING:
+        count = tl.where(tl.load(found_inf) == 0, count, 0)  # a step that is skipped has no entries
+    high, low = exponent_of(numbers, EXPONENT)
+
+    # Twice the same code: whole chunks are read and written without a mask, so that 128 bits go at a time.
+    for partial in tl.static_range(2):
+        if (count < BLOCK) == (partial == 1):
+            mask = tl.arange(0, BLOCK) < count if partial else tl.full([BLOCK], True, tl.int1)
+
+            x = tl.load(entries(table, t, GRADIENT, begin, GRADIENT_TYPE, ALIGNED), mask, other=0).to(tl.float32)
+            if unscale is not None:
+                x *= tl.load(unscale).to(tl.float32)
+            if MAXIMIZE:
+                x = -x
+            if AGR:
+                # x times the part that the other entries have in Σ|g|. The sum comes scaled by a power of two and in
+                # two floats, because it is next to nothing more than |x| where one entry dominates.
+                scale, top = tl.load(regularizers + 4 * t), tl.load(regularizers + 4 * t + 1)
+                rest, inverse = tl.load(regularizers + 4 * t + 2), tl.load(regularizers + 4 * t + 3)
+                x *= ((top - tl.abs(x) * scale) + rest) * inverse
+
+            if COUPLED or not MEASURING:
+                weights = entries(table, t, WEIGHT, begin, WEIGHT_TYPE, ALIGNED)
+                w = tl.load(weights, mask, other=0).to(tl.float32)
+                if ROUNDING == KAHAN:
+                    lost = entries(table, t, COMPENSATION, begin, WEIGHT_TYPE, ALIGNED)
+                    w += tl.load(lost, mask, other=0).to(tl.float32)
+                if COUPLED:
+                    x += number(numbers, DECAY) * w
+
+            c = x
+            if MOMENTUM != NONE:
+                states = entries(table, t, STATE, begin, STATE_TYPE, ALIGNED)
+                m = tl.load(states, mask, other=0).to(tl.float32)
+                mu, new = number(numbers, MU), number(numbers, NEW)
+                if MOMENTUM == LION:
+                    c = mu * m + new * x
+                    beta2 = tl.load(numbers + BETA2)
+                    m = beta2.to(tl.float32) * m + (1 - beta2).to(tl.float32) * x
+                else:
+                    fresh = tl.load(table + t * TENSOR + FRESH) != 0  # a heavy ball's first m is the gradient
+                    m = tl.where(fresh, x, mu * m + new * x)
+                    c = m
+                    if NESTEROV:
+                        c = (x if MOMENTUM == HEAVY else new * x) + mu * m
+                if not MEASURING:
+                    tl.store(states, stored(m, STATE_TYPE), mask)
+
+            if MEASURING:
+                a = tl.abs(c)
+                top = tl.minimum(tl.maximum(tl.max(a, 0), TINY), LARGEST)  # off 0 and ∞, for 0/0 and ∞/∞ are NaN
+                r = tl.div_rn(a, tl.broadcast_to(top, [BLOCK]))
+                y = power(r, high, low, MODE)
+                tl.store(sums + 4 * j, top.to(tl.float64))
+                tl.store(sums + 4 * j + 1, tl.sum(r * y, 0).to(tl.float64))
+                if MATCHED:
+                    tl.store(sums + 4 * j + 2, tl.sum(r * r, 0).to(tl.float64))
+                    tl.store(sums + 4 * j + 3, tl.sum(y * y, 0).to(tl.float64))
+            else:
+                if SMOOTHED:
+                    u = c * raised(tl.abs(c) + number(numbers, EPS), high, low)
+                elif SCALED:
+                    known = measured + (0 if WHOLE_GROUP else t) * MEASURED
+                    r = tl.div_rn(tl.abs(c), tl.broadcast_to(number(known, DIVISOR), [BLOCK]))
+                    u = signed(power(r, high, low, MODE), c) * number(known, MULTIPLIER)
+                else:
+                    u = signed(power(tl.abs(c), high, low, MODE), c)
+
+                old = w
+                if DECAYS == DECOUPLED:
+                    w *= number(numbers, SHRINK)
+                w -= number(numbers, REACH) * u
+                if DECAYS == LP:
+                    decay_high, decay_low = exponent_of(numbers, DECAY_EXPONENT)
+                    pull = number(numbers, PULL)
+                    factor = shrunk(tl.abs(old), decay_high, decay_low, pull, DECAY_MODE, DECAY_STEEP)
+                    w *= tl.where(tl.load(chunks + j * CHUNKS + WIDE) != 0, factor, 1.0)
+
+                if ROUNDING == STOCHASTIC:
+                    tl.store(weights, cut_off(w, noise(tl.load(seed), j)), mask)
+                else:
+                    near = stored(w, WEIGHT_TYPE)
+                    tl.store(weights, near, mask)
+                    if ROUNDING == KAHAN:
+                        seen = near.to(tl.float32)
+                        kept = tl.where(tl.abs(seen) < INFINITY, w - seen, 0.0)
+                        tl.store(lost, stored(kept, WEIGHT_TYPE), mask)
+
+
+@triton.jit
+def gradient_sums(table, chunks, unscale, sums, GRADIENT_TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Σ|g| of each chunk, in float64: what is left of it beside a dominant entry must not be rounding."""
+    j = tl.program_id(0)
+    t = tl.load(chunks + j * CHUNKS + OF)
+    begin = tl.multiple_of(tl.load(chunks + j * CHUNKS + BEGIN), BLOCK)
+    count = tl.load(chunks + j * CHUNKS + COUNT)
+    for partial in tl.static_range(2):
+        if (count < BLOCK) == (partial == 1):
+            mask = tl.arange(0, BLOCK) < count if partial else tl.full([BLOCK], True, tl.int1)
+            x = tl.load(entries(table, t, GRADIENT, begin, GRADIENT_TYPE, ALIGNED), mask, other=0).to(tl.float32)
+            if unscale is not None:
+                x *= tl.load(unscale).to(tl.float32)
+            tl.store(sums + j, tl.sum(tl.abs(x).to(tl.float64), 0))
+
+
+@triton.jit
+def regularizer(spans, sums, regularizers):
+    """Of Σ|g| = S of each tensor: a power of two near 1/S, S times it in two floats, and 1 over that.
+
+    Where AGR leaves the tensor alone they are such that its factor is 1.
+    """
+    t = tl.program_id(0)
+    first, many = tl.load(spans + t * SPAN + FIRST), tl.load(spans + t * SPAN + MANY)
+    totals = tl.zeros([SUMMED], tl.float64)
+    for i in range(0, many, SUMMED):
+        k = i + tl.arange(0, SUMMED)
+        totals += tl.load(sums + first + k, k < many, other=0)
+    total = tl.sum(totals, 0)
+    idle = (total == 0) | (tl.load(spans + t * SPAN + SIZE) == 1)
+    e = ((total.to(tl.int64, bitcast=True) >> 52) - 1022).to(tl.int32)
+    e = tl.minimum(tl.maximum(e, -126), 126)  # where a float32 has both the power and its inverse
+    scale = ((127 - e) << 23).to(tl.float32, bitcast=True)
+    total = tl.where(idle, 1.0, total * scale.to(tl.float64))
+    high = total.to(tl.float32)
+    tl.store(regularizers + 4 * t, tl.where(idle, 0.0, scale))
+    tl.store(regularizers + 4 * t + 1, high)
+    tl.store(regularizers + 4 * t + 2, (total - high.to(tl.float64)).to(tl.float32))
+    tl.store(regularizers + 4 * t + 3, (1 / total).to(tl.float32))
+
+
+@triton.jit
+def measure(spans, sums, numbers, measured, MATCHED: tl.constexpr, DUAL_SCALE: tl.constexpr):
+    """The dual norm of each vector and how its direction is made, from the sums of its chunks."""
+    v = tl.program_id(0)
+    first, many = tl.load(spans + v * SPAN + FIRST), tl.load(spans + v * SPAN + MANY)
+    exponent = tl.load(numbers + EXPONENT)
+    q = 1 + exponent
+    tops = tl.full([SUMMED], TINY, tl.float64)
+    for i in range(0, many, SUMMED):
+        k = i + tl.arange(0, SUMMED)
+        tops = tl.maximum(tops, tl.load(sums + 4 * (first + k), k < many, other=TINY))
+    top = tl.max(tops, 0)
+    totals = tl.zeros([SUMMED], tl.float64)
+    squares = tl.zeros([SUMMED], tl.float64)
+    powers = tl.zeros([SUMMED], tl.float64)
+    for i in range(0, many, SUMMED):
+        k = i + tl.arange(0, SUMMED)
+        mine = sums + 4 * (first + k)
+        ratio = tl.load(mine, k < many, other=TINY) / top
+        log = tl.log2(ratio)
+        totals += tl.load(mine + 1, k < many, other=0) * tl.exp2(q * log)
+        if MATCHED:
+            squares += tl.load(mine + 2, k < many, other=0) * ratio * ratio
+            powers += tl.load(mine + 3, k < many, other=0) * tl.exp2(2 * exponent * log)
+    norm = top * tl.exp2(tl.log2(tl.sum(totals, 0)) / q)
+    factor = norm * 0 + 1
+    if DUAL_SCALE:
+        factor = norm
+    if MATCHED:
+        ours = top * tl.sqrt(tl.sum(squares, 0))
+        theirs = tl.exp2(exponent * tl.log2(top / norm)) * tl.sqrt(tl.sum(powers, 0))
+        factor = tl.where(norm == 0, norm, ours / theirs)
+    # A tensor p may be at an end: at ∞ a direction is the signs, whatever the size, and at 2 that of "dual" is c.
+    itself = (exponent == 1) & DUAL_SCALE
+    known = measured + v * MEASURED
+    tl.store(known + DUAL, norm)
+    tl.store(known + FACTOR, factor)
+    tl.store(known + DIVISOR, tl.where((exponent == 0) | itself, 1.0, tl.where(norm < TINY, TINY, norm)))
+    tl.store(known + MULTIPLIER, tl.where(itself, 1.0, factor))
+
+
+def run(
+    flags: Flags,
+    numbers: Numbers,
+    scale: Scale,
+    whole_group: bool,
+    batch: Batch,
+    *,
+    unscale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seed: Tensor | int = 0,
+) -> tuple[Tensor, Tensor] | None:
+    """One step of a batch, in place; where it needs sums, ``‖c‖⋆`` and the factor of D(c) of each tensor, float64 [n].
+
+    Args:
+        flags, numbers: what the plan means.
+        scale: the plan's, where its direction needs sums.
+        whole_group: all tensors are one vector of the norm.
+        batch: the tensors.
+        unscale: what gradients are multiplied by, for a GradScaler; one element on their device.
+        found_inf: where it is not 0, nothing is written; likewise.
+        seed: of stochastic rounding. In a captured graph an int is the same at every replay.
+
+    Raises:
+        RuntimeError: a graph is captured of the first step of these tensors.
+    """
+    device, chunks, n = batch.device, batch.chunks, len(batch.weights)
+    tables = Tables(batch.kept, device)
+    rows = _rows(flags, batch)
+    aligned = not (rows[:, : FRESH.value] & 15).any()
+    table, values = tables.changing("tensors", rows), tables.numbers(numbers)
+    cuts = tables.constant("chunks", chunks.tensor, chunks.start, chunks.count, chunks.wide[chunks.tensor])
+    spans = tables.constant("spans", chunks.first, np.diff(chunks.first, append=len(chunks)), chunks.sizes)
+    if flags.rounding == choices.STOCHASTIC and not isinstance(seed, Tensor):
+        seed = tables.changing("seed", np.array([seed]))
+
+    grid, constants = (len(chunks),), {**constants_of(flags), "WHOLE_GROUP": whole_group, "ALIGNED": aligned, **OPTIONS}
+    regularizers = measured = None
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if flags.agr:
+            sums = torch.empty(len(chunks), dtype=torch.float64, device=device)
+            regularizers = torch.empty(n, 4, dtype=torch.float32, device=device)
+            gradient_sums[grid](table, cuts, unscale, sums, constants["GRADIENT_TYPE"], aligned, **OPTIONS)
+            regularizer[(n,)](spans, sums, regularizers, **OPTIONS)
+        given = table, cuts, values, unscale, found_inf, seed if flags.rounding == choices.STOCHASTIC else None
+        if flags.scaled:
+            if whole_group:
+                spans = tables.constant("group", *(np.array([x]) for x in (0, len(chunks), chunks.before[-1])))
+            sums = torch.empty(len(chunks), 4, dtype=torch.float64, device=device)
+            measured = torch.empty(len(spans), MEASURED.value, dtype=torch.float64, device=device)
+            walk[grid](*given, regularizers, None, sums, MEASURING=True, **constants)
+            measure[(len(spans),)](spans, sums, values, measured, flags.matched, scale == "dual", **OPTIONS)
+        walk[grid](*given, regularizers, measured, None, MEASURING=False, **constants)
+    if measured is None:
+        return None
+    dual, factor = measured[:, : DIVISOR.value].expand(n, -1).unbind(1)
+    return dual, factor
+
+
+def constants_of(flags: Flags) -> dict[str, Any]:
+    """What `walk` is compiled for, but for where the tensors lie and what the walk is for."""
+    return {
+        "WEIGHT_TYPE": TYPES[flags.weight],
+        "GRADIENT_TYPE": TYPES[flags.gradient],
+        "STATE_TYPE": TYPES[flags.state],
+        "MAXIMIZE": flags.maximize,
+        "AGR": flags.agr,
+        "COUPLED": flags.coupled,
+        "MOMENTUM": flags.momentum,
+        "NESTEROV": flags.nesterov,
+        "MODE": flags.mode,
+        "SMOOTHED": flags.smoothed,
+        "SCALED": flags.scaled,
+        "MATCHED": flags.matched,
+        "DECAYS": flags.decay,
+        "DECAY_MODE": flags.decay_mode,
+        "DECAY_STEEP": flags.decay_steep,
+        "ROUNDING": flags.rounding,
+    }
+
+
+def _rows(flags: Flags, batch: Batch) -> Array:
+    """The table of tensors: four addresses each, and whether a heavy ball has just been made."""
+    rows = np.zeros((len(batch.weights), TENSOR.value), dtype=np.int64)
+    rows[:, WEIGHT.value], rows[:, GRADIENT.value] = batch.weights, batch.gradients
+    if batch.states is not None:
+        rows[:, STATE.value] = batch.states
+    if batch.compensations is not None:
+        rows[:, COMPENSATION.value] = batch.compensations
+    if flags.momentum == choices.HEAVY:
+        rows[batch.new, FRESH.value] = 1
+    return rows
+
+
+class Tables:
+    """What a device knows of a batch, kept from step to step."""
+
+    def __init__(self, kept: dict[str, Any], device: torch.device) -> None:
+        self.kept: dict[str, Any] = kept.setdefault(str(device), {})
+        self.device = device
+        self.capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.capturing and not self.kept:
+            raise RuntimeError("the first step makes what later ones keep: take it before capturing a graph")
+
+    def constant(self, name: str, *columns: np.ndarray) -> Tensor:
+        """Columns of integers that never change, side by side."""
+        if name not in self.kept:
+            self.kept[name] = self._sent(np.stack(columns, axis=1).astype(np.int64))
+        return cast(Tensor, self.kept[name])
+
+    def changing(self, name: str, values: np.ndarray) -> Tensor:
+        """Values that may be others at the next step: those are sent to another place then.
+
+        A graph that is captured goes on reading what it read, wherever later steps read.
+        """
+        old, table = self.kept.get(name, (None, None))
+        if old is None or not np.array_equal(old, values, equal_nan=True):
+            table = self._sent(values)
+            self.kept[name] = values, table
+        if self.capturing:
+            self.kept.setdefault("captured", []).append(table)
+        return cast(Tensor, table)
+
+    def numbers(self, numbers: Numbers) -> Tensor:
+        """The numbers; those that are tensors are copied in by the device, at every step and at every replay."""
+        table = self.changing("numbers", np.array([math.nan if isinstance(x, Tensor) else x for x in numbers]))
+        for i, x in enumerate(numbers):
+            if isinstance(x, Tensor):
+                table[i].copy_(x.reshape(()), non_blocking=True)
+        return table
+
+    def _sent(self, values: np.ndarray) -> Tensor:
+        """A copy on the device, on which nothing waits."""
+        if not self.capturing:
+            host = torch.tensor(values)
+            return (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
+        # As arguments of kernels, which a graph holds itself: it would read a host's memory again at every replay.
+        table = torch.zeros(values.shape, dtype=torch.tensor(values).dtype, device=self.device)
+        torch._foreach_add_(list(table.view(-1)), values.ravel().tolist())
+        return table

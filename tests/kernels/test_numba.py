@@ -1,0 +1,389 @@
+"""The fused step on a CPU, against the NumPy oracle and against the engine's for-loop."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+import normopt
+from normopt.engine import BUFFER
+from normopt.kernels.cpu import exponent_of
+from normopt.kernels.numba import raised
+from normopt.kernels.tables import CHUNK, Chunks
+from tests.oracle import Rule, agr, direction
+from tests.test_oracle import FIXED, MOMENTA, PS, REGULARIZERS, SCALES, check, recorded  # noqa: F401 (a fixture)
+
+NAMES = sorted(MOMENTA)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("p", [*(p for p in PS if p > 1), 2.7])
+def test_every_scale_and_p(p, scale, recorded):  # noqa: F811
+    rule = dict(p=p, scale=scale, momentum=0.9, momentum_rule="ema")
+    left_out, total = check(
+        normopt.SteepestDescent, dict(norm="lp", fused=True, **rule), Rule(**rule), recorded, torch.float32
+    )
+    assert left_out < 1e-3 * total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_wears_every_regularizer(name, regularizer, dtype, recorded):  # noqa: F811
+    cls = normopt.get_optimizer(name)
+    fresh = cls([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    settings = {**MOMENTA[name], **REGULARIZERS[regularizer]}
+    rule = Rule(p=FIXED.get(fresh["norm"], fresh["p"]), scale=fresh["scale"], **settings)
+    left_out, total = check(cls, settings | {"fused": True}, rule, recorded, dtype)
+    assert left_out < 1e-3 * total
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(momentum=0.9, momentum_rule="heavy", nesterov=True),
+        dict(momentum=0.9, momentum_rule="heavy", dampening=0.5),
+        dict(momentum=0.9, momentum_rule="ema", nesterov=True),
+        dict(momentum=0.5, momentum_rule="lion", beta2=0.9, maximize=True),
+        dict(weight_decay=0.1, decay="lp", decay_p=1.5),
+        dict(weight_decay=0.1, decay="lp", decay_p=2.0),
+        dict(weight_decay=0.1, decay="lp", decay_p=4.0),
+    ],
+    ids=str,
+)
+def test_momenta_and_decays(settings, recorded):  # noqa: F811
+    for p, scale in ((3.0, "power"), (2.7, "dual"), (math.inf, "matched")):
+        own = dict(p=p, scale=scale, **settings)
+        check(normopt.SteepestDescent, dict(norm="lp", fused=True, **own), Rule(**own), recorded, torch.float32)
+
+
+@pytest.mark.parametrize("p", [1.5, 2.0, 2.7, math.inf])
+def test_eps_and_whole_groups(p, recorded):  # noqa: F811
+    for own in (
+        dict(p=p, scale="power", eps=1e-3),
+        dict(p=p, scale="unit", scope="group", agr=True),
+        dict(p=p, scale="dual", scope="group"),
+    ):
+        check(normopt.SteepestDescent, dict(norm="lp", fused=True, **own), Rule(**own), recorded, torch.float32)
+
+
+SHAPES = [(), (1,), (7,), (3, 0), (0,), (15, 17), (4097,), (3, 4096), (16385,)]
+
+
+def twins(shapes, dtype=torch.float32, lr=0.01, **settings):
+    """The same optimizer twice, fused and for-loop, with equal parameters and gradients."""
+    torch.manual_seed(0)
+    both = []
+    for how in ({"fused": True}, {"foreach": False}):
+        params = [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
+        both.append(normopt.SteepestDescent(params, lr=lr, **how, **settings))
+    align(*both)
+    return both
+
+
+def weights(opt):
+    return opt.param_groups[0]["params"]
+
+
+def align(ours, theirs):
+    """The first gets the weights and the state of the second, and both the same new gradients."""
+    with torch.no_grad():
+        for p, q in zip(weights(ours), weights(theirs), strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad.clone()
+            p.copy_(q)
+            for key, value in theirs.state.get(q, {}).items():
+                ours.state[p][key].copy_(value)
+
+
+def test_odd_sizes_empty_and_scalar_tensors_in_one_group():
+    for settings in (dict(norm="linf", scale="unit"), dict(norm="lp", p=2.7, scale="unit", agr=True)):
+        ours, theirs = twins(SHAPES, momentum=0.9, momentum_rule="ema", **settings)
+        for _ in range(3):
+            before = [q.detach().clone() for q in weights(theirs)]
+            ours.step()
+            theirs.step()
+            for p, q, w in zip(weights(ours), weights(theirs), before, strict=True):
+                size = torch.maximum(w.abs(), (q - w).abs().max() if q.numel() else w.abs())
+                assert ((p - q).abs() <= 2e-6 * size).all()
+            align(ours, theirs)
+
+
+def test_signs_are_bitwise_the_for_loops():
+    ours, theirs = twins(SHAPES, norm="linf", scale="unit", momentum=0.9)
+    for _ in range(3):
+        ours.step()
+        theirs.step()
+        for p, q in zip(weights(ours), weights(theirs), strict=True):
+            assert torch.equal(p, q)
+        align(ours, theirs)
+
+
+def test_bfloat16_differs_by_one_unit_in_the_last_place_at_most():
+    for settings in (dict(norm="l2"), dict(norm="lp", p=2.7, scale="power"), dict(norm="lp", p=3.0, scale="dual")):
+        for state in (None, "float32"):
+            ours, theirs = twins([(513, 9), (5,)], torch.bfloat16, momentum=0.9, state_dtype=state, **settings)
+            for _ in range(3):
+                ours.step()
+                theirs.step()
+                for p, q in zip(weights(ours), weights(theirs), strict=True):
+                    ulps = (p.detach().view(torch.int16).int() - q.detach().view(torch.int16).int()).abs()
+                    assert ulps.max() <= 1
+                    assert (ulps > 0).float().mean() < 0.01
+                align(ours, theirs)
+
+
+def test_kahan_keeps_what_the_weights_lose():
+    both = twins([(300,)], torch.bfloat16, lr=1e-3, norm="linf", scale="unit", rounding="kahan")
+    for opt in both:
+        (p,) = weights(opt)
+        p.data.fill_(1.0)
+        p.grad = torch.ones_like(p)
+        for _ in range(100):
+            opt.step()
+        torch.testing.assert_close(p.detach().float(), torch.full((300,), 0.9), rtol=0.01, atol=0)
+    (p,), (q,) = map(weights, both)
+    assert torch.equal(p, q)
+    assert torch.equal(both[0].state[p]["kahan_compensation"], both[1].state[q]["kahan_compensation"])
+
+
+def test_stochastic_rounding_is_right_on_average_and_reproducible():
+    ends = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        p = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
+        opt = normopt.SignSGD([p], lr=1e-3, rounding="stochastic", fused=True)
+        for _ in range(100):
+            p.grad = torch.ones_like(p)
+            opt.step()
+        ends.append(p.detach().clone())
+    assert torch.equal(*ends)
+    assert ends[0].float().mean().item() == pytest.approx(0.9, rel=1e-3)
+    assert len(ends[0].unique()) > 3
+    p = torch.nn.Parameter(torch.tensor([math.inf, -math.inf, math.nan, 0.0], dtype=torch.bfloat16))
+    p.grad = torch.zeros_like(p)
+    normopt.SGD([p], lr=1.0, rounding="stochastic", fused=True).step()
+    assert torch.equal(p.detach().nan_to_num(7, 8, 9), torch.tensor([8, 9, 7, 0.0], dtype=torch.bfloat16))
+
+
+def test_powers_to_six_parts_in_ten_million_over_the_whole_range():
+    @numba.njit
+    def all_of(x, e):
+        y = np.empty_like(x)
+        for i in range(len(x)):
+            y[i] = raised(x[i], e)
+        return y
+
+    rng = np.random.default_rng(0)
+    x = np.exp2(rng.uniform(-149, 128, 200_000)).astype(np.float32)
+    x = x[np.isfinite(x) & (x > 0)]
+    for exponent in (1 / 1.7, 1 / 7, 0.999, 1e-3, 1.3, 2.9, -0.7):
+        y = all_of(x, exponent_of(exponent)).astype(np.float64)
+        z = x.astype(np.float64) ** exponent
+        inside = (z > 2e-38) & (z < 3e38)
+        assert np.abs(y / z - 1)[inside].max() < 6e-7
+        assert np.all(y[z > 4e38] == np.inf)
+        assert np.all(y[z < 1e-38] == 0)
+    ends = all_of(np.array([0, np.inf, np.nan, 1], np.float32), exponent_of(0.6))
+    np.testing.assert_allclose(ends, [0, np.inf, np.nan, 1], rtol=6e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("scale", SCALES)
+def test_nan_and_infinity_are_not_hidden_and_do_not_spread_to_other_tensors(scale, bad):
+    ours, theirs = twins([(50,), (60, 2)], norm="lp", p=2.7, scale=scale)
+    for opt in (ours, theirs):
+        weights(opt)[0].grad[7] = bad
+        opt.step()
+    for p, q in zip(weights(ours), weights(theirs), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert not weights(ours)[0].isfinite().all()
+    assert weights(ours)[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "magnitude"),
+    [*((s, m) for s in ("unit", "power") for m in (1e-39, 1e-30, 1e30)), ("power", 1e-44)],
+)
+def test_tiny_huge_and_denormal_gradients(scale, magnitude):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(5000))
+    p.grad = (torch.randn(5000).double() * magnitude).float()
+    normopt.SteepestDescent([p], lr=1.0, norm="lp", p=2.7, scale=scale, fused=True).step()
+    (u,) = direction([p.grad.double().numpy()], 2.7, scale)
+    np.testing.assert_allclose(-p.detach().double().numpy(), u, rtol=2e-6, atol=0)
+
+
+def test_agr_of_a_dominant_entry_does_not_cancel():
+    for others in (1e-3, 1e-6, 1e-10):
+        g = torch.full((9000,), others / 9000)
+        g[4321] = 1.0
+        p = torch.nn.Parameter(torch.zeros(9000))
+        p.grad = g
+        normopt.SGD([p], lr=1.0, agr=True, fused=True).step()
+        np.testing.assert_allclose(-p.detach().double().numpy(), agr(g.double().numpy()), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(6, 8).t(),
+        lambda: torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last),
+        lambda: torch.randn(40)[::2],
+    ],
+)
+def test_tensors_that_do_not_lie_contiguously(make):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(make())
+    q = torch.nn.Parameter(p.detach().clone())
+    ours = normopt.LPSGDM([p], lr=0.1, p=3.0, fused=True)
+    theirs = normopt.LPSGDM([q], lr=0.1, p=3.0, foreach=False)
+    for _ in range(3):
+        q.grad = make()
+        p.grad = q.grad.clone(memory_format=torch.contiguous_format)
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+def test_bit_identical_from_run_to_run_and_with_any_number_of_threads():
+    threads = torch.get_num_threads()
+    ends = []
+    try:
+        for n in (1, 2, 3, 2):
+            torch.set_num_threads(n)
+            torch.manual_seed(0)
+            params = [torch.nn.Parameter(torch.randn(s)) for s in [(300, 700), (12345,), (5,)]]
+            opt = normopt.SteepestDescent(
+                params, lr=0.1, norm="lp", p=2.7, scale="matched", momentum=0.9, agr=True, fused=True
+            )
+            for _ in range(4):
+                for p in params:
+                    p.grad = torch.randn_like(p)
+                opt.step()
+            ends.append(torch.cat([p.detach().flatten() for p in params]))
+    finally:
+        torch.set_num_threads(threads)
+    for end in ends[1:]:
+        assert torch.equal(end, ends[0])
+
+
+@pytest.mark.parametrize("scale", ["unit", "dual", "matched"])
+def test_norm_pairs_are_the_for_loops(scale):
+    ours, theirs = twins([(30, 20), (7,)], norm="lp", p=2.7, scale=scale, radius=3.0)
+    ours.step()
+    theirs.step()
+    (a,), (b,) = ours.norm_pairs(), theirs.norm_pairs()
+    assert float(a.dual) == pytest.approx(float(b.dual), rel=1e-5)
+    assert float(a.update) == pytest.approx(float(b.update), rel=1e-5)
+
+
+def test_state_is_saved_loaded_and_copied():
+    ours, theirs = twins([(30, 20), (7,)], norm="lp", p=3.0, scale="power", momentum=0.9, momentum_rule="ema")
+    ours.step()
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    theirs.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        for p, q in zip(weights(ours), weights(theirs), strict=True):
+            q.copy_(p)
+    copied = copy.deepcopy(ours)
+    for opt in (ours, theirs, copied):
+        for p in weights(opt):
+            p.grad = torch.ones_like(p)
+        opt.step()
+        opt.step()
+    for p, q, r in zip(weights(ours), weights(theirs), weights(copied), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+        assert torch.equal(ours.state[p][BUFFER], copied.state[r][BUFFER])
+
+
+def test_schedules_and_tensors_as_numbers():
+    ours, theirs = twins([(40, 30)], norm="lp", p=8.0, scale="power", momentum=0.9)
+    theirs.param_groups[0]["lr"] = 0.02
+    ours.param_groups[0] |= {"lr": torch.tensor(0.02), "p": torch.tensor(8.0)}
+    schedules = [normopt.schedules.CosineP(opt, total_steps=4) for opt in (ours, theirs)]
+    for _ in range(5):
+        ours.step()
+        theirs.step()
+        for schedule in schedules:
+            schedule.step()
+        (p,), (q,) = weights(ours), weights(theirs)
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
+        align(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(norm="spectral", scale="unit"), "does not work entry by entry"),
+        (dict(norm="l1", scale="unit"), "at p = 1 a single entry"),
+        (dict(differentiable=True), "no derivative"),
+        (dict(foreach=True), "two ways of running a step"),
+        (dict(state_dtype="float64"), "momentum in float32, bfloat16"),
+    ],
+)
+def test_what_cannot_be_fused_says_why(settings, message):
+    with pytest.raises(ValueError, match=message):
+        normopt.SteepestDescent([torch.nn.Parameter(torch.zeros(2, 2))], fused=True, **settings)
+
+
+def test_parameters_that_cannot_be_fused_say_why():
+    with pytest.raises(ValueError, match="some are float64"):
+        normopt.SGD([torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))], fused=True)
+    with pytest.raises(ValueError, match="no kernels for meta"):
+        normopt.SGD([torch.nn.Parameter(torch.zeros(2, device="meta"))], fused=True)
+    p = [torch.nn.Parameter(torch.zeros(2, 2))]
+    with pytest.raises(TypeError, match="fused must be True or False"):
+        normopt.SGD(p, fused=1)
+    assert "on fused (fused=True)" in normopt.SGD(p, fused=True).backend()
+    assert "on for-loop (the default on cpu)" in normopt.SGD(p).backend()
+    assert "on for-loop (foreach=False)" in normopt.SGD(p, foreach=False).backend()
+
+
+def test_without_numba_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setattr("normopt.kernels.support._installed", lambda package: False)
+    with pytest.raises(ValueError, match=r'numba is not installed, which the extra "cpu" brings'):
+        normopt.SGD([torch.nn.Parameter(torch.zeros(2))], fused=True)
+
+
+def test_chunks_cover_every_entry_once():
+    shapes = [torch.Size(s) for s in ((1,), (CHUNK,), (CHUNK + 1,), (3, 5000))]
+    chunks = Chunks(shapes)
+    for t, shape in enumerate(shapes):
+        own = chunks.tensor == t
+        assert chunks.count[own].sum() == shape.numel()
+        assert chunks.first[t] == np.flatnonzero(own)[0]
+        assert (chunks.start[own] == np.arange(own.sum()) * CHUNK).all()
+    for parts in (1, 2, 3, 100):
+        assert [i for a, b in chunks.shared(parts) for i in range(a, b)] == list(range(len(chunks)))
+
+
+def test_kernels_come_from_the_cache_in_another_process(tmp_path: Path):
+    code = (
+        "import torch, normopt\n"
+        "p = torch.nn.Parameter(torch.ones(100, 100)); p.grad = torch.ones_like(p)\n"
+        "normopt.LPSGDM([p], p=2.7, scale='dual', agr=True, fused=True).step()\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DEBUG_CACHE": "1"}
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+        for _ in range(2)
+    )
+    assert first.count("data saved") >= 3
+    assert "data saved" not in second
+    assert second.count("data loaded") >= 3

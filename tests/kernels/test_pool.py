@@ -1,0 +1,129 @@
+"""Fused steps beside others in the process: threads, forked workers, a GradScaler."""
+
+from __future__ import annotations
+
+import math
+import threading
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import normopt
+from normopt.engine import BUFFER
+from normopt.kernels import pool
+from normopt.kernels.tables import Chunks
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(out: dict[int, torch.Tensor], name: int) -> None:
+    params = [torch.nn.Parameter(torch.ones(300, 300)) for _ in range(3)]
+    opt = normopt.SteepestDescent(params, lr=0.01, norm="lp", p=2.7, scale="dual", momentum=0.9, fused=True)
+    for i in range(20):
+        for p in params:
+            p.grad = torch.full_like(p, 0.1 * (i + 1))
+        opt.step()
+    out[name] = params[0].detach().clone()
+
+
+def test_several_threads_step_at_once(two_threads):
+    out: dict[int, torch.Tensor] = {}
+    workers = [threading.Thread(target=train, args=(out, i)) for i in range(4)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join(120)
+    assert sorted(out) == [0, 1, 2, 3]
+    assert all(torch.equal(out[i], out[0]) for i in range(4))
+
+
+class Stepping(torch.utils.data.Dataset):
+    """A data set whose every item takes a fused step: the worst that a forked worker can do."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        p = torch.nn.Parameter(torch.ones(400, 400))
+        p.grad = torch.ones_like(p)
+        with mock.patch.object(torch, "get_num_threads", return_value=2):  # a loader's worker has one
+            normopt.SteepestDescent([p], lr=0.5, norm="linf", scale="unit", fused=True).step()
+        return p.detach()[0, :2].clone()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_forked_data_loaders(two_threads):
+    p = torch.nn.Parameter(torch.ones(400, 400))
+    opt = normopt.SteepestDescent([p], lr=0.5, norm="linf", scale="unit", fused=True)
+    loader = torch.utils.data.DataLoader(Stepping(), num_workers=2, multiprocessing_context="fork", timeout=60)
+    for _ in range(2):  # by the second time the pool has threads here
+        for item in loader:
+            p.grad = torch.ones_like(p)
+            opt.step()
+            assert torch.equal(item, torch.full((1, 2), 0.5))
+
+
+def test_an_error_in_a_thread_is_raised_here_and_the_pool_goes_on(two_threads):
+    chunks = Chunks([torch.Size([pool.ALONE * 2])])
+
+    def fails(begin, end):
+        if begin:
+            raise RuntimeError("as told")
+
+    with pytest.raises(RuntimeError, match="as told"):
+        pool.share_out(fails, chunks)
+    seen = np.zeros(len(chunks), bool)
+
+    def marks(begin, end):
+        seen[begin:end] = True
+
+    pool.share_out(marks, chunks)
+    assert seen.all()
+
+
+def test_a_gradscaler_lets_the_step_unscale_and_skip_itself():
+    p, q = (torch.nn.Parameter(torch.ones(10, 10)) for _ in range(2))
+    opt = normopt.LPSGDM([p], lr=0.1, p=3.0, agr=True, fused=True)
+    plain = normopt.LPSGDM([q], lr=0.1, p=3.0, agr=True)
+    assert opt._step_supports_amp_scaling
+    assert not plain._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    torch.manual_seed(0)
+    x = torch.randn(10)
+    scaler.scale((p @ x).square().sum()).backward()
+    (q @ x).square().sum().backward()
+    scaler.step(opt)
+    scaler.update()
+    plain.step()
+    torch.testing.assert_close(p, q)
+    before, momentum = p.detach().clone(), opt.state[p][BUFFER].clone()
+    p.grad = torch.full_like(p, math.inf)
+    scaler.step(opt)
+    scaler.update()
+    assert torch.equal(p, before)
+    assert torch.equal(opt.state[p][BUFFER], momentum)
+    assert scaler.get_scale() == 512
+
+
+def test_a_skipped_first_step_is_no_step():
+    """With dampening the momentum's first value is another, so there GradScaler itself has to skip."""
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = normopt.SGD([p], lr=0.1, momentum=0.9, dampening=0.5, fused=True)
+    assert not opt._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    p.grad = torch.full_like(p, math.inf)
+    scaler.scale(torch.zeros(()))
+    scaler.step(opt)
+    scaler.update()
+    assert not opt.state
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert torch.equal(opt.state[p][BUFFER], torch.ones(4))

@@ -1,0 +1,113 @@
+"""The Triton kernels: their results, in triton_cases.py, and what they are compiled to, for which no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is for Linux")
+
+CASES = Path(__file__).with_name("triton_cases.py")
+# Only a 16-byte load or store moves 128 bits at once.
+VECTOR = re.compile(r"\b(ld|st)\.global(?:\.\w+)*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b16)")
+POINTERS = dict(table="*i64", chunks="*i64", numbers="*fp64", unscale="*fp32", found_inf="*fp32", seed="*i64")
+POINTERS |= dict(regularizers="*fp32", measured="*fp64", sums="*fp64", spans="*i64")
+
+
+@pytest.mark.parametrize("half", ["-k every_momentum or launches", "-k not (every_momentum or launches)"])
+def test_results(half):
+    """In a process of their own: triton has to be imported as an interpreter, or not."""
+    interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES), half]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYTEST_"))} | interpret
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[2])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def compile_kernel(tmp_path_factory):
+    """Compile a kernel for a GPU that is not there; returns its PTX."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("triton is an interpreter here")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from normopt.kernels.triton import OPTIONS
+
+    def ptx(kernel, capability, absent=(), **constants):
+        names = kernel.arg_names
+        constants = constants | dict.fromkeys(absent)
+        signature = {n: "constexpr" if n in constants else POINTERS[n] for n in names}
+        source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()})
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=OPTIONS).asm["ptx"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield ptx
+
+
+def flags(dtype=torch.float32, **changes):
+    from normopt.kernels.flags import GENERAL, LINEAR, NEAREST, NONE, SIGN, Flags
+
+    mode = {"sign": SIGN, "linear": LINEAR, "general": GENERAL}[changes.pop("mode", "linear")]
+    plain = dict.fromkeys(Flags._fields, False) | dict(momentum=NONE, decay=NONE, decay_mode=LINEAR, rounding=NEAREST)
+    return Flags(**(plain | dict(mode=mode, weight=dtype, gradient=dtype, state=dtype) | changes))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["sign", "general"])
+@pytest.mark.parametrize("momentum", [False, True])
+def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, momentum, dtype, capability, compile_kernel):
+    from normopt.kernels.flags import EMA, NONE
+    from normopt.kernels.tables import CHUNK
+    from normopt.kernels.triton import OPTIONS, constants_of, walk
+
+    absent = ("unscale", "found_inf", "seed", "regularizers", "measured", "sums")
+    constants = constants_of(flags(dtype, mode=mode, momentum=EMA if momentum else NONE))
+    found = {}
+    for aligned in (True, False):
+        text = compile_kernel(
+            walk, capability, absent, **constants, MEASURING=False, WHOLE_GROUP=False, ALIGNED=aligned
+        )
+        assert not re.search(r"\b(atom|red)\.", text)
+        found[aligned] = [VECTOR.findall(text).count(way) for way in ("ld", "st")]
+    entries = CHUNK // (32 * OPTIONS["num_warps"])  # of each thread
+    vectors = entries * dtype.itemsize // 16
+    assert found == {True: [(3 if momentum else 2) * vectors, (2 if momentum else 1) * vectors], False: [0, 0]}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_everything_compiles_without_atomics(capability, compile_kernel):
+    from normopt.kernels import flags as f
+    from normopt.kernels import triton as kernels
+
+    low = dict(weight=torch.bfloat16, gradient=torch.bfloat16, state=torch.float32)
+    scaled = dict(mode="general", scaled=True, matched=True, agr=True, coupled=True, maximize=True)
+    heavy = dict(momentum=f.HEAVY, nesterov=True)
+    for changes, absent in (
+        (scaled | heavy, ()),
+        (dict(mode="general", smoothed=True, momentum=f.LION, decay=f.LP, decay_mode=f.GENERAL), ("seed", "measured")),
+        (low | dict(rounding=f.STOCHASTIC, decay=f.DECOUPLED), ("unscale",)),
+        (low | heavy | dict(rounding=f.KAHAN, decay=f.LP, decay_mode=f.LINEAR, decay_steep=True), ("found_inf",)),
+        (dict.fromkeys(("weight", "gradient", "state"), torch.float16) | heavy, ()),
+    ):
+        constants = kernels.constants_of(flags(**changes)) | dict(WHOLE_GROUP=False, ALIGNED=True)
+        for measuring in {False, constants["SCALED"]}:
+            text = compile_kernel(kernels.walk, capability, absent, **constants, MEASURING=measuring)
+            assert not re.search(r"\b(atom|red)\.", text)
+            assert VECTOR.search(text)
+    for kernel, constants in (
+        (kernels.gradient_sums, dict(GRADIENT_TYPE=kernels.TYPES[torch.float32], ALIGNED=True)),
+        (kernels.regularizer, {}),
+        (kernels.measure, dict(MATCHED=True, DUAL_SCALE=False)),
+    ):
+        assert not re.search(r"\b(atom|red)\.", compile_kernel(kernel, capability, **constants))

@@ -1,0 +1,500 @@
+"""What test_triton.py asks of the Triton kernels, in a process of its own: on CUDA, else by Triton's interpreter.
+
+Step by step from the oracle's own state, as in test_oracle.py, and for its reasons.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+import normopt
+from normopt.kernels import triton as kernels
+from normopt.kernels.flags import flags_of, numbers_of
+from normopt.kernels.tables import CHUNK, Batch, Chunks
+from normopt.plan import make_plan
+from tests.oracle import Rule, agr, lp_decay_factor, lp_dual_norm
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what the interpreter computes
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+SHAPES = [(), (1,), (13, 7), (CHUNK + 3,)]
+MOMENTA = {
+    "none": dict(),
+    "heavy": dict(momentum=0.9, momentum_rule="heavy"),
+    "dampened": dict(momentum=0.9, momentum_rule="heavy", dampening=0.5),
+    "nesterov": dict(momentum=0.9, momentum_rule="heavy", nesterov=True),
+    "ema": dict(momentum=0.9, momentum_rule="ema"),
+    "ema nesterov": dict(momentum=0.9, momentum_rule="ema", nesterov=True),
+    "lion": dict(momentum=0.9, momentum_rule="lion", beta2=0.99),
+}
+REGULARIZERS = {
+    "plain": dict(),
+    "maximize": dict(maximize=True),
+    "agr": dict(agr=True),
+    "coupled": dict(weight_decay=0.03, decay="coupled"),
+    "decoupled": dict(weight_decay=0.3, decay="decoupled"),
+    "lp0.8": dict(weight_decay=0.03, decay="lp", decay_p=0.8),
+    "lp1": dict(weight_decay=0.03, decay="lp", decay_p=1.0),
+    "lp1.5": dict(weight_decay=0.03, decay="lp", decay_p=1.5),
+    "lp2": dict(weight_decay=0.3, decay="lp", decay_p=2.0),
+    "lp3": dict(weight_decay=0.3, decay="lp", decay_p=3.0),
+    "lp4": dict(weight_decay=0.3, decay="lp", decay_p=4.0),
+    "all": dict(agr=True, maximize=True, weight_decay=0.03, decay="coupled"),
+}
+WAYS = [(p, "power") for p in (1.5, 2.0, 2.5, 3.0, 8.0, math.inf)]
+WAYS += [(p, "unit") for p in (1.2, 1.5, 2.0, 3.0, 8.0)]
+WAYS += [(p, "dual") for p in (1.5, 3.0, 8.0, math.inf)]
+WAYS += [(p, "matched") for p in (1.5, 3.0, 8.0, math.inf)]
+
+
+class Stepped:
+    """Parameters stepped by the kernels, laid out as the fused step does it."""
+
+    def __init__(self, ws, dtype=torch.float32, *, gradient=None, state=None, offset=0, **settings):
+        self.settings = settings
+        self.offset = offset
+        self.gradient, self.state = gradient or dtype, state or dtype
+        self.weights = [self.placed(w, dtype) for w in ws]
+        self.momenta = self.lost = None
+        self.kept = {}
+
+    def placed(self, x, dtype):
+        """On the device, ``offset`` entries after an address that is a multiple of 16."""
+        x = torch.as_tensor(x, device=DEVICE).to(dtype)
+        room = torch.empty(x.numel() + self.offset, dtype=dtype, device=DEVICE)[self.offset :]
+        return room.copy_(x.reshape(-1)).view(x.shape)
+
+    def step(self, gs, ms=None, **given):
+        """One step; ms are the momenta to start from, None those of the step before."""
+        optimizer = normopt.SteepestDescent(self.weights, foreach=False, norm="lp", **self.settings)
+        plan = make_plan(optimizer.param_groups[0], self.weights)
+        fresh = [self.momenta is None] * len(gs)
+        if plan.momentum and self.momenta is None:
+            self.momenta = [self.placed(torch.zeros(w.shape), self.state) for w in self.weights]
+        if ms is not None and ms[0] is not None:
+            self.momenta, fresh = [self.placed(m, self.state) for m in ms], [False] * len(gs)
+        if plan.rounding == "kahan" and self.lost is None:
+            self.lost = [torch.zeros_like(w) for w in self.weights]
+        gs = [self.placed(g, self.gradient) for g in gs]
+        chunks = self.kept.setdefault("cut", Chunks([w.shape for w in self.weights]))
+        at = (xs and np.array([x.data_ptr() for x in xs]) for xs in (self.weights, gs, self.momenta, self.lost))
+        new = [i for i, made in enumerate(fresh) if made]
+        batch = Batch(chunks, self.weights[0].device, *at, new, self.kept)
+        flags = flags_of(plan, self.weights[0].dtype, self.gradient, self.state)
+        return kernels.run(flags, numbers_of(plan), plan.scale, plan.scope == "group", batch, **given)
+
+
+def numbers(x):
+    return x.detach().cpu().double().numpy()
+
+
+def given_as(xs, dtype):
+    return [None if x is None else numbers(torch.as_tensor(x).to(dtype)) for x in xs]
+
+
+def data(shapes, seed=0):
+    """Weights and a gradient a step, of sizes over several decades."""
+    rng = np.random.default_rng(seed)
+
+    def draw(scale):
+        return [scale * rng.standard_normal(s) * np.exp2(rng.integers(-6, 3, s)) for s in shapes]
+
+    return draw(0.3), [draw(0.1) for _ in range(3)]
+
+
+def check(
+    shapes=SHAPES, dtype=torch.float32, *, gradient=None, state=None, offset=0, lr=1e-2, rounding=None, **settings
+):
+    """Three steps, each from the oracle's state; the largest error relative to max(|w|, η|u|).
+
+    Where c is what is left of larger numbers, it has their roundings, and u may be off by as much: the more it has lost
+    beyond a tenth, the more is allowed.
+    """
+    ws, steps = data(shapes)
+    rule = Rule(lr=lr, **settings)
+    kinds = dtype, gradient or dtype, state or dtype
+    more = {} if rounding is None else {"rounding": rounding}
+    ws, ms, worst = given_as(ws, dtype), [None] * len(ws), 0.0
+    for gs in steps:
+        ws, gs, ms = (given_as(x, d) for x, d in zip((ws, gs, ms), kinds, strict=True))
+        run = Stepped(ws, dtype, gradient=gradient, state=state, offset=offset, lr=lr, **settings, **more)
+        measured = run.step(gs, ms)
+        new_ws, new_ms = rule.step(ws, gs, ms)
+        for i, (p, w, new_w) in enumerate(zip(run.weights, ws, new_ws, strict=True)):
+            m = np.zeros_like(gs[i]) if ms[i] is None else ms[i]
+            parts = (
+                rule.momentum * np.abs(m) + np.abs(gs[i]) + rule.weight_decay * (rule.decay == "coupled") * np.abs(w)
+            )
+            sure = np.abs(rule.c[i]) >= 1e-5 * parts
+            lost = np.maximum(0.1 * parts / np.maximum(np.abs(rule.c[i]), 1e-30), 1)
+            size = np.maximum(np.maximum(np.abs(w), lr * rule.radius * np.abs(rule.u[i]) * lost), 1e-30)
+            error = np.where(sure, np.abs(numbers(p) - new_w) / size, 0).max()
+            assert error <= TOLERANCE[dtype], (i, error)
+            assert sure.mean() > 0.99
+            worst = max(worst, error)
+            if new_ms[i] is not None:
+                largest = rule.momentum * np.abs(m) + np.abs(gs[i]) + np.abs(w)
+                assert np.all(np.abs(numbers(run.momenta[i]) - new_ms[i]) <= TOLERANCE[kinds[2]] * largest)
+        if measured is not None:
+            whole = [np.concatenate([c.ravel() for c in rule.c])] * len(ws)
+            duals = [lp_dual_norm(c, rule.p) for c in (whole if rule.scope == "group" else rule.c)]
+            np.testing.assert_allclose(numbers(measured[0]), np.array(duals, dtype=float), rtol=1e-6)
+        ws, ms = new_ws, new_ms
+    return worst
+
+
+@pytest.mark.parametrize(("p", "scale"), WAYS)
+@pytest.mark.parametrize("momentum", ["none", "ema"])
+def test_every_way_of_a_direction(p, scale, momentum):
+    assert check(p=p, scale=scale, **MOMENTA[momentum]) > 0
+
+
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_every_momentum_with_every_regularizer(momentum, regularizer):
+    shapes = [(), (1,), (5, 9)]
+    for p, scale in [(2.0, "power"), (3.0, "dual")]:
+        check(shapes, p=p, scale=scale, **MOMENTA[momentum], **REGULARIZERS[regularizer])
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product(TOLERANCE, repeat=2)), ids=str)
+def test_every_dtype(kinds):
+    weight, state = kinds
+    for settings in (
+        dict(p=3.0, scale="power", weight_decay=0.1, decay="coupled"),
+        dict(p=8.0, scale="unit", agr=True, **MOMENTA["heavy"]),
+    ):
+        check([(3, 5), (CHUNK + 1,)], weight, state=state, **settings)
+    check([(3, 5)], weight, gradient=torch.float32, p=2.0, scale="power", **MOMENTA["ema"])
+
+
+def test_the_radius_and_eps():
+    check(p=3.0, scale="dual", radius=0.3, weight_decay=0.3)
+    for p in (1.5, 2.0, 3.0, math.inf):
+        check(p=p, scale="power", eps=1e-3)
+
+
+def test_many_chunks_odd_ends_and_unaligned_tensors():
+    shapes = [(2, CHUNK), (CHUNK - 1,), (1, 1, 2 * CHUNK + 5), ()]
+    for dtype, offset in itertools.product([torch.float32, torch.bfloat16], [0, 1]):
+        settings = dict(p=8.0, scale="unit", agr=True, weight_decay=0.1, decay="lp", **MOMENTA["ema"])
+        check(shapes, dtype, offset=offset, **settings)
+
+
+@pytest.mark.parametrize("p", [1.5, 2.0, 3.0, 8.0, math.inf])
+@pytest.mark.parametrize("scale", ["unit", "dual"])
+def test_a_norm_over_the_group(scale, p):
+    check([(3, 5), (), (CHUNK + 2,)], p=p, scale=scale, scope="group", **MOMENTA["ema"])
+
+
+@pytest.mark.parametrize("p", [1.2, 1.7, 2.3, 5.0, 64.0])
+def test_the_power_map_from_denormals_to_the_largest(p):
+    """From w = 0 with lr 1 the new weight IS −u."""
+    g = np.float32(
+        [1e-45, 3e-42, 1e-30, 1e-10, 0.1, 0.7071, 0.7072, 1 - 6e-8, 1, 1 + 2e-7, 3, 1e5, 1e20, 3.4e38, 0, -2]
+    )
+    g = np.concatenate([g, np.random.default_rng(0).lognormal(0, 20, 4000).clip(1e-37, 1e37).astype(np.float32)])
+    run = Stepped([np.zeros(g.shape)], lr=1.0, p=p, scale="power")
+    run.step([g])
+    u = np.sign(g) * np.abs(g).astype(np.longdouble) ** (np.longdouble(1) / np.longdouble(p - 1))
+    inside = (np.abs(u) < 3e38) & (np.abs(u) > 1.2e-38)
+    found = -numbers(run.weights[0])
+    np.testing.assert_allclose(found[inside], u[inside].astype(float), rtol=2e-7 if p >= 2 else 5e-7)
+    assert np.all(np.isinf(found[np.abs(u) > 3.5e38]))
+    assert np.all(np.abs(found[np.abs(u) < 1e-38]) < 1.2e-38)
+
+
+def test_signs_are_those_of_the_for_loop_bit_by_bit():
+    w, (g, *_) = data([(CHUNK + 5,), (3, 3)])
+    g[0][:4] = 0, math.nan, math.inf, -0.0
+    for settings in (dict(), dict(maximize=True)):
+        run = Stepped(w, lr=0.3, p=math.inf, scale="power", **settings)
+        run.step(g)
+        params = [torch.nn.Parameter(torch.tensor(x).float()) for x in w]
+        for p, x in zip(params, g, strict=True):
+            p.grad = torch.tensor(x).float()
+        normopt.SteepestDescent(params, lr=0.3, norm="linf", scale="power", foreach=False, **settings).step()
+        for x, p in zip(run.weights, params, strict=True):
+            assert torch.equal(x.cpu().nan_to_num(7.0), p.detach().nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("scale", ["power", "unit", "dual", "matched"])
+@pytest.mark.parametrize("p", [1.5, 2.0, 3.0, 8.0, math.inf])
+def test_a_tensor_p_and_lr_and_decay(p, scale):
+    """The same step as with floats, up to roundoff; but for that of "matched", bit by bit where p is 2 or ∞."""
+    ws, (g, *_) = data([(3, 50), (), (CHUNK + 1,)])
+    floats = dict(lr=0.125, weight_decay=0.25, p=p)
+    for dtype in (torch.float32, torch.float64):
+        tensors = {k: torch.tensor([v], device=DEVICE, dtype=dtype) for k, v in floats.items()}
+        one, other = Stepped(ws, scale=scale, **floats), Stepped(ws, scale=scale, **tensors)
+        one.step(g)
+        other.step(g)
+        for a, b, w in zip(one.weights, other.weights, ws, strict=True):
+            if (p == math.inf and scale != "matched") or (p == 2 and scale in ("power", "dual")):
+                assert torch.equal(a, b)
+            w, a, b = 0.97 * w, numbers(a), numbers(b)
+            assert np.all(np.abs(a - b) <= 2e-6 * np.maximum(np.abs(w), np.abs(a - w)))
+
+
+def test_a_p_that_is_nan_is_not_hidden():
+    for scale in ("power", "unit"):
+        run = Stepped([np.ones(5)], lr=0.1, p=torch.tensor(math.nan, device=DEVICE), scale=scale)
+        run.step([np.ones(5)])
+        assert run.weights[0].isnan().all()
+
+
+def test_a_changed_number_recompiles_nothing_and_is_heeded():
+    w, (g, *_) = data([(5,)])
+    run = Stepped(w, p=3.0, scale="power", lr=0.5)
+    run.step(g)
+    between = [x.clone() for x in run.weights]
+    run.settings["lr"] = 0.0
+    run.step(g)
+    assert all(map(torch.equal, between, run.weights))
+    if DEVICE == "cuda":
+        compiled = len(kernels.walk.device_caches[torch.cuda.current_device()][0])
+        for lr in (0.1, 1, 0.3):
+            run.settings["lr"] = lr
+            run.step(g)
+        assert len(kernels.walk.device_caches[torch.cuda.current_device()][0]) == compiled
+
+
+def test_found_inf_writes_nothing_and_unscale_multiplies():
+    w, (g, *_) = data([(4, 4), (CHUNK + 3,)])
+    for settings in (
+        dict(p=2.0, scale="power", **MOMENTA["heavy"]),
+        dict(p=3.0, scale="dual", agr=True, weight_decay=0.1, **MOMENTA["ema"]),
+    ):
+        for dtype, rounding in ((torch.float32, "nearest"), (torch.bfloat16, "kahan")):
+            plain, scaled = (Stepped(w, dtype, lr=0.1, rounding=rounding, **settings) for _ in range(2))
+            plain.step(g)
+            zero, half = torch.zeros(1, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+            scaled.step([2 * x for x in g], found_inf=zero, unscale=half)
+            for a, b in ((plain.weights, scaled.weights), (plain.momenta, scaled.momenta), (plain.lost, scaled.lost)):
+                assert all(map(torch.equal, a or (), b or ()))
+            kept = [x.clone() for x in (*scaled.weights, *scaled.momenta, *(scaled.lost or ()))]
+            g[0][0, 0] = math.inf
+            scaled.step(g, found_inf=torch.ones((), device=DEVICE), unscale=half)
+            assert all(map(torch.equal, kept, (*scaled.weights, *scaled.momenta, *(scaled.lost or ()))))
+            g[0][0, 0] = 1.0
+
+
+@pytest.mark.parametrize(("p", "scale"), [(2.0, "power"), (3.0, "unit"), (8.0, "dual"), (math.inf, "matched")])
+def test_zero_nan_and_infinity(p, scale):
+    w, _ = data([(2, 3), (CHUNK + 2,), ()])
+    zeros = [np.zeros(x.shape) for x in w]
+    for settings in (dict(), dict(agr=True), dict(p=torch.tensor(p, device=DEVICE))):
+        run = Stepped(w, lr=0.1, scale=scale, **{"p": p, **settings})
+        before = [x.clone() for x in run.weights]
+        run.step(zeros)
+        assert all(map(torch.equal, before, run.weights))
+        for bad in (math.nan, math.inf):
+            run = Stepped(w, lr=0.1, scale=scale, **{"p": p, **settings})
+            g = [np.ones(x.shape) for x in w]
+            g[1][CHUNK] = bad
+            run.step(g)
+            assert not run.weights[1][CHUNK].isfinite()
+            assert run.weights[0].isfinite().all()
+            if math.isnan(bad) and scale != "power":
+                assert run.weights[1].isnan().all()
+
+
+def test_a_weight_of_zero_under_every_lp_decay():
+    for p in (0.8, 1.0, 2.0, 3.0):
+        run = Stepped([np.zeros((2, 2))], lr=0.1, p=2.0, scale="power", weight_decay=0.5, decay="lp", decay_p=p)
+        with pytest.warns(UserWarning, match="zero") if p < 2 else nullcontext():
+            run.step([np.ones((2, 2))])
+        expected = -0.1 * lp_decay_factor(np.zeros((2, 2)), p, 0.05)
+        np.testing.assert_allclose(numbers(run.weights[0]), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_agr_where_one_entry_dominates(size):
+    g = np.full(CHUNK + 7, 1e-4)
+    g[5] = 1e4
+    g = numbers(torch.tensor(g * size).float())
+    run = Stepped([np.zeros(g.shape)], lr=1.0, p=2.0, scale="power", agr=True)
+    run.step([g])
+    np.testing.assert_allclose(-numbers(run.weights[0]), agr(g), rtol=1e-6)
+    alone = np.zeros(5)
+    alone[2] = size
+    for x, left in ((alone, 0 * alone), (np.full(1, size), np.full(1, size))):
+        run = Stepped([np.zeros(x.shape)], lr=1.0, p=2.0, scale="power", agr=True)
+        run.step([x])
+        np.testing.assert_allclose(-numbers(run.weights[0]), left, rtol=1e-6)
+
+
+def test_norms_from_tiny_to_huge_over_chunks_of_unlike_sizes():
+    rng = np.random.default_rng(1)
+    g = rng.standard_normal(3 * CHUNK)
+    for low, high in ((1e-36, 1e-33), (1e-15, 1e15), (1e30, 1e33)):
+        x = g * np.repeat([low, high, 0.0], CHUNK)
+        x = numbers(torch.tensor(x).float())
+        for p, scale in ((3.0, "unit"), (8.0, "matched"), (1.5, "unit")):
+            run = Stepped([np.zeros(x.shape)], lr=1.0, p=p, scale=scale)
+            dual, _ = run.step([x])
+            rule = Rule(p=p, scale=scale, lr=1.0)
+            rule.step([np.zeros(x.shape)], [x], [None])
+            assert float(dual) == pytest.approx(float(lp_dual_norm(x, p)), rel=1e-6)
+            np.testing.assert_allclose(-numbers(run.weights[0]), rule.u[0], rtol=3e-6, atol=1.2e-38)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a constant of a compiled kernel cannot be changed")
+def test_sums_over_more_chunks_than_are_added_at_once(monkeypatch):
+    monkeypatch.setattr(kernels, "SUMMED", triton.language.constexpr(2))
+    for scope in ("tensor", "group"):
+        check([(4, CHUNK), (2 * CHUNK + 3,)], p=3.0, scale="unit", scope=scope, agr=True)
+    check([(4, CHUNK), (2 * CHUNK + 3,)], p=8.0, scale="matched", agr=True)
+
+
+def test_a_wrong_rule_is_caught(monkeypatch):
+    """The comparison itself can fail."""
+    right = dict(p=3.0, scale="dual", agr=True, weight_decay=0.1, decay="lp", **MOMENTA["ema"])
+    check(**right)
+    step = Stepped.step
+    for wrong in (dict(p=3.01), dict(weight_decay=0.09), dict(agr=False), dict(momentum=0.91), dict(radius=0.99)):
+
+        def other(run, *args, wrong=wrong):
+            run.settings |= wrong
+            return step(run, *args)
+
+        monkeypatch.setattr(Stepped, "step", other)
+        with pytest.raises(AssertionError):
+            check(**right)
+
+
+def test_stochastic_rounding_is_right_on_average_and_new_with_every_seed():
+    w = np.full((4, CHUNK), 1.0)
+    run = [Stepped(w, torch.bfloat16, gradient=torch.float32, lr=0.1, p=2.0, scale="power", rounding="stochastic")]
+    seeds = (3, 4, torch.tensor(3, device=DEVICE))
+    runs = run + [Stepped(w, torch.bfloat16, gradient=torch.float32, **run[0].settings) for _ in seeds[1:]]
+    for r, seed in zip(runs, seeds, strict=True):
+        r.step([np.full(row.shape, -0.01) for row in w], seed=seed)
+    a, b, c = (torch.stack(r.weights).double() for r in runs)
+    assert set(a.unique().tolist()) == {1.0, 1.0078125}
+    assert float(a.mean()) == pytest.approx(1.001, abs=5 * 0.0078125 * math.sqrt(0.11 / a.numel()))
+    assert torch.equal(a, c)
+    assert not torch.equal(a, b)
+    up = a > 1  # independent of the neighbour, of the lane of the same draw, and of the chunk after
+    for other in (up.roll(1, 1), up.roll(8, 1), up.roll(1, 0), b > 1):
+        assert float((up & other).double().mean()) == pytest.approx(0.128**2, abs=0.008)
+    bad = Stepped([np.array([math.inf, math.nan])], torch.bfloat16, **run[0].settings)
+    bad.step([np.zeros(2)])
+    assert bad.weights[0].isinf().tolist() == [True, False]
+    assert bad.weights[0].isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kahan_keeps_what_rounding_loses(dtype):
+    w = [np.array([1.0, 2.0, -3.0, math.inf]), np.ones((2, 3))]
+    run = Stepped(w, dtype, lr=1e-5, p=2.0, scale="power", rounding="kahan")
+    for _ in range(100):
+        run.step([np.ones(x.shape) for x in w])
+    total = run.weights[0].double() + run.lost[0].double()
+    np.testing.assert_allclose(numbers(total)[:3], w[0][:3] - 1e-3, atol=1e-4)
+    assert float(run.lost[0][3]) == 0
+    check([(3, 5), (CHUNK + 1,)], dtype, rounding="kahan", p=3.0, scale="power", **MOMENTA["ema"])
+
+
+def test_bit_by_bit_the_same_again_and_wherever_gradients_lie():
+    ws, steps = data([(3, CHUNK), (77,), ()])
+
+    def trajectory(offset):
+        settings = dict(p=3.0, scale="matched", agr=True, weight_decay=0.1, decay="lp", **MOMENTA["heavy"])
+        run = Stepped(ws, lr=0.1, offset=offset, **settings)
+        hold = []
+        for gs in steps:
+            hold.append([run.placed(g, torch.float32) for g in gs])  # so that the next lie elsewhere
+            run.step(gs)
+        return run.weights
+
+    first, again, elsewhere = trajectory(0), trajectory(0), trajectory(1)
+    assert all(map(torch.equal, first, again))
+    assert all(map(torch.equal, first, elsewhere))
+
+
+def test_tables_are_sent_anew_only_when_they_change_and_never_written_over():
+    tables = kernels.Tables({}, torch.device(DEVICE))
+    rows = np.arange(6).reshape(2, 3)
+    first = tables.changing("tensors", rows)
+    assert tables.changing("tensors", rows.copy()) is first
+    second = tables.changing("tensors", rows + 1)
+    assert second.tolist() == (rows + 1).tolist()
+    assert first.tolist() == rows.tolist()
+    tables.capturing = True
+    huge = np.array([[2**62 + 1, 3]])
+    captured = tables.changing("tensors", huge)
+    assert captured.tolist() == huge.tolist()
+    values = np.array([1 / 3, math.inf, 5e-324])
+    assert tables.changing("numbers", values).tolist() == values.tolist()
+    assert tables.kept["captured"][0] is captured
+
+
+@pytest.mark.parametrize(
+    ("settings", "launches"),
+    [
+        (dict(p=2.0, scale="power"), 1),
+        (dict(p=3.0, scale="power", weight_decay=0.1, decay="lp", **MOMENTA["lion"]), 1),
+        (dict(p=3.0, scale="power", agr=True), 3),
+        (dict(p=3.0, scale="matched"), 3),
+        (dict(p=3.0, scale="unit", scope="group", agr=True), 5),
+    ],
+    ids=str,
+)
+def test_launches_of_a_step(settings, launches, monkeypatch):
+    seen = []
+
+    class Counted:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            seen.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("walk", "gradient_sums", "regularizer", "measure"):
+        monkeypatch.setattr(kernels, name, Counted(name, getattr(kernels, name)))
+    w, (g, *_) = data([(3, 4), (CHUNK + 5,)])
+    Stepped(w, lr=0.1, **settings).step(g)
+    assert len(seen) == launches
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="there is no CUDA graph without CUDA")
+def test_a_captured_step_is_replayed_with_a_new_lr_and_survives_steps_between():
+    w, (g, *_) = data([(3, 4), (CHUNK + 5,)])
+    lr = torch.tensor(0.1, device=DEVICE)
+    run = Stepped(w, lr=lr, p=3.0, scale="dual", agr=True, **MOMENTA["heavy"])
+    run.step(g)
+    static = [run.placed(x, torch.float32) for x in g]
+    run.placed = lambda x, dtype: x
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run.step(static)
+    before = [x.clone() for x in run.weights]
+    lr.zero_()
+    graph.replay()
+    assert all(map(torch.equal, before, run.weights))
+    lr.fill_(0.1)
+    run.step([x.clone() for x in static])
+    graph.replay()
+    other = Stepped(w, lr=lr, p=3.0, scale="dual", agr=True, **MOMENTA["heavy"])
+    for _ in range(2):
+        other.step(g)
+    lr.zero_()
+    other.step(g)
+    lr.fill_(0.1)
+    for _ in range(2):
+        other.step(g)
+    assert all(map(torch.equal, other.weights, run.weights))
+
+
+def test_the_interpreter_is_what_runs_without_cuda():
+    assert DEVICE == "cuda" or not isinstance(kernels.walk, triton.runtime.jit.JITFunction)
