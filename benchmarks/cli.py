@@ -1,4 +1,4 @@
-"""The commands: ``python -m benchmarks ablate`` and ``python -m benchmarks report``."""
+"""The commands: ``python -m benchmarks ablate``, ``report``, ``transfer`` and ``speed``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -73,6 +74,63 @@ def measure_transfer(
     console.print(
         f"{len(result.points)} points in {result.seconds:.0f} seconds: {out.resolve().as_uri()}", soft_wrap=True
     )
+
+
+@app.command("speed")
+def measure_speed(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="resnet18, gpt2, tiny1000, one100m, polar; repeatable. Default: resnet18, tiny1000, polar."),
+    ] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option(min=1, help="Threads of the CPU; repeatable. Default: 1, and all there are.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each step is timed.")] = 30,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/speed"),
+    sweep: Annotated[
+        bool,
+        typer.Option("--sweep", help="Measure how cost grows too: 10 to 10,000 tensors, 1 to 500 M parameters."),
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Have torch compile its own steps too, which takes minutes.")
+    ] = False,
+    startup: Annotated[bool, typer.Option(help="Measure the first steps of fresh processes.")] = True,
+    page: Annotated[
+        Path | None, typer.Option(help="Measure nothing: write a page of the docs from the results in --out.")
+    ] = None,
+) -> None:
+    """Measure how fast steps are: normopt's and others', side by side, against what the memory allows."""
+    from benchmarks.speed import models, report, run  # matplotlib and the compilers, which no other command needs
+
+    if page is not None:
+        if not (out / report.JSON).exists():
+            raise typer.BadParameter(f"{out} holds no {report.JSON}: measure first, without --page")
+        written = report.page(report.read(out), page)
+    else:
+        for what, value, allowed in (
+            *(("model", name, [*models.MODELS]) for name in model or ()),
+            ("dtype", dtype, [*run.DTYPES]),
+            ("device", device, ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]),
+        ):
+            if value not in allowed:
+                raise typer.BadParameter(f"the {what} is one of {', '.join(allowed)} here, not {value!r}")
+        run.run(
+            model or run.DEFAULT,
+            out,
+            lambda said: console.print(said, soft_wrap=isinstance(said, str)),
+            width=console.width,
+            threads=threads or (),
+            rounds=rounds,
+            dtype=run.DTYPES[dtype],
+            device=torch.device(device),
+            sweep=sweep,
+            compiled=compiled,
+            first_steps=startup,
+        )
+        written = out / report.MARKDOWN
+    console.print(f"The report: {written.resolve().as_uri()}", soft_wrap=True)
 
 
 def _open(folder: Path) -> Store:

@@ -76,6 +76,7 @@ class Stepper:
 
     def __init__(self) -> None:
         self._at: dict[str, tuple[list[int], Array]] = {}  # the addresses of each list
+        self._own: list[dict[str, Any]] = []  # each parameter's state
         self._momenta: list[Tensor] = []
         self._shapes: list[torch.Size] = []
         self._chunks = Chunks([])
@@ -104,6 +105,7 @@ class Stepper:
             ``‖u‖`` and ``‖c‖⋆`` of each tensor, where the step needs them.
         """
         if look is None:
+            self._own, self._momenta = [], []
             gradients = [cast(Tensor, p.grad) for p in params]
             look = Look(gradients, list(map(address, gradients)), list(map(address, params)))
         momenta, new = self._momenta_of(plan, params, state)
@@ -144,7 +146,7 @@ class Stepper:
         )
         self._momenta = momenta if momenta and momenta is states else []
         for originals, copies in ((params, weights), (momenta, states), (lost, losses)):
-            if originals is not copies:
+            if originals and copies and originals is not copies:
                 torch._foreach_copy_(originals, copies)
         if measured is None:
             return None
@@ -174,14 +176,12 @@ class Stepper:
         """The momentum of each parameter, and the places of those that had to be made: they are zero."""
         if plan.momentum == 0:
             return None, []
-        if self._momenta:
-            try:
-                if all(map(is_, [state[p][BUFFER] for p in params], self._momenta)):
-                    return self._momenta, []
-            except KeyError:
-                pass
+        if not self._own or len(self._own) != len(state) or not all(map(is_, self._own, state.values())):
+            self._own = [state[p] for p in params]  # else the state is theirs and in their order: no need to hash them
+        if self._momenta and all(map(is_, [own.get(BUFFER) for own in self._own], self._momenta)):
+            return self._momenta, []
         dtype = state_dtype(plan.state_dtype, params[0])
-        made = [_kept_in(state[p], BUFFER, p, dtype) for p in params]
+        made = [_kept_in(own, BUFFER, p, dtype) for own, p in zip(self._own, params, strict=True)]
         return [m for m, _ in made], [i for i, (_, new) in enumerate(made) if new]
 
 

@@ -258,7 +258,7 @@ def agr_kernel(gradient16: bool) -> Kernel:
                 others += ZERO if a == top else F(a * relative)
                 tops += J(1) if a == top else J(0)
             partials[j, 0] = top
-            partials[j, 1] = np.float64(others) * near + np.float64(top) * max(tops - 1, 0)
+            partials[j, 1] = np.float64(others) * near + np.float64(top) * np.float64(max(tops - J(1), J(0)))
 
     return sums
 
@@ -272,12 +272,13 @@ def norm_kernel(f: Flags, early: bool) -> Kernel:
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
     mode, matched, rule, nesterov = f.mode, f.matched, f.momentum, f.nesterov
     maximize, agr, coupled, kahan = f.maximize, f.agr, f.coupled, f.rounding == KAHAN
+    chunk = CHUNK  # with it in its closure, a kernel that was compiled for another size is not taken from the cache
 
     @njit(**SUMS)
     def sums(weights, gradients, states, lost, tensor, start, count, begin, end, rows, numbers, exponent, partials):
         unscale, mu, beta2, beta2_new = numbers[UNSCALE], numbers[MU], numbers[BETA2], numbers[BETA2_NEW]
         decay = numbers[COUPLED]
-        seen = np.empty(CHUNK, np.int32)
+        seen = np.empty(chunk, np.int32)
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
             scale, agr_top = rows[t, AGR_SCALE], rows[t, AGR_TOP]
@@ -334,6 +335,7 @@ def update_kernel(f: Flags, early: bool) -> Kernel:
     maximize, agr, coupled = f.maximize, f.agr, f.coupled
     decoupled, lp, decay_mode, steep = f.decay == DECOUPLED, f.decay == LP, f.decay_mode, f.decay_steep
     stochastic, kahan = f.rounding == STOCHASTIC, f.rounding == KAHAN
+    chunk = CHUNK
 
     @njit(**EXACT)
     def update(
@@ -374,7 +376,7 @@ def update_kernel(f: Flags, early: bool) -> Kernel:
             else:
                 m = carray(pointer(states[t] + 4 * s), (n,), np.float32)
             k = carray(pointer(lost[t] + 2 * s), (n,), np.uint16)
-            drawn = J(seed + j * CHUNK)
+            drawn = J(seed + j * chunk)
             for i in range(n):
                 old = load(w[i])
                 if kahan:

@@ -349,7 +349,9 @@ def test_parameters_that_cannot_be_fused_say_why():
     with pytest.raises(TypeError, match="fused must be True or False"):
         normopt.SGD(p, fused=1)
     assert "on fused (fused=True)" in normopt.SGD(p, fused=True).backend()
-    assert "on for-loop (the default on cpu)" in normopt.SGD(p).backend()
+    assert "on foreach (small tensors on a CPU)" in normopt.SGD(p).backend()
+    large = [torch.nn.Parameter(torch.zeros(200, 200))]
+    assert "on for-loop (the default on cpu)" in normopt.SGD(large).backend()
     assert "on for-loop (foreach=False)" in normopt.SGD(p, foreach=False).backend()
 
 

@@ -1,0 +1,128 @@
+"""Who steps: normopt's optimizers on each backend, torch's, and those of other packages where they are installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+import normopt
+from benchmarks.speed.models import MATRICES, Model
+
+LR = 1e-8  # no run of the program moves a weight far, whatever the rule: the arithmetic stays the same
+MOMENTUM: dict[str, Any] = {"lr": LR, "momentum": 0.9}
+BACKENDS: dict[str, dict[str, Any]] = {
+    "for-loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+COMPILED = "compiled"
+OWN = "as it comes"  # the backend of a peer
+
+PLAIN = ("normopt p = 2", "normopt p = 3", "normopt p = ∞")
+GENERAL = "normopt p = 2.7"
+DUAL = ("normopt dual p = 2.7", "normopt dual p = ∞")
+DRESSED = "normopt p = 3, AGR, ℓp decay"
+TORCH_SGD = "torch SGD"
+TORCH_MUON = "torch Muon"
+
+RULES: dict[str, dict[str, Any]] = {
+    "normopt p = 2": {"p": 2.0},
+    "normopt p = 3": {"p": 3.0},
+    "normopt p = ∞": {"p": math.inf},
+    "normopt p = 2.7": {"p": 2.7},
+    "normopt dual p = 2.7": {"p": 2.7, "scale": "dual"},
+    "normopt dual p = ∞": {"p": math.inf, "scale": "dual"},
+    DRESSED: {"p": 3.0, "agr": True, "weight_decay": 1e-3, "decay": "lp", "decay_p": 0.8},
+}
+READ_TWICE = (*DUAL, DRESSED)  # a sum over a tensor has to be known before its first entry can move
+
+# Packages by the name they are installed under, with the module, and their elementwise steps.
+PEERS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "pytorch_optimizer": ("pytorch_optimizer", {"SGDW": MOMENTUM, "SignSGD": MOMENTUM, "Lion": {"lr": LR}}),
+    "torch-optimi": ("optimi", {"SGD": MOMENTUM | {"kahan_sum": False}, "Lion": {"lr": LR, "kahan_sum": False}}),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An optimizer that is timed.
+
+    Attributes:
+        optimizer, backend: its name, in two parts.
+        make: makes it of parameters and more settings.
+        streams: as of an `Entry`.
+        to_capture: the settings with which its step can become a CUDA graph, None if it cannot.
+    """
+
+    optimizer: str
+    backend: str
+    make: Callable[..., Optimizer]
+    streams: float = 5
+    to_capture: Mapping[str, Any] | None = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.optimizer}, {self.backend}"
+
+
+def candidates(model: Model, compiled: bool = False) -> list[Candidate]:
+    """All that step a model; the first of the matrices' is their reference."""
+    if model.name == MATRICES:
+        return list(_matrices())
+    everyone = [*_ours(), *_torchs(compiled), *_peers()]
+    return everyone if model.sweep is None else [c for c in everyone if (c.optimizer, c.backend) in SWEPT]
+
+
+SWEPT = {
+    ("normopt p = 3", "fused"),
+    ("normopt p = 3", "foreach"),
+    ("normopt dual p = 2.7", "fused"),
+    (TORCH_SGD, "fused"),
+    (TORCH_SGD, "foreach"),
+}
+
+
+def _ours() -> Iterator[Candidate]:
+    for backend, how in BACKENDS.items():
+        for name, rule in RULES.items():
+            make = partial(normopt.LPSGDM, **MOMENTUM, **rule, **how)
+            yield Candidate(name, backend, make, 6 if name in READ_TWICE else 5)
+        yield Candidate("normopt SGD", backend, partial(normopt.SGD, **MOMENTUM, **how))
+
+
+def _torchs(compiled: bool) -> Iterator[Candidate]:
+    sgd, adamw = partial(torch.optim.SGD, **MOMENTUM), partial(torch.optim.AdamW, lr=LR)
+    for backend, how in BACKENDS.items():
+        yield Candidate(TORCH_SGD, backend, partial(sgd, **how))
+        yield Candidate("torch AdamW", backend, partial(adamw, **how), 7, {"capturable": True})
+    if compiled:
+        yield Candidate(TORCH_SGD, COMPILED, partial(sgd, foreach=True), to_capture=None)
+        yield Candidate("torch AdamW", COMPILED, partial(adamw, foreach=True), 7, None)
+
+
+def _peers() -> Iterator[Candidate]:
+    for package, (module, optimizers) in PEERS.items():
+        if package not in absent():
+            for name, settings in optimizers.items():
+                make = partial(getattr(importlib.import_module(module), name), **settings)
+                yield Candidate(f"{package} {name}", OWN, make)
+
+
+def _matrices() -> Iterator[Candidate]:
+    if hasattr(torch.optim, "Muon"):  # since torch 2.9
+        yield Candidate(TORCH_MUON, OWN, partial(torch.optim.Muon, lr=LR, weight_decay=0.0), 0)
+    for dtype in ("bfloat16", "float32"):
+        yield Candidate("normopt Muon", dtype, partial(normopt.Muon, lr=LR, dtype=dtype), 0)
+
+
+def absent() -> list[str]:
+    """The peers that are not installed."""
+    return [package for package, (module, _) in PEERS.items() if importlib.util.find_spec(module) is None]

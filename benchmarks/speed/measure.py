@@ -1,0 +1,237 @@
+"""Steps timed side by side: every round runs each entrant once, in another order."""
+
+from __future__ import annotations
+
+import gc
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.speed.candidates import COMPILED, Candidate
+from benchmarks.speed.limit import STREAMS, limit
+from benchmarks.speed.models import MATRICES, Model, Tensors
+from benchmarks.speed.records import Case, Entry
+
+Step = Callable[[], object]
+Clock = Callable[[Step], float]
+
+WARM = 3  # steps before the first round, the first of which compiles
+LAUNCH = re.compile(r"cu(da)?(LaunchKernel|LaunchCooperativeKernel|GraphLaunch|Memcpy|Memset)\w*")
+
+
+@dataclass
+class Entrant:
+    """What takes turns: a step, what is known of it, and its time in each round so far."""
+
+    optimizer: str
+    backend: str
+    step: Step
+    streams: float
+    first: float
+    launches: int | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    def entry(self) -> Entry:
+        return Entry(
+            optimizer=self.optimizer,
+            backend=self.backend,
+            streams=self.streams,
+            first=round(self.first, 7),
+            seconds=[round(s, 7) for s in self.seconds],
+            launches=self.launches,
+        )
+
+
+def measure(
+    model: Model,
+    candidates: Sequence[Candidate],
+    *,
+    rounds: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int = 1,
+    fresh: bool = False,
+) -> Case:
+    """One case: the candidates' steps of one model, and before them, but for matrices, the limit.
+
+    A candidate that fails is told of and left out.
+
+    Args:
+        model: what is stepped.
+        candidates: who steps it.
+        rounds: how often each of them is timed.
+        dtype, device: the weights'.
+        threads: of the CPU.
+        fresh: the gradients are new tensors in every round, made outside of what is timed.
+    """
+    clock = on_cuda if device.type == "cuda" else on_cpu
+    entrants: list[Entrant] = []
+    failed: dict[str, str] = {}
+    with threads_set(threads):
+        tensors = Tensors(model, dtype, device)
+        least = limit(tensors)
+        if model.name != MATRICES:
+            first = clock(least.step)
+            entrants.append(Entrant("limit", least.name, least.step, STREAMS, first))
+        for candidate in candidates:
+            try:
+                entrants.append(warmed(candidate, tensors, clock))
+            except Exception as error:
+                failed[candidate.name] = told(error)
+                continue
+            if device.type != "cuda":
+                continue
+            entrants[-1].launches = launches(entrants[-1].step)
+            if candidate.to_capture is not None and not fresh:  # a graph reads where gradients were
+                try:
+                    entrants.append(captured(candidate, tensors, clock))
+                except Exception as error:
+                    failed[f"{candidate.name}, graph"] = told(error)
+
+        def before() -> None:
+            if fresh:
+                tensors.renew()
+                least.refresh()
+
+        take_turns(entrants, rounds, clock, before)
+    return Case(
+        model=model.name,
+        sweep=model.sweep,
+        tensors=model.tensors,
+        parameters=model.parameters,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        threads=threads,
+        fresh=fresh,
+        entries=[e.entry() for e in entrants],
+        failed=failed,
+    )
+
+
+def take_turns(
+    entrants: Sequence[Entrant], rounds: int, clock: Clock, before: Callable[[], None] = lambda: None
+) -> None:
+    """Time every entrant once in each round.
+
+    Each round begins with the next entrant and goes around by another stride, so that nobody always finds the cache
+    that the same one has left.
+
+    Args:
+        entrants: take the times.
+        rounds: how many.
+        clock: times a step.
+        before: called before each round.
+    """
+    n = len(entrants)
+    strides = [s for s in range(1, n) if math.gcd(s, n) == 1] or [1]
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for r in range(rounds):
+            before()
+            stride = strides[r % len(strides)]
+            for turn in range(n):
+                entrant = entrants[(r + turn * stride) % n]
+                entrant.seconds.append(clock(entrant.step))
+    finally:
+        if collects:
+            gc.enable()
+
+
+def warmed(candidate: Candidate, tensors: Tensors, clock: Clock) -> Entrant:
+    """A candidate that has compiled what it compiles, and steps on the shared state."""
+    optimizer = candidate.make(tensors.weights)
+    step: Step = torch.compile(lambda: optimizer.step()) if candidate.backend == COMPILED else optimizer.step
+    first = clock(step)
+    tensors.adopt(optimizer)
+    for _ in range(WARM - 1):
+        step()
+    return Entrant(candidate.optimizer, candidate.backend, step, candidate.streams, first)
+
+
+def captured(candidate: Candidate, tensors: Tensors, clock: Clock) -> Entrant:
+    """A candidate whose step is replayed as one CUDA graph; its first step is the capture."""
+    optimizer = candidate.make(tensors.weights, **(candidate.to_capture or {}))
+    optimizer.step()
+    tensors.adopt(optimizer)
+    began = time.perf_counter()
+    graph = graph_of(optimizer.step)
+    first = time.perf_counter() - began
+    for _ in range(WARM):
+        clock(graph.replay)
+    one = launches(graph.replay)
+    return Entrant(candidate.optimizer, f"{candidate.backend}, graph", graph.replay, candidate.streams, first, one)
+
+
+def graph_of(step: Step) -> Any:
+    """A step captured as torch asks for it: after a few on a stream of its own."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def on_cpu(step: Step) -> float:
+    """Seconds of a step."""
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def on_cuda(step: Step) -> float:
+    """Seconds from an idle device to the end of the step's last kernel: what the host takes is in it."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
+
+
+def launches(step: Step) -> int:
+    """How many kernels, copies, fills and graphs a step gives to a CUDA device: the calls that do."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities) as seen:
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return sum(bool(LAUNCH.fullmatch(e.name)) for e in seen.events() or ())
+
+
+def copied(device: torch.device, size: int = 1 << 30, times: int = 10) -> float:
+    """Bytes per second that copies of a large tensor on the device read and write: the best of a few."""
+    clock = on_cuda if device.type == "cuda" else on_cpu
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / min(clock(lambda: target.copy_(source)) for _ in range(times))
+
+
+@contextmanager
+def threads_set(n: int) -> Iterator[None]:
+    """torch's threads, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def told(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")

@@ -1,0 +1,137 @@
+"""What is stepped: the parameter lists of models, without the models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A name, the shapes of the parameters, and of which sweep it is a point, if of any."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    sweep: str | None = None
+
+    @property
+    def tensors(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def parameters(self) -> int:
+        return sum(map(prod, self.shapes))
+
+
+def resnet18() -> Iterator[Shape]:
+    """The parameters of torchvision's ResNet-18, in their order."""
+
+    def convolution(outs: int, ins: int, side: int) -> Iterator[Shape]:
+        yield outs, ins, side, side
+        yield from ((outs,), (outs,))  # the batch norm behind it
+
+    yield from convolution(64, 3, 7)
+    ins = 64
+    for outs in (64, 128, 256, 512):
+        for block in range(2):
+            yield from convolution(outs, ins, 3)
+            yield from convolution(outs, outs, 3)
+            if block == 0 and ins != outs:
+                yield from convolution(outs, ins, 1)
+            ins = outs
+    yield from ((1000, 512), (1000,))
+
+
+def gpt2() -> Iterator[Shape]:
+    """The parameters of GPT-2's smallest size, in their order; the output shares the embedding."""
+    d = 768
+    yield from ((50257, d), (1024, d))
+    for _ in range(12):
+        yield from ((d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,))
+        yield from ((d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,))
+    yield from ((d,), (d,))
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("resnet18", tuple(resnet18())),
+        Model("gpt2", tuple(gpt2())),
+        Model("tiny1000", ((1000,),) * 1000),
+        Model("one100m", ((10_000, 10_000),)),
+        Model("polar", ((256, 256),) * 24 + ((128, 512),) * 48),
+    )
+}
+MATRICES = "polar"
+TINY = "tiny1000"
+
+# How the cost of a step grows: with the number of tensors at one total, and with the total.
+SWEEP = (
+    *(Model(f"{n} tensors", ((10_000_000 // n,),) * n, "tensors") for n in (10, 30, 100, 300, 1000, 3000, 10_000)),
+    *(Model(f"{n} M parameters", ((n * 10_000,),) * 100, "parameters") for n in (1, 3, 10, 30, 100, 300, 500)),
+)
+
+
+class Tensors:
+    """A model's weights and gradients, and the buffers of state: one set, which all that step them share.
+
+    So every candidate finds the same addresses and the same cache behind the one before it, and memory is needed once.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def drawn(size: float) -> list[Tensor]:
+            return [size * torch.randn(s, generator=generator, dtype=dtype, device=device) for s in model.shapes]
+
+        self.weights = [Parameter(x) for x in drawn(0.05)]
+        self.gradients = drawn(0.01)
+        self.buffers = [[torch.zeros_like(w) for w in self.weights] for _ in range(2)]
+        self._give()
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights alone."""
+        return sum(w.numel() * w.element_size() for w in self.weights)
+
+    def renew(self) -> None:
+        """Make the gradients anew, as after ``zero_grad(set_to_none=True)``: none where one was before."""
+        self.gradients = [g.clone() for g in self.gradients]  # the old are alive until all new ones are there
+        self._give()
+
+    def _give(self) -> None:
+        for w, g in zip(self.weights, self.gradients, strict=True):
+            w.grad = g
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Put the shared buffers in the place of an optimizer's own."""
+        for i, w in enumerate(self.weights):
+            own = optimizer.state.get(w, {})
+            alike = [k for k, x in own.items() if isinstance(x, Tensor) and (x.shape, x.dtype) == (w.shape, w.dtype)]
+            for key, buffers in zip(alike, self.buffers, strict=False):
+                own[key] = buffers[i]
+
+
+SETS = 8  # of a model's size, at the most alive at once: weights, gradients, state, and what foreach steps make
+
+
+def fits(model: Model, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the memory that is free now holds what timing a model takes."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
+    return free is None or SETS * model.parameters * dtype.itemsize <= free
+
+
+def _available() -> int | None:
+    """Bytes of memory that the system could give, None where it does not say."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,173 @@
+"""What a run of the speed program keeps: the machine, and every sample of every case."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from scipy import stats
+
+import normopt
+from benchmarks.stats import LEVEL
+
+
+class Record(BaseModel):
+    """A frozen piece of the results."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Machine(Record):
+    """Where it was measured; ``copied`` is the bytes per second that a large copy on the device reads and writes."""
+
+    cpu: str
+    cores: int
+    system: str
+    python: str
+    packages: dict[str, str]
+    device: str
+    copied: float | None = None
+
+
+class Entry(Record):
+    """One candidate in one case.
+
+    Attributes:
+        optimizer, backend: its name, in two parts.
+        streams: how often its rule has to read or write a model's worth of memory, at least; 0 if that is no measure.
+        first: seconds of its first step, in which it compiles, or reads what is compiled from a cache.
+        seconds: of its step in each round.
+        launches: on CUDA, of kernels, copies and graphs in a step.
+    """
+
+    optimizer: str
+    backend: str
+    streams: float
+    first: float
+    seconds: list[float]
+    launches: int | None = None
+
+
+class Case(Record):
+    """One model on one device with one number of threads: entries side by side, the first of them the reference."""
+
+    model: str
+    sweep: str | None
+    tensors: int
+    parameters: int
+    dtype: str
+    device: str
+    threads: int
+    fresh: bool
+    entries: list[Entry]
+    failed: dict[str, str]
+
+    @property
+    def title(self) -> str:
+        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
+        return ", ".join(
+            [self.model, *(["fresh gradients"] if self.fresh else []), threads if self.device == "cpu" else "CUDA"]
+        )
+
+    @property
+    def reference(self) -> Entry:
+        return self.entries[0]
+
+    def entry(self, optimizer: str, backend: str) -> Entry | None:
+        return next((e for e in self.entries if (e.optimizer, e.backend) == (optimizer, backend)), None)
+
+    def bandwidth(self, entry: Entry) -> float:
+        """Bytes per second that a step's rule has to move, by the median."""
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return entry.streams * self.parameters * itemsize / median(entry.seconds)
+
+
+class Startup(Record):
+    """The first step of fresh processes: with an empty cache, with the cache that leaves, and an import beside it."""
+
+    rule: str
+    device: str
+    compiler: str
+    importing: float
+    cold: float
+    cached: float
+
+
+class Results(Record):
+    """Everything that a run measured, the peers that it lacked, and the models that found no room."""
+
+    machine: Machine
+    rounds: int
+    absent: list[str]
+    too_large: list[str]
+    startup: list[Startup]
+    cases: list[Case]
+
+
+def machine(device: torch.device, peers: Sequence[str], copied: float | None) -> Machine:
+    """Where this process runs."""
+    packages = {"normopt": normopt.__version__}
+    for name in ("torch", "numba", "triton", *peers):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return Machine(
+        cpu=_cpu(),
+        cores=os.cpu_count() or 1,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        packages=packages,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        copied=copied,
+    )
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "unknown")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median of paired ratios and its 95 % interval, None of so few pairs that there is none."""
+
+    median: float
+    interval: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}" + ("" if self.interval is None else " ({:.2f}–{:.2f})".format(*self.interval))
+
+    def times(self, factor: float) -> Ratio:
+        return Ratio(self.median * factor, self.interval and (self.interval[0] * factor, self.interval[1] * factor))
+
+    def inverse(self) -> Ratio:
+        return Ratio(1 / self.median, self.interval and (1 / self.interval[1], 1 / self.interval[0]))
+
+
+def ratio(this: Entry, that: Entry) -> Ratio:
+    """How many times as long one step takes as another: each round's ratio by itself, then their median.
+
+    The interval is of order statistics: the k-th smallest ratio and the k-th largest, with the largest k between which
+    the true median lies with 95 % probability, whatever the ratios' distribution. Fewer than 6 rounds have none.
+    """
+    ratios = sorted(a / b for a, b in zip(this.seconds, that.seconds, strict=True))
+    k = int(stats.binom.ppf((1 - LEVEL) / 2, len(ratios), 0.5))
+    return Ratio(median(ratios), (ratios[k - 1], ratios[-k]) if k else None)
+
+
+def quartiles(entry: Entry) -> tuple[float, float, float]:
+    """Of the seconds of a step."""
+    ordered = sorted(entry.seconds)
+    low, high = (ordered[math.floor(q * (len(ordered) - 1) + 0.5)] for q in (0.25, 0.75))
+    return low, median(ordered), high
