@@ -296,7 +296,7 @@ class SteepestDescent(Optimizer):
 
     def _ready(self, i: int, group: dict[str, Any]) -> tuple[Plan, list[Tensor], Look | None]:
         """A group's plan, its parameters that have gradients, and what was seen of them if the plan is the last one."""
-        known = self._remembered.get(i)
+        known = None if torch.compiler.is_compiling() else self._remembered.get(i)
         look = known.look(group) if known else None
         if known is not None and look is not None:
             return known.plan, group["params"], look

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normopt.norms.matrices import inverse_power, largest
+
 Coefficients = tuple[float, float, float]
 
 # Keller Jordan, "Muon", 2024: steepest at zero, at the price of singular values that end in about [0.7, 1.2].
@@ -36,11 +38,10 @@ def coefficients(method: str, steps: int) -> list[Coefficients]:
 def polar(x: Tensor, method: str, steps: int, dtype: torch.dtype) -> Tensor:
     """About UVᵀ of each matrix of a stack, shape [stack, rows, columns], in ``dtype``; 0 for a zero matrix.
 
-    The operations and their order are those of torch.optim.Muon. The matrix is first scaled by a power
-    of two, which changes no bit of the result but lets every magnitude through.
+    The operations and their order are those of torch.optim.Muon. The matrix is scaled by a power of two
+    before, which changes no bit of the result but lets every magnitude through that ``dtype`` holds in full.
     """
-    top = x.abs().amax(dim=(-2, -1), keepdim=True)
-    y = torch.ldexp(x, -torch.frexp(top).exponent).to(dtype)
+    y = x.to(dtype) * inverse_power(largest(x))[0].to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     y = y.mT if tall else y
     norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
@@ -48,4 +49,4 @@ def polar(x: Tensor, method: str, steps: int, dtype: torch.dtype) -> Tensor:
     for a, b, c in coefficients(method, steps):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return (y.mT if tall else y).to(x.dtype)
+    return y.mT if tall else y

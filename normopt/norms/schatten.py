@@ -125,20 +125,19 @@ class Schatten(MatrixNorm):
             return [self.factor(x) * x for x in c]
         if exponent == 0 and self.exponent is None:
             return [d for _, d in self.pairs(c)]
-        return self._map(c, lambda y, _: (None, powers(y, exponent)))[1]
+        return [d for _, d in self._map(c, lambda y, _: (None, powers(y, exponent)))]
 
     def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         # A vector is its own singular vector: nothing to iterate, nothing to decompose.
-        norms, maps = self._map(c, lambda y, vectors: normalized(y) if vectors or self.p == 2 else self._dual(y))
-        return list(zip(norms, maps, strict=True))
+        return self._map(c, lambda y, vectors: normalized(y) if vectors or self.p == 2 else self._dual(y))
 
-    def _dual(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _dual(self, y: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The dual norms, None where they are the inner products with the map, and the map, in any dtype."""
         p = self.p
         if self.method == "lanczos":
             return top_pair(y, self.steps)
         if self.method != "svd":
-            d = polar(y, self.method, self.steps, getattr(torch, self.dtype))
-            return (y * d).sum((-2, -1)), d
+            return None, polar(y, self.method, self.steps, getattr(torch, self.dtype))
         u, s, vt = singular(y)
         if p == 1:
             top = (s[:, :1] > 0).to(s)[:, :, None]
@@ -151,27 +150,30 @@ class Schatten(MatrixNorm):
 
     def _map(
         self, c: list[Tensor], function: Callable[[Tensor, bool], tuple[Tensor | None, Tensor]]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> list[tuple[Tensor, Tensor]]:
         """A function of stacks of matrices over tensors: matrices of one shape, of all tensors, in one call.
 
-        It is told whether the tensors are vectors.
+        It is told whether the tensors are vectors. Where it gives no norms they are ``⟨c, map⟩``.
         """
         views = [to_matrices(x, self.matrix_view, self.blocks) for x in c]
-        norms = [x.new_zeros(()) for x in c]
-        maps = [torch.zeros_like(x) for x in c]
+        found: list[tuple[Tensor, Tensor]] = [(x.new_zeros(()), x) for x in c]
         batches: dict[tuple[bool, object], list[int]] = {}
-        for i, y in enumerate(views):
+        for i, (x, y) in enumerate(zip(c, views, strict=True)):
             if y.numel():
-                batches.setdefault((c[i].dim() <= 1, (y.shape[1:], y.dtype, y.device)), []).append(i)
+                batches.setdefault((x.dim() <= 1, (y.shape[1:], y.dtype, y.device)), []).append(i)
+            else:
+                found[i] = found[i][0], torch.zeros_like(x)
         for (vectors, _), members in batches.items():
             n, d = function(torch.cat([views[i] for i in members]), vectors)
             counts = [len(views[i]) for i in members]
-            for i, part in zip(members, torch.split(d, counts), strict=True):
-                maps[i] = self.factor(c[i]) * from_matrices(part, c[i], self.matrix_view)
-            if n is not None:
-                for i, part in zip(members, torch.split(n, counts), strict=True):
-                    norms[i] = self.factor(c[i]) * part.sum()
-        return norms, maps
+            sums = None if n is None else torch.split(n, counts)
+            for j, (i, part) in enumerate(zip(members, torch.split(d, counts), strict=True)):
+                x, f = c[i], self.factor(c[i])
+                u = from_matrices(part, x, self.matrix_view)
+                # Cast tensor by tensor: what is small is still in the cache when it is scaled.
+                u = u * f if u.dtype == x.dtype else u.to(x.dtype).mul_(f)
+                found[i] = torch.dot(x.reshape(-1), u.reshape(-1)) if sums is None else f * sums[j].sum(), u
+        return found
 
 
 def normalized(y: Tensor) -> tuple[Tensor, Tensor]:
