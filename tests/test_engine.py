@@ -425,7 +425,14 @@ def test_backend_says_what_runs_and_why():
         make_params(), norm="lp", p=3.0, momentum=0.9, agr=True, weight_decay=1e-3, decay="lp", decay_p=0.8
     )
     said = opt.backend()
-    for word in ("group 0", "AGR", "heavy momentum 0.9", "Lp(p=3) dual", "ℓp decay λ = 0.001, p = 0.8", "foreach (small"):
+    for word in (
+        "group 0",
+        "AGR",
+        "heavy momentum 0.9",
+        "Lp(p=3) dual",
+        "ℓp decay λ = 0.001, p = 0.8",
+        "foreach (small",
+    ):
         assert word in said
     assert "foreach=True" in normopt.SGD(make_params(), foreach=True).backend()
 

@@ -117,7 +117,7 @@ fig.legend(loc="outside upper center", ncols=4)
 fig.alt = "Training loss of the digits under four presets, one batch a step"
 
 print("\nthe last step of the modular run:")
-for group, pair in zip(opt.param_groups, opt.norm_pairs()):
+for group, pair in zip(opt.param_groups, opt.norm_pairs(), strict=True):
     print(
         f"{group['kind']:10} update {pair.update.item():.3f}   dual norm {pair.dual.item():.4f}"
     )
@@ -146,7 +146,9 @@ for group, pair in zip(opt.param_groups, opt.norm_pairs()):
 root = next(
     p for p in (Path.cwd(), *Path.cwd().parents) if (p / "docs/data").exists()
 )
-measured = json.loads((root / "docs/data/transfer.json").read_text(encoding="utf-8"))
+measured = json.loads(
+    (root / "docs/data/transfer.json").read_text(encoding="utf-8")
+)
 points = measured["points"]
 
 
@@ -178,14 +180,21 @@ def sizes(model, axis):
 
 for model in ("MLP", "GPT"):
     fig, axes = plt.subplots(2, 2, figsize=(7, 5.6), sharey=True)
-    for row, optimizer in zip(axes, ("Modular", "AdamW")):
-        for ax, axis in zip(row, ("width", "depth")):
+    for row, optimizer in zip(axes, ("Modular", "AdamW"), strict=True):
+        for ax, axis in zip(row, ("width", "depth"), strict=True):
             for size in sizes(model, axis):
-                lrs, losses = zip(*curve(model, axis, optimizer, size))
+                lrs, losses = zip(*curve(model, axis, optimizer, size), strict=True)
                 finite = [v if math.isfinite(v) else math.nan for v in losses]
                 ax.plot(lrs, finite, marker=".", label=f"{axis} {size}")
                 best = min(range(len(lrs)), key=lambda i: losses[i])
-                ax.plot(lrs[best], losses[best], "o", mfc="none", ms=9, color=ax.lines[-1].get_color())
+                ax.plot(
+                    lrs[best],
+                    losses[best],
+                    "o",
+                    mfc="none",
+                    ms=9,
+                    color=ax.lines[-1].get_color(),
+                )
             ax.set(xscale="log", yscale="log", title=optimizer)
             ax.set(xlabel="learning rate")
             if axis == "width":

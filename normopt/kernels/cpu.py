@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from normopt.kernels import numba as kernels
-from normopt.kernels.flags import EMA, HEAVY, LINEAR, NONE, Flags, Numbers
+from normopt.kernels.flags import EMA, GENERAL, HEAVY, LINEAR, NONE, Flags, Numbers
 from normopt.kernels.pool import share_out
-from normopt.kernels.tables import Array, Batch, Chunks
+from normopt.kernels.tables import Array, Batch, Block, Chunks
 from normopt.norms.base import Scale
 
 F = np.float32
 TINY = np.finfo(F).tiny
 COLUMNS = kernels.WIDE + 1
+BLOCK = 1 << 21  # entries of tensors whose powers are kept, in 4 bytes each, from one pass to the next
+ROOM = 1 << 24  # entries of a larger tensor up to which its powers are kept too
 
 
 def run(
@@ -55,25 +57,41 @@ def run(
     states, lost = (kept["none"] if x is None else x for x in (batch.states, batch.compensations))
     tensors = batch.weights, batch.gradients, states, lost
     table = (chunks.tensor, chunks.start, chunks.count)
-    if flags.agr:
-        sums = np.empty((len(chunks), 2))
-        kernel = kernels.agr_kernel(flags.gradient == torch.bfloat16)
-        share_out(lambda a, b: kernel(tensors[1], *table, a, b, values[kernels.UNSCALE], sums), chunks)
-        rows[:, :4] = _regularizers(sums, chunks)
-    exponent, decay_exponent = (exponent_of(float(e)) for e in (numbers.exponent, numbers.decay_exponent))
-    duals: Array | None = None
+    exponents = [exponent_of(float(e)) for e in (numbers.exponent, numbers.decay_exponent)]
+    n = len(chunks.sizes)
+    blocks = [Block(0, n, 0, len(chunks))]
+    exponent = float(numbers.exponent)
+    # Powers that have a way of their own are cheaper to take twice than to keep; those above 1 may overflow.
+    spared = flags.scaled and flags.mode == GENERAL and exponent <= 1 and not whole_group and chunks.sizes.max() <= ROOM
+    if spared:
+        blocks = chunks.blocks(BLOCK)
+        if "powers" not in kept:
+            kept["powers"] = np.empty(max(chunks.before[b.chunks] - chunks.before[b.chunk] for b in blocks), F)
+    powers: Array = kept["powers"] if spared else np.empty(0, F)
     early = flags.scaled and flags.momentum in (HEAVY, EMA) and not flags.nesterov and flags.state == torch.float32
-    if flags.scaled:
-        partials = np.empty((len(chunks), 4))
-        norms = kernels.norm_kernel(flags._replace(decay=NONE, decay_mode=LINEAR, decay_steep=False), early)
-        share_out(lambda a, b: norms(*tensors, *table, a, b, rows, values, exponent, partials), chunks)
-        with np.errstate(over="ignore", invalid="ignore"):
-            duals, factors = _duals(partials, chunks, float(numbers.exponent), scale, whole_group)
-            rows[:, kernels.SIZE] = 1 / np.maximum(duals, TINY)
-            rows[:, kernels.FACTOR] = factors
-    update = kernels.update_kernel(flags._replace(matched=False), early)
-    share_out(lambda a, b: update(*tensors, *table, a, b, rows, values, exponent, decay_exponent, int(seed)), chunks)
-    return None if duals is None else (torch.from_numpy(duals), torch.from_numpy(factors))
+    sums, partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 4))
+    duals, factors = np.empty(n), np.empty(n)
+    agr = kernels.agr_kernel(flags.gradient == torch.bfloat16)
+    norms = kernels.norm_kernel(flags._replace(decay=NONE, decay_mode=LINEAR, decay_steep=False), early, spared)
+    update = kernels.update_kernel(flags._replace(matched=False), early, spared)
+    for block in blocks:
+        t, c = slice(block.tensor, block.tensors), slice(block.chunk, block.chunks)
+        place = chunks.before[:-1] - chunks.before[block.chunk]
+
+        def everywhere(kernel: kernels.Kernel, *more: object, block: Block = block) -> None:
+            share_out(lambda a, b: kernel(*tensors, *table, a, b, *more), chunks, block.chunk, block.chunks)
+
+        if flags.agr:
+            everywhere(agr, values[kernels.UNSCALE], sums)
+            rows[t, :4] = _regularizers(sums[c], chunks, block)
+        if flags.scaled:
+            everywhere(norms, rows, values, exponents[0], partials, powers, place)
+            with np.errstate(over="ignore", invalid="ignore"):
+                duals[t], factors[t] = _duals(partials[c], chunks, block, exponent, scale, whole_group)
+                rows[t, kernels.SIZE] = 1 / np.maximum(duals[t], TINY)
+                rows[t, kernels.FACTOR] = factors[t] / (np.maximum(duals[t], TINY) ** exponent if spared else 1)
+        everywhere(update, rows, values, *exponents, int(seed), powers, place)
+    return (torch.from_numpy(duals), torch.from_numpy(factors)) if flags.scaled else None
 
 
 def _values(numbers: Numbers, unscale: float) -> Array:
@@ -92,28 +110,30 @@ def exponent_of(e: float) -> kernels.Exponent:
     return kernels.Exponent(F(high), F(e - high), F(e), floor, ceiling)
 
 
-def _regularizers(partials: Array, chunks: Chunks) -> Array:
+def _regularizers(partials: Array, chunks: Chunks, block: Block) -> Array:
     """(scale, largest, others, 1/sum) of each tensor's |g|, the last three scaled; scale 0 where AGR leaves it alone.
 
     The scale is a power of two, so that no sum overflows and none is lost below the smallest float32.
     """
-    tops = np.maximum.reduceat(partials[:, 0], chunks.first)
-    at_top = np.flatnonzero(partials[:, 0] == tops[chunks.tensor])
-    winners = at_top[np.unique(chunks.tensor[at_top], return_index=True)[1]]  # one of each tensor
+    first, owner = _of(chunks, block)
+    tops = np.maximum.reduceat(partials[:, 0], first)
+    at_top = np.flatnonzero(partials[:, 0] == tops[owner])
+    winners = at_top[np.unique(owner[at_top], return_index=True)[1]]  # one of each tensor
     rest = partials.sum(1)
     rest[winners] = partials[winners, 1]
-    others = np.add.reduceat(rest, chunks.first)
+    others = np.add.reduceat(rest, first)
     totals = tops + others
-    usable = (chunks.sizes > 1) & (totals != 0)  # so is NaN
+    usable = (chunks.sizes[block.tensor : block.tensors] > 1) & (totals != 0)  # so is NaN
     scale = np.where(usable, np.exp2(-np.frexp(np.where(np.isfinite(totals), totals, 1))[1].clip(-126, 126)), 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.stack([scale, tops * scale, others * scale, 1 / (totals * scale)], axis=1).astype(F)
 
 
-def _duals(partials: Array, chunks: Chunks, exponent: float, scale: Scale, whole_group: bool) -> tuple[Array, Array]:
-    """The dual norm of each tensor, and by what its D(c) is multiplied."""
-    first = np.zeros(1, np.int64) if whole_group else chunks.first
-    owner = np.zeros(len(chunks), np.int64) if whole_group else chunks.tensor
+def _duals(
+    partials: Array, chunks: Chunks, block: Block, exponent: float, scale: Scale, whole_group: bool
+) -> tuple[Array, Array]:
+    """The dual norm of each tensor of a block, and by what its D(c) is multiplied; one of each for a whole group."""
+    first, owner = (np.zeros(k, np.int64) for k in (1, len(chunks))) if whole_group else _of(chunks, block)
     tops = np.maximum.reduceat(partials[:, 0], first)
     ratio = partials[:, 0] / tops[owner]
     q = 1 + exponent
@@ -127,4 +147,12 @@ def _duals(partials: Array, chunks: Chunks, exponent: float, scale: Scale, whole
     elif scale == "matched":
         lengths = (tops / np.where(norms > 0, norms, 1)) ** exponent * np.sqrt(powers)
         factors = np.where(norms > 0, tops * np.sqrt(squares) / np.where(lengths > 0, lengths, 1), norms)
-    return np.broadcast_to(norms, len(chunks.sizes)).copy(), np.broadcast_to(factors, len(chunks.sizes)).copy()
+    return norms, factors
+
+
+def _of(chunks: Chunks, block: Block) -> tuple[Array, Array]:
+    """The first chunk of each tensor of a block, and the tensor of each chunk, both counted from its first."""
+    return (
+        chunks.first[block.tensor : block.tensors] - block.chunk,
+        chunks.tensor[block.chunk : block.chunks] - block.tensor,
+    )

@@ -123,6 +123,12 @@ def scale_of(largest):
 
 
 @njit(**INLINE)
+def guessed(a):
+    """`scale_of` a first guess, or of 1 if that is 0."""
+    return scale_of(bits_of(F(a if a > ZERO else ONE)))
+
+
+@njit(**INLINE)
 def bfloat16(x):
     """The bits of the nearest bfloat16, ties to even."""
     b = bits_of(x)
@@ -148,22 +154,23 @@ def fitted(function: Callable[[Any], Any], low: float, high: float, degree: int)
     return [F(x) for x in near.convert(kind=np.polynomial.Polynomial, domain=[-1, 1]).coef]
 
 
-# log₂(1 + f)/f where 1 + f is in [√½, √2), to 1e-7 of the logarithm, and 2^r where r is in [−½, ½], to 1e-7.
-L0, L1, L2, L3, L4, L5, L6, L7 = fitted(lambda f: np.log2(1 + f) / f, math.sqrt(0.5) - 1, math.sqrt(2) - 1, 7)
+# log₂(1 + f)/f where 1 + f is in [√½, √2), to 6e-7 of the logarithm, and 2^r where r is in [−½, ½], to 1e-7.
+L0, L1, L2, L3, L4, L5, L6 = fitted(lambda f: np.log2(1 + f) / f, math.sqrt(0.5) - 1, math.sqrt(2) - 1, 6)
 E0, E1, E2, E3, E4, E5 = fitted(np.exp2, -0.5, 0.5, 5)
 SQRT_HALF = J(0x3F3504F3)
 ROUNDS = F(1.5 * 2**23)  # adding and subtracting it rounds to an integer
 UP = F(2.0**24)
+LEAST, MOST = F(2.0**-30), F(2.0**40)  # a sum between them has lost nothing that counts, and its squares would not
 
 
 @njit(**INLINE)
 def raised(a, e):
-    """``a^exponent`` for a ≥ 0, to 5e-7 relative, by the `Exponent` e; 0, ∞, NaN and denormals as ``pow`` has them."""
+    """``a^exponent`` for a ≥ 0, to 8e-7 relative, by the `Exponent` e; 0, ∞, NaN and denormals as ``pow`` has them."""
     small = a < TINY
     b = bits_of(a * UP if small else a)
     k = J(b - SQRT_HALF) >> J(23)
     f = float_of(J(b - J(k << J(23)))) - ONE
-    log = f * (L0 + f * (L1 + f * (L2 + f * (L3 + f * (L4 + f * (L5 + f * (L6 + f * L7)))))))
+    log = f * (L0 + f * (L1 + f * (L2 + f * (L3 + f * (L4 + f * (L5 + f * L6))))))
     kf = F(J(k - J(24)) if small else k)
     product = e.high * kf
     rest = e.low * kf + e.whole * log
@@ -240,45 +247,67 @@ def agr_kernel(gradient16: bool) -> Kernel:
     """Of each chunk the largest |g|, and the sum of the others: beside a dominant entry they are not to be lost."""
 
     @njit(**SUMS)
-    def sums(gradients, tensor, start, count, begin, end, unscale, partials):
+    def sums(weights, gradients, states, lost, tensor, start, count, begin, end, unscale, partials):
         for j in range(begin, end):
             n = count[j]
             if gradient16:
                 g = carray(pointer(gradients[tensor[j]] + 2 * start[j]), (n,), np.uint16)
             else:
                 g = carray(pointer(gradients[tensor[j]] + 4 * start[j]), (n,), np.float32)
-            largest = J(0)
+            near, relative = guessed(abs(load(g[0]) * unscale))
+            largest, total = J(0), ZERO
             for i in range(n):
-                largest = max(largest, size_bits(F(load(g[i]) * unscale)))
+                a = F(load(g[i]) * unscale)
+                largest = max(largest, size_bits(a))
+                total += abs(a) * relative
             top = float_of(largest)
-            near, relative = scale_of(largest)
-            others, tops = ZERO, J(0)
-            for i in range(n):
-                a = abs(F(load(g[i]) * unscale))
-                others += ZERO if a == top else F(a * relative)
-                tops += J(1) if a == top else J(0)
+            others = F(total - top * relative)
+            # A small difference of two sums has the accuracy of neither: then the others are summed by themselves.
+            if not (others > top * relative and total > LEAST and total < MOST):
+                near, relative = scale_of(largest)
+                others, tops = ZERO, J(0)
+                for i in range(n):
+                    a = abs(F(load(g[i]) * unscale))
+                    others += ZERO if a == top else F(a * relative)
+                    tops += J(1) if a == top else J(0)
+                others = F(others + F(max(tops - J(1), J(0))) * F(top * relative))
             partials[j, 0] = top
-            partials[j, 1] = np.float64(others) * near + np.float64(top) * np.float64(max(tops - J(1), J(0)))
+            partials[j, 1] = np.float64(others) * near
 
     return sums
 
 
 @cache
-def norm_kernel(f: Flags, early: bool) -> Kernel:
-    """Of each chunk Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent), with M near the largest |c|.
+def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
+    """Of each chunk Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent), with M somewhere near |c|.
 
-    M is a power of two, so that no quotient is rounded. If ``early`` the momentum is c, and is stored already here.
+    M is a power of two, so that no quotient is rounded. If ``early`` the momentum is c, and is stored already here; if
+    ``spared`` so is sign(c)·|c|^exponent, which the walk is spared then.
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
     mode, matched, rule, nesterov = f.mode, f.matched, f.momentum, f.nesterov
     maximize, agr, coupled, kahan = f.maximize, f.agr, f.coupled, f.rounding == KAHAN
-    chunk = CHUNK  # with it in its closure, a kernel that was compiled for another size is not taken from the cache
 
     @njit(**SUMS)
-    def sums(weights, gradients, states, lost, tensor, start, count, begin, end, rows, numbers, exponent, partials):
+    def sums(
+        weights,
+        gradients,
+        states,
+        lost,
+        tensor,
+        start,
+        count,
+        begin,
+        end,
+        rows,
+        numbers,
+        exponent,
+        partials,
+        powers,
+        place,
+    ):
         unscale, mu, beta2, beta2_new = numbers[UNSCALE], numbers[MU], numbers[BETA2], numbers[BETA2_NEW]
         decay = numbers[COUPLED]
-        seen = np.empty(chunk, np.int32)
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
             scale, agr_top = rows[t, AGR_SCALE], rows[t, AGR_TOP]
@@ -297,28 +326,42 @@ def norm_kernel(f: Flags, early: bool) -> Kernel:
             else:
                 m = carray(pointer(states[t] + 4 * s), (n,), np.float32)
             k = carray(pointer(lost[t] + 2 * s), (n,), np.uint16)
-            largest = J(0)
-            for i in range(n):
-                old = load(w[i]) if coupled else ZERO
-                if kahan and coupled:
-                    old = F(old + load(k[i]))
-                x = gradient_of(g[i], old, maximize, unscale, agr, scale, agr_top, agr_others, inverse, coupled, decay)
-                m0 = load(m[i]) if rule != NONE else ZERO
-                c = moved(m0, x, rule, nesterov, mu, kept, new, beta2, beta2_new)[0]
-                if early:
-                    m[i] = c
-                bits = size_bits(c)
-                seen[i] = bits
-                largest = max(largest, bits)
-            near, relative = scale_of(largest)
-            sum_q = sum_2 = sum_d = ZERO
-            for i in range(n):
-                r = F(float_of(seen[i]) * relative)
-                y = power(r, mode, exponent)
-                sum_q += r * y
-                if matched:
-                    sum_2 += r * r
-                    sum_d += y * y
+            if spared:
+                powered = powers[place[j] : place[j] + n]
+            # A guess of the size; where the sum shows that it was a bad one, once more with the largest entry's.
+            near, relative = guessed(abs(load(g[0]) * unscale * new))
+            again = False
+            while True:
+                relative_power = power(relative, mode, exponent)
+                largest, sum_q, sum_2, sum_d = J(0), ZERO, ZERO, ZERO
+                for i in range(n):
+                    m0 = load(m[i]) if rule != NONE else ZERO
+                    old = load(w[i]) if coupled else ZERO
+                    if kahan and coupled:
+                        old = F(old + load(k[i]))
+                    x = gradient_of(
+                        g[i], old, maximize, unscale, agr, scale, agr_top, agr_others, inverse, coupled, decay
+                    )
+                    c = moved(m0, x, rule, nesterov, mu, kept, new, beta2, beta2_new)[0]
+                    if early:
+                        c = m0 if again else c  # m is c since the first time
+                        m[i] = c
+                    largest = max(largest, size_bits(c))
+                    r = F(abs(c) * relative)
+                    if spared:
+                        y = power(abs(c), mode, exponent)
+                        powered[i] = signed(y, c)
+                        y = F(y * relative_power)
+                    else:
+                        y = power(r, mode, exponent)
+                    sum_q += r * y
+                    if matched:
+                        sum_2 += r * r
+                        sum_d += y * y
+                if again or (sum_q > LEAST and sum_q < MOST):
+                    break
+                again = True
+                near, relative = scale_of(largest)
             partials[j, 0] = near
             partials[j, 1] = sum_q
             partials[j, 2] = sum_2
@@ -328,14 +371,17 @@ def norm_kernel(f: Flags, early: bool) -> Kernel:
 
 
 @cache
-def update_kernel(f: Flags, early: bool) -> Kernel:
-    """The walk itself, entry by entry: gradient, momentum, direction, decay, write. If ``early`` c is the momentum."""
+def update_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
+    """The walk itself, entry by entry: gradient, momentum, direction, decay, write.
+
+    If ``early`` c is the momentum; if ``spared`` its power is at hand.
+    """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
     mode, smoothed, scaled, rule, nesterov = f.mode, f.smoothed, f.scaled, f.momentum, f.nesterov
     maximize, agr, coupled = f.maximize, f.agr, f.coupled
     decoupled, lp, decay_mode, steep = f.decay == DECOUPLED, f.decay == LP, f.decay_mode, f.decay_steep
     stochastic, kahan = f.rounding == STOCHASTIC, f.rounding == KAHAN
-    chunk = CHUNK
+    chunk = CHUNK  # with it in its closure, a kernel that was compiled for another size is not taken from the cache
 
     @njit(**EXACT)
     def update(
@@ -353,6 +399,8 @@ def update_kernel(f: Flags, early: bool) -> Kernel:
         exponent,
         decay_exponent,
         seed,
+        powers,
+        place,
     ):
         unscale, mu, beta2, beta2_new = numbers[UNSCALE], numbers[MU], numbers[BETA2], numbers[BETA2_NEW]
         decay, eps = numbers[COUPLED], numbers[EPS]
@@ -376,6 +424,8 @@ def update_kernel(f: Flags, early: bool) -> Kernel:
             else:
                 m = carray(pointer(states[t] + 4 * s), (n,), np.float32)
             k = carray(pointer(lost[t] + 2 * s), (n,), np.uint16)
+            if spared:
+                powered = powers[place[j] : place[j] + n]
             drawn = J(seed + j * chunk)
             for i in range(n):
                 old = load(w[i])
@@ -389,7 +439,9 @@ def update_kernel(f: Flags, early: bool) -> Kernel:
                     )
                     m0 = load(m[i]) if rule != NONE else ZERO
                     c, m1 = moved(m0, x, rule, nesterov, mu, kept, new, beta2, beta2_new)
-                if smoothed:
+                if spared:
+                    u = F(powered[i] * factor)
+                elif smoothed:
                     a = F(abs(c) + eps)
                     u = F(c / a) if mode == SIGN else F(c * raised(a, exponent))
                 elif scaled:

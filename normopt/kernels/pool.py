@@ -22,16 +22,17 @@ _pool: ThreadPoolExecutor | None = None
 _size = 0
 
 
-def share_out(work: Callable[[int, int], None], chunks: Chunks) -> None:
-    """Call ``work(begin, end)`` on ranges that cover the chunks, on as many threads as torch would use.
+def share_out(work: Callable[[int, int], None], chunks: Chunks, begin: int = 0, end: int | None = None) -> None:
+    """Call ``work(a, b)`` on ranges that cover the chunks ``begin`` to ``end``, on as many threads as torch would use.
 
     The calling thread takes the first range itself. An error in any range is raised here, after all have ended.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or chunks.before[-1] < ALONE:
-        work(0, len(chunks))
+    end = len(chunks) if end is None else end
+    if threads == 1 or chunks.before[end] - chunks.before[begin] < ALONE:
+        work(begin, end)
         return
-    mine, *others = chunks.shared(threads)
+    mine, *others = chunks.shared(threads, begin, end)
     waiting = [_executor(threads - 1).submit(work, *part) for part in others]
     try:
         work(*mine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,15 @@ import torch
 Array = np.ndarray
 
 CHUNK = 4096  # entries: 16 KB of float32, so that what a chunk reads twice it finds in the nearest cache
+
+
+class Block(NamedTuple):
+    """A range of tensors, and that of their chunks."""
+
+    tensor: int
+    tensors: int
+    chunk: int
+    chunks: int
 
 
 class Chunks:
@@ -37,12 +46,25 @@ class Chunks:
         self.count = np.minimum(chunk, self.sizes[self.tensor] - self.start)
         self.before = np.concatenate(([0], np.cumsum(self.count)))
 
+    def blocks(self, entries: int) -> list[Block]:
+        """Consecutive tensors of together at most so many entries, or single larger ones."""
+        ends = np.cumsum(self.sizes)
+        found, t = [], 0
+        while t < len(self.sizes):
+            before = ends[t] - self.sizes[t]
+            after = max(t + 1, int(np.searchsorted(ends, before + entries, side="right")))
+            chunks = np.append(self.first, len(self))[[t, after]].tolist()
+            found.append(Block(t, after, *chunks))
+            t = after
+        return found
+
     def __len__(self) -> int:
         return len(self.tensor)
 
-    def shared(self, parts: int) -> list[tuple[int, int]]:
-        """Ranges of chunks, at most so many, of about the same number of entries."""
-        ends = np.searchsorted(self.before, np.linspace(0, self.before[-1], parts + 1)).tolist()
+    def shared(self, parts: int, begin: int, end: int) -> list[tuple[int, int]]:
+        """The chunks ``begin`` to ``end`` in ranges, at most so many, of about the same number of entries."""
+        goals = np.linspace(self.before[begin], self.before[end], parts + 1)
+        ends = np.searchsorted(self.before, goals).clip(begin, end).tolist()
         return [(a, b) for a, b in pairwise(ends) if a < b]
 
 
