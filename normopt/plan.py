@@ -57,6 +57,12 @@ class Plan:
         """The kind of decay that runs, None if none does."""
         return None if equals(self.weight_decay, 0) else self.decay
 
+    @property
+    def has_tensors(self) -> bool:
+        """Whether some of its numbers are tensors, which may be others at every step."""
+        norm_p = getattr(self.norm, "p", None)
+        return any(isinstance(x, Tensor) for x in (self.lr, self.weight_decay, norm_p))
+
     def __str__(self) -> str:
         decay = f"λ = {_shown(self.weight_decay)}"
         stages = ["−g"] if self.maximize else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,52 +47,69 @@ def run(
     if found_inf is not None and float(found_inf) != 0:
         return None
     chunks, kept = batch.chunks, batch.kept
-    if "rows" not in kept:
-        kept |= {"rows": np.zeros((len(chunks.sizes), COLUMNS), F), "none": np.zeros(len(chunks.sizes), np.int64)}
-    rows: Array = kept["rows"]
-    values = _values(numbers, 1.0 if unscale is None else float(unscale))
-    rows[:, kernels.KEPT], rows[:, kernels.NEW] = numbers.mu, numbers.new
-    if flags.momentum == HEAVY:
+    ready: _Ready | None = kept.get("ready")
+    if ready is None or ready.numbers is not numbers or unscale is not None:
+        ready = _Ready(flags, numbers, whole_group, chunks, 1.0 if unscale is None else float(unscale), kept)
+        kept["ready"] = ready
+    rows, values, powers = ready.rows, ready.values, ready.powers
+    if flags.momentum == HEAVY and batch.new:
         rows[batch.new, kernels.KEPT], rows[batch.new, kernels.NEW] = 0, 1
-    rows[:, kernels.WIDE] = chunks.wide
-    states, lost = (kept["none"] if x is None else x for x in (batch.states, batch.compensations))
-    tensors = batch.weights, batch.gradients, states, lost
-    table = (chunks.tensor, chunks.start, chunks.count)
-    exponents = [exponent_of(float(e)) for e in (numbers.exponent, numbers.decay_exponent)]
+        kept.pop("ready")  # the next step's weigh them all alike again
+    states, lost = (ready.none if x is None else x for x in (batch.states, batch.compensations))
+    tensors = batch.weights, batch.gradients, states, lost, chunks.tensor, chunks.start, chunks.count
     n = len(chunks.sizes)
-    blocks = [Block(0, n, 0, len(chunks))]
-    exponent = float(numbers.exponent)
-    # Powers that have a way of their own are cheaper to take twice than to keep; those above 1 may overflow.
-    spared = flags.scaled and flags.mode == GENERAL and exponent <= 1 and not whole_group and chunks.sizes.max() <= ROOM
-    if spared:
-        blocks = chunks.blocks(BLOCK)
-        if "powers" not in kept:
-            kept["powers"] = np.empty(max(chunks.before[b.chunks] - chunks.before[b.chunk] for b in blocks), F)
-    powers: Array = kept["powers"] if spared else np.empty(0, F)
-    early = flags.scaled and flags.momentum in (HEAVY, EMA) and not flags.nesterov and flags.state == torch.float32
     sums, partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 4))
     duals, factors = np.empty(n), np.empty(n)
-    agr = kernels.agr_kernel(flags.gradient == torch.bfloat16)
-    norms = kernels.norm_kernel(flags._replace(decay=NONE, decay_mode=LINEAR, decay_steep=False), early, spared)
-    update = kernels.update_kernel(flags._replace(matched=False), early, spared)
-    for block in blocks:
+    for block, place in ready.blocks:
         t, c = slice(block.tensor, block.tensors), slice(block.chunk, block.chunks)
-        place = chunks.before[:-1] - chunks.before[block.chunk]
 
         def everywhere(kernel: kernels.Kernel, *more: object, block: Block = block) -> None:
-            share_out(lambda a, b: kernel(*tensors, *table, a, b, *more), chunks, block.chunk, block.chunks)
+            share_out(lambda a, b: kernel(*tensors, a, b, *more), chunks, block.chunk, block.chunks)
 
         if flags.agr:
-            everywhere(agr, values[kernels.UNSCALE], sums)
+            everywhere(ready.agr, values[kernels.UNSCALE], sums)
             rows[t, :4] = _regularizers(sums[c], chunks, block)
         if flags.scaled:
-            everywhere(norms, rows, values, exponents[0], partials, powers, place)
+            everywhere(ready.norms, rows, values, ready.exponent, partials, powers, place)
             with np.errstate(over="ignore", invalid="ignore"):
+                exponent = float(numbers.exponent)
                 duals[t], factors[t] = _duals(partials[c], chunks, block, exponent, scale, whole_group)
                 rows[t, kernels.SIZE] = 1 / np.maximum(duals[t], TINY)
-                rows[t, kernels.FACTOR] = factors[t] / (np.maximum(duals[t], TINY) ** exponent if spared else 1)
-        everywhere(update, rows, values, *exponents, int(seed), powers, place)
+                rows[t, kernels.FACTOR] = factors[t] / (np.maximum(duals[t], TINY) ** exponent if ready.spared else 1)
+        everywhere(ready.update, rows, values, ready.exponent, ready.decay_exponent, int(seed), powers, place)
     return (torch.from_numpy(duals), torch.from_numpy(factors)) if flags.scaled else None
+
+
+class _Ready:
+    """All that follows from a plan's flags and numbers and from the chunks: made once, for as long as they stay."""
+
+    def __init__(
+        self, flags: Flags, numbers: Numbers, whole_group: bool, chunks: Chunks, unscale: float, kept: dict[str, Any]
+    ) -> None:
+        n = len(chunks.sizes)
+        self.numbers = numbers
+        self.values = _values(numbers, unscale)
+        self.exponent, self.decay_exponent = (exponent_of(float(e)) for e in (numbers.exponent, numbers.decay_exponent))
+        self.rows = np.zeros((n, COLUMNS), F)
+        self.rows[:, kernels.KEPT], self.rows[:, kernels.NEW], self.rows[:, kernels.WIDE] = (
+            numbers.mu,
+            numbers.new,
+            chunks.wide,
+        )
+        self.none = np.zeros(n, np.int64)
+        # Powers that have a way of their own are cheaper to take twice than to keep; those above 1 may overflow.
+        general = flags.scaled and flags.mode == GENERAL and float(numbers.exponent) <= 1
+        self.spared = general and not whole_group and bool(chunks.sizes.max() <= ROOM)
+        blocks = chunks.blocks(BLOCK) if self.spared else [Block(0, n, 0, len(chunks))]
+        self.blocks = [(block, chunks.before[:-1] - chunks.before[block.chunk]) for block in blocks]
+        if self.spared and "powers" not in kept:
+            kept["powers"] = np.empty(max(chunks.before[b.chunks] - chunks.before[b.chunk] for b in blocks), F)
+        self.powers: Array = kept["powers"] if self.spared else np.empty(0, F)
+        early = flags.scaled and flags.momentum in (HEAVY, EMA) and not flags.nesterov and flags.state == torch.float32
+        self.agr = kernels.agr_kernel(flags.gradient == torch.bfloat16)
+        undecayed = flags._replace(decay=NONE, decay_mode=LINEAR, decay_steep=False)
+        self.norms = kernels.norm_kernel(undecayed, early, self.spared)
+        self.update = kernels.update_kernel(flags._replace(matched=False), early, self.spared)
 
 
 def _values(numbers: Numbers, unscale: float) -> Array:

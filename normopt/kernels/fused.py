@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from normopt._checks import is_low_precision
-from normopt.kernels.flags import flags_of, numbers_of
+from normopt.kernels.flags import Flags, Numbers, flags_of, numbers_of
 from normopt.kernels.tables import Batch, Chunks
 from normopt.norms.scales import NormPair
 from normopt.state import BUFFER, COMPENSATION, state_dtype
@@ -78,6 +78,9 @@ class Stepper:
         self._at: dict[str, tuple[list[int], Array]] = {}  # the addresses of each list
         self._own: list[dict[str, Any]] = []  # each parameter's state
         self._momenta: list[Tensor] = []
+        self._plan: Plan | None = None  # of which these are the flags and the numbers
+        self._flags: Flags | None = None
+        self._numbers: Numbers | None = None
         self._shapes: list[torch.Size] = []
         self._chunks = Chunks([])
         self._kept: dict[str, Any] = {}
@@ -125,9 +128,12 @@ class Stepper:
             from normopt.kernels.triton import run
         else:
             from normopt.kernels.cpu import run
+        dtypes = weights[0].dtype, gradients[0].dtype, (states or weights)[0].dtype
+        if self._plan is not plan or self._flags is None or self._flags[-3:] != dtypes or plan.has_tensors:
+            self._plan, self._flags, self._numbers = plan, flags_of(plan, *dtypes), numbers_of(plan)
         measured = run(
-            flags_of(plan, weights[0].dtype, gradients[0].dtype, (states or weights)[0].dtype),
-            numbers_of(plan),
+            self._flags,
+            cast(Numbers, self._numbers),
             plan.scale,
             plan.scope == "group",
             Batch(

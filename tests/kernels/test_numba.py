@@ -176,7 +176,7 @@ def test_stochastic_rounding_is_right_on_average_and_reproducible():
     assert torch.equal(p.detach().nan_to_num(7, 8, 9), torch.tensor([8, 9, 7, 0.0], dtype=torch.bfloat16))
 
 
-def test_powers_to_eight_parts_in_ten_million_over_the_whole_range():
+def test_powers_to_six_parts_in_ten_million_over_the_whole_range():
     @numba.njit
     def all_of(x, e):
         y = np.empty_like(x)
@@ -191,7 +191,7 @@ def test_powers_to_eight_parts_in_ten_million_over_the_whole_range():
         y = all_of(x, exponent_of(exponent)).astype(np.float64)
         z = x.astype(np.float64) ** exponent
         inside = (z > 2e-38) & (z < 3e38)
-        assert np.abs(y / z - 1)[inside].max() < 8e-7
+        assert np.abs(y / z - 1)[inside].max() < 6e-7
         assert np.all(y[z > 4e38] == np.inf)
         assert np.all(y[z < 1e-38] == 0)
     ends = all_of(np.array([0, np.inf, np.nan, 1], np.float32), exponent_of(0.6))
