@@ -125,7 +125,8 @@ def exponent_of(e: float) -> kernels.Exponent:
     with np.errstate(over="ignore"):
         floor = F(2.0 ** max(-126 / e, -160)) if e > 0 else F(0)
         ceiling = F(np.exp2(128 / e)) if e > 1 else F(np.inf)
-    return kernels.Exponent(F(high), F(e - high), F(e), floor, ceiling)
+    logs = tuple(F(e * float(x)) for x in kernels.LOGARITHM)
+    return kernels.Exponent(F(high), F(e - high), logs, floor, ceiling)
 
 
 def _regularizers(partials: Array, chunks: Chunks, block: Block) -> Array:

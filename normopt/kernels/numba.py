@@ -53,13 +53,13 @@ class Exponent(NamedTuple):
 
     Attributes:
         high, low: in two parts, the first of 12 bits, so that its product with a float's own exponent is exact.
-        whole: in one.
+        logs: the coefficients of the logarithm's polynomial (`LOGARITHM`), each times the exponent.
         floor, ceiling: up to the one its power is 0, from the other on ∞: it is no normal float32 there.
     """
 
     high: Any
     low: Any
-    whole: Any
+    logs: tuple[Any, ...]
     floor: Any
     ceiling: Any
 
@@ -155,7 +155,7 @@ def fitted(function: Callable[[Any], Any], low: float, high: float, degree: int)
 
 
 # log₂(1 + f)/f where 1 + f is in [√½, √2), to 1e-7 of the logarithm, and 2^r where r is in [−½, ½], to 1e-7.
-L0, L1, L2, L3, L4, L5, L6, L7 = fitted(lambda f: np.log2(1 + f) / f, math.sqrt(0.5) - 1, math.sqrt(2) - 1, 7)
+LOGARITHM = fitted(lambda f: np.log2(1 + f) / f, math.sqrt(0.5) - 1, math.sqrt(2) - 1, 7)
 E0, E1, E2, E3, E4, E5 = fitted(np.exp2, -0.5, 0.5, 5)
 SQRT_HALF = J(0x3F3504F3)
 ROUNDS = F(1.5 * 2**23)  # adding and subtracting it rounds to an integer
@@ -170,10 +170,11 @@ def raised(a, e):
     b = bits_of(a * UP if small else a)
     k = J(b - SQRT_HALF) >> J(23)
     f = float_of(J(b - J(k << J(23)))) - ONE
-    log = f * (L0 + f * (L1 + f * (L2 + f * (L3 + f * (L4 + f * (L5 + f * (L6 + f * L7)))))))
+    l0, l1, l2, l3, l4, l5, l6, l7 = e.logs
+    log = l0 + f * (l1 + f * (l2 + f * (l3 + f * (l4 + f * (l5 + f * (l6 + f * l7))))))
     kf = F(J(k - J(24)) if small else k)
     product = e.high * kf
-    rest = e.low * kf + e.whole * log
+    rest = e.low * kf + f * log
     n = (product + rest) + ROUNDS  # its lowest bits are an integer's
     r = (product - (n - ROUNDS)) + rest
     y = E0 + r * (E1 + r * (E2 + r * (E3 + r * (E4 + r * E5))))
