@@ -156,16 +156,14 @@ def _duals(
     tops = np.maximum.reduceat(partials[:, 0], first)
     ratio = partials[:, 0] / tops[owner]
     q = 1 + exponent
-    sums, squares, powers = (
-        np.add.reduceat(partials[:, i] * ratio**order, first) for i, order in ((1, q), (2, 2), (3, 2 * exponent))
-    )
-    norms = tops * sums ** (1 / q)
-    factors = np.ones_like(norms)
+    norms = tops * np.add.reduceat(partials[:, 1] * ratio**q, first) ** (1 / q)
     if scale == "dual":
-        factors = norms
-    elif scale == "matched":
-        lengths = (tops / np.where(norms > 0, norms, 1)) ** exponent * np.sqrt(powers)
-        factors = np.where(norms > 0, tops * np.sqrt(squares) / np.where(lengths > 0, lengths, 1), norms)
+        return norms, norms
+    if scale == "unit":
+        return norms, np.ones_like(norms)
+    squares, powers = (np.add.reduceat(partials[:, i] * ratio**k, first) for i, k in ((2, 2), (3, 2 * exponent)))
+    lengths = (tops / np.where(norms > 0, norms, 1)) ** exponent * np.sqrt(powers)
+    factors = np.where(norms > 0, tops * np.sqrt(squares) / np.where(lengths > 0, lengths, 1), norms)
     return norms, factors
 
 

@@ -2,7 +2,7 @@
 
 Every scale of every ℓp norm is one form, ``u = factor · sign(c) · (|c|/size)^exponent`` with exponent 1/(p−1) and a
 size and a factor for each tensor, which the elementwise directions do without. How the power is computed is the
-mode: four exponents have a way of their own.
+mode: four exponents have a way of their own, and those above 1, ABOVE, are too small of a denormal to be looked at.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Number = float | Tensor
 
-SIGN, LINEAR, SQRT, SQUARE, GENERAL = range(5)
+SIGN, LINEAR, SQRT, SQUARE, GENERAL, ABOVE = range(6)
 NONE, HEAVY, EMA, LION = range(4)
 DECOUPLED, LP = 1, 2
 NEAREST, STOCHASTIC, KAHAN = range(3)
@@ -98,7 +98,7 @@ def flags_of(plan: Plan, weight: torch.dtype, gradient: torch.dtype, state: torc
     assert isinstance(norm, Lp)
     smoothed = plan.scale == "power" and plan.eps != 0
     # A tensor p may be any: the general way, which is told where p is 2 or ∞.
-    mode = GENERAL if isinstance(norm.p, Tensor) else MODES.get(1 / (norm.p - 1), GENERAL)
+    mode = GENERAL if isinstance(norm.p, Tensor) else _mode(1 / (norm.p - 1))
     if smoothed and mode != SIGN:
         smoothed, mode = (False, LINEAR) if mode == LINEAR else (True, GENERAL)
     scaled = norm.needs(plan.scale) == "tensor"
@@ -113,7 +113,7 @@ def flags_of(plan: Plan, weight: torch.dtype, gradient: torch.dtype, state: torc
         agr=plan.agr,
         coupled=plan.decays == "coupled",
         decay={"decoupled": DECOUPLED, "lp": LP}.get(str(plan.decays), NONE),
-        decay_mode=MODES.get(abs(2 - plan.decay_p), GENERAL) if plan.decays == "lp" else LINEAR,
+        decay_mode=_mode(abs(2 - plan.decay_p)) if plan.decays == "lp" else LINEAR,
         decay_steep=plan.decays == "lp" and plan.decay_p >= 2,
         maximize=plan.maximize,
         rounding={"nearest": NEAREST, "stochastic": STOCHASTIC, "kahan": KAHAN}[plan.rounding] if low else NEAREST,
@@ -121,6 +121,10 @@ def flags_of(plan: Plan, weight: torch.dtype, gradient: torch.dtype, state: torc
         gradient=gradient,
         state=state,
     )
+
+
+def _mode(exponent: float) -> int:
+    return MODES.get(exponent, ABOVE if exponent > 1 else GENERAL)
 
 
 def numbers_of(plan: Plan) -> Numbers:

@@ -24,6 +24,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
 from normopt.kernels.flags import (
+    ABOVE,
     DECOUPLED,
     HEAVY,
     KAHAN,
@@ -164,15 +165,23 @@ LEAST, MOST = F(2.0**-30), F(2.0**40)  # a sum between them has lost nothing tha
 
 
 @njit(**INLINE)
-def raised(a, e):
-    """``a^exponent`` for a ≥ 0, to 6e-7 relative, by the `Exponent` e; 0, ∞, NaN and denormals as ``pow`` has them."""
-    small = a < TINY
-    b = bits_of(a * UP if small else a)
-    k = J(b - SQRT_HALF) >> J(23)
-    f = float_of(J(b - J(k << J(23)))) - ONE
+def raised(a, e, above):
+    """``a^exponent`` for a ≥ 0, to 6e-7 relative, by the `Exponent` e; 0, ∞, NaN and denormals as ``pow`` has them.
+
+    ``above``: the exponent is above 1, so that the power of a denormal is 0.
+    """
+    if above:
+        k = J(bits_of(a) - SQRT_HALF) >> J(23)
+        f = float_of(J(bits_of(a) - J(k << J(23)))) - ONE
+        kf = F(k)
+    else:
+        small = a < TINY
+        b = bits_of(a * UP if small else a)
+        k = J(b - SQRT_HALF) >> J(23)
+        f = float_of(J(b - J(k << J(23)))) - ONE
+        kf = F(J(k - J(24)) if small else k)
     l0, l1, l2, l3, l4, l5, l6, l7 = e.logs
     log = l0 + f * (l1 + f * (l2 + f * (l3 + f * (l4 + f * (l5 + f * (l6 + f * l7))))))
-    kf = F(J(k - J(24)) if small else k)
     product = e.high * kf
     rest = e.low * kf + f * log
     n = (product + rest) + ROUNDS  # its lowest bits are an integer's
@@ -194,7 +203,7 @@ def power(a, mode, e):
         return F(math.sqrt(a))
     if mode == SQUARE:
         return F(a * a)
-    return raised(a, e)
+    return raised(a, e, mode == ABOVE)
 
 
 @njit(**INLINE)
@@ -444,7 +453,7 @@ def update_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
                     u = F(powered[i] * factor)
                 elif smoothed:
                     a = F(abs(c) + eps)
-                    u = F(c / a) if mode == SIGN else F(c * raised(a, exponent))
+                    u = F(c / a) if mode == SIGN else F(c * raised(a, exponent, False))
                 elif scaled:
                     u = F(signed(power(F(abs(c) * size), mode, exponent), c) * factor)
                 else:
