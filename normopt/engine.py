@@ -323,11 +323,13 @@ class SteepestDescent(Optimizer):
         return stepper.step(plan, params, self.state, look, unscale, found_inf)
 
     def norm_pairs(self) -> list[NormPair | None]:
-        """How large the last step was: of each param group, its update's norm and its gradient's dual norm.
+        """How large the last step was: of each param group, its update's norm, and the dual norm of what it is made of.
 
-        Both were computed by the step itself, and reading them costs nothing more than adding them up:
-        over a group's tensors the norm is the largest and so the dual norm the sum, but for
-        ``scope="group"``, where it is that of all of them as one vector.
+        That is c: the gradient after AGR and coupled decay, or the momentum where there is one. Both are the
+        step's own numbers, so that reading them costs nothing more than adding them up; where a method is
+        iterative they have its error, and ``update`` is what the rule says. Over a group's tensors the norm
+        is the largest and so the dual norm the sum, but for ``scope="group"``, where it is that of all of
+        them as one vector.
 
         Returns:
             One [`NormPair`][normopt.norms.NormPair] of 0-d tensors a group, in the order of ``param_groups``;
@@ -337,7 +339,7 @@ class SteepestDescent(Optimizer):
         Example:
             >>> opt.step()
             >>> for group, pair in zip(opt.param_groups, opt.norm_pairs()):
-            ...     print(group["norm"], float(pair.update), float(pair.dual))
+            ...     print(group["norm"], pair and (float(pair.update), float(pair.dual)))
         """
         known = [over_the_group(pairs, plan.scope == "group", plan.radius) for plan, pairs in self._measured]
         return known and known + [None] * (len(self.param_groups) - len(known))

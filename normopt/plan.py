@@ -143,7 +143,10 @@ def _choose_backend(settings: Mapping[str, Any], norm: Norm, params: list[Tensor
         if why_not is None:
             return "fused", "fused=True" if fused else "every parameter is a plain CUDA tensor"
         if fused:
-            raise ValueError(f"fused=True is not to be had: {why_not}. Set fused=None or False")
+            raise ValueError(
+                f"fused=True cannot be had here: {why_not}. Set fused=None or False; where a checkpoint brings it, "
+                "in the checkpoint's param_groups"
+            )
     if differentiable:
         return "for-loop", "differentiable=True"
     if norm.batches:

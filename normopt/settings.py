@@ -142,8 +142,11 @@ def refuse_unknown_arguments(
 def refuse_typos(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuse the key of a param group that is nearly a setting; others are the user's own, as in torch."""
     norm = group.get("norm", defaults["norm"])
-    known = {*defaults, *(registry.setting_key(f) for f in registry.entry_of(norm).fields)}
+    fields = registry.entry_of(norm).fields
+    known = {*defaults, *(registry.setting_key(f) for f in fields)}
     for key in group.keys() - known - {"params", "param_names"}:
+        if key in fields:
+            raise ValueError(f"a param group has {key!r}: as a setting it is called {registry.setting_key(key)!r}")
         meant = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
         if meant or key in SYNONYMS:
             hint = f"did you mean {meant[0]!r}?" if meant else SYNONYMS[key]

@@ -236,6 +236,17 @@ def test_a_parameter_that_nobody_claims_is_refused_until_somebody_does():
     normopt.Scion(groups)
 
 
+def test_a_modules_bias_keeps_its_kind_and_fields_go_by_their_settings_name():
+    groups = normopt.param_groups(Mix(), "muon", overrides={"hidden": {"kind": "output"}})
+    assert by_name(groups, "kind")["hidden.weight"] == "output"
+    assert by_name(groups, "kind")["hidden.bias"] == "bias"
+    named = normopt.param_groups(Mix(), "muon", overrides={"hidden.bias": {"kind": "embedding"}})
+    assert by_name(named, "kind")["hidden.bias"] == "embedding"
+    groups = normopt.param_groups(Mix(), "muon", overrides={"hidden.weight": {"method": "svd"}})
+    with pytest.raises(ValueError, match="'method': as a setting it is called 'norm_method'"):
+        normopt.Muon(groups)
+
+
 def test_the_output_layer():
     tied = nn.ModuleDict(dict(head=nn.Linear(4, 9, bias=False), body=nn.Linear(4, 4), embed=nn.Embedding(9, 4)))
     assert by_name(normopt.param_groups(tied, "muon"), "kind")["body.weight"] == "output"  # defined last
@@ -262,6 +273,7 @@ REFUSED = [
     (dict(overrides={"head": {"kind": "haed"}}), ValueError, "kind must be one of"),
     (dict(overrides={"head": {"mass": 1}}), ValueError, '"mass" is of preset="modular"'),
     (dict(preset="modular", overrides={"head": {"mass": 0}}), ValueError, "mass must lie in"),
+    (dict(preset="modular", overrides={"head": {"sensitivity": 2}}), ValueError, "sensitivity in .* is computed"),
     (dict(residual_depth=3), ValueError, 'residual_depth is of preset="modular"'),
     (dict(preset="modular", residual_depth=0), ValueError, "residual_depth must lie in"),
     (dict(preset="modular", residual_depth=2.5), TypeError, "residual_depth must be an integer"),
@@ -395,6 +407,7 @@ UNTRACEABLE = {
     "is a truediv of two values": lambda self, x: 1 / self.head(x),
     "how steep 'exp' is": lambda self, x: self.head(x).exp(),
     "how steep 'matmul' is": lambda self, x: self.head(x) @ x.mT,
+    "what .real": lambda self, x: self.head(torch.fft.fft(x).real),
 }
 
 

@@ -77,8 +77,8 @@ print(groups)
 #
 # The groups go to the optimizer that the preset is named after, which brings momentum, decay and the default learning
 # rate; "modular" goes to any. After a step, [`norm_pairs`][normopt.SteepestDescent.norm_pairs] has the norm of every
-# group's update and the dual norm of its gradient, which the step has computed anyway: here the dual norms say which
-# layers' gradients ask for how much.
+# group's update and the dual norm of its momentum, which the step has computed anyway, or None for a group whose step
+# needs neither, such as signs: here the dual norms say which layers' momenta ask for how much.
 
 # %%
 pixels, digit = load_digits(return_X_y=True)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from normopt._checks import check_choice, check_number, near
-from normopt.groups.claims import KINDS, Claim, claims
+from normopt.groups.claims import KINDS, MATRICES, Claim, claims
 from normopt.groups.modular import budgets
 from normopt.groups.presets import PRESETS
 from normopt.norms import registry
@@ -45,7 +45,12 @@ def param_groups(
 
     The groups hold a norm, a scale and a radius, and leave the rest to the optimizer: give them to the one that the
     preset is named after, `Muon`, `Scion` or `SCALE`, and "modular" to any with averaged momentum. A group that
-    names the optimizer's own norm takes the optimizer's fields of it too, such as ``method`` and ``steps``.
+    names the optimizer's own norm takes the optimizer's fields of it too, such as Muon's ``method`` and ``steps``;
+    in overrides and in groups these are called ``norm_method`` and ``norm_steps``. The sign is printed as "linf", the
+    RMS as "frobenius" with the aspect "entries", ℓ1 → RMS as "column" with the aspect "rows".
+
+    The 0.015 of "muon" makes steps of 3e-4 at Muon's default learning rate of 0.02: at another one, give the
+    groups whose norm is "linf" a radius, or an lr, to match.
 
     "modular" bounds how far a step can move the model's output: every parameter has a mass m and a sensitivity s,
     how far the output moves as its layer's does, and its radius is (m/Σm)/s. Hidden layers have a mass of 5
@@ -138,14 +143,22 @@ def _given(claimed: list[Claim], overrides: Overrides) -> dict[str, dict[str, An
         if not matched:
             names = [claim.name for claim in claimed]
             hint = near(key, names) if isinstance(key, str) else ""
-            raise ValueError(f"overrides[{key!r}] matches no parameter{hint}: the first are {', '.join(names[:5])}")
+            shown = repr(key) if isinstance(key, str) else key.__name__
+            raise ValueError(f"overrides[{shown}] matches no parameter{hint}; the first are {', '.join(names[:5])}")
         if "kind" in settings:
             check_choice("kind", settings["kind"], KINDS)
         if "mass" in settings:
             check_number("mass", settings["mass"], low=0, open_low=True, open_high=True)
+        if computed := {"share", "sensitivity"} & settings.keys():
+            raise ValueError(
+                f"{', '.join(sorted(computed))} in overrides[{key!r}] is computed: give a radius or a mass"
+            )
         for claim in matched:
             before = given[claim.name]
-            given[claim.name] = (_without_norm(before) if "norm" in settings else before) | dict(settings)
+            laid = dict(settings)
+            if claim.kind == "bias" and settings.get("kind") in MATRICES and not _is_named(claim, key):
+                del laid["kind"]  # a module's bias is no matrix because its weight is one
+            given[claim.name] = (_without_norm(before) if "norm" in laid else before) | laid
     return given
 
 
@@ -155,6 +168,11 @@ def _matches(claim: Claim, key: str | type[nn.Module]) -> bool:
     if isinstance(key, type) and issubclass(key, nn.Module):
         return isinstance(claim.module, key)
     raise TypeError(f"a key of overrides must be a pattern or a module type, but is {key!r}")
+
+
+def _is_named(claim: Claim, key: str | type[nn.Module]) -> bool:
+    """By a name of its own, not by its module's."""
+    return isinstance(key, str) and fnmatch.fnmatchcase(claim.name, key)
 
 
 def _settings(claim: Claim, preset: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +205,8 @@ def _refuse_unclaimed(unclaimed: list[Claim]) -> None:
     more = f"; and {len(unclaimed) - 8} more" if len(unclaimed) > 8 else ""
     raise ValueError(
         f"no kind of layer is known for {told}{more}. Say what it is, overrides={{{unclaimed[0].name!r}: "
-        '{"kind": "linear"}}, or give it a norm of its own, {"norm": "l2", "scale": "unit"}'
+        f'{{"kind": …}}}} with one of {", ".join(KINDS)}, or give it a norm of its own, '
+        '{"norm": "l2", "scale": "unit"}'
     )
 
 

@@ -27,7 +27,8 @@ STEADY = {
     *("scaleddotproductattention", "add", "sub", "iadd", "isub"),
 }
 TURNED = ("T", "mT", "H", "mH")
-BLIND = {"size", "getattr", "dim", "shape", "assertisnone", "eq", "floordiv", "arange"}  # what carries no activation
+DESCRIBING = ("shape", "device", "dtype", "ndim", "is_cuda", "requires_grad", "itemsize", "nbytes")
+BLIND = {"size", "dim", "shape", "assertisnone", "eq", "floordiv", "arange"}  # what carries no activation
 
 Uses = dict[str, float]
 
@@ -97,8 +98,10 @@ def _reads(node: fx.Node, modules: dict[str, nn.Module]) -> list[tuple[fx.Node, 
             raise Untraceable(f"{node.target} is a {type(module).__name__}, which torch.fx does not look into")
         return [(source, steep) for source in _nodes(node.args) + _nodes(node.kwargs.values())]
     name = _name(node.target)
-    if name in BLIND and not (name == "getattr" and node.args[1] in TURNED):
+    if name in BLIND or (name == "getattr" and node.args[1] in DESCRIBING):
         return []
+    if name == "getattr" and node.args[1] not in TURNED:
+        raise Untraceable(f"what .{node.args[1]} ({node.name}) does is not known")
     sources = _nodes(node.args) + _nodes(node.kwargs.values())
     if name in ("mul", "imul", "truediv", "itruediv", "div"):
         numbers = [a for a in node.args if isinstance(a, int | float)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -92,12 +91,15 @@ def check_matrix(shape: torch.Size, view: str, blocks: int) -> None:
         )
 
 
-@cache
-def factor_of(aspect: str, view: str, blocks: int, shape: torch.Size) -> float:
-    """f of the matrices of a tensor of this shape."""
-    _, rows, columns = to_matrices(torch.empty(shape, device="meta"), view, blocks).shape
-    taps = math.prod(shape[2:]) if view != "batch" else 1
-    return ASPECTS[aspect](rows, columns, taps) if rows * columns else 1.0
+def dimensions(shape: torch.Size, view: str, blocks: int) -> tuple[int, int, int]:
+    """(rows, columns, taps) of the matrices of a tensor of this shape, as `to_matrices` makes them."""
+    if len(shape) <= 1:
+        return math.prod(shape) // blocks, 1, 1
+    if view == "batch":
+        return shape[-2] // blocks, shape[-1], 1
+    out, into = (shape[1], shape[0]) if view == "transposed" else (shape[0], shape[1])
+    taps = math.prod(shape[2:])
+    return out // blocks, into * taps, taps
 
 
 class MatrixNorm(Norm):
@@ -136,7 +138,8 @@ class MatrixNorm(Norm):
 
     def factor(self, x: Tensor) -> float:
         """f of the matrices of x."""
-        return factor_of(self.aspect, self.matrix_view, self.blocks, x.shape)
+        rows, columns, taps = dimensions(x.shape, self.matrix_view, self.blocks)
+        return ASPECTS[self.aspect](rows, columns, taps) if rows * columns else 1.0
 
     def check(self, scale: Scale, params: list[Tensor]) -> None:
         """Refuse complex matrices, and rows that ``blocks`` does not divide."""

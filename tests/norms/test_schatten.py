@@ -207,7 +207,7 @@ def test_lanczos_keeps_its_stated_error_and_its_dual_norm_is_that_of_its_map():
         xs = [torch.randn(shape) for _ in range(8)]
         top = torch.stack([torch.linalg.svdvals(x)[0] for x in xs])
         error = 1 - torch.stack(fast.dual_norm(xs)) / top
-        assert float(error.min()) > -1e-6
+        assert float(error.min()) > -3e-6  # roundoff of either
         assert float(error.max()) < 3e-3
         for n in (fast, few):
             for x in xs[:2]:
