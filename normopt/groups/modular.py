@@ -75,8 +75,8 @@ def _traced(model: nn.Module, claimed: Sequence[Claim]) -> dict[str, float]:
     except Untraceable as error:
         raise ValueError(
             f'preset="modular" reads the sensitivity of every layer from the model\'s graph, but {error}. Declare the '
-            "depth instead: residual_depth=L, if the model is a residual stream with L branches; 1, if it is a chain of "
-            "layers, which adds nothing up"
+            "depth instead: residual_depth=L, if the model is a residual stream with L branches; 1, if it is a chain "
+            "of layers, which adds nothing up"
         ) from error
     # What the forward pass never reaches gets no gradient either, and any radius will do.
     return {c.name: uses.get(c.name, 0.0) + sum(_use(uses, place) for place in c.places) or 1.0 for c in claimed}
