@@ -99,8 +99,9 @@ def param_groups(
     _refuse_unclaimed([c for c, s in zip(claimed, settings, strict=True) if "norm" not in s])
     if preset == "modular":
         masses = {c.name: s.pop("mass") for c, s in zip(claimed, settings, strict=True) if "mass" in s}
-        for name, budget in budgets(model, claimed, masses, residual_depth).items():
-            own = next(s for c, s in zip(claimed, settings, strict=True) if c.name == name)
+        found = budgets(model, claimed, masses, residual_depth)
+        for claim, own in zip(claimed, settings, strict=True):
+            budget = found[claim.name]
             own["radius"] = own.get("radius", 1.0) * budget.radius
             own |= {"share": budget.share, "sensitivity": budget.sensitivity}
     return _gather(claimed, settings, preset)

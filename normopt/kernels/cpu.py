@@ -47,10 +47,10 @@ def run(
     if found_inf is not None and float(found_inf) != 0:
         return None
     chunks, kept = batch.chunks, batch.kept
+    factor = 1.0 if unscale is None else float(unscale)
     ready: _Ready | None = kept.get("ready")
-    if ready is None or ready.numbers is not numbers or unscale is not None:
-        ready = _Ready(flags, numbers, whole_group, chunks, 1.0 if unscale is None else float(unscale), kept)
-        kept["ready"] = ready
+    if ready is None or ready.numbers is not numbers or ready.unscale != factor:
+        ready = kept["ready"] = _Ready(flags, numbers, whole_group, chunks, factor, kept)
     rows, values, powers = ready.rows, ready.values, ready.powers
     if flags.momentum == HEAVY and batch.new:
         rows[batch.new, kernels.KEPT], rows[batch.new, kernels.NEW] = 0, 1
@@ -87,7 +87,7 @@ class _Ready:
         self, flags: Flags, numbers: Numbers, whole_group: bool, chunks: Chunks, unscale: float, kept: dict[str, Any]
     ) -> None:
         n = len(chunks.sizes)
-        self.numbers = numbers
+        self.numbers, self.unscale = numbers, unscale
         self.values = _values(numbers, unscale)
         self.exponent, self.decay_exponent = (exponent_of(float(e)) for e in (numbers.exponent, numbers.decay_exponent))
         self.rows = np.zeros((n, COLUMNS), F)

@@ -113,6 +113,23 @@ def test_a_gradscaler_lets_the_step_unscale_and_skip_itself():
     assert scaler.get_scale() == 512
 
 
+def test_gradients_that_were_unscaled_before_the_step_are_not_scaled_by_what_the_last_step_was():
+    p, q = (torch.nn.Parameter(torch.ones(10)) for _ in range(2))
+    opt, plain = normopt.SGD([p], lr=0.1, fused=True), normopt.SGD([q], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for unscaled_before in (False, True, False):
+        opt.zero_grad()
+        plain.zero_grad()
+        scaler.scale(p.square().sum()).backward()
+        q.square().sum().backward()
+        if unscaled_before:
+            scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        plain.step()
+        torch.testing.assert_close(p, q)
+
+
 def test_a_skipped_first_step_is_no_step():
     """With dampening the momentum's first value is another, so there GradScaler itself has to skip."""
     p = torch.nn.Parameter(torch.ones(4))
