@@ -43,7 +43,8 @@ def _of_case(case: Case) -> Iterator[Line]:
     elif case.device == "cuda":
         yield from _on_cuda(case)
     elif case.model == TINY:
-        yield from _worst(case, ELEMENTWISE, "fused", case.entry(TORCH_SGD, "fused"), 0.8 if case.fresh else 0.4)
+        for those in (PLAIN, (GENERAL,)):
+            yield from _worst(case, those, "fused", case.entry(TORCH_SGD, "fused"), 0.8 if case.fresh else 0.4)
     else:
         for names, most in ((PLAIN, 1.15), ((GENERAL,), 1.6), (DUAL, 2), ((DRESSED,), 2)):
             yield from _worst(case, names, "fused", case.reference, most)

@@ -1,4 +1,4 @@
-"""Steps timed side by side: every round runs each entrant once, in another order."""
+"""Steps timed side by side: every round gives each entrant a turn, in another order."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,18 +24,20 @@ Step = Callable[[], object]
 Clock = Callable[[Step], float]
 
 WARM = 3  # steps before the first round, the first of which compiles
+TURN = 5e-3  # seconds that a turn on a CPU fills with steps, so that what other entrants left is not most of it
 LAUNCH = re.compile(r"cu(da)?(LaunchKernel|LaunchCooperativeKernel|GraphLaunch|Memcpy|Memset)\w*")
 
 
 @dataclass
 class Entrant:
-    """What takes turns: a step, what is known of it, and its time in each round so far."""
+    """What takes turns: a step, what is known of it, how many a turn has, and the time of one in each round so far."""
 
     optimizer: str
     backend: str
     step: Step
     streams: float
     first: float
+    times: int = 1
     launches: int | None = None
     seconds: list[float] = field(default_factory=list)
 
@@ -100,6 +103,9 @@ def measure(
                 tensors.renew()
                 least.refresh()
 
+        if device.type == "cpu" and not fresh:
+            for entrant in entrants:
+                entrant.times = max(1, round(TURN / min(clock(entrant.step) for _ in range(WARM))))
         take_turns(entrants, rounds, clock, before)
     return Case(
         model=model.name,
@@ -118,7 +124,7 @@ def measure(
 def take_turns(
     entrants: Sequence[Entrant], rounds: int, clock: Clock, before: Callable[[], None] = lambda: None
 ) -> None:
-    """Time every entrant once in each round.
+    """Time every entrant's turn in each round.
 
     Each round begins with the next entrant and goes around by another stride, so that nobody always finds the cache
     that the same one has left.
@@ -140,10 +146,16 @@ def take_turns(
             stride = strides[r % len(strides)]
             for turn in range(n):
                 entrant = entrants[(r + turn * stride) % n]
-                entrant.seconds.append(clock(entrant.step))
+                entrant.seconds.append(clock(partial(repeat, entrant.step, entrant.times)) / entrant.times)
     finally:
         if collects:
             gc.enable()
+
+
+def repeat(step: Step, times: int) -> None:
+    """So many steps."""
+    for _ in range(times):
+        step()
 
 
 def warmed(candidate: Candidate, tensors: Tensors, clock: Clock) -> Entrant:
@@ -168,7 +180,9 @@ def captured(candidate: Candidate, tensors: Tensors, clock: Clock) -> Entrant:
     for _ in range(WARM):
         clock(graph.replay)
     one = launches(graph.replay)
-    return Entrant(candidate.optimizer, f"{candidate.backend}, graph", graph.replay, candidate.streams, first, one)
+    return Entrant(
+        candidate.optimizer, f"{candidate.backend}, graph", graph.replay, candidate.streams, first, launches=one
+    )
 
 
 def graph_of(step: Step) -> Any:

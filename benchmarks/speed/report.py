@@ -13,17 +13,22 @@ from rich.table import Table
 
 from benchmarks.speed import plot
 from benchmarks.speed.asked import lines
+from benchmarks.speed.measure import TURN
 from benchmarks.speed.records import Case, Entry, Machine, Results, quartiles, ratio
 
 JSON, MARKDOWN = "speed.json", "speed.md"
 WIDE = 110  # characters of a terminal that shows all columns
 HOW = """\
-All steps of a case are timed in one run: every round runs each of them once, in another order, on the same weights,
-gradients and buffers of state. Times are medians over {rounds} rounds, with the quartiles in brackets. A ratio is made
-in every round by itself, to the reference measured in that round; shown are the median of those ratios and, in
-brackets, its 95 % interval (order statistics). The reference is the limit{where}; of matrices it is torch's Muon. GB/s
-count the bytes that the rule has to move at least. The first step, in which kernels are compiled or read from a cache,
-is outside of all that, and two more are; it is the last column."""
+All steps of a case are timed in one run: every round gives each of them a turn, in another order, on the same
+weights, gradients and buffers of state. {turn} Times are medians over {rounds} rounds, with the quartiles in
+brackets. A ratio is made in every round by itself, to the reference measured in that round; shown are the median of
+those ratios and, in brackets, its 95 % interval (order statistics). The reference is the limit{where}; of matrices it
+is torch's Muon. GB/s count the bytes that the rule has to move at least. The first step, in which kernels are
+compiled or read from a cache, is outside of all that, and two more are; it is the last column."""
+TURNS = {
+    "cpu": f"A turn is a step, or as many as take {1000 * TURN:g} ms; where gradients are fresh it is one.",
+    "cuda": "A turn is one step, from an idle device.",
+}
 LIMITS = {
     "cpu": ", an in-place loop that reads w, g and m and writes w and m on the same threads",
     "cuda": ", a copy on the device of as many bytes as reading w, g and m and writing w and m",
@@ -116,8 +121,8 @@ def failures(case: Case) -> list[str]:
 
 def markdown(results: Results, pictures: Sequence[str]) -> str:
     """Everything, as Markdown, with the pictures at these addresses."""
-    where = LIMITS[results.cases[0].device] if results.cases else ""
-    how = textwrap.fill(HOW.format(rounds=results.rounds, where=where), 120)
+    device = results.cases[0].device if results.cases else "cpu"
+    how = textwrap.fill(HOW.format(rounds=results.rounds, where=LIMITS[device], turn=TURNS[device]), 120)
     parts = ["# Speed", described(results.machine), how]
     parts += told(results)
     promised = lines(results)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from normopt.kernels import numba as kernels
+from normopt.kernels import totals
 from normopt.kernels.flags import EMA, GENERAL, HEAVY, LINEAR, NONE, Flags, Numbers
 from normopt.kernels.pool import share_out
 from normopt.kernels.tables import Array, Batch, Block, Chunks
 from normopt.norms.base import Scale
 
 F = np.float32
-TINY = np.finfo(F).tiny
+SCALES = {"dual": totals.DUAL, "unit": totals.UNIT, "matched": totals.MATCHED}
 COLUMNS = kernels.WIDE + 1
 BLOCK = 1 << 21  # entries of tensors whose powers are kept, in 4 bytes each, from one pass to the next
 ROOM = 1 << 24  # entries of a larger tensor up to which its powers are kept too
@@ -61,21 +62,18 @@ def run(
     sums, partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 4))
     duals, factors = np.empty(n), np.empty(n)
     for block, place in ready.blocks:
-        t, c = slice(block.tensor, block.tensors), slice(block.chunk, block.chunks)
 
         def everywhere(kernel: kernels.Kernel, *more: object, block: Block = block) -> None:
             share_out(lambda a, b: kernel(*tensors, a, b, *more), chunks, block.chunk, block.chunks)
 
         if flags.agr:
             everywhere(ready.agr, values[kernels.UNSCALE], sums)
-            rows[t, :4] = _regularizers(sums[c], chunks, block)
+            totals.regularizers(sums, chunks.sizes, chunks.first, chunks.ends, block.tensor, block.tensors, rows)
         if flags.scaled:
             everywhere(ready.norms, rows, values, ready.exponent, partials, powers, place)
-            with np.errstate(over="ignore", invalid="ignore"):
-                exponent = float(numbers.exponent)
-                duals[t], factors[t] = _duals(partials[c], chunks, block, exponent, scale, whole_group)
-                rows[t, kernels.SIZE] = 1 / np.maximum(duals[t], TINY)
-                rows[t, kernels.FACTOR] = factors[t] / (np.maximum(duals[t], TINY) ** exponent if ready.spared else 1)
+            where = chunks.first, chunks.ends, block.tensor, block.tensors
+            how = whole_group, float(numbers.exponent), SCALES[scale], ready.spared
+            totals.duals(partials, *where, *how, rows, duals, factors)
         everywhere(ready.update, rows, values, ready.exponent, ready.decay_exponent, int(seed), powers, place)
     return (torch.from_numpy(duals), torch.from_numpy(factors)) if flags.scaled else None
 
@@ -127,49 +125,3 @@ def exponent_of(e: float) -> kernels.Exponent:
         ceiling = F(np.exp2(128 / e)) if e > 1 else F(np.inf)
     logs = tuple(F(e * float(x)) for x in kernels.LOGARITHM)
     return kernels.Exponent(F(high), F(e - high), logs, floor, ceiling)
-
-
-def _regularizers(partials: Array, chunks: Chunks, block: Block) -> Array:
-    """(scale, largest, others, 1/sum) of each tensor's |g|, the last three scaled; scale 0 where AGR leaves it alone.
-
-    The scale is a power of two, so that no sum overflows and none is lost below the smallest float32.
-    """
-    first, owner = _of(chunks, block)
-    tops = np.maximum.reduceat(partials[:, 0], first)
-    at_top = np.flatnonzero(partials[:, 0] == tops[owner])
-    winners = at_top[np.unique(owner[at_top], return_index=True)[1]]  # one of each tensor
-    rest = partials.sum(1)
-    rest[winners] = partials[winners, 1]
-    others = np.add.reduceat(rest, first)
-    totals = tops + others
-    usable = (chunks.sizes[block.tensor : block.tensors] > 1) & (totals != 0)  # so is NaN
-    scale = np.where(usable, np.exp2(-np.frexp(np.where(np.isfinite(totals), totals, 1))[1].clip(-126, 126)), 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.stack([scale, tops * scale, others * scale, 1 / (totals * scale)], axis=1).astype(F)
-
-
-def _duals(
-    partials: Array, chunks: Chunks, block: Block, exponent: float, scale: Scale, whole_group: bool
-) -> tuple[Array, Array]:
-    """The dual norm of each tensor of a block, and by what its D(c) is multiplied; one of each for a whole group."""
-    first, owner = (np.zeros(k, np.int64) for k in (1, len(chunks))) if whole_group else _of(chunks, block)
-    tops = np.maximum.reduceat(partials[:, 0], first)
-    ratio = partials[:, 0] / tops[owner]
-    q = 1 + exponent
-    norms = tops * np.add.reduceat(partials[:, 1] * ratio**q, first) ** (1 / q)
-    if scale == "dual":
-        return norms, norms
-    if scale == "unit":
-        return norms, np.ones_like(norms)
-    squares, powers = (np.add.reduceat(partials[:, i] * ratio**k, first) for i, k in ((2, 2), (3, 2 * exponent)))
-    lengths = (tops / np.where(norms > 0, norms, 1)) ** exponent * np.sqrt(powers)
-    factors = np.where(norms > 0, tops * np.sqrt(squares) / np.where(lengths > 0, lengths, 1), norms)
-    return norms, factors
-
-
-def _of(chunks: Chunks, block: Block) -> tuple[Array, Array]:
-    """The first chunk of each tensor of a block, and the tensor of each chunk, both counted from its first."""
-    return (
-        chunks.first[block.tensor : block.tensors] - block.chunk,
-        chunks.tensor[block.chunk : block.chunks] - block.tensor,
-    )

@@ -7,7 +7,7 @@ when something has changed: a setting, a parameter, or where in memory a tensor 
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from operator import is_
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -62,10 +62,11 @@ class Remembered:
                 return None
         gradients = [p.grad for p in params]
         try:
-            look = Look(gradients, list(map(address, gradients)), list(map(address, params)))
+            look = Look(gradients, list(map(address, gradients)), self._at)
+            moved = list(map(address, params)) != self._at
         except (TypeError, RuntimeError):  # None has no address, and a sparse tensor has none either
             return None
-        return look if look.weights_at == self._at else None
+        return None if moved else look
 
 
 class Stepper:
@@ -76,7 +77,6 @@ class Stepper:
 
     def __init__(self) -> None:
         self._at: dict[str, tuple[list[int], Array]] = {}  # the addresses of each list
-        self._own: list[dict[str, Any]] = []  # each parameter's state
         self._momenta: list[Tensor] = []
         self._plan: Plan | None = None  # of which these are the flags and the numbers
         self._flags: Flags | None = None
@@ -108,7 +108,7 @@ class Stepper:
             ``‖u‖`` and ``‖c‖⋆`` of each tensor, where the step needs them.
         """
         if look is None:
-            self._own, self._momenta = [], []
+            self._momenta = []
             gradients = [cast(Tensor, p.grad) for p in params]
             look = Look(gradients, list(map(address, gradients)), list(map(address, params)))
         momenta, new = self._momenta_of(plan, params, state)
@@ -182,12 +182,16 @@ class Stepper:
         """The momentum of each parameter, and the places of those that had to be made: they are zero."""
         if plan.momentum == 0:
             return None, []
-        if not self._own or len(self._own) != len(state) or not all(map(is_, self._own, state.values())):
-            self._own = [state[p] for p in params]  # else the state is theirs and in their order: no need to hash them
-        if self._momenta and all(map(is_, [own.get(BUFFER) for own in self._own], self._momenta)):
-            return self._momenta, []
+        if self._momenta:
+            # A state that is theirs alone is in their order: no need to hash them.
+            own = state.values() if len(state) == len(params) else [state[p] for p in params]
+            try:
+                if all(map(is_, map(itemgetter(BUFFER), own), self._momenta)):
+                    return self._momenta, []
+            except KeyError:  # somebody has taken one away
+                pass
         dtype = state_dtype(plan.state_dtype, params[0])
-        made = [_kept_in(own, BUFFER, p, dtype) for own, p in zip(self._own, params, strict=True)]
+        made = [_kept_in(state[p], BUFFER, p, dtype) for p in params]
         return [m for m, _ in made], [i for i, (_, new) in enumerate(made) if new]
 
 

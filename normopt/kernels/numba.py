@@ -73,6 +73,7 @@ INLINE: Any = {**EXACT, "forceinline": True}  # a loop that calls is not vectori
 
 F, J, U = np.float32, np.int32, np.uint32
 ZERO, ONE = F(0), F(1)
+NO_BITS, DENORMAL = U(0xFFFFFFFF), U(0x007FFFFF)  # the bits of 0 less 1; those of a denormal less 1 are below
 INFINITY, LARGEST, TINY = F(np.inf), F(np.finfo(F).max), F(np.finfo(F).tiny)
 
 
@@ -165,12 +166,12 @@ LEAST, MOST = F(2.0**-30), F(2.0**40)  # a sum between them has lost nothing tha
 
 
 @njit(**INLINE)
-def raised(a, e, above):
+def raised(a, e, normal, finite):
     """``a^exponent`` for a ≥ 0, to 6e-7 relative, by the `Exponent` e; 0, ∞, NaN and denormals as ``pow`` has them.
 
-    ``above``: the exponent is above 1, so that the power of a denormal is 0.
+    ``normal``: a is no denormal, or the exponent is above 1, so that the power of one is 0. ``finite``: so is a.
     """
-    if above:
+    if normal:
         k = J(bits_of(a) - SQRT_HALF) >> J(23)
         f = float_of(J(bits_of(a) - J(k << J(23)))) - ONE
         kf = F(k)
@@ -189,7 +190,7 @@ def raised(a, e, above):
     y = E0 + r * (E1 + r * (E2 + r * (E3 + r * (E4 + r * E5))))
     y = float_of(J(bits_of(y) + J(bits_of(n) << J(23))))
     y = y if a > e.floor else ZERO
-    return y if a < e.ceiling else a + INFINITY
+    return y if finite or a < e.ceiling else a + INFINITY
 
 
 @njit(**INLINE)
@@ -203,7 +204,7 @@ def power(a, mode, e):
         return F(math.sqrt(a))
     if mode == SQUARE:
         return F(a * a)
-    return raised(a, e, mode == ABOVE)
+    return raised(a, e, mode == ABOVE, False)
 
 
 @njit(**INLINE)
@@ -252,6 +253,12 @@ def shrunk(a, mode, steep, pull, e):
     return x / (x + pull) if pull != ZERO else ONE
 
 
+@njit(**INLINE)
+def unharmed(total):
+    """Whether a chunk's sum of terms that nobody has scaled is as good as one of scaled ones."""
+    return total > F(2.0**-80) and total < F(2.0**100)
+
+
 @cache
 def agr_kernel(gradient16: bool) -> Kernel:
     """Of each chunk the largest |g|, and the sum of the others: beside a dominant entry they are not to be lost."""
@@ -287,6 +294,51 @@ def agr_kernel(gradient16: bool) -> Kernel:
     return sums
 
 
+@njit(**SUMS, forceinline=True)
+def summed(n, w, g, m, k, row, numbers, exponent, powered, relative, again, flags):
+    """A chunk's (largest entry's bits, least entry's bits less 1, Σ(|c|/M)^q and the two of "matched").
+
+    ``flags`` are those of `norm_kernel`. If ``again`` it has been here before, and no special case is left out.
+    """
+    mode, matched, rule, nesterov, maximize, agr, coupled, kahan, early, spared = flags
+    unscale, mu, beta2, beta2_new = numbers[UNSCALE], numbers[MU], numbers[BETA2], numbers[BETA2_NEW]
+    decay = numbers[COUPLED]
+    scale, agr_top, agr_others, inverse = row[AGR_SCALE], row[AGR_TOP], row[AGR_OTHERS], row[AGR_INVERSE]
+    kept, new = row[KEPT], row[NEW]
+    relative_power = power(relative, mode, exponent)
+    largest, least, sum_q, sum_2, sum_d = J(0), NO_BITS, ZERO, ZERO, ZERO
+    for i in range(n):
+        m0 = load(m[i]) if rule != NONE else ZERO
+        if early and again:
+            c = m0  # since the first time
+        else:
+            old = load(w[i]) if coupled else ZERO
+            if kahan and coupled:
+                old = F(old + load(k[i]))
+            x = gradient_of(g[i], old, maximize, unscale, agr, scale, agr_top, agr_others, inverse, coupled, decay)
+            c = moved(m0, x, rule, nesterov, mu, kept, new, beta2, beta2_new)[0]
+        if early and not again:
+            m[i] = c
+        a = abs(c)
+        if spared:
+            y = raised(a, exponent, not again, not again)
+            powered[i] = signed(y, c)
+            if again:
+                largest = max(largest, size_bits(a))
+                a, y = F(a * relative), F(y * relative_power)
+            else:
+                least = min(least, U(bits_of(a) - J(1)))
+        else:
+            largest = max(largest, size_bits(c))
+            a = F(a * relative)
+            y = power(a, mode, exponent)
+        sum_q += a * y
+        if matched:
+            sum_2 += a * a
+            sum_d += y * y
+    return largest, least, sum_q, sum_2, sum_d
+
+
 @cache
 def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
     """Of each chunk Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent), with M somewhere near |c|.
@@ -295,8 +347,8 @@ def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
     ``spared`` so is sign(c)·|c|^exponent, which the walk is spared then.
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
-    mode, matched, rule, nesterov = f.mode, f.matched, f.momentum, f.nesterov
-    maximize, agr, coupled, kahan = f.maximize, f.agr, f.coupled, f.rounding == KAHAN
+    matched, kahan = f.matched, f.rounding == KAHAN
+    flags = f.mode, matched, f.momentum, f.nesterov, f.maximize, f.agr, f.coupled, kahan, early, spared
 
     @njit(**SUMS)
     def sums(
@@ -316,13 +368,9 @@ def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
         powers,
         place,
     ):
-        unscale, mu, beta2, beta2_new = numbers[UNSCALE], numbers[MU], numbers[BETA2], numbers[BETA2_NEW]
-        decay = numbers[COUPLED]
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
-            scale, agr_top = rows[t, AGR_SCALE], rows[t, AGR_TOP]
-            agr_others, inverse = rows[t, AGR_OTHERS], rows[t, AGR_INVERSE]
-            kept, new = rows[t, KEPT], rows[t, NEW]
+            row = rows[t]
             if weight16:
                 w = carray(pointer(weights[t] + 2 * s), (n,), np.uint16)
             else:
@@ -336,42 +384,25 @@ def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
             else:
                 m = carray(pointer(states[t] + 4 * s), (n,), np.float32)
             k = carray(pointer(lost[t] + 2 * s), (n,), np.uint16)
+            powered = powers[place[j] : place[j] + n] if spared else powers
+            # By a guess of the size, or unscaled where the powers are kept. Where a sum or an entry shows that this was
+            # wrong, once more with the largest entry's.
+            near, relative = (ONE, ONE) if spared else guessed(abs(load(g[0]) * numbers[UNSCALE] * row[NEW]))
+            largest, least, sum_q, sum_2, sum_d = summed(
+                n, w, g, m, k, row, numbers, exponent, powered, relative, False, flags
+            )
             if spared:
-                powered = powers[place[j] : place[j] + n]
-            # A guess of the size; where the sum shows that it was a bad one, once more with the largest entry's.
-            near, relative = guessed(abs(load(g[0]) * unscale * new))
-            again = False
-            while True:
-                relative_power = power(relative, mode, exponent)
-                largest, sum_q, sum_2, sum_d = J(0), ZERO, ZERO, ZERO
-                for i in range(n):
-                    m0 = load(m[i]) if rule != NONE else ZERO
-                    old = load(w[i]) if coupled else ZERO
-                    if kahan and coupled:
-                        old = F(old + load(k[i]))
-                    x = gradient_of(
-                        g[i], old, maximize, unscale, agr, scale, agr_top, agr_others, inverse, coupled, decay
-                    )
-                    c = moved(m0, x, rule, nesterov, mu, kept, new, beta2, beta2_new)[0]
-                    if early:
-                        c = m0 if again else c  # m is c since the first time
-                        m[i] = c
-                    largest = max(largest, size_bits(c))
-                    r = F(abs(c) * relative)
-                    if spared:
-                        y = power(abs(c), mode, exponent)
-                        powered[i] = signed(y, c)
-                        y = F(y * relative_power)
-                    else:
-                        y = power(r, mode, exponent)
-                    sum_q += r * y
-                    if matched:
-                        sum_2 += r * r
-                        sum_d += y * y
-                if again or (sum_q > LEAST and sum_q < MOST):
-                    break
-                again = True
+                fine = least == NO_BITS or (least >= DENORMAL and unharmed(sum_q))
+                fine = fine and (not matched or least == NO_BITS or (unharmed(sum_2) and unharmed(sum_d)))
+            else:
+                fine = sum_q > LEAST and sum_q < MOST
+            if not fine:
+                if spared:
+                    largest = summed(n, w, g, m, k, row, numbers, exponent, powered, relative, True, flags)[0]
                 near, relative = scale_of(largest)
+                _, _, sum_q, sum_2, sum_d = summed(
+                    n, w, g, m, k, row, numbers, exponent, powered, relative, True, flags
+                )
             partials[j, 0] = near
             partials[j, 1] = sum_q
             partials[j, 2] = sum_2
@@ -453,7 +484,7 @@ def update_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
                     u = F(powered[i] * factor)
                 elif smoothed:
                     a = F(abs(c) + eps)
-                    u = F(c / a) if mode == SIGN else F(c * raised(a, exponent, False))
+                    u = F(c / a) if mode == SIGN else F(c * raised(a, exponent, False, False))
                 elif scaled:
                     u = F(signed(power(F(abs(c) * size), mode, exponent), c) * factor)
                 else:

@@ -31,7 +31,7 @@ class Chunks:
         sizes: the number of entries of each tensor, shape [n].
         wide: which tensors have two dims or more, shape [n]; the others are not ℓp-decayed.
         tensor, start, count: of each chunk its tensor, its first entry and its number of entries, shape [chunks].
-        first: the first chunk of each tensor, shape [n].
+        first, ends: the first chunk of each tensor, and that after its last, shape [n].
         before: the number of entries before each chunk, and of all at the end, shape [chunks + 1].
     """
 
@@ -39,8 +39,8 @@ class Chunks:
         self.sizes = np.array([shape.numel() for shape in shapes], dtype=np.int64)
         self.wide = np.array([len(shape) >= 2 for shape in shapes], dtype=np.bool_)
         each = -(-self.sizes // chunk)
-        ends = np.cumsum(each)
-        self.first = ends - each
+        self.ends = np.cumsum(each)
+        self.first = self.ends - each
         self.tensor = np.repeat(np.arange(len(each)), each)
         self.start = (np.arange(each.sum()) - np.repeat(self.first, each)) * chunk
         self.count = np.minimum(chunk, self.sizes[self.tensor] - self.start)

@@ -181,7 +181,7 @@ def test_powers_to_six_parts_in_ten_million_over_the_whole_range():
     def all_of(x, e, above):
         y = np.empty_like(x)
         for i in range(len(x)):
-            y[i] = raised(x[i], e, above)
+            y[i] = raised(x[i], e, above, False)
         return y
 
     rng = np.random.default_rng(0)
@@ -222,6 +222,24 @@ def test_tiny_huge_and_denormal_gradients(scale, magnitude):
     normopt.SteepestDescent([p], lr=1.0, norm="lp", p=2.7, scale=scale, fused=True).step()
     (u,) = direction([p.grad.double().numpy()], 2.7, scale)
     np.testing.assert_allclose(-p.detach().double().numpy(), u, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", ["unit", "dual", "matched"])
+@pytest.mark.parametrize("rule", [{}, {"momentum": 0.9, "momentum_rule": "ema"}], ids=["plain", "ema"])
+def test_denormals_zeros_and_empty_chunks_beside_ordinary_entries(scale, rule):
+    torch.manual_seed(0)
+    g = torch.randn(4 * CHUNK)
+    g[5], g[CHUNK + 7 :: 11] = 3e-40, 0.0  # one chunk has a denormal, three have zeros
+    g[2 * CHUNK : 3 * CHUNK] = 0.0
+    g[3 * CHUNK :] *= 1e-25  # whose squares are below the smallest float32
+    p = torch.nn.Parameter(torch.zeros_like(g))
+    p.grad = g / 0.1 if rule else g  # an average that begins at 0 takes in a tenth
+    normopt.SteepestDescent([p], lr=1.0, norm="lp", p=2.7, scale=scale, fused=True, **rule).step()
+    (u,) = direction([g.double().numpy()], 2.7, scale)
+    ours = -p.detach().double().numpy()
+    np.testing.assert_allclose(ours, u, rtol=3e-6, atol=0)
+    assert ours[5] != 0
+    assert (ours[g.numpy() == 0] == 0).all()
 
 
 def test_agr_of_a_dominant_entry_does_not_cancel():
