@@ -459,12 +459,17 @@ def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
-def _warn_if_stuck(params: list[Tensor], p: float) -> None:
+def _warn_if_stuck(
+    params: list[Tensor],
+    p: float,
+    remedy: str = "weight_decay=0 in a param group of their own",
+    stacklevel: int = 3,
+) -> None:
     stuck = [tuple(x.shape) for x in params if x.dim() >= 2 and x.numel() and not x.is_meta and not x.detach().any()]
     if stuck:
         warnings.warn(
             f"ℓp decay with p = {p:g} < 2 holds a zero weight at zero, and these tensors are all zero: {stuck}. "
-            "Initialise them away from zero, or give them weight_decay=0 in a param group of their own.",
+            f"Initialise them away from zero, or give them {remedy}.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )

@@ -1,0 +1,197 @@
+"""How an add-on hangs on an optimizer: its hooks, its settings in the param groups, and what it refuses to hang on."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from types import FrameType
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import LBFGS, Optimizer
+
+Closure = Callable[..., Any]
+Group = dict[str, Any]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+_TORCHS_FILE = Optimizer.profile_hook_step.__code__.co_filename
+
+# Which kinds of add-on an optimizer carries. Not the add-ons: they would keep it alive.
+_carried: WeakKeyDictionary[Optimizer, set[type[AddOn]]] = WeakKeyDictionary()
+
+
+class AddOn(ABC):
+    """What every add-on is: hooks around an optimizer's ``step``, and settings in its param groups.
+
+    Attaching gives each param group the settings that it lacks, under names of the add-on. There a group may set its
+    own beforehand, a schedule may write them, and the optimizer's ``state_dict`` saves and restores them; a checkpoint
+    that lacks them leaves them as they are. Groups that are added later get them at the next step.
+
+    The hooks are not part of what ``copy.deepcopy`` and ``pickle`` copy, as torch.optim has it, while the param groups
+    are: attach again to a copy, and it goes on with the same settings.
+
+    Attributes:
+        optimizer: what it is attached to, or was until ``detach()``.
+    """
+
+    def __init__(self, optimizer: Optimizer, settings: Mapping[str, Any]) -> None:
+        self._refuse(optimizer, settings)
+        self.optimizer = optimizer
+        self._settings = dict(settings)
+        self._running: FrameType | None = None
+        self._depth = 0
+        self._complete_groups()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._enter),
+            optimizer.register_step_post_hook(self._leave),
+            optimizer.register_load_state_dict_pre_hook(self._complete_checkpoint),
+        ]
+        _carried.setdefault(optimizer, set()).add(type(self))
+
+    def detach(self) -> None:
+        """Take the add-on off: its hooks, and its settings in the param groups; once is enough.
+
+        The optimizer goes on as one that never carried it, and can be given another.
+        """
+        if not self._handles:
+            return
+        self._recover()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for group in self.optimizer.param_groups:
+            for key in self._settings:
+                group.pop(key, None)
+        _carried[self.optimizer].discard(type(self))
+
+    @abstractmethod
+    def _check(self, where: str, group: Mapping[str, Any]) -> None:
+        """Raise unless the settings of a group, called ``where``, can be worked with."""
+
+    def _greet(self, group: Mapping[str, Any]) -> None:  # noqa: B027
+        """Warn of what may surprise in a group that is new to the add-on."""
+
+    @abstractmethod
+    def _before(self, closure: Closure | None) -> Closure | None:
+        """What is done before a step; with a closure, the one to call in its place."""
+
+    @abstractmethod
+    def _after(self, closure: Closure | None) -> None:
+        """What is done after a step."""
+
+    @abstractmethod
+    def _recover(self) -> None:
+        """Forget a step that raised, if one did."""
+
+    def _refuse(self, optimizer: object, settings: Mapping[str, Any]) -> None:
+        name = type(self).__name__
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"{name} is attached to a torch.optim.Optimizer, but was given a {_name(optimizer)}")
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"this {_name(optimizer)} wraps an optimizer and has no step hooks of its own: attach {name} to the "
+                "optimizer before you wrap it"
+            )
+        if type(self) in _carried.get(optimizer, ()):
+            raise ValueError(f"this {_name(optimizer)} carries an {name} already: detach() that one first")
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                f"{name} has no meaning under LBFGS, whose line search and curvature pairs need the gradient of the "
+                "function that it evaluates, at the weights that it left: use it with a first-order optimizer"
+            )
+        if taken := sorted(settings.keys() & optimizer.defaults.keys()):
+            raise ValueError(f"{_name(optimizer)} has settings called {', '.join(taken)} of its own: use those")
+        if any(group.get("differentiable") for group in optimizer.param_groups):
+            raise ValueError(
+                f"autograd does not see what {name} does: set differentiable=False, or use an optimizer of normopt"
+            )
+
+    def _complete_groups(self) -> None:
+        """Give new groups the settings that they lack, once all of all groups are found to be good."""
+        complete = [{**self._settings, **group} for group in self.optimizer.param_groups]
+        for i, group in enumerate(complete):
+            self._check(f"group {i}", group)
+        for group, old in zip(complete, self.optimizer.param_groups, strict=True):
+            if group.keys() != old.keys():
+                self._greet(group)
+        for group, old in zip(complete, self.optimizer.param_groups, strict=True):
+            old.update(group)
+
+    # Hooks. A `step` that calls the hooked `step` of its base class runs them twice, one pair within the other; only
+    # the outer pair acts. A step that raised never ran its post-hook: its frame is no longer on the stack.
+
+    @_disable_dynamo
+    def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        if self._running is not None and _on_the_stack(self._running):
+            self._depth += 1
+            return None
+        self._running, self._depth = None, 1
+        self._recover()
+        self._complete_groups()
+        instead = self._before(_closure(args, kwargs))
+        self._running = _step_frame()
+        if instead is None:
+            return None
+        return (
+            (args, {**kwargs, "closure": instead}) if "closure" in kwargs else ((args[0], instead, *args[2:]), kwargs)
+        )
+
+    @_disable_dynamo
+    def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth -= 1
+        # A nested step may have raised and been caught, which leaves the depth wrong; a compiler may have cut the step
+        # in two, which leaves the frame another.
+        if self._depth == 0 or _step_frame() is self._running:
+            self._running = None
+            self._after(_closure(args, kwargs))
+
+    def _complete_checkpoint(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint with the settings that it lacks taken from the groups that it is loaded into."""
+        kept = [{k: group[k] for k in self._settings if k in group} for group in optimizer.param_groups]
+        saved = state_dict["param_groups"]
+        kept += [{}] * (len(saved) - len(kept))  # a mismatch is torch's to report
+        return {**state_dict, "param_groups": [{**k, **group} for k, group in zip(kept, saved, strict=False)]}
+
+
+def refuse_sparse(params: Iterable[Tensor], name: str) -> None:
+    """Raise a RuntimeError if one of the parameters has a sparse gradient."""
+    for p in params:
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"a gradient of shape {tuple(p.grad.shape)} is sparse, and {name} takes dense ones only: use "
+                "Embedding(sparse=False), or give these parameters to an optimizer without it"
+            )
+
+
+def real(x: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _name(thing: object) -> str:
+    return type(thing).__name__
+
+
+def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
+    """The closure among the arguments of a step, of which the first is the optimizer."""
+    given = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    return cast(Closure, given) if callable(given) else None
+
+
+def _step_frame() -> FrameType | None:
+    """The frame of torch.optim's wrapper of ``step`` that calls this hook."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != _TORCHS_FILE:
+        frame = frame.f_back
+    return frame
+
+
+def _on_the_stack(wanted: FrameType) -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is not None
