@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import normopt
 from benchmarks.spec import RunSpec
-from normopt.schedules import CosineP, PSchedule
+from normopt.schedules import AdaptiveP, CosineP, LinearP, PSchedule
 
 Make = Callable[..., Optimizer]
 
@@ -27,7 +27,8 @@ class Arm:
         make: parameters or param groups, lr and settings → the optimizer.
         lr: the middle of its grid of learning rates.
         rule: one line for the report.
-        anneals_p: CosineP over the epochs, as the paper has it; else p stays.
+        schedule: what moves p: "cosine" over the epochs, as the paper has it, "linear" over them, or "adaptive", after
+            every step; without one it stays.
         ours: takes normopt's regularizers.
         sign_step: nothing but the signs of the gradient reach the step.
         preset: the preset of `normopt.param_groups` that gives each layer its norm; without one, all have the same.
@@ -37,7 +38,7 @@ class Arm:
     make: Make
     lr: float
     rule: str
-    anneals_p: bool = False
+    schedule: Literal["cosine", "linear", "adaptive"] | None = None
     ours: bool = True
     sign_step: bool = False
     preset: str | None = None
@@ -60,15 +61,43 @@ _ARMS = (
         "torch.optim.AdamW at its defaults, its own weight decay 0.01 included",
         ours=False,
     ),
-    Arm("LPSGD", normopt.LPSGD, 1e-2, "power map of the gradient, p from 8 to 2", anneals_p=True),
-    Arm("LPSGDM", normopt.LPSGDM, 1e-2, "power map of the averaged momentum 0.9, p from 8 to 2", anneals_p=True),
+    Arm("LPSGD", normopt.LPSGD, 1e-2, "power map of the gradient, p from 8 to 2", schedule="cosine"),
+    Arm("LPSGDM", normopt.LPSGDM, 1e-2, "power map of the averaged momentum 0.9, p from 8 to 2", schedule="cosine"),
     Arm("LPSGDM-constant", normopt.LPSGDM, 1e-2, "LPSGDM whose p stays at 8"),
     Arm(
         "LPSGDM-matched",
         partial(normopt.LPSGDM, scale="matched"),
         1.0,
         "LPSGDM with the length of SGD's step at every p: only the direction differs",
-        anneals_p=True,
+        schedule="cosine",
+    ),
+    Arm("LPSGDM-linear", normopt.LPSGDM, 1e-2, "LPSGDM whose p goes in a straight line", schedule="linear"),
+    Arm(
+        "LPSGDM-adaptive",
+        normopt.LPSGDM,
+        0.3,  # a sparse gradient leads to a p near 2, whose steps are shorter
+        "LPSGDM whose p follows from the density of the gradient, between 8 and 2",
+        schedule="adaptive",
+    ),
+    Arm(
+        "LPSGDM-matched-linear",
+        partial(normopt.LPSGDM, scale="matched"),
+        1.0,
+        "LPSGDM-matched whose p goes in a straight line",
+        schedule="linear",
+    ),
+    Arm(
+        "LPSGDM-matched-constant",
+        partial(normopt.LPSGDM, scale="matched"),
+        1.0,
+        "LPSGDM-matched whose p stays at 8",
+    ),
+    Arm(
+        "LPSGDM-matched-adaptive",
+        partial(normopt.LPSGDM, scale="matched"),
+        1.0,
+        "LPSGDM-matched whose p follows from the density of the gradient, between 8 and 2",
+        schedule="adaptive",
     ),
     Arm(
         "Muon",
@@ -109,7 +138,7 @@ def grouped(preset: str, model: nn.Module, residual_depth: int | None) -> normop
 
 
 def make_optimizer(spec: RunSpec, model: nn.Module, residual_depth: int | None) -> tuple[Optimizer, PSchedule | None]:
-    """The optimizer of a run and its schedule of p, which is stepped after every epoch."""
+    """The optimizer of a run and its schedule of p: an adaptive one is stepped after every step, others every epoch."""
     arm = ARMS[spec.arm]
     # On a model this small the calls cost more than the arithmetic, and multi-tensor ones are fewer.
     settings: dict[str, Any] = {"foreach": True}
@@ -119,4 +148,11 @@ def make_optimizer(spec: RunSpec, model: nn.Module, residual_depth: int | None) 
         settings |= {"weight_decay": spec.weight_decay, "decay": "lp", "decay_p": spec.decay_p}
     params = grouped(arm.preset, model, residual_depth) if arm.preset else model.parameters()
     optimizer = arm.make(params, spec.lr, **settings)
-    return optimizer, CosineP(optimizer, total_steps=spec.epochs) if arm.anneals_p else None
+    match arm.schedule:
+        case "cosine":
+            return optimizer, CosineP(optimizer, total_steps=spec.epochs)
+        case "linear":
+            return optimizer, LinearP(optimizer, total_steps=spec.epochs)
+        case "adaptive":
+            return optimizer, AdaptiveP(optimizer)
+    return optimizer, None

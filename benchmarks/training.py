@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -15,12 +16,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from benchmarks.arms import make_optimizer
 from benchmarks.spec import RunSpec
 from benchmarks.tasks import TASKS
+from normopt.schedules import AdaptiveP
 
 ZERO = 1e-13  # the count of exact zeros of arXiv:2404.10824
 
 
 class Epoch(BaseModel):
-    """How a run stood at the end of an epoch; p is the one its steps were made with, None where it is none to set."""
+    """How a run stood at the end of an epoch; p is that of its first step, None where it is none to set."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -68,16 +70,19 @@ def run(spec: RunSpec) -> RunRecord:
     drawn = splits.per_epoch or len(splits.train[0])
     per_epoch = math.ceil(drawn / spec.batch_size)
     lr_schedule = CosineAnnealingLR(optimizer, spec.epochs * per_epoch)
+    by_the_step: list[CosineAnnealingLR | AdaptiveP] = [lr_schedule]
+    if isinstance(p_schedule, AdaptiveP):
+        by_the_step.append(p_schedule)
 
     history: list[Epoch] = []
     busy, steps, diverged = 0.0, 0, False
     for _ in range(spec.epochs):
         p = _finite_p(optimizer)
         start = time.process_time()
-        train_loss = _train_epoch(model, optimizer, lr_schedule, splits.train, drawn, spec.batch_size, batches)
+        train_loss = _train_epoch(model, optimizer, by_the_step, splits.train, drawn, spec.batch_size, batches)
         busy += time.process_time() - start
         steps += per_epoch
-        if p_schedule is not None:
+        if p_schedule is not None and p_schedule not in by_the_step:
             p_schedule.step()
         loss, accuracy = evaluate(model, splits.validation)
         diverged = not (math.isfinite(train_loss) and math.isfinite(loss))
@@ -106,7 +111,7 @@ def run(spec: RunSpec) -> RunRecord:
 def _train_epoch(
     model: nn.Module,
     optimizer: Optimizer,
-    lr_schedule: CosineAnnealingLR,
+    schedules: Sequence[CosineAnnealingLR | AdaptiveP],
     data: tuple[Tensor, Tensor],
     drawn: int,
     batch_size: int,
@@ -120,7 +125,8 @@ def _train_epoch(
         loss = mean_loss(model(x[chosen]), y[chosen])
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        lr_schedule.step()
+        for schedule in schedules:
+            schedule.step()
         total += loss.detach() * len(chosen)
     return float(total) / drawn
 

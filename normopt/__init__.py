@@ -4,7 +4,9 @@ Every optimizer here is one engine, [`SteepestDescent`][normopt.SteepestDescent]
 measured by a different norm.
 """
 
-from normopt import norms, schedules
+from normopt import norms, schedules, sparsity
+from normopt.addons import AGR, LpDecay
+from normopt.diagnostics import GeometryMonitor, Trajectory, TrajectoryMonitor
 from normopt.engine import SteepestDescent
 from normopt.groups import ParamGroups, param_groups
 from normopt.zoo import (
@@ -30,12 +32,15 @@ from normopt.zoo import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AGR",
     "LPSGD",
     "LPSGDM",
     "SCALE",
     "SGD",
     "Freon",
+    "GeometryMonitor",
     "Lion",
+    "LpDecay",
     "Muon",
     "NormalizedSGD",
     "NucGD",
@@ -47,9 +52,12 @@ __all__ = [
     "Signum",
     "SpectralSGD",
     "SteepestDescent",
+    "Trajectory",
+    "TrajectoryMonitor",
     "get_optimizer",
     "list_optimizers",
     "norms",
     "param_groups",
     "schedules",
+    "sparsity",
 ]

@@ -21,6 +21,7 @@ PUBLIC = (
     [f"normopt.{name}" for name in normopt.__all__]
     + [f"normopt.norms.{name}" for name in normopt.norms.__all__]
     + [f"normopt.schedules.{name}" for name in normopt.schedules.__all__]
+    + [f"normopt.sparsity.{name}" for name in normopt.sparsity.__all__]
     + ["normopt.plan.Plan", "normopt.plan.make_plan", "normopt.settings.Settings", "normopt.settings.Common"]
     + ["normopt.integrations.timm.register"]
 )

@@ -84,7 +84,7 @@ def _sparsity_figures(results: Results, plan: SparsityPlan) -> list[Figure]:
 
 def _style(results: Results, arm: str) -> dict[str, str]:
     place = [plan.name for plan in results.study.arms].index(arm)
-    return {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place % len(DASHES)]}
+    return {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[(place + place // len(COLOURS)) % len(DASHES)]}
 
 
 def _curves(results: Results, field: str, title: str, target: float | None = None) -> Any:

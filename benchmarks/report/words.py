@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.arms import ARMS
 from benchmarks.report.text import (
     LABELS,
     NBSP,
@@ -24,6 +25,7 @@ from benchmarks.stats import t_interval
 
 ALPHA = 0.05
 CONTROLS = ("LPSGDM-constant", "LPSGDM-matched")
+TWINS = ("SGD-EMA", "Signum")  # p = 2 and p = ∞ throughout
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ def findings(results: Results) -> list[Finding]:
         told.append(Finding("Regularizers against the same optimizer without", _regularizers(results)))
     if {"LPSGDM", *CONTROLS} <= {arm.name for arm in study.arms}:
         told.append(Finding("What annealing p does", _annealing(results)))
+    if adaptive := adaptive_family(results):
+        told.append(Finding("What a p by the gradient does", _adaptive(adaptive)))
     if study.sparsity:
         told.append(Finding("Sparsity", sparsity_words(results, study.sparsity)))
     return [*told, Finding("How far to trust this", _trust(results))]
@@ -65,6 +69,18 @@ def annealing_family(results: Results) -> list[Comparison]:
     """LPSGDM against its two controls: p that stays, and steps as long as SGD's."""
     this: Pair = ("LPSGDM", "none")
     return results.compare([(this, (control, "none")) for control in CONTROLS])
+
+
+def adaptive_family(results: Results) -> list[Comparison]:
+    """Every arm whose p is adaptive against the same with another schedule or none, and against the ends of p."""
+    pairs: list[tuple[Pair, Pair]] = []
+    for plan in results.study.arms:
+        if ARMS[plan.name].schedule == "adaptive":
+            same = plan.name.removesuffix("-adaptive")
+            pairs += [
+                ((plan.name, "none"), (other, "none")) for other in (same, f"{same}-linear", f"{same}-constant", *TWINS)
+            ]
+    return results.compare(pairs)
 
 
 def _best(results: Results) -> str:
@@ -107,6 +123,18 @@ def _annealing(results: Results) -> str:
             f"{name(c.row)} minus {name(c.against)}: {points(c.difference.interval)}, {told} ({p_value(c.adjusted)})"
         )
     return f"In test accuracy, each arm at its own learning rate. {'; '.join(parts)}. P-values are Holm-corrected."
+
+
+def _adaptive(family: list[Comparison]) -> str:
+    told = [
+        f"{name(c.row)} minus {name(c.against)}: {points(c.difference.interval)}, {p_value(c.adjusted)}" for c in family
+    ]
+    standing = sum(c.adjusted < ALPHA for c in family)
+    return (
+        f"In test accuracy, each arm at its own learning rate. {'; '.join(told)}. P-values are Holm-corrected: "
+        f"{standing} of {counted(len(family), 'difference')} {'stands' if standing == 1 else 'stand'} at the "
+        f"{share(ALPHA)} level."
+    )
 
 
 def _verdict(family: list[Comparison], against: str) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from types import FrameType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -14,11 +12,11 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import LBFGS, Optimizer
 
+from normopt.hooks import OutermostStep
+
 Closure = Callable[..., Any]
 Group = dict[str, Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-_TORCHS_FILE = Optimizer.profile_hook_step.__code__.co_filename
 
 # Which kinds of add-on an optimizer carries. Not the add-ons: they would keep it alive.
 _carried: WeakKeyDictionary[Optimizer, set[type[AddOn]]] = WeakKeyDictionary()
@@ -42,8 +40,7 @@ class AddOn(ABC):
         self._refuse(optimizer, settings)
         self.optimizer = optimizer
         self._settings = dict(settings)
-        self._running: FrameType | None = None
-        self._depth = 0
+        self._outermost = OutermostStep()
         self._complete_groups()
         self._handles = [
             optimizer.register_step_pre_hook(self._enter),
@@ -121,19 +118,13 @@ class AddOn(ABC):
         for group, old in zip(complete, self.optimizer.param_groups, strict=True):
             old.update(group)
 
-    # Hooks. A `step` that calls the hooked `step` of its base class runs them twice, one pair within the other; only
-    # the outer pair acts. A step that raised never ran its post-hook: its frame is no longer on the stack.
-
     @_disable_dynamo
     def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        if self._running is not None and _on_the_stack(self._running):
-            self._depth += 1
+        if not self._outermost.enter():
             return None
-        self._running, self._depth = None, 1
         self._recover()
         self._complete_groups()
         instead = self._before(_closure(args, kwargs))
-        self._running = _step_frame()
         if instead is None:
             return None
         return (
@@ -142,11 +133,7 @@ class AddOn(ABC):
 
     @_disable_dynamo
     def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depth -= 1
-        # A nested step may have raised and been caught, which leaves the depth wrong; a compiler may have cut the step
-        # in two, which leaves the frame another.
-        if self._depth == 0 or _step_frame() is self._running:
-            self._running = None
+        if self._outermost.leave():
             self._after(_closure(args, kwargs))
 
     def _complete_checkpoint(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -180,18 +167,3 @@ def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
     """The closure among the arguments of a step, of which the first is the optimizer."""
     given = kwargs.get("closure", args[1] if len(args) > 1 else None)
     return cast(Closure, given) if callable(given) else None
-
-
-def _step_frame() -> FrameType | None:
-    """The frame of torch.optim's wrapper of ``step`` that calls this hook."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != _TORCHS_FILE:
-        frame = frame.f_back
-    return frame
-
-
-def _on_the_stack(wanted: FrameType) -> bool:
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame is not wanted:
-        frame = frame.f_back
-    return frame is not None

@@ -1,0 +1,107 @@
+"""What the ablation of adaptive p found, as the one JSON file that the documentation draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.arms import ARMS
+from benchmarks.report.words import adaptive_family
+from benchmarks.results import Results, Row, test_accuracies
+from benchmarks.store import Environment
+
+PRESET = "adaptive-p"
+
+
+class Found(BaseModel):
+    """One arm: how it was tuned, and its final runs, in the order of the seeds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    arm: str
+    rule: str
+    lr: float
+    at_edge: bool
+    diverged: int
+    accuracies: list[float]
+    losses: list[float]  # validation, by the epoch, the mean over the seeds
+    p: list[float | None]  # of the first step of each epoch, the mean over the seeds; None where it is none to set
+
+
+class Against(BaseModel):
+    """A paired difference in test accuracy, its 95 % t interval and Holm's p-value."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    this: str
+    that: str
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
+class AdaptiveStudy(BaseModel):
+    """The whole result."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    environments: list[Environment]
+    task: str
+    epochs: int
+    seeds: list[int]
+    seconds: float
+    arms: list[Found]
+    comparisons: list[Against]
+
+
+def condensed(results: Results) -> AdaptiveStudy:
+    """What the documentation needs of a finished study."""
+    comparisons = [
+        Against(
+            this=c.row.arm,
+            that=c.against.arm,
+            mean=c.difference.interval.mean,
+            low=c.difference.interval.low,
+            high=c.difference.interval.high,
+            p_value=c.adjusted,
+        )
+        for c in adaptive_family(results)
+    ]
+    study = results.study
+    return AdaptiveStudy(
+        environments=results.environments,
+        task=study.task,
+        epochs=study.epochs,
+        seeds=list(study.final_seeds),
+        seconds=round(results.seconds, 1),
+        arms=[_found(row) for row in results.rows],
+        comparisons=comparisons,
+    )
+
+
+def write(result: AdaptiveStudy, path: Path) -> None:
+    """As JSON, an arm and a comparison a line, so that a later measurement shows what changed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps(result.model_dump(exclude={"arms", "comparisons"}))[:-1]
+    arms = ",\n".join(arm.model_dump_json() for arm in result.arms)
+    comparisons = ",\n".join(c.model_dump_json() for c in result.comparisons)
+    path.write_text(f'{head}, "arms": [\n{arms}\n], "comparisons": [\n{comparisons}\n]}}\n', encoding="utf-8")
+
+
+def _found(row: Row) -> Found:
+    whole = [run for run in row.runs if not run.diverged]
+    epochs = list(zip(*(run.epochs for run in whole), strict=True))
+    ps = [[epoch.p for epoch in same] for same in epochs]
+    return Found(
+        arm=row.arm,
+        rule=ARMS[row.arm].rule,
+        lr=row.choice.lr,
+        at_edge=row.choice.at_edge,
+        diverged=row.diverged,
+        accuracies=[round(value, 6) for value in test_accuracies(whole)],
+        losses=[round(sum(epoch.validation_loss for epoch in same) / len(same), 5) for same in epochs],
+        p=[None if None in same else round(sum(p for p in same if p is not None) / len(same), 4) for same in ps],
+    )

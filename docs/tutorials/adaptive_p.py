@@ -1,0 +1,207 @@
+# %% [markdown]
+# # Can the gradient choose p?
+#
+# [`CosineP`][normopt.schedules.CosineP] moves p by the number of the step. This page watches what gradients look like
+# while a small network trains, with [`GeometryMonitor`][normopt.GeometryMonitor], lets
+# [`AdaptiveP`][normopt.schedules.AdaptiveP] set p by what is measured, and asks an ablation whether that is any better.
+#
+# The number that decides is the density of the gradient,
+#
+# ```text
+# φ = ‖g‖₁²/(d‖g‖₂²)
+# ```
+#
+# It is 1 where all d entries are as large, 2/π where they are Gaussian, f·2/π where a fraction f of them is Gaussian and
+# the rest zero, and 1/d where one entry is all there is. signSGD's guarantee is divided by it
+# ([arXiv:1802.04434](https://arxiv.org/abs/1802.04434)): signs are for dense gradients.
+
+# %%
+import json
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+import normopt
+from normopt.schedules import AdaptiveP
+
+torch.set_num_threads(1)
+# NORMOPT_DOCS_FAST=1 is a short run for the tests; its numbers mean nothing.
+FAST = os.environ.get("NORMOPT_DOCS_FAST") == "1"
+
+pixels, digit = load_digits(return_X_y=True)
+x, y = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(digit)
+x, x_test, y, y_test = x[:1200], x[1200:], y[:1200], y[1200:]
+
+# %% [markdown]
+# ## Watching a run
+#
+# Matrices and biases have a group each, so that each has a p of its own. `scale="matched"` keeps the length of SGD's
+# step at every p: only the direction changes. AdaptiveP is stepped after the optimizer and before the gradients are
+# cleared. The monitor hangs on the optimizer's hooks and would do so with any other optimizer; `every=1` is for a figure
+# with all the steps.
+
+# %%
+torch.manual_seed(0)
+model = nn.Sequential(
+    nn.Linear(64, 128),
+    nn.ReLU(),
+    nn.Linear(128, 128),
+    nn.ReLU(),
+    nn.Linear(128, 10),
+)
+groups = [
+    {"params": [w for w in model.parameters() if w.dim() >= 2]},
+    {"params": [w for w in model.parameters() if w.dim() < 2]},
+]
+opt = normopt.LPSGDM(groups, lr=3.0, p=8.0, scale="matched")
+sched = AdaptiveP(opt)
+steps = 10 if FAST else 200
+decay = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+
+with normopt.GeometryMonitor(opt, every=1) as monitor:
+    for _ in range(steps):
+        batch = torch.randint(len(x), (64,))
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        opt.step()
+        sched.step()
+        decay.step()
+
+accuracy = (model(x_test).argmax(1) == y_test).float().mean().item()
+print(f"test accuracy {100 * accuracy:.1f} %")
+rows = monitor.rows
+for i, name in enumerate(("matrices", "biases")):
+    last = rows[rows["group"] == i][-1]
+    print(f"{name:8} density {last['density']:.2f}, p {last['p']:.2f} at the end")
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
+for i, name in enumerate(("matrices", "biases")):
+    of = rows[rows["group"] == i]
+    left.plot(of["step"], of["density"], label=name, linewidth=1)
+    right.plot(of["step"], of["p"], label=name, linewidth=1)
+left.axhline(2 / torch.pi, color="grey", linewidth=1, linestyle=":")
+left.set(xlabel="step", ylabel="density of the gradient", ylim=(0, 0.7))
+right.set(xlabel="step", ylabel="p of the step")
+right.legend()
+fig.alt = "Density of the gradient and the p that follows from it, for matrices and biases, over the steps; the dotted line is the density of Gaussian entries"
+
+# %% [markdown]
+# Behind a ReLU many units are silent, and so many rows and columns of the matrices' gradients are zero: their density is
+# far below that of Gaussian entries, and p stays near 2. Everything that the monitor saw:
+
+# %%
+fig = monitor.plot()
+fig.alt = "All metrics of the monitor over the steps, for both groups"
+
+# %% [markdown]
+# `monitor.rows` is a NumPy structured array with these columns, `to_csv` writes it, and `to_tensorboard(writer)` gives
+# it to a `SummaryWriter`.
+#
+# ## What watching costs
+#
+# Training steps of a digits MLP (forward, backward, optimizer; batches of 64) under a monitor against the same without,
+# in turns, in processor time on one thread. The network is small: the larger it is, the smaller the share. This is
+# measured by `python -m benchmarks overhead` and kept in this repository.
+
+# %%
+root = next(
+    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "docs/data").exists()
+)
+
+
+def kept(name):
+    return json.loads((root / "docs/data" / name).read_text(encoding="utf-8"))
+
+
+cost = kept("overhead.json")
+print(
+    f"{cost['machine']['cpu']}, medians of {cost['rounds']} pairs and 95 % intervals"
+)
+print(f"{'':22} {'a bare step':>12}   {'every':>5}   {'takes longer by':>15}")
+for c in cost["costs"]:
+    print(
+        f"{c['optimizer']:22} {c['microseconds']:9.0f} µs   {c['every']:5}   {100 * c['median']:13.1f} %"
+        f"   ({100 * c['low']:.1f} to {100 * c['high']:.1f})"
+    )
+worst = max(c["high"] for c in cost["costs"] if c["every"] == cost["default"])
+verdict = "holds" if worst <= 0.1 else "does not hold"
+print(
+    f"\n{verdict}: at the default, every {cost['default']} steps, it costs at most 10 % of a step"
+)
+
+# %% [markdown]
+# ## Is it any better?
+#
+# The ablation has the same digits and four ways to move p from 8: by cosine, in a straight line, not at all, and by the
+# gradient; with steps as long as SGD's ("matched") and with the power map's own length. SGD with averaged momentum is
+# p = 2 throughout, and Signum p = ∞. Each learning rate is tuned on the same budget; the accuracies are on test data,
+# over fresh seeds that are the same for all. `python -m benchmarks adaptive-p` makes it anew, with a report, in about a
+# minute.
+
+# %%
+study = kept("adaptive_p.json")
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+print(f"{len(study['seeds'])} seeds, {study['epochs']} epochs\n")
+print(
+    f"{'':24} {'learning rate':>13}   {'test accuracy':>13}   p in the last epoch"
+)
+for arm in study["arms"]:
+    p = arm["p"][-1]
+    shown = f"{p:.2f}" if p is not None else ""
+    if p is None:
+        shown = {"SGD-EMA": "2 (SGD)", "Signum": "∞ (signs)"}[arm["arm"]]
+    edge = "*" if arm["at_edge"] else " "
+    print(
+        f"{arm['arm']:24} {arm['lr']:12g}{edge}   {100 * mean(arm['accuracies']):11.2f} %   {shown}"
+    )
+
+fig, axes = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
+for ax, family in zip(axes, ("LPSGDM-matched", "LPSGDM"), strict=True):
+    for suffix in ("", "-linear", "-constant", "-adaptive"):
+        arm = next(a for a in study["arms"] if a["arm"] == family + suffix)
+        ax.plot(
+            range(1, study["epochs"] + 1), arm["p"], label=suffix[1:] or "cosine"
+        )
+    ax.set(xlabel="epoch", title=family)
+axes[0].set(ylabel="p at the start of the epoch")
+fig.legend(
+    *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4
+)
+fig.alt = "p over the epochs under each schedule, mean over the seeds: the adaptive p is near 2 throughout"
+
+# %%
+print("test accuracy, paired over the seeds, in points; P-values after Holm\n")
+for c in study["comparisons"]:
+    print(
+        f"{c['this']:24} minus {c['that']:24} {100 * c['mean']:+5.2f}"
+        f"  ({100 * c['low']:+.2f} to {100 * c['high']:+.2f})  P-value {c['p_value']:.3f}"
+    )
+better = [c for c in study["comparisons"] if c["p_value"] < 0.05 and c["mean"] > 0]
+worse = [c for c in study["comparisons"] if c["p_value"] < 0.05 and c["mean"] < 0]
+print(
+    f"\nOf {len(study['comparisons'])} comparisons, adaptive p is significantly better in {len(better)}"
+    f" and significantly worse in {len(worse)}."
+)
+if not better and not worse:
+    print(
+        "It cannot be told apart from the cosine schedule, from a constant p, or from SGD and Signum."
+    )
+
+# %% [markdown]
+# That is the result for this task, where every one of these optimizers, from p = 2 to p = ∞, ends at about the same
+# accuracy: what little there is to gain by moving p, the density does not find. It is a small network, and one task;
+# the result is no proof that a measured p never helps, and no reason to prefer it. Prefer `CosineP`, the paper's
+# schedule, which needs no measurement and no host sync, unless you want to study this.
+#
+# What it did show: the power map ties the length of a step to p. An earlier form of `AdaptiveP` made its first step at
+# p = 8, with the learning rate that suits the p near 2 of all later ones: many times too long a step, from which the
+# network did not recover. Since then what is not measured counts as sparse, and the first step is made at `p_end`.

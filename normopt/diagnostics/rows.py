@@ -1,0 +1,107 @@
+"""Rows of numbers: a ring of them on a device, a table of them on the host, and their picture."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# What a row has beside its step and its group, in the order of its columns, and what a plot calls it.
+TITLES = {
+    "lr": "learning rate",
+    "p": "p",
+    "grad_dual": "dual norm of the gradient",
+    "grad_l2": "ℓ2 norm of the gradient",
+    "density": "density of the gradient",
+    "density_q": "density in the group's own q",
+    "anisotropy": "anisotropy of the gradient",
+    "update_norm": "norm of the update",
+    "update_ratio": "update to weights",
+    "zeros": "weights that are 0",
+}
+METRICS = tuple(TITLES)
+GRADIENT, UPDATE = (METRICS.index(name) for name in ("grad_dual", "update_norm"))  # where the two parts begin
+FRACTIONS, LENGTHS = ("density", "density_q", "zeros"), ("lr", "grad_dual", "grad_l2", "update_norm", "update_ratio")
+ROW = np.dtype([("step", np.int64), ("group", np.int64), *((name, np.float64) for name in METRICS)])
+
+
+class Ring:
+    """The last rows of one group: their numbers on its device, their steps on the host."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.numbers = torch.full((capacity, len(METRICS)), math.nan, dtype=dtype, device=device)
+        self.steps = np.zeros(capacity, np.int64)
+        self.written = self.fetched = self.lost = 0
+
+    def add(
+        self, step: int, lr: float | Tensor, p: float | Tensor | None, gradient: Tensor | None, update: Tensor | None
+    ) -> None:
+        """Write a row over the oldest; what is None is NaN."""
+        at = self.written % len(self.steps)
+        for i, value in enumerate((lr, p)):
+            if isinstance(value, Tensor):
+                self.numbers[at, i].copy_(value.reshape(()))
+            else:  # a number is an argument of a kernel: as a tensor it would have to be copied, and waited for
+                self.numbers[at, i].fill_(math.nan if value is None else value)
+        for begin, end, values in ((GRADIENT, UPDATE, gradient), (UPDATE, len(METRICS), update)):
+            if values is None:
+                self.numbers[at, begin:end].fill_(math.nan)
+            else:
+                self.numbers[at, begin:end].copy_(values)
+        self.lost += self.written - self.fetched >= len(self.steps)
+        self.fetched = max(self.fetched, self.written + 1 - len(self.steps))
+        self.steps[at] = step
+        self.written += 1
+
+    def taken(self, group: int) -> NDArray[Any]:
+        """The rows that were not taken yet."""
+        places = np.arange(self.fetched, self.written) % len(self.steps)
+        self.fetched = self.written
+        rows = np.empty(len(places), ROW)
+        if len(places):
+            numbers = self.numbers.cpu().numpy()[places]
+            for i, name in enumerate(METRICS):
+                rows[name] = numbers[:, i]
+        rows["step"], rows["group"] = self.steps[places], group
+        return rows
+
+
+def drawn(rows: NDArray[Any]) -> Figure:
+    """Every metric that is not NaN throughout, over the steps."""
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'drawing needs matplotlib: install the extra "plots", pip install "normopt[plots]"', name=error.name
+        ) from error
+    shown = [name for name in METRICS if np.isfinite(rows[name]).any()]
+    height = math.ceil(max(len(shown), 1) / 2)
+    figure, axes = plt.subplots(
+        height, 2, layout="constrained", figsize=(7, 0.8 + 1.4 * height), sharex=True, squeeze=False
+    )
+    groups = np.unique(rows["group"])
+    for ax, name in zip(axes.flat, shown, strict=False):
+        for group in groups:
+            of = rows[rows["group"] == group]
+            ax.plot(of["step"], of[name], label=f"group {group}", linewidth=1)
+        ax.set_title(TITLES[name], fontsize=9)
+        finite = rows[name][np.isfinite(rows[name])]
+        if name in FRACTIONS and finite.max() > 0:
+            ax.set_ylim(bottom=-0.03 * finite.max())
+        elif name in LENGTHS and finite.min() > 0 and finite.max() > 10 * finite.min():
+            ax.set_yscale("log")
+    for ax in axes.flat[len(shown) :]:
+        ax.set_axis_off()
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
+    if len(groups) > 1 and shown:
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(groups), 6))
+    return figure

@@ -1,0 +1,244 @@
+"""What a finished trajectory looks like: its lengths, its angles, and its regularity γ."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normopt._checks import check_number
+from normopt.diagnostics.iterates import Walk, read
+from normopt.diagnostics.sketch import cosine_half, distance_half, product_half
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+NEAR = 1e-3
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """T steps of a training, seen from its end: how straight the way was, and how much every step gained on the goal.
+
+    With θ_t the weights at which the loss ℓ_t was computed, U_t = θ_{t+1} − θ_t, and θ_T the final weights::
+
+        distance             D_t = ‖θ_t − θ_T‖
+        cosine               ⟨U_t, θ_T − θ_t⟩ / (‖U_t‖·D_t)
+        consecutive_cosine   ⟨U_t, U_{t+1}⟩ / (‖U_t‖·‖U_{t+1}‖)
+        path_length          Σ_t ‖U_t‖
+        straightness         D_0 / path_length
+        gamma                γ_t = (D_t² − D_{t+1}²) / (2η_t·(ℓ_t − inf ℓ))
+                                 = (2⟨U_t, θ_T − θ_t⟩ − ‖U_t‖²) / (2η_t·(ℓ_t − inf ℓ))
+
+    The paper finds γ_t > 0 almost throughout in trainings that succeed: its minimum, `min_gamma`, is the largest γ
+    with which the whole trajectory is regular. (γ's display form is recalled from the paper, not copied from it.) The
+    second form, which equals the first, is the one computed: it takes no difference of two large numbers.
+
+    Three traps. γ_t blows up as ℓ_t nears inf ℓ, so it is no number to average; steps whose excess loss is below a
+    thousandth of the first recorded one's are not valid. γ is proportional to 1/η: two optimizers, or two learning
+    rates, do not compare by it; the cosine does. And the last cosines are high in any training: the last is 1.
+
+    Attributes:
+        loss: ℓ_t [T], as recorded; NaN where it was not.
+        lr: η_t [T], the param groups' learning rate; NaN where they have none or several. A radius of
+            normopt's groups belongs to the norm and is not in it.
+        distance: D_t [T + 1], in the units of the weights; the last is 0.
+        update_norm: ‖U_t‖ [T]; exact in both modes.
+        cosine: [T]; NaN where the weights did not move or stood at θ_T.
+        consecutive_cosine: [T − 1]; NaN where one of the two did not move.
+        gamma: γ_t [T], NaN where it is not valid.
+        reason: [T], why γ_t is not valid, "" where it is: "no finite loss was recorded", "the weights are
+            not finite", "the weights did not move", "no single learning rate", "the learning rate is 0", or
+            "the loss is at its infimum".
+        inf_loss: inf ℓ, as given.
+        sketch: the size of the sketch, None if exact.
+        distance_half: half of the 95 % interval of every distance, relative to it; 0 if exact.
+        cosine_half: likewise of the cosines [T], absolute.
+        consecutive_half: likewise of the consecutive cosines [T − 1], absolute.
+        gamma_half: likewise of γ [T], absolute: 2.25·‖U_t‖·D_t·√((1 − c_t²/2)/k)/(η_t·(ℓ_t − inf ℓ)), c_t the cosine.
+
+    The intervals follow from the variance of a sketched inner product, (‖x‖²‖y‖² + ⟨x,y⟩² − 2Σx_i²y_i²)/k without its
+    last term. To first order the standard deviations are at most 1/√(2k) of a distance, (1 − c²)/√k of a cosine c and
+    √((1 − c²/2)/k) of ⟨U_t, θ_T − θ_t⟩/(‖U_t‖·D_t), where ‖U_t‖ is exact; an interval is 2.25 of them to each side.
+    They hold step by step, not for all steps at once: errors of neighbouring steps go together, for one sketch makes
+    them all.
+
+    Source: γ is of arXiv:2011.06702; the cosine, which needs no learning rate, of arXiv:2306.11922; the variance is
+    Lemma 2 of arXiv:0902.2206.
+
+    Example:
+        >>> found = monitor.result()
+        >>> found.min_gamma, found.straightness, found.invalid
+        >>> found.to_csv("trajectory.csv")
+        >>> found.plot().savefig("trajectory.png")
+    """
+
+    loss: Array
+    lr: Array
+    distance: Array
+    update_norm: Array
+    cosine: Array
+    consecutive_cosine: Array
+    gamma: Array
+    reason: NDArray[np.str_]
+    inf_loss: float
+    sketch: int | None
+    distance_half: float
+    cosine_half: Array
+    consecutive_half: Array
+    gamma_half: Array
+
+    @property
+    def valid(self) -> NDArray[np.bool_]:
+        """Of which steps γ is valid [T]."""
+        return np.equal(self.reason, np.str_(""))
+
+    @property
+    def invalid(self) -> dict[str, int]:
+        """How many steps have no valid γ, by reason."""
+        return dict(Counter(str(r) for r in self.reason if r))
+
+    @property
+    def min_gamma(self) -> float:
+        """min γ_t over the valid steps; NaN if there are none."""
+        return float(np.min(self.gamma[self.valid])) if self.valid.any() else math.nan
+
+    @property
+    def path_length(self) -> float:
+        """Σ‖U_t‖."""
+        return float(self.update_norm.sum())
+
+    @property
+    def displacement(self) -> float:
+        """D_0, from the first weights to the last."""
+        return float(self.distance[0])
+
+    @property
+    def straightness(self) -> float:
+        """Displacement over path length, 1 for a straight line; NaN if nothing moved."""
+        return self.displacement / self.path_length if self.path_length else math.nan
+
+    @classmethod
+    def load(cls, directory: str | Path, inf_loss: float = 0.0) -> Trajectory:
+        """The trajectory that a monitor with ``directory=`` wrote, of a training that ended or that was cut off.
+
+        All the whole steps in the files count; the last iterate is then θ_T. A step is there once the next
+        one has begun, or the monitor was asked for its result or closed.
+
+        Raises:
+            ValueError: there is no trajectory in the directory, or none of a whole step.
+        """
+        return from_walk(read(directory), inf_loss)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write a line a step: what there is of it, intervals included; an empty cell is NaN."""
+        columns: dict[str, NDArray[Any]] = {
+            "step": np.arange(len(self.loss)),
+            "loss": self.loss,
+            "lr": self.lr,
+            "distance": self.distance[:-1],
+            "distance_half": self.distance_half * self.distance[:-1],
+            "update_norm": self.update_norm,
+            "cosine": self.cosine,
+            "cosine_half": self.cosine_half,
+            "consecutive_cosine": np.append(self.consecutive_cosine, np.nan),
+            "consecutive_half": np.append(self.consecutive_half, np.nan),
+            "gamma": self.gamma,
+            "gamma_half": self.gamma_half,
+            "reason": self.reason,
+        }
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            for row in zip(*(column.tolist() for column in columns.values()), strict=True):
+                writer.writerow("" if isinstance(v, float) and math.isnan(v) else v for v in row)
+
+    def plot(self) -> Figure:
+        """Loss, distance to the end, cosine and γ over the steps, with their 95 % bands; a matplotlib figure.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        try:
+            import matplotlib.pyplot as plt
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError('plot() needs matplotlib: pip install "normopt[plots]"') from error
+        steps = np.arange(len(self.loss))
+        fig, axes = plt.subplots(2, 2, figsize=(8, 5.2), sharex=True, layout="constrained")
+        (loss, distance), (cosine, gamma) = axes
+        loss.plot(steps, self.loss, linewidth=0.8)
+        loss.set(ylabel="loss", yscale="log" if np.nanmin(self.loss, initial=np.inf) > 0 else "linear")
+        distance.plot(np.arange(len(self.distance)), self.distance, linewidth=1)
+        band = self.distance_half * self.distance
+        distance.fill_between(np.arange(len(band)), self.distance - band, self.distance + band, alpha=0.25)
+        distance.set(ylabel="distance to the end", ylim=(0, None))
+        cosine.plot(steps, self.cosine, linewidth=0.8)
+        cosine.fill_between(steps, self.cosine - self.cosine_half, self.cosine + self.cosine_half, alpha=0.25)
+        cosine.axhline(0, color="gray", linewidth=0.8)
+        cosine.set(ylabel="cosine to the end", xlabel="step")
+        gamma.plot(steps, self.gamma, linewidth=0.8)
+        gamma.fill_between(steps, self.gamma - self.gamma_half, self.gamma + self.gamma_half, alpha=0.25)
+        gamma.axhline(0, color="gray", linewidth=0.8)
+        sizes = np.abs(self.gamma[self.valid & (self.gamma != 0)])
+        if sizes.size:  # γ spans orders of magnitude, and is negative at times
+            gamma.set_yscale("symlog", linthresh=float(np.median(sizes)))
+        gamma.set(ylabel="γ", xlabel="step")
+        return fig
+
+
+def from_walk(walk: Walk, inf_loss: float) -> Trajectory:
+    """γ and the intervals, from lengths and angles."""
+    check_number("inf_loss", inf_loss)
+    loss, lr, norm, distance = walk.loss, walk.lr, walk.update_norm, walk.distance
+    if not len(loss):
+        raise ValueError("no step has been made yet, so there is no trajectory: call result() after training")
+    excess = loss - inf_loss
+    finite = np.isfinite(excess)
+    if (excess[finite] < 0).any():
+        t = int(np.flatnonzero(finite & (excess < 0))[0])
+        raise ValueError(
+            f"inf_loss = {inf_loss:g} is above the loss of step {t}, {loss[t]:g}: give a lower bound of it"
+        )
+    threshold = NEAR * excess[finite][0] if finite.any() else 0.0
+
+    reason = np.full(len(loss), "", dtype="<U32")
+    for why, holds in (  # the last that holds is the one told
+        ("the loss is at its infimum", ~(excess > threshold)),
+        ("the learning rate is 0", lr == 0),
+        ("no single learning rate", np.isnan(lr)),
+        ("the weights did not move", norm == 0),
+        ("the weights are not finite", ~(np.isfinite(norm) & np.isfinite(distance[:-1]))),
+        ("no finite loss was recorded", ~finite),
+    ):
+        reason[holds] = why
+
+    with np.errstate(all="ignore"):
+        # Exact as D_t² − D_{t+1}² is: (θ_T − θ_t) − U_t = θ_T − θ_{t+1}.
+        product = norm * distance[:-1] * walk.cosine
+        gamma = np.where(reason == "", (2 * product - norm**2) / (2 * lr * excess), np.nan)
+        reach = norm * distance[:-1] / (lr * excess)
+    k = walk.sketch
+    zeros = np.zeros(len(loss))
+    return Trajectory(
+        loss=loss,
+        lr=lr,
+        distance=distance,
+        update_norm=norm,
+        cosine=walk.cosine,
+        consecutive_cosine=walk.consecutive_cosine,
+        gamma=gamma,
+        reason=reason,
+        inf_loss=float(inf_loss),
+        sketch=k,
+        distance_half=0.0 if k is None else distance_half(k),
+        cosine_half=zeros if k is None else cosine_half(k, walk.cosine),
+        consecutive_half=zeros[1:] if k is None else cosine_half(k, walk.consecutive_cosine),
+        gamma_half=zeros if k is None else np.where(reason == "", reach * product_half(k, walk.cosine), np.nan),
+    )

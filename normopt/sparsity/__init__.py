@@ -1,0 +1,25 @@
+"""Sparsity that pays: count what is zero, set what is small to zero, take dead units out, store the rest sparsely.
+
+Imports run one way: pruning → counting → weights → layouts; shrinking → removal → chain. Nothing here knows an
+optimizer.
+"""
+
+from normopt.sparsity.counting import Report, WeightCount, report
+from normopt.sparsity.layouts import SparseLinear, dense_state_dict, sparse_state_dict, to_dense, to_sparse
+from normopt.sparsity.pruning import prune_
+from normopt.sparsity.shrinking import Shrunk, UnitCount, shrink
+
+__all__ = [
+    "Report",
+    "Shrunk",
+    "SparseLinear",
+    "UnitCount",
+    "WeightCount",
+    "dense_state_dict",
+    "prune_",
+    "report",
+    "shrink",
+    "sparse_state_dict",
+    "to_dense",
+    "to_sparse",
+]

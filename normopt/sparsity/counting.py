@@ -1,0 +1,192 @@
+"""``report``: how much of a model is zero, weight by weight, as numbers, a table and a figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from normopt._checks import check_number
+from normopt.sparsity.weights import Weight, weights
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class WeightCount:
+    """What was counted in one weight tensor, or in all of them together.
+
+    Attributes:
+        name: the tensor's name in the model.
+        shape: its shape; empty for the total.
+        entries: how many numbers it has.
+        zeros: how many of them are exactly 0.
+        small: how many lie below the report's threshold in size, the zeros included.
+        rows, dead_rows: output units or channels, and those of which every weight is exactly 0.
+        columns, dead_columns: input units or channels, likewise.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    entries: int
+    zeros: int
+    small: int
+    rows: int
+    dead_rows: int
+    columns: int
+    dead_columns: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found.
+
+    Attributes:
+        weights: one count for each weight tensor, in the order of the model.
+        threshold: below which an entry counts as ``small``.
+    """
+
+    weights: tuple[WeightCount, ...]
+    threshold: float
+
+    @property
+    def total(self) -> WeightCount:
+        """All weight tensors together."""
+
+        def of(field: str) -> int:
+            return sum(getattr(w, field) for w in self.weights)
+
+        fields = ("entries", "zeros", "small", "rows", "dead_rows", "columns", "dead_columns")
+        return WeightCount("total", (), **{field: of(field) for field in fields})
+
+    def __str__(self) -> str:
+        rows = self._cells()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            cells = [x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """The same table in Markdown."""
+        head, *rows = self._cells()
+        # A bar would end the cell.
+        lines = [tuple(cell.replace("|", r"\|") for cell in row) for row in (head, *rows)]
+        lines.insert(1, ("---", "---", *["---:"] * (len(head) - 2)))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def figure(self) -> Figure:
+        """For each weight tensor the percentages of zeros, dead rows and dead columns, as bars.
+
+        Returns:
+            A pyplot figure: ``plt.show()`` shows it, ``figure.savefig("zeros.png")`` saves it.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        try:
+            import matplotlib.pyplot as plt
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'the figure of a sparsity report needs matplotlib: pip install "normopt[plots]"'
+            ) from error
+        kinds = {"zeros": "entries", "dead_rows": "rows", "dead_columns": "columns"}
+        figure, ax = plt.subplots(figsize=(7, 1.2 + 0.55 * max(1, len(self.weights))), layout="constrained")
+        for i, (kind, whole) in enumerate(kinds.items()):
+            shares = [100 * getattr(w, kind) / max(1, getattr(w, whole)) for w in self.weights]
+            places = [n + 0.27 * (i - 1) for n in range(len(self.weights))]
+            bars = ax.barh(places, shares, height=0.24, label=kind.replace("_", " "))
+            texts = [f"{getattr(w, kind):,} of {getattr(w, whole):,}" for w in self.weights]
+            ax.bar_label(bars, texts, padding=3, fontsize=7)
+        ax.set_yticks(range(len(self.weights)), [w.name for w in self.weights])
+        ax.invert_yaxis()
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(False, axis="y")
+        ax.set(xlim=(0, 125), xlabel="per cent of the tensor's entries, rows or columns", xticks=range(0, 101, 20))
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+        return figure
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        head = ("weight", "shape", "entries", "zeros", f"|w| < {self.threshold:g}", "dead rows", "dead columns")
+        return [head, *(_cells(w) for w in (*self.weights, self.total))]
+
+
+def report(model: nn.Module, threshold: float = 1e-13) -> Report:
+    """Count the zeros of a model: entries, and whole rows and columns, which `shrink` can take out.
+
+    ::
+
+        zeros        = #{ w = 0 }                     small       = #{ |w| < threshold }
+        dead rows    = #{ o : W[o, :] = 0 }           dead columns = #{ i : W[:, i] = 0 }
+
+    Weight tensors are parameters of two dims or more: biases and the gains of norm layers are left out, as they are
+    from ℓp decay. Rows are what comes into an output unit, columns what goes out of an input unit; of convolutions,
+    transposed and grouped ones too, these are channels. A tensor that several modules share counts once.
+
+    Args:
+        model: any module, made sparse by `to_sparse` or not.
+        threshold: below which an entry is ``small``. Default 1e-13, with which the authors of ℓp decay count, who do
+            not prune.
+
+    Returns:
+        A `Report`; ``print`` it for a table.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``threshold`` no number.
+        ValueError: a threshold that is negative or infinite; a weight of a lazy module without a shape.
+
+    Source: the count with 1e-13 is that of arXiv:2404.10824.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([[1.0, 1e-20, 0.0], [0.0, 0.0, 0.0]]))
+        >>> print(normopt.sparsity.report(model))
+        weight  shape  entries      zeros  |w| < 1e-13  dead rows  dead columns
+        weight  2 × 3        6  4 (66.7%)    5 (83.3%)     1 of 2        1 of 3
+        total                6  4 (66.7%)    5 (83.3%)     1 of 2        1 of 3
+    """
+    check_number("threshold", threshold, low=0, open_high=True)
+    return Report(tuple(_count(w, threshold) for w in weights(model)), float(threshold))
+
+
+@torch.no_grad()
+def _count(weight: Weight, threshold: float) -> WeightCount:
+    units = weight.units
+    zero = units == 0
+    groups, outs, ins = units.shape[:3]
+    return WeightCount(
+        name=weight.name,
+        shape=tuple(weight.tensor.shape),
+        entries=units.numel(),
+        zeros=int(zero.sum()),
+        small=int((units.abs() < threshold).sum()),
+        rows=groups * outs,
+        dead_rows=_all(zero, weight.rows),
+        columns=groups * ins,
+        dead_columns=_all(zero, weight.columns),
+    )
+
+
+def _all(zero: torch.Tensor, dims: tuple[int, ...]) -> int:
+    return int(zero.all(dims).sum()) if zero.numel() else 0  # nothing at all is not zero
+
+
+def _cells(w: WeightCount) -> tuple[str, ...]:
+    return (
+        w.name,
+        " × ".join(map(str, w.shape)),
+        f"{w.entries:,}",
+        _share(w.zeros, w.entries),
+        _share(w.small, w.entries),
+        f"{w.dead_rows:,} of {w.rows:,}",
+        f"{w.dead_columns:,} of {w.columns:,}",
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} ({part / whole:.1%})" if part else "0"
