@@ -1,4 +1,4 @@
-"""The commands: ``python -m benchmarks ablate``, ``report``, ``transfer`` and ``speed``."""
+"""The commands: ``python -m benchmarks ablate``, ``report``, ``transfer``, ``sparsity``, ``speed``, ``regularity``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from benchmarks import phases, report, transfer
+from benchmarks import adaptive, phases, regularity, report, sparsity, transfer
 from benchmarks.presets import PRESETS
 from benchmarks.progress import progress
 from benchmarks.report.settings import regularizers
@@ -76,6 +76,22 @@ def measure_transfer(
     )
 
 
+@app.command("sparsity")
+def measure_sparsity(
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/sparsity.json"),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")
+    ] = None,
+) -> None:
+    """Measure accuracy against size under weight decay, and how fast the networks are without their dead units."""
+    with progress(console, sparsity.count()) as advance:
+        result = sparsity.measure(workers or os.cpu_count() or 1, advance)
+    sparsity.write(result, out)
+    for line in sparsity.summary(result):
+        console.print(line, soft_wrap=True)
+    console.print(f"{len(result.runs)} runs in {result.seconds:.0f} seconds: {out.resolve().as_uri()}", soft_wrap=True)
+
+
 @app.command("speed")
 def measure_speed(
     model: Annotated[
@@ -131,6 +147,54 @@ def measure_speed(
         )
         written = out / report.MARKDOWN
     console.print(f"The report: {written.resolve().as_uri()}", soft_wrap=True)
+
+
+@app.command("regularity")
+def measure_regularity(
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/regularity.json"),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")
+    ] = None,
+) -> None:
+    """Measure whether trainings that succeed have more regular trajectories."""
+    with progress(console, regularity.count()) as advance:
+        result = regularity.measure(workers or os.cpu_count() or 1, advance)
+    regularity.write(result, out)
+    for line in regularity.words(result):
+        console.print(line, soft_wrap=True)
+    console.print(
+        f"{len(result.points)} points in {result.seconds:.0f} seconds: {out.resolve().as_uri()}", soft_wrap=True
+    )
+
+
+@app.command("adaptive-p")
+def measure_adaptive_p(
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/adaptive_p.json"),
+    folder: Annotated[Path, typer.Option(help="Folder of the study itself.")] = Path("results/adaptive-p"),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")
+    ] = None,
+) -> None:
+    """Run the ablation of adaptive p, and keep of it what the documentation shows."""
+    ablate(adaptive.PRESET, folder, workers)
+    adaptive.write(adaptive.condensed(collect(_open(folder))), out)
+    console.print(f"For the documentation: {out.resolve().as_uri()}", soft_wrap=True)
+
+
+@app.command("overhead")
+def measure_overhead(
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/overhead.json"),
+    rounds: Annotated[int | None, typer.Option(min=6, help="Blocks of steps of each entrant. Default: 60.")] = None,
+) -> None:
+    """Measure what a GeometryMonitor costs in training steps of the digits MLP."""
+    from benchmarks import overhead  # the speed program, which no other command needs
+
+    with progress(console, len(overhead.MAKERS)) as advance:
+        result = overhead.measure(rounds or overhead.ROUNDS, advance)
+    overhead.write(result, out)
+    for line in overhead.lines(result):
+        console.print(line, soft_wrap=True)
+    console.print(f"The results: {out.resolve().as_uri()}", soft_wrap=True)
 
 
 def _open(folder: Path) -> Store:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, Self
 
 import torch
@@ -15,6 +13,7 @@ from normopt._checks import check_bool
 from normopt.diagnostics.iterates import LOSS, LR, OnDisk, Sketched, Store, Weights
 from normopt.diagnostics.sketch import check_size
 from normopt.diagnostics.trajectory import Trajectory, from_walk
+from normopt.hooks import OutermostStep
 
 
 class TrajectoryMonitor:
@@ -103,7 +102,7 @@ class TrajectoryMonitor:
         self._stepped = self._recorded = 0
         self._moved = False  # a step was made whose update is not in the store yet
         self._lr: float | Tensor = 0.0
-        self._frame: FrameType | None = None
+        self._outermost = OutermostStep()
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -193,12 +192,8 @@ class TrajectoryMonitor:
         self.close()
 
     def _before(self, optimizer: Optimizer, *_: object) -> None:
-        # Where a step() of a subclass calls the step() of its base, both run the hooks. The outer one counts. It has
-        # begun and not ended if it is still on the stack; one that raised is not.
-        caller = sys._getframe(1)
-        if self._frame is not None and _is_below(self._frame, caller):
+        if not self._outermost.enter():
             return
-        self._frame = caller
         if self.may_skip and self._recorded <= self._stepped:
             raise RuntimeError("with may_skip=True, record(loss) must be called before step(): this step has no loss")
         params = _params(optimizer)
@@ -212,9 +207,8 @@ class TrajectoryMonitor:
         self._lr = _single_lr(optimizer)
 
     def _after(self, *_: object) -> None:
-        if sys._getframe(1) is not self._frame:
+        if not self._outermost.leave():
             return
-        self._frame = None
         self._order = self._order or "after"
         if self._recorded < self._stepped + (self._order == "before"):
             self._recorded += 1  # the loss that was not recorded stays NaN
@@ -254,12 +248,3 @@ def _single_lr(optimizer: Optimizer) -> float | Tensor:
     ]
     first = made[0].clone()  # schedulers change it in place
     return torch.where((torch.stack(made) == first).all(), first, torch.nan)
-
-
-def _is_below(frame: FrameType, top: FrameType | None) -> bool:
-    """Whether a frame is on the stack whose top is given."""
-    while top is not None:
-        if top is frame:
-            return True
-        top = top.f_back
-    return False
