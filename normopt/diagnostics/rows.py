@@ -78,6 +78,7 @@ def drawn(rows: NDArray[Any]) -> Figure:
     """Every metric that is not NaN throughout, over the steps."""
     try:
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import NullFormatter
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             'drawing needs matplotlib: install the extra "plots", pip install "normopt[plots]"', name=error.name
@@ -98,6 +99,7 @@ def drawn(rows: NDArray[Any]) -> Figure:
             ax.set_ylim(bottom=-0.03 * finite.max())
         elif name in LENGTHS and finite.min() > 0 and finite.max() > 10 * finite.min():
             ax.set_yscale("log")
+            ax.yaxis.set_minor_formatter(NullFormatter())
     for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
     for ax in axes[-1]:

@@ -174,7 +174,8 @@ class Trajectory:
         fig, axes = plt.subplots(2, 2, figsize=(8, 5.2), sharex=True, layout="constrained")
         (loss, distance), (cosine, gamma) = axes
         loss.plot(steps, self.loss, linewidth=0.8)
-        loss.set(ylabel="loss", yscale="log" if np.nanmin(self.loss, initial=np.inf) > 0 else "linear")
+        least, most = np.nanmin(self.loss, initial=np.inf), np.nanmax(self.loss, initial=0)
+        loss.set(ylabel="loss", yscale="log" if most > 10 * least > 0 else "linear")
         distance.plot(np.arange(len(self.distance)), self.distance, linewidth=1)
         band = self.distance_half * self.distance
         distance.fill_between(np.arange(len(band)), self.distance - band, self.distance + band, alpha=0.25)
