@@ -70,13 +70,20 @@ class SparseLinear(nn.Module):
 def to_sparse(model: nn.Module) -> nn.Module:
     """A copy of a model whose ``nn.Linear`` layers store and use their nonzero weights only (`SparseLinear`).
 
-    For inference with very sparse large layers, on a CPU in float32 or float64. The layers compute in CSR, the one
-    layout in which torch's linear is fast there: it takes no bias with COO, CSC was 3 to 20 times slower with one input
-    at a time, and blocks (BSR) were no faster. A thread of the CPU that this was measured on broke even at about 5 %
-    nonzeros for layers of 512 × 512 to 2048 × 2048; at 20 % the dense layer was 2 to 4 times faster, at 1 % the sparse
-    one 1.3 to 7 times. Layers of about a hundred units a side gain nothing: whole units that are zero are better
-    taken out with `shrink`, which leaves small dense layers. Convolutions stay dense: torch has none for
-    sparse weights.
+    For inference with large layers that are almost empty, on a CPU in float32 or float64. Against the dense layer, on
+    one thread of a server's CPU (``python -m benchmarks sparsity`` measures it anew):
+
+        units      nonzeros     speed with 1 input     with 256
+        128        1 %          0.3 times              2 times
+        512        1 %          1                      5
+        2048       1 %          14                     4
+        2048       5 %          2.5                    1
+        any        20 %         0.3 to 0.5             0.2
+
+    Whole units that are zero are better taken out with `shrink`, which leaves small dense layers. The layers compute
+    in CSR, in which torch's linear was fastest there: with COO it takes no bias, with CSC and one input it was 20
+    times slower or more, and blocks (BSR) were no faster than CSR. Convolutions stay dense: torch has none for sparse
+    weights.
 
     ``to_dense`` is the way back. The weights are the same numbers there, zeros of either sign becoming +0.
 

@@ -1,0 +1,333 @@
+"""What sparsity is worth: accuracy against the size that is left when dead units are taken out, and the speed of that.
+
+AdamW without decay, with its own, and with ℓp decay of entries or of rows, on two tasks. Results are one JSON file,
+which the documentation draws.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Literal
+
+import joblib
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from benchmarks.progress import Advance
+from benchmarks.spec import Frozen
+from benchmarks.tasks.base import Task
+from benchmarks.tasks.digits import Digits
+from benchmarks.tasks.digits_cnn import DigitsCNN
+from benchmarks.training import evaluate, mean_loss
+from normopt import sparsity
+from normopt.addons import LpDecay
+
+TASKS: dict[str, Task] = {task.name: task for task in (Digits(), DigitsCNN())}
+# The learning rate is what serves AdamW without decay on the clean task, and on the noisy one a slower pace.
+SETTINGS: dict[str, dict[str, float]] = {
+    "digits": {"lr": 3e-3, "epochs": 30},
+    "digits-cnn": {"lr": 1e-3, "epochs": 40},
+}
+SEEDS = (1, 2, 3)
+BATCH = 64
+LOSS_ALLOWED = 0.01  # of validation accuracy, for a smaller network
+BATCHES = (1, 256)
+ROUNDS = 101
+
+
+class Arm(Frozen):
+    """A way to decay weights, and the λ that are tried; p is None where it has none."""
+
+    over: Literal["nothing", "AdamW's own", "entries", "rows"]
+    p: float | None
+    weight_decays: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return (
+            ("no decay" if self.over == "nothing" else self.over) if self.p is None else f"ℓ{self.p:g} of {self.over}"
+        )
+
+
+ARMS = (
+    Arm(over="nothing", p=None, weight_decays=(0.0,)),
+    Arm(over="AdamW's own", p=None, weight_decays=(1.0, 3.0, 10.0)),
+    *(Arm(over="entries", p=p, weight_decays=(0.05, 0.1, 0.2, 0.4)) for p in (0.5, 0.8, 1.0)),
+    *(Arm(over="rows", p=p, weight_decays=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0)) for p in (0.5, 1.0)),
+)
+# Square layers of so many units, of which so large a share of weights is zero.
+LAYERS = tuple((n, zeros) for n in (128, 512, 2048) for zeros in (0.8, 0.95, 0.99))
+
+
+class Kept(BaseModel):
+    """A piece of the results."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Run(Kept):
+    """One network: accuracies, the share of weights that is zero, units, and parameters before and after shrinking.
+
+    ``error`` is the largest difference between outputs of the two on the test inputs, relative to the largest output.
+    """
+
+    task: str
+    arm: str
+    weight_decay: float
+    seed: int
+    validation: float
+    test: float
+    zeros: float
+    dead_rows: int
+    rows: int
+    parameters: int
+    shrunk: int
+    error: float
+
+
+class Timing(Kept):
+    """How many times as fast one network is as another: the median of paired ratios, and its 95 % interval."""
+
+    batch: int
+    milliseconds: float
+    speedup: float
+    interval: tuple[float, float] | None
+
+
+class NetTiming(Timing):
+    """A shrunk network against the full one, which takes so many milliseconds."""
+
+    task: str
+    arm: str
+    weight_decay: float
+    seed: int
+
+
+class LayerTiming(Timing):
+    """A linear layer in CSR against the dense one, which takes so many milliseconds."""
+
+    units: int
+    zeros: float
+
+
+class Chosen(Kept):
+    """The λ of an arm that leaves the smallest networks of those that keep the accuracy, by validation alone.
+
+    ``keeps`` is whether any does; else it is the λ of the best accuracy.
+    """
+
+    task: str
+    arm: str
+    weight_decay: float
+    keeps: bool
+
+
+class Sparsity(Kept):
+    """The whole measurement."""
+
+    torch: str
+    cpu: str
+    seconds: float
+    settings: dict[str, dict[str, float]]
+    descriptions: dict[str, str]
+    runs: list[Run]
+    chosen: list[Chosen]
+    networks: list[NetTiming]
+    layers: list[LayerTiming]
+
+
+def train(task: str, arm: Arm, weight_decay: float, seed: int) -> tuple[Run, nn.Module, nn.Module]:
+    """A network trained with so much decay, measured in eval mode, and the one that it shrinks to.
+
+    The learning rate falls to 0 along half a cosine, and decay with it. Equal seeds give equal initial weights and
+    batches, whatever the arm.
+    """
+    torch.set_num_threads(1)
+    splits, settings = TASKS[task].load(), SETTINGS[task]
+    torch.manual_seed(seed)
+    model = TASKS[task].build()
+    own = weight_decay if arm.over == "AdamW's own" else 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=own)
+    if arm.over in ("entries", "rows"):
+        LpDecay(optimizer, p=arm.p or 1.0, weight_decay=weight_decay, over="rows" if arm.over == "rows" else "entries")
+    epochs = int(settings["epochs"])
+    x, y = splits.train
+    schedule = CosineAnnealingLR(optimizer, epochs * -(-len(x) // BATCH))
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for chosen in torch.split(torch.randperm(len(x), generator=order), BATCH):
+            optimizer.zero_grad()
+            mean_loss(model(x[chosen]), y[chosen]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    model.eval()
+    shrunk = sparsity.shrink(model, splits.test[0])
+    total = sparsity.report(model).total
+    run = Run(
+        task=task,
+        arm=arm.name,
+        weight_decay=weight_decay,
+        seed=seed,
+        validation=evaluate(model, splits.validation)[1],
+        test=evaluate(model, splits.test)[1],
+        zeros=total.zeros / total.entries,
+        dead_rows=total.dead_rows,
+        rows=total.rows,
+        parameters=shrunk.parameters_before,
+        shrunk=shrunk.parameters_after,
+        error=shrunk.error,
+    )
+    return run, model, shrunk.model
+
+
+def cells() -> list[tuple[str, Arm, float, int]]:
+    """Every task, arm, λ and seed; the slower task first, so that no worker is left with it at the end."""
+    tasks = sorted(TASKS, reverse=True)
+    return [(task, arm, decay, seed) for task in tasks for arm in ARMS for decay in arm.weight_decays for seed in SEEDS]
+
+
+def count() -> int:
+    """How many steps of progress there are: a run each, then a timing of each chosen network and of each layer."""
+    return len(cells()) + len(TASKS) * len(ARMS) * len(SEEDS) + len(LAYERS)
+
+
+def choose(runs: list[Run]) -> list[Chosen]:
+    """For each task and arm the λ that leaves the smallest networks within LOSS_ALLOWED of no decay's accuracy."""
+    found = []
+    for task in TASKS:
+        of_task = [r for r in runs if r.task == task]
+        base = mean(r.validation for r in of_task if r.arm == "no decay")
+        for arm in ARMS:
+            of_arm = {
+                decay: [r for r in of_task if r.arm == arm.name and r.weight_decay == decay]
+                for decay in arm.weight_decays
+            }
+            accuracy = {decay: mean(r.validation for r in of) for decay, of in of_arm.items()}
+            # A rounding of a mean is no loss.
+            keeping = [decay for decay, a in accuracy.items() if a >= base - LOSS_ALLOWED - 1e-9]
+            if keeping:
+                # Of equal sizes the one with the best accuracy.
+                best = min(keeping, key=lambda d: (mean(r.shrunk for r in of_arm[d]), -accuracy[d]))
+            else:
+                best = max(accuracy, key=lambda d: accuracy[d])
+            found.append(Chosen(task=task, arm=arm.name, weight_decay=best, keeps=bool(keeping)))
+    return found
+
+
+def measure(workers: int, advance: Advance) -> Sparsity:
+    """Train everything, then time what was chosen; ``advance`` is told of each run and timing."""
+    from benchmarks.speed.records import machine
+
+    began = time.perf_counter()
+    todo = cells()
+    parallel = joblib.Parallel(n_jobs=workers, batch_size=1, return_as="generator")
+    runs: list[Run] = []
+    nets: dict[tuple[str, str, float, int], tuple[nn.Module, nn.Module]] = {}
+    for run, full, shrunk in parallel(joblib.delayed(train)(*cell) for cell in todo):
+        runs.append(run)
+        nets[run.task, run.arm, run.weight_decay, run.seed] = full, shrunk
+        advance("training", 1)
+    chosen, networks = choose(runs), []
+    for choice in chosen:
+        inputs = TASKS[choice.task].load().train[0]
+        for seed in SEEDS:
+            key = (choice.task, choice.arm, choice.weight_decay, seed)
+            for batch in BATCHES:
+                t = versus(*nets[key], inputs[:batch])
+                networks.append(
+                    NetTiming(
+                        task=choice.task, arm=choice.arm, weight_decay=choice.weight_decay, seed=seed, **t.model_dump()
+                    )
+                )
+            advance("timing", 1)
+    layers = []
+    for units, zeros in LAYERS:
+        layers += [LayerTiming(units=units, zeros=zeros, **t.model_dump()) for t in sparse_layer(units, zeros)]
+        advance("timing", 1)
+    return Sparsity(
+        torch=torch.__version__,
+        cpu=machine(torch.device("cpu"), (), None).cpu,
+        seconds=time.perf_counter() - began,
+        settings=SETTINGS,
+        descriptions={name: task.description for name, task in TASKS.items()},
+        runs=runs,
+        chosen=chosen,
+        networks=networks,
+        layers=layers,
+    )
+
+
+def versus(full: nn.Module, small: nn.Module, inputs: Tensor) -> Timing:
+    """The two in turns on one thread, in inference mode; each round begins with the other one."""
+    from benchmarks.speed.measure import TURN, Entrant, on_cpu, take_turns, threads_set
+    from benchmarks.speed.records import ratio
+
+    entrants = [
+        Entrant(name, "", partial(net, inputs), 0.0, 0.0)
+        for name, net in (("full", full.eval()), ("small", small.eval()))
+    ]
+    with threads_set(1), torch.inference_mode():
+        for entrant in entrants:
+            entrant.times = max(1, round(TURN / 2 / min(on_cpu(entrant.step) for _ in range(5))))
+        take_turns(entrants, ROUNDS, on_cpu)
+    times = [entrant.entry() for entrant in entrants]
+    faster = ratio(*times)
+    return Timing(
+        batch=len(inputs),
+        milliseconds=round(1000 * sorted(times[0].seconds)[ROUNDS // 2], 5),
+        speedup=round(faster.median, 3),
+        interval=faster.interval and (round(faster.interval[0], 3), round(faster.interval[1], 3)),
+    )
+
+
+@torch.no_grad()
+def sparse_layer(units: int, zeros: float) -> list[Timing]:
+    """A square linear layer with so many zeros at random places, in CSR against dense, for each batch size."""
+    drawn = torch.Generator().manual_seed(0)
+    dense = nn.Linear(units, units)
+    dense.weight.copy_(
+        torch.randn(units, units, generator=drawn) * (torch.rand(units, units, generator=drawn) >= zeros)
+    )
+    inputs = torch.randn(max(BATCHES), units, generator=drawn)
+    return [versus(dense, sparsity.to_sparse(dense), inputs[:batch]) for batch in BATCHES]
+
+
+def write(result: Sparsity, path: Path) -> None:
+    """As JSON, a record a line, so that a later measurement shows what changed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lists: dict[str, Sequence[BaseModel]] = {
+        "runs": result.runs,
+        "chosen": result.chosen,
+        "networks": result.networks,
+        "layers": result.layers,
+    }
+    head = json.dumps(result.model_dump(exclude=set(lists)), ensure_ascii=False)[:-1]
+    parts = [
+        f'"{name}": [\n' + ",\n".join(record.model_dump_json() for record in records) + "\n]"
+        for name, records in lists.items()
+    ]
+    path.write_text(f"{head}, {', '.join(parts)}}}\n", encoding="utf-8")
+
+
+def summary(result: Sparsity) -> list[str]:
+    """A line for each task and arm: what was chosen, its test accuracy, its size and its speed."""
+    lines = []
+    for choice in result.chosen:
+        runs = [
+            r for r in result.runs if (r.task, r.arm, r.weight_decay) == (choice.task, choice.arm, choice.weight_decay)
+        ]
+        fast = [t.speedup for t in result.networks if (t.task, t.arm, t.batch) == (choice.task, choice.arm, BATCHES[0])]
+        lines.append(
+            f"{choice.task:10}  {choice.arm:15}  λ {choice.weight_decay:<5g} test {mean(r.test for r in runs):.1%}  "
+            f"zeros {mean(r.zeros for r in runs):5.1%}  size {mean(r.shrunk / r.parameters for r in runs):6.1%}  "
+            f"speed × {mean(fast):.2f}{'' if choice.keeps else '  (loses accuracy)'}"
+        )
+    return lines
