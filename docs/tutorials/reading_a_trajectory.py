@@ -6,7 +6,8 @@
 # finds that in trainings that succeed they do point there, and calls such a trajectory regular.
 # [`TrajectoryMonitor`][normopt.TrajectoryMonitor] measures that for any optimizer, in one training, without keeping
 # every weight. This page shows how to use it, how good its sketches are, and whether the finding holds on networks
-# small enough to train here by the hundred.
+# small enough to train here by the hundred. What single steps are like, [`GeometryMonitor`][normopt.GeometryMonitor]
+# tells: see [Can the gradient choose p?](adaptive_p.md)
 
 # %%
 import json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -29,6 +30,8 @@ class AddOn(ABC):
     own beforehand, a schedule may write them, and the optimizer's ``state_dict`` saves and restores them; a checkpoint
     that lacks them leaves them as they are. Groups that are added later get them at the next step.
 
+    Its hooks run before those of others, whenever they were attached: what watches an optimizer sees what add-ons do.
+
     The hooks are not part of what ``copy.deepcopy`` and ``pickle`` copy, as torch.optim has it, while the param groups
     are: attach again to a copy, and it goes on with the same settings.
 
@@ -42,11 +45,16 @@ class AddOn(ABC):
         self._settings = dict(settings)
         self._outermost = OutermostStep()
         self._complete_groups()
-        self._handles = [
-            optimizer.register_step_pre_hook(self._enter),
-            optimizer.register_step_post_hook(self._leave),
-            optimizer.register_load_state_dict_pre_hook(self._complete_checkpoint),
-        ]
+        enter = optimizer.register_step_pre_hook(self._enter)
+        leave = optimizer.register_step_post_hook(self._leave)
+        # Before those of a monitor, which is to see the gradients that the step reads and the weights that it leaves.
+        for hooks, handle in (
+            (optimizer._optimizer_step_pre_hooks, enter),
+            (optimizer._optimizer_step_post_hooks, leave),
+        ):
+            cast(OrderedDict[int, Any], hooks).move_to_end(handle.id, last=False)
+        load = optimizer.register_load_state_dict_pre_hook(self._complete_checkpoint)
+        self._handles = [enter, leave, load]
         _carried.setdefault(optimizer, set()).add(type(self))
 
     def detach(self) -> None:
@@ -64,6 +72,18 @@ class AddOn(ABC):
             for key in self._settings:
                 group.pop(key, None)
         _carried[self.optimizer].discard(type(self))
+
+    def __repr__(self) -> str:
+        """What it is attached to and what it is set to: where the groups differ, the settings of all of them."""
+        kind, groups = f"{type(self).__name__}({_name(self.optimizer)}", self.optimizer.param_groups
+        if not self._handles:
+            return f"{kind}, detached)"
+        settings = []
+        for key, default in self._settings.items():
+            values = [repr(group.get(key, default)) for group in groups]
+            shown = f"[{', '.join(values)}]" if len(set(values)) > 1 else values[0] if values else repr(default)
+            settings.append(f"{key}={shown}")
+        return f"{kind}, {', '.join(settings)}, attached)"
 
     @abstractmethod
     def _check(self, where: str, group: Mapping[str, Any]) -> None:

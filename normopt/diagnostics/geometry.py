@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 class Writer(Protocol):
     """What takes scalars: TensorBoard's SummaryWriter, or anything with its ``add_scalar``."""
 
@@ -52,7 +55,7 @@ class GeometryMonitor:
         density_q     ‖g‖_q²/(d^(2/q−1)·‖g‖₂²)            the same for q = p/(p−1) if ‖·‖ is an ℓp norm; q = 1
                                                           (p = ∞) is φ; NaN if q ≥ 2 or ‖·‖ is another norm
         anisotropy    ‖g‖_∞·√d/‖g‖₂                       peak to RMS, 1 … √d; 1 where all are as large
-        update_norm   ‖Δw‖
+        update_norm   ‖Δw‖                   in the group's norm
         update_ratio  ‖Δw‖₂/‖w‖₂
         zeros         how many of the weights are exactly 0 after the step, as a fraction
 
@@ -60,30 +63,33 @@ class GeometryMonitor:
     [`norm_pairs`][normopt.SteepestDescent.norm_pairs], over a group's tensors the norm is the largest and the dual
     norm the sum, but under ``scope="group"``, where they are those of all tensors as one vector; unlike there,
     the dual norm is the bare gradient's, and ``update_norm`` has the learning rate, the radius and the decay in it.
+    `Trajectory` has another, ``update_l2``: the ℓ2 norm of all groups' updates as one vector.
 
     What is 0/0 is NaN: density, density_q and anisotropy of a zero gradient (whose norms are 0), the ratio of zero
     weights that stay (that of those that move is ∞). In a group without entries all is NaN but lr and p; without any
     gradient, what is of g. The update norm is NaN where a norm of your own defines no ``norm``.
 
-    The gradient is what ``.grad`` holds when ``step()`` is called, or, if a closure is given, after the step (the
-    closure's last). Attach the monitor after add-ons that edit gradients, and it sees what they do. Scaled
-    gradients that a fused step unscales itself (GradScaler) are measured unscaled. A step that calls a hooked
-    step inside is one step. A sparse gradient is measured as the dense one that it means.
+    The gradient is what ``.grad`` holds when ``step()`` is called, or, if a closure is given, when that has returned
+    for the last time. `AGR` and `LpDecay` act before the monitor looks, whichever was attached first: it sees the
+    regularized gradient and the decayed weights. Scaled gradients that a fused step unscales itself (GradScaler) are
+    measured unscaled. A step that calls a hooked step inside is one step. A sparse gradient is measured as the dense
+    one that it means.
 
     Args:
         optimizer: any torch.optim.Optimizer.
         every: steps from one row to the next. Default 50, at which it takes a few per cent of a small
-            model's steps; the tutorial on adaptive p has the measurement.
+            model's steps; the tutorial "Can the gradient choose p?" has the measurement.
         capacity: rows a group that fit between two flushes; older ones are overwritten, and counted in ``lost``.
             Default 1000.
         norm: a registered name or a Norm, to measure all groups in. Default: each group's own, or ℓ2.
 
-    Cost: in the steps that are measured a copy of the weights and a few passes over weights and gradients; in the
-    others a call. No host sync, but where a norm decomposes matrices on CUDA: torch.linalg.svd waits by itself,
-    and takes far longer than the rest, which is worth a larger ``every``. Memory: one copy of the weights during a
-    measured step, and of the larger gradients one at a time in float32; 80 bytes a row.
+    Cost: in the steps that are measured a copy of the weights and a few passes over weights and gradients (over
+    gradients at each call of a closure); in the others a call. No host sync, but where a norm decomposes matrices on
+    CUDA: torch.linalg.svd waits by itself, and takes far longer than the rest, which is worth a larger ``every``.
+    Memory: one copy of the weights during a measured step, and of the larger gradients one at a time in float32; 80
+    bytes a row.
 
-    It has no state to save: a new one begins at step 1.
+    It has no state to save: a new one begins at step 0.
 
     Raises:
         TypeError: not an optimizer, or a norm that is none; ``every`` or ``capacity`` is no integer.
@@ -104,7 +110,7 @@ class GeometryMonitor:
     """
 
     def __init__(
-        self, optimizer: Optimizer, every: int = 50, capacity: int = 1000, norm: str | Norm | None = None
+        self, optimizer: Optimizer, *, every: int = 50, capacity: int = 1000, norm: str | Norm | None = None
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -127,6 +133,13 @@ class GeometryMonitor:
             optimizer.register_step_pre_hook(self._pre),
             optimizer.register_step_post_hook(self._post),
         ]
+
+    def __repr__(self) -> str:
+        """What it watches, its settings, and how many steps it has seen."""
+        return (
+            f"GeometryMonitor({type(self.optimizer).__name__}, every={self.every}, capacity={self.capacity}, "
+            f"norm={self.norm!r}, {self.steps} steps, {'attached' if self._hooks else 'closed'})"
+        )
 
     def close(self) -> None:
         """Let go of the optimizer; the rows stay."""
@@ -156,8 +169,8 @@ class GeometryMonitor:
         """Fetch the rows since the last flush, which makes room for as many; here the host waits for the device.
 
         Returns:
-            A NumPy structured array with the fields ``step`` (1 for the first since the monitor was made), ``group``
-            and the metrics, by step and then by group.
+            A NumPy structured array with the fields ``step`` (0 for the first since the monitor was made, as in
+            `Trajectory`), ``group`` and the metrics, by step and then by group.
         """
         parts = [ring.taken(i) for i, ring in self._rings.items()]
         new = np.concatenate([np.empty(0, ROW), *parts])
@@ -202,37 +215,48 @@ class GeometryMonitor:
         """
         return drawn(self.rows)
 
-    def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         if not self._outermost.enter():
-            return
+            return None
         self._begun = None
         if self.steps % self.every:
-            return
+            return None
         with torch.no_grad():
-            self._begun = [_Begun(group, self._measure(group)) for group in optimizer.param_groups]
-            if not any(callable(x) for x in (*args[1:], *kwargs.values())):
-                # Now, because some optimizers write into .grad.
-                self._see_gradients(self._begun)
+            begun = [_Begun(group, self._measure(group)) for group in optimizer.param_groups]
+        self._begun = begun
+        if not any(callable(x) for x in (*args[1:], *kwargs.values())):
+            self._see_gradients(begun)
+            return None
+
+        def watched(given: Any) -> Any:
+            def closure(*args: Any, **kwargs: Any) -> Any:
+                loss = given(*args, **kwargs)
+                self._see_gradients(begun)
+                return loss
+
+            return closure if callable(given) else given
+
+        return (args[0], *map(watched, args[1:])), {k: watched(x) for k, x in kwargs.items()}
 
     def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._outermost.leave():
             return
         begun, self._begun = self._begun, None
-        self.steps += 1
+        step, self.steps = self.steps, self.steps + 1
         if begun is None:
             return
         with torch.no_grad():
-            if not all(b.seen for b in begun):
-                self._see_gradients(begun)
             for i, b in enumerate(begun):
                 if i not in self._rings:
                     self._rings[i] = Ring(self.capacity, b.params[0].device if b.params else torch.device("cpu"))
-                self._rings[i].add(self.steps, b.lr, b.p, b.gradient, of_update(b.params, b.weights, b.measure))
+                self._rings[i].add(step, b.lr, b.p, b.gradient, of_update(b.params, b.weights, b.measure))
 
+    @torch.no_grad()
     def _see_gradients(self, begun: list[_Begun]) -> None:
+        """Now, because an optimizer may write into ``.grad``, and an add-on put back what was there."""
         scale = getattr(self.optimizer, "grad_scale", None)
         for b in begun:
-            b.gradient, b.seen = of_gradient(b.params, b.measure, scale), True
+            b.gradient = of_gradient(b.params, b.measure, scale)
 
     def _measure(self, group: dict[str, Any]) -> Measure:
         if not isinstance(self.optimizer, SteepestDescent):
@@ -249,7 +273,6 @@ class _Begun:
         self.measure = measure
         self.weights = copied([real(p) for p in self.params])
         self.gradient: Tensor | None = None
-        self.seen = False
 
 
 def _named(norm: str | Norm) -> Norm:

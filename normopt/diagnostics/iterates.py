@@ -29,7 +29,7 @@ class Walk:
     loss: Array
     lr: Array
     distance: Array  # T + 1: the last is 0
-    update_norm: Array
+    update_l2: Array
     cosine: Array
     consecutive_cosine: Array  # T − 1
     sketch: int | None

@@ -22,7 +22,7 @@ TITLES = {
     "density": "density of the gradient",
     "density_q": "density in the group's own q",
     "anisotropy": "anisotropy of the gradient",
-    "update_norm": "norm of the update",
+    "update_norm": "update in the group's norm",
     "update_ratio": "update to weights",
     "zeros": "weights that are 0",
 }

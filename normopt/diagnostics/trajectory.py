@@ -50,7 +50,8 @@ class Trajectory:
         lr: η_t [T], the param groups' learning rate; NaN where they have none or several. A radius of
             normopt's groups belongs to the norm and is not in it.
         distance: D_t [T + 1], in the units of the weights; the last is 0.
-        update_norm: ‖U_t‖ [T]; exact in both modes.
+        update_l2: ‖U_t‖ [T], the ℓ2 norm of all weights' updates as one vector, under any optimizer's norm; exact in
+            both modes.
         cosine: [T]; NaN where the weights did not move or stood at θ_T.
         consecutive_cosine: [T − 1]; NaN where one of the two did not move.
         gamma: γ_t [T], NaN where it is not valid.
@@ -83,7 +84,7 @@ class Trajectory:
     loss: Array
     lr: Array
     distance: Array
-    update_norm: Array
+    update_l2: Array
     cosine: Array
     consecutive_cosine: Array
     gamma: Array
@@ -113,7 +114,7 @@ class Trajectory:
     @property
     def path_length(self) -> float:
         """Σ‖U_t‖."""
-        return float(self.update_norm.sum())
+        return float(self.update_l2.sum())
 
     @property
     def displacement(self) -> float:
@@ -138,14 +139,14 @@ class Trajectory:
         return from_walk(read(directory), inf_loss)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write a line a step: what there is of it, intervals included; an empty cell is NaN."""
+        """Write a line a step, 0 the first: what there is of it, intervals included; NaN as ``nan``."""
         columns: dict[str, NDArray[Any]] = {
             "step": np.arange(len(self.loss)),
             "loss": self.loss,
             "lr": self.lr,
             "distance": self.distance[:-1],
             "distance_half": self.distance_half * self.distance[:-1],
-            "update_norm": self.update_norm,
+            "update_l2": self.update_l2,
             "cosine": self.cosine,
             "cosine_half": self.cosine_half,
             "consecutive_cosine": np.append(self.consecutive_cosine, np.nan),
@@ -155,10 +156,9 @@ class Trajectory:
             "reason": self.reason,
         }
         with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            for row in zip(*(column.tolist() for column in columns.values()), strict=True):
-                writer.writerow("" if isinstance(v, float) and math.isnan(v) else v for v in row)
+            out = csv.writer(file, lineterminator="\n")
+            out.writerow(columns)
+            out.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
 
     def plot(self) -> Figure:
         """Loss, distance to the end, cosine and γ over the steps, with their 95 % bands; a matplotlib figure.
@@ -197,7 +197,7 @@ class Trajectory:
 def from_walk(walk: Walk, inf_loss: float) -> Trajectory:
     """γ and the intervals, from lengths and angles."""
     check_number("inf_loss", inf_loss)
-    loss, lr, norm, distance = walk.loss, walk.lr, walk.update_norm, walk.distance
+    loss, lr, norm, distance = walk.loss, walk.lr, walk.update_l2, walk.distance
     if not len(loss):
         raise ValueError("no step has been made yet, so there is no trajectory: call result() after training")
     excess = loss - inf_loss
@@ -231,7 +231,7 @@ def from_walk(walk: Walk, inf_loss: float) -> Trajectory:
         loss=loss,
         lr=lr,
         distance=distance,
-        update_norm=norm,
+        update_l2=norm,
         cosine=walk.cosine,
         consecutive_cosine=walk.consecutive_cosine,
         gamma=gamma,

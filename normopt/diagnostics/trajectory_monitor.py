@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt._checks import check_bool
-from normopt.diagnostics.iterates import LOSS, LR, OnDisk, Sketched, Store, Weights
+from normopt.diagnostics.iterates import LOSS, LR, OnDisk, Sketched, Weights
 from normopt.diagnostics.sketch import check_size
 from normopt.diagnostics.trajectory import Trajectory, from_walk
 from normopt.hooks import OutermostStep
@@ -78,10 +78,10 @@ class TrajectoryMonitor:
     def __init__(
         self,
         optimizer: Optimizer,
+        *,
         sketch: int = 2048,
         seed: int = 0,
         directory: str | Path | None = None,
-        *,
         may_skip: bool = False,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -97,7 +97,9 @@ class TrajectoryMonitor:
             if torch.nn.parameter.is_lazy(p):
                 raise TypeError("a parameter has no shape yet: run the model once, then make the monitor")
         weights = Weights(self._params)
-        self._store: Store = Sketched(weights, sketch, seed) if directory is None else OnDisk(weights, Path(directory))
+        self._store: Sketched | OnDisk = (
+            Sketched(weights, sketch, seed) if directory is None else OnDisk(weights, Path(directory))
+        )
         self._order: Literal["before", "after"] | None = "before" if may_skip else None
         self._stepped = self._recorded = 0
         self._moved = False  # a step was made whose update is not in the store yet
@@ -107,6 +109,19 @@ class TrajectoryMonitor:
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
+
+    def __repr__(self) -> str:
+        """What it watches, how it keeps that, and how many steps it has seen."""
+        store = self._store
+        where = (
+            f"sketch={store.sketch.k}, seed={store.seed}"
+            if isinstance(store, Sketched)
+            else f"directory={str(store.directory)!r}"
+        )
+        return (
+            f"TrajectoryMonitor({type(self.optimizer).__name__}, {where}, may_skip={self.may_skip}, "
+            f"{self._stepped} steps, {'attached' if self._handles else 'closed'})"
+        )
 
     def record(self, loss: float | Tensor) -> None:
         """Keep the loss of this step: a number, or a tensor of one element, which is not read before the end.

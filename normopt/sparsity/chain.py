@@ -154,7 +154,7 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
                 yield from _leaves(child, f"{name}.{own}".lstrip("."))
         return
     if type(module) not in KNOWN:
-        raise _refusal(name, module, "is not known")
+        raise _refusal(name, module, f"is not known{_hint(module)}")
     if isinstance(module, BATCH_NORMS) and module.running_mean is None:
         raise _refusal(name, module, "has no running statistics, so that what it does depends on the batch")
     if getattr(module, "return_indices", False):
@@ -165,6 +165,17 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 def _refusal(name: str, module: nn.Module, why: str) -> ValueError:
     where = f"{name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
     return ValueError(f"{where} {why}. {SUPPORTED}")
+
+
+def _hint(module: nn.Module) -> str:
+    """The way out for a module with a forward() of its own."""
+    if not any(module.children()):
+        return ""
+    stack = next((name for name, child in module.named_children() if isinstance(child, nn.Sequential)), "net")
+    return (
+        ": shrink does not see what its forward() does. If that is to call one nn.Sequential, pass that one, such as "
+        f"model.{stack}, and put the smaller one in its place; models with residual connections are not supported"
+    )
 
 
 @dataclass(frozen=True)

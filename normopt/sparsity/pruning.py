@@ -30,6 +30,9 @@ def prune_(
 ) -> Report:
     """Set small weights, or whole rows or columns of small norm, to exactly zero, in place.
 
+    Over rows, mind the output layer: its rows are the classes, and the score of a class whose row is pruned no longer
+    depends on the input. Leave it out, as in ``exclude=["4.weight"]``.
+
     ::
 
         threshold        w ← 0  where  s(w) < threshold

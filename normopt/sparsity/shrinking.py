@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,10 @@ class Shrunk:
     parameters_after: int
     error: float
 
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raise a TypeError: the network is ``model``."""
+        raise TypeError("what shrink() returns is no network but has one: call its .model")
+
     def __str__(self) -> str:
         rows = [("layer", "units", "left"), *((c.name, f"{c.before:,}", f"{c.after:,}") for c in self.layers)]
         rows.append(("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}"))
@@ -76,8 +81,9 @@ def shrink(model: nn.Module, example_inputs: Tensor, tolerance: float = 1e-6) ->
     The model may be any nesting of nn.Sequential of Linear, Conv1d to Conv3d (groups=1 or depthwise), BatchNorm1d to
     3d with running statistics, Max, Avg and adaptive pooling, elementwise activations, Dropout, Identity and Flatten;
     Unflatten may stand before the first layer, Softmax and LogSoftmax behind the last. Anything else, such as a
-    residual connection, is refused: there units are tied in ways that a chain has not. `prune_` and ℓp decay over rows
-    make units dead; zeros that are scattered are for `to_sparse`.
+    residual connection, is refused: there units are tied in ways that a chain has not. Of a model of your own whose
+    forward() calls one nn.Sequential, give that: ``model.net = shrink(model.net, x).model``. `prune_` and ℓp decay over
+    rows make units dead; zeros that are scattered are for `to_sparse`.
 
     Args:
         model: the model; it is left as it is, mode and buffers included.

@@ -181,7 +181,8 @@ def test_saved_and_restored_it_goes_on_with_the_same_bits(name):
         new.load_state_dict(saved)
         if not attached_first:  # the settings are there already
             AGR(new)
-            LpDecay(new, p=2.0, weight_decay=0.3)
+            with pytest.warns(UserWarning, match="lp_p = 0.7"):
+                LpDecay(new, p=2.0, weight_decay=0.3)
         assert [new.param_groups[0][k] for k in ("agr", "lp_p", "lp_over", "lp_step")] == [True, 0.7, "rows", 3]
         with torch.no_grad():
             for p, w in zip(new_params, here, strict=True):
@@ -208,6 +209,48 @@ def test_a_checkpoint_from_before_leaves_the_settings():
     train(plain_params, plain, recorded)
 
 
+def test_a_group_keeps_all_that_it_had_and_a_warning_says_so():
+    ws = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
+    opt = torch.optim.SGD([{"params": [ws[0]]}, {"params": [ws[1]], "lp_decay": 0.0}, {"params": [ws[2]]}], lr=0.1)
+    opt.param_groups[2]["lp_decay"] = torch.tensor(0.2)
+    LpDecay(opt, p=0.7, weight_decay=0.2)  # settings of a group's own are no surprise
+    twin = copy.deepcopy(opt)
+    twin.param_groups[0]["lp_step"] = 3
+    with pytest.warns(UserWarning, match="as from") as told:
+        LpDecay(twin, weight_decay=0.2, warmup=4)
+    (first, second, third) = (str(w.message) for w in told)
+    assert "group 0" in first
+    assert "keeps lp_p = 0.7, lp_warmup = 0, though the arguments say p = 0.8, warmup = 4" in first
+    assert "optimizer.param_groups[0]['lp_p'] = 0.8" in first
+    assert "keeps lp_decay = 0.0, lp_p" in second
+    assert "keeps lp_p" in third  # a tensor is not read
+    assert told[0].filename == __file__
+    assert [group["lp_p"] for group in twin.param_groups] == [0.7] * 3
+    LpDecay(copy.deepcopy(opt), p=0.7, weight_decay=torch.tensor(0.2))
+
+
+def test_a_misspelt_setting_of_a_group_is_refused():
+    w = torch.nn.Parameter(torch.ones(2, 2))
+    opt = torch.optim.SGD([{"params": [w], "lp_decy": 0.0}], lr=0.1)
+    with pytest.raises(ValueError, match="group 0 has an unknown setting 'lp_decy'; did you mean 'lp_decay'"):
+        LpDecay(opt)
+    assert "lp_p" not in opt.param_groups[0]
+    assert not opt._optimizer_step_pre_hooks
+
+
+def test_how_it_is_shown():
+    ws = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    opt = torch.optim.SGD([{"params": [ws[0]]}, {"params": [ws[1]], "lp_decay": 0.0}], lr=0.1)
+    agr, decay = AGR(opt), LpDecay(opt, over="rows", weight_decay=1.0)
+    assert repr(agr) == "AGR(SGD, agr=True, attached)"
+    assert repr(decay) == (
+        "LpDecay(SGD, lp_decay=[1.0, 0.0], lp_p=0.8, lp_over='rows', lp_heads=None, lp_warmup=0, lp_elastic=False, "
+        "lp_step=0, attached)"
+    )
+    decay.detach()
+    assert repr(decay) == "LpDecay(SGD, detached)"
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_has_the_settings_and_not_the_hooks(copied):
     params, opt = build("AdamW", torch.float32)
@@ -219,7 +262,7 @@ def test_a_copy_has_the_settings_and_not_the_hooks(copied):
     assert not twin._optimizer_step_pre_hooks
     twins = twin.param_groups[0]["params"]
     AGR(twin)
-    LpDecay(twin)  # the group says 0.7 and 0.2
+    LpDecay(twin, p=0.7, weight_decay=0.2)
     assert same(train(twins, twin, recorded[1:]), train(params, opt, recorded[1:]))
 
 

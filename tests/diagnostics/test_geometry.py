@@ -80,7 +80,7 @@ def test_metrics_in_the_optimizers_own_norm(p, scope):
     )
     (row,), seen = one_step(make, params)
     check(row, oracle(*seen, p, scope == "group"))
-    assert (row["lr"], row["p"], row["step"], row["group"]) == (0.1, p, 1, 0)
+    assert (row["lr"], row["p"], row["step"], row["group"]) == (0.1, p, 0, 0)
 
 
 @pytest.mark.parametrize("p", [1.5, 2.0, 3.0, math.inf])
@@ -179,7 +179,7 @@ def test_several_groups_each_in_its_own_norm():
         watch.every = 1
         opt.step()
     assert watch.rows["group"].tolist() == [0, 1, 0, 1, 2]
-    assert watch.rows["step"].tolist() == [1, 1, 2, 2, 2]
+    assert watch.rows["step"].tolist() == [0, 0, 1, 1, 1]
     assert watch.rows["lr"].tolist() == [0.1, 0.5, 0.1, 0.5, 0.1]
     for row, (g, before), p in zip(watch.rows, seen, (3.0, math.inf), strict=False):
         check(row, {k: v for k, v in oracle(g, before, before, p).items() if not k.startswith("update")})
@@ -341,7 +341,7 @@ def test_a_step_inside_a_step_is_one_and_one_that_raises_is_none():
                     opt.step()
             else:
                 opt.step()
-    assert watch.rows["step"].tolist() == [1, 2]
+    assert watch.rows["step"].tolist() == [0, 1]
     check(watch.rows[-1], oracle(g, before, arrays(params), 2.0), rtol=1e-5)
 
 
@@ -436,7 +436,7 @@ def test_the_optimizer_goes_on_bit_for_bit(make):
         for key, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(ends[1][1]["state"][i][key]))
     assert watch is not None
-    assert watch.rows["step"].tolist() == [1, 3, 5]
+    assert watch.rows["step"].tolist() == [0, 2, 4]
     assert not opt._optimizer_step_pre_hooks
     assert not opt._optimizer_step_post_hooks
     watch.close()
@@ -455,10 +455,10 @@ def run(steps, flush_at=(), **kwargs):
 
 
 def test_a_full_ring_loses_the_oldest_and_says_so():
-    watch = run(11, every=2, capacity=3)  # rows at 1, 3, 5, 7, 9, 11
+    watch = run(11, every=2, capacity=3)  # rows at 0, 2, 4, 6, 8, 10
     with pytest.warns(UserWarning, match="3 rows were overwritten"):
         new = watch.flush()
-    assert new["step"].tolist() == watch.rows["step"].tolist() == [7, 9, 11]
+    assert new["step"].tolist() == watch.rows["step"].tolist() == [6, 8, 10]
     assert watch.lost == 3
     whole = run(11, every=1)
     for row in watch.rows:
@@ -467,9 +467,9 @@ def test_a_full_ring_loses_the_oldest_and_says_so():
 
 def test_steps_are_right_across_flushes():
     watch = run(11, every=2, capacity=3, flush_at=(1, 2, 6, 7))
-    assert watch.flush()["step"].tolist() == [9, 11]
+    assert watch.flush()["step"].tolist() == [8, 10]
     assert watch.flush().tolist() == []
-    assert watch.rows["step"].tolist() == [1, 3, 5, 7, 9, 11]
+    assert watch.rows["step"].tolist() == [0, 2, 4, 6, 8, 10]
     assert watch.lost == 0
     assert run(0).rows.shape == (0,)
 
@@ -518,12 +518,66 @@ def test_the_plot_draws_what_is_there(monkeypatch):
     drawn = [ax for ax in figure.axes if ax.lines]
     assert len(drawn) == len(METRICS) - 2  # neither p nor density_q
     for ax in drawn:
-        np.testing.assert_array_equal(ax.lines[0].get_xdata(), [1, 2, 3, 4, 5])
+        np.testing.assert_array_equal(ax.lines[0].get_xdata(), [0, 1, 2, 3, 4])
     plt.close(figure)
     plt.close(run(0).plot())
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)
     with pytest.raises(ModuleNotFoundError, match=r"normopt\[plots\]"):
         run(1).plot()
+
+
+def with_addons(order, over, with_closure):
+    """Six steps under AGR and decay, watched by both monitors, made in the given order: what they saw, the last Δw."""
+    params = weights()
+    opt = torch.optim.AdamW(params, lr=0.1, weight_decay=0)
+    makers = {
+        "agr": lambda: normopt.AGR(opt),
+        "decay": lambda: normopt.LpDecay(opt, over=over, weight_decay=2.0),
+        "geometry": lambda: GeometryMonitor(opt, every=1),
+        "trajectory": lambda: normopt.TrajectoryMonitor(opt, sketch=64),
+    }
+    made = {name: makers[name]() for name in order}
+    for step in range(6):
+        before = arrays(params)
+        if with_closure:
+            opt.step(lambda step=step: gradients(params, seed=step))
+        else:
+            gradients(params, seed=step)
+            opt.step()
+        made["trajectory"].record(1.0)
+    change = [new - old for new, old in zip(arrays(params), before, strict=True)]
+    return made["geometry"].rows, made["trajectory"].result(), params, change
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("over", ["entries", "rows"])
+def test_what_add_ons_do_is_seen_whatever_was_attached_first(over, with_closure):
+    names = ("agr", "decay", "geometry", "trajectory")
+    rows, found, params, change = with_addons(names, over, with_closure)
+    for order in (names[::-1], ("geometry", "decay", "trajectory", "agr")):
+        others, other, *_ = with_addons(order, over, with_closure)
+        for name in rows.dtype.names:
+            np.testing.assert_array_equal(others[name], rows[name], err_msg=name)
+        np.testing.assert_array_equal(other.update_l2, found.update_l2)
+    # The last step's gradients are back, and are not what the monitor saw; the decay is in what it saw.
+    regularized = [g * (1 - np.abs(g) / np.abs(g).sum()) for g in arrays([p.grad for p in params])]
+    assert rows["grad_l2"][-1] == pytest.approx(math.sqrt(sum((g**2).sum() for g in regularized)), rel=1e-6)
+    lengths = [math.sqrt((x**2).sum()) for x in change]
+    assert rows["update_norm"][-1] == pytest.approx(max(lengths), rel=1e-6)
+    assert found.update_l2[-1] == pytest.approx(math.hypot(*lengths), rel=1e-6)
+
+
+def test_how_it_is_shown():
+    opt = torch.optim.SGD(weights(), lr=0.1)
+    watch = GeometryMonitor(opt, every=2)
+    trajectory = normopt.TrajectoryMonitor(opt, sketch=64)
+    opt.step()
+    assert repr(watch) == "GeometryMonitor(SGD, every=2, capacity=1000, norm=None, 1 steps, attached)"
+    assert repr(trajectory) == "TrajectoryMonitor(SGD, sketch=64, seed=0, may_skip=False, 1 steps, attached)"
+    watch.close()
+    trajectory.close()
+    assert repr(watch).endswith(", closed)")
+    assert repr(trajectory).endswith(", closed)")
 
 
 def test_sharded_weights_are_refused():

@@ -92,7 +92,7 @@ def check(found, iterates, losses, lrs, at):
     """How often the intervals hold at each of some steps: 95 % of the seeds; and the promise of the default size."""
     distance, norm, cosine, consecutive, gamma = oracle(iterates, losses, lrs)
     for result in found:
-        np.testing.assert_allclose(result.update_norm, norm, rtol=1e-6)
+        np.testing.assert_allclose(result.update_l2, norm, rtol=1e-6)
         assert result.cosine[-1] == pytest.approx(1, abs=1e-6)
     for t in at:
         errors = np.array(

@@ -37,7 +37,7 @@ def test_exact_equals_the_definitions(name, when, tmp_path):
     np.testing.assert_array_equal(found.loss, losses)
     np.testing.assert_array_equal(found.lr, lrs)
     np.testing.assert_allclose(found.distance, distance, rtol=1e-10, atol=1e-13)
-    np.testing.assert_allclose(found.update_norm, norm, rtol=1e-10)
+    np.testing.assert_allclose(found.update_l2, norm, rtol=1e-10)
     np.testing.assert_allclose(found.cosine, cosine, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(found.consecutive_cosine, consecutive, rtol=1e-10, atol=1e-12)
     # The oracle takes the difference of two squares, which costs it digits.
@@ -184,8 +184,8 @@ def test_16_bit_weights_and_mixed_dtypes_and_parameters_without_a_gradient(dtype
         iterates.append(now())
     found = exact.result()
     distance, norm, cosine, *_ = oracle(iterates, np.ones(5), np.ones(5))
-    np.testing.assert_allclose(found.update_norm, norm, rtol=1e-12)
-    np.testing.assert_allclose(sketched.result().update_norm, norm, rtol=1e-12)
+    np.testing.assert_allclose(found.update_l2, norm, rtol=1e-12)
+    np.testing.assert_allclose(sketched.result().update_l2, norm, rtol=1e-12)
     np.testing.assert_allclose(found.distance, distance, rtol=1e-12)
     np.testing.assert_allclose(found.cosine, cosine, rtol=1e-12)
 
@@ -205,7 +205,8 @@ def test_csv_and_plot(tmp_path):
         rows = list(csv.DictReader(file))
     assert [float(r["gamma"]) for r in rows] == found.gamma.tolist()
     assert [float(r["distance"]) for r in rows] == found.distance[:-1].tolist()
-    assert rows[-1]["consecutive_cosine"] == ""
+    assert rows[-1]["consecutive_cosine"] == "nan"
+    assert [r["step"] for r in rows] == [str(t) for t in range(10)]
     fig = found.plot()
     assert [ax.get_ylabel() for ax in fig.axes] == ["loss", "distance to the end", "cosine to the end", "γ"]
     np.testing.assert_array_equal(fig.axes[2].lines[0].get_ydata(), found.cosine)

@@ -61,7 +61,7 @@ def test_a_resumed_training_goes_on_with_one_trajectory(exact, when, tmp_path):
         thing.load_state_dict(state)
     run(model, optimizer, monitor, range(7, 12))
     found = monitor.result()
-    for name in ("loss", "lr", "distance", "update_norm", "cosine", "consecutive_cosine", "gamma"):
+    for name in ("loss", "lr", "distance", "update_l2", "cosine", "consecutive_cosine", "gamma"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
@@ -75,7 +75,7 @@ def test_a_state_of_before_the_first_step(tmp_path):
     monitor.load_state_dict(state)
     step(p, monitor.optimizer)
     assert monitor.result().loss.tolist() == [5]
-    np.testing.assert_allclose(monitor.result().update_norm, 0.1 * math.sqrt(2))
+    np.testing.assert_allclose(monitor.result().update_l2, 0.1 * math.sqrt(2))
 
 
 def test_states_that_do_not_fit(tmp_path):

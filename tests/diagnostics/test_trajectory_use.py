@@ -52,7 +52,7 @@ def test_an_update_is_what_happened_from_step_to_step(tmp_path):
         monitor.record(1.0)
         p.data.clamp_(min=0.85, max=2.15)
         seen.append(p.detach().numpy().copy())
-    np.testing.assert_allclose(monitor.result().update_norm, oracle(seen, np.ones(3), np.ones(3))[1], rtol=1e-12)
+    np.testing.assert_allclose(monitor.result().update_l2, oracle(seen, np.ones(3), np.ones(3))[1], rtol=1e-12)
 
 
 def test_a_step_in_a_step_is_one_step(tmp_path):
@@ -84,7 +84,7 @@ def test_a_step_that_raises_does_not_count():
             with pytest.raises(ZeroDivisionError):
                 opt.step(closure)
     assert len(monitor.result().loss) == 2
-    np.testing.assert_allclose(monitor.result().update_norm, 0.1 * math.sqrt(2))
+    np.testing.assert_allclose(monitor.result().update_l2, 0.1 * math.sqrt(2))
 
 
 @pytest.mark.parametrize("place", ["returned", "inside"])
@@ -126,9 +126,9 @@ def test_steps_that_a_scaler_skips():
         scaler.update()
         norms.append((p.detach() - before).norm().item())
     found = monitor.result()
-    np.testing.assert_allclose(found.update_norm, norms, rtol=1e-6)
+    np.testing.assert_allclose(found.update_l2, norms, rtol=1e-6)
     assert found.invalid == {"the weights did not move": 3}
-    assert not found.update_norm[[0, 2, 3]].any()
+    assert not found.update_l2[[0, 2, 3]].any()
     with pytest.raises(RuntimeError, match="before step"):
         step(p, opt)
 

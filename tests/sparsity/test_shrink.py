@@ -312,6 +312,19 @@ def test_the_table_tells_what_went():
     assert "outputs differ by" in lines[4]
 
 
+def test_the_stack_inside_a_model_is_put_back_smaller():
+    model = Stack()
+    model.body[0].weight.data[1:] = 0
+    x = torch.randn(5, 4)
+    expected = model(x)
+    shrunk = shrink(model.body, x)
+    with pytest.raises(TypeError, match=r"\.model"):
+        shrunk(x)
+    model.body = shrunk.model
+    torch.testing.assert_close(model(x), expected)
+    assert len(model.body[0].weight) == 1
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
@@ -319,6 +332,15 @@ class Residual(nn.Module):
 
     def forward(self, x):
         return x + self.inner(x)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.body(x)
 
 
 class Backwards(nn.Sequential):
@@ -353,6 +375,7 @@ IMAGE = torch.randn(2, 4, 6, 6)
     [
         (nn.Sequential(nn.Linear(4, 4), nn.Sequential(Residual())), None, r"'1\.0' \(Residual\) is not known"),
         (Residual(), None, r"the model \(Residual\) is not known"),
+        (Stack(), None, r"such as model\.body, and put the smaller one in its place"),
         (Backwards(nn.Linear(4, 4)), None, r"\(Backwards\) is not known"),
         (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), None, "LayerNorm"),
         (nn.Sequential(nn.Linear(4, 4), nn.PReLU()), None, "PReLU"),
