@@ -22,7 +22,7 @@ $(READY): pyproject.toml
 	touch $@
 
 demo: $(READY) ## Run a quick ablation of the optimizers
-	$(BIN)/python -m benchmarks ablate --preset quick
+	$(BIN)/python -m benchmarks run quick
 
 test: $(READY) ## Run the tests, on two workers
 	$(BIN)/python -m pytest -n 2

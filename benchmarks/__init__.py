@@ -1,12 +1,12 @@
 """Programs that measure normopt: ``python -m benchmarks`` from the root of the repository.
 
-Imports run one way: cli → study, report → results → phases, store → training → arms, tasks → spec. Nothing
-imports upward, and normopt imports nothing from here.
+Imports run one way: cli → report → results → stats, store, study.lanes → training → optimizers, tasks → study.spec.
+Nothing imports upward, and normopt imports nothing from here.
 """
 
 from importlib.util import find_spec
 
-REQUIRED = ("joblib", "plotly", "pydantic", "rich", "scipy", "sklearn", "typer")
+REQUIRED = ("joblib", "optuna", "plotly", "pyarrow", "pydantic", "rich", "scipy", "sklearn", "typer")
 
 
 def require() -> None:

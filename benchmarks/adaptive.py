@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from benchmarks.arms import ARMS
-from benchmarks.report.words import adaptive_family
-from benchmarks.results import Results, Row, test_accuracies
-from benchmarks.store import Environment
+from benchmarks.environment import Environment
+from benchmarks.optimizers import find
+from benchmarks.results import Results, Row, test_score
 
-PRESET = "adaptive-p"
+STUDY = "adaptive-p"
+TWINS = ("SGD-EMA", "Signum")  # p = 2 and p = ∞
 
 
 class Found(BaseModel):
@@ -57,27 +58,39 @@ class AdaptiveStudy(BaseModel):
     comparisons: list[Against]
 
 
+def family(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """Every arm whose p is adaptive against the same with another schedule or none, and against the ends of p."""
+    return [
+        (arm, other)
+        for arm in arms
+        if arm.endswith("-adaptive")
+        for same in [arm.removesuffix("-adaptive")]
+        for other in (same, f"{same}-linear", f"{same}-constant", *TWINS)
+    ]
+
+
 def condensed(results: Results) -> AdaptiveStudy:
     """What the documentation needs of a finished study."""
+    (found,) = results.tasks.values()
     comparisons = [
         Against(
-            this=c.row.arm,
-            that=c.against.arm,
+            this=c.row.name,
+            that=c.against.name,
             mean=c.difference.interval.mean,
             low=c.difference.interval.low,
             high=c.difference.interval.high,
             p_value=c.adjusted,
         )
-        for c in adaptive_family(results)
+        for c in found.compare(family([row.name for row in found.rows]), test_score)
     ]
     study = results.study
     return AdaptiveStudy(
-        environments=results.environments,
-        task=study.task,
-        epochs=study.epochs,
-        seeds=list(study.final_seeds),
+        environments=list(results.environments),
+        task=found.name,
+        epochs=max(run.spec.epochs for row in found.rows for run in row.runs),
+        seeds=list(study.seeds),
         seconds=round(results.seconds, 1),
-        arms=[_found(row) for row in results.rows],
+        arms=[_found(row) for row in found.rows],
         comparisons=comparisons,
     )
 
@@ -93,15 +106,15 @@ def write(result: AdaptiveStudy, path: Path) -> None:
 
 def _found(row: Row) -> Found:
     whole = [run for run in row.runs if not run.diverged]
-    epochs = list(zip(*(run.epochs for run in whole), strict=True))
+    epochs = list(zip(*(run.curve for run in whole), strict=True))
     ps = [[epoch.p for epoch in same] for same in epochs]
     return Found(
-        arm=row.arm,
-        rule=ARMS[row.arm].rule,
-        lr=row.choice.lr,
-        at_edge=row.choice.at_edge,
+        arm=row.name,
+        rule=find(row.arm.optimizer).rule,
+        lr=row.lr or 0.0,
+        at_edge=bool(row.at_edge),
         diverged=row.diverged,
-        accuracies=[round(value, 6) for value in test_accuracies(whole)],
+        accuracies=[round(run.test_score, 6) for run in whole if run.test_score is not None],
         losses=[round(sum(epoch.validation_loss for epoch in same) / len(same), 5) for same in epochs],
         p=[None if None in same else round(sum(p for p in same if p is not None) / len(same), 4) for same in ps],
     )

@@ -1,75 +1,176 @@
-"""The commands: ``python -m benchmarks ablate``, ``report``, ``transfer``, ``sparsity``, ``speed``, ``regularity``."""
+"""The commands: ``python -m benchmarks run`` and what belongs to it, and a command for each other measurement."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import signal
 import textwrap
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from benchmarks import adaptive, phases, regularity, report, sparsity, transfer
-from benchmarks.presets import PRESETS
-from benchmarks.progress import progress
-from benchmarks.report.settings import regularizers
-from benchmarks.report.tables import notes, terminal
+from benchmarks import adaptive, listing, regularity, report, sparsity, transfer
+from benchmarks import doctor as doctors
+from benchmarks.progress import counting, dashboard
+from benchmarks.report.tables import terminal
 from benchmarks.report.words import findings
 from benchmarks.results import collect
-from benchmarks.store import Store, UnfitStore
-from benchmarks.study import environment, execute
+from benchmarks.store import PARQUET, Store, UnfitStore
+from benchmarks.study import flags, journal, toml
+from benchmarks.study.clusters import NoCluster, connect
+from benchmarks.study.estimate import estimate
+from benchmarks.study.execute import execute
+from benchmarks.study.presets import PRESETS
+from benchmarks.study.spec import Study
+from benchmarks.study.toml import BadStudy
+from benchmarks.tasks import TASKS
 
 app = typer.Typer(help="Programs that measure normopt.", no_args_is_help=True, pretty_exceptions_enable=False)
 console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
 
+RESULTS = Path("results")
+Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")]
+Cluster = Annotated[str | None, typer.Option(help="dask://HOST:PORT: run on the workers of that Dask scheduler.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of a study's results.")]
+
+FAILED = 1  # the exit code of a study some of whose runs failed
+INTERRUPTED = 130
+
+
+def plainly(command: Callable[..., None]) -> Callable[..., None]:
+    """What is wrong with what a user gave is said in a sentence, without a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (BadStudy, UnfitStore, NoCluster, FileNotFoundError, ModuleNotFoundError, PermissionError) as error:
+            errors.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
 
 @app.command()
-def ablate(
-    preset: Annotated[str, typer.Option(help=f"Which study: {', '.join(PRESETS)}.")] = "quick",
-    out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: results/PRESET.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")
+@plainly
+def run(
+    what: Annotated[
+        str | None,
+        typer.Argument(help=f"A preset ({', '.join(PRESETS)}), or a TOML file.", metavar="[PRESET|FILE.toml]"),
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: results/NAME.")] = None,
+    workers: Workers = None,
+    cluster: Cluster = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many runs there are and about how long they take; run nothing.")
+    ] = False,
+    task: Annotated[list[str] | None, typer.Option(help="A task; repeatable. Instead of the preset's.")] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm",
+            "--optimizer",
+            help='An optimizer and its settings, "lpsgdm p=8 agr=true lr=1e-3..1", or one of your own, '
+            "my_module:MyOptimizer; repeatable. Beside the preset's.",
+        ),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Settings that tuning tries for each arm.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each arm.")] = None,
+    budget: Annotated[float | None, typer.Option(help="What the epochs of every task are multiplied by.")] = None,
 ) -> None:
-    """Run an ablation and write its report. Killed and started again, it goes on where it was."""
-    if preset not in PRESETS:
-        raise typer.BadParameter(f"there is no preset {preset!r}, only {', '.join(PRESETS)}")
-    study = PRESETS[preset]
-    folder = out or Path("results") / preset
-    store = _open(folder)
-    try:
-        # Before any progress is shown: a store that is refused would leave a stray line of it.
-        store.begin(study, environment(study))
-        with progress(console, phases.count(study)) as advance:
-            execute(study, store, workers or os.cpu_count() or 1, advance)
-    except KeyboardInterrupt:
-        console.print(f"Stopped with {len(store.runs)} runs stored; the same command goes on from there.")
-        raise typer.Exit(130) from None
-    except UnfitStore as error:
-        raise typer.BadParameter(str(error)) from None
-    _report(store, folder)
+    """Run a study and write its report. Killed and started again, it goes on where it was."""
+    changes = (task or (), arm or (), trials, seeds, budget)
+    if what is not None and what.endswith(".toml"):
+        if any(changes):
+            raise BadStudy("flags change a preset, not a file: write what you want in the file")
+        study = toml.read(Path(what))
+    else:
+        study = flags.study(what, *changes)
+    folder = out or RESULTS / study.name
+    if dry_run:
+        listing.estimated(console, estimate(study, _open(folder)), workers or os.cpu_count() or 1)
+        return
+    _run(study, folder, workers, cluster)
+
+
+@app.command()
+@plainly
+def resume(folder: Folder, workers: Workers = None, cluster: Cluster = None) -> None:
+    """Go on with a study that was stopped or killed."""
+    _run(_study(_open(folder)), folder, workers, cluster)
+
+
+@app.command("list")
+@plainly
+def list_(
+    folder: Annotated[Path | None, typer.Argument(help="List the studies in the folders in this one.")] = None,
+) -> None:
+    """List the presets, tasks and optimizers, or studies and how far they are."""
+    if folder is None:
+        listing.names(console)
+    else:
+        listing.studies(console, [(path, _open(path)) for path in _folders(folder)], folder)
 
 
 @app.command("report")
-def again(folder: Annotated[Path, typer.Argument(help="Folder of a finished study.")]) -> None:
-    """Make the report again from stored results."""
-    _report(_open(folder), folder)
+@plainly
+def again(
+    folder: Annotated[Path, typer.Argument(help="Folder of a study's results, or a Parquet file of runs.")],
+    page: Annotated[
+        Path | None, typer.Option(help="Write a page of the docs, Markdown with figures, instead of the report.")
+    ] = None,
+) -> None:
+    """Make the report again from stored results, of an unfinished study too."""
+    store = _open(folder)
+    if page is None:
+        _report(store, store.folder)
+        return
+    from benchmarks.report import docs  # matplotlib, which no other command needs
+
+    _say_where("The page", docs.write(collect(store), page))
+
+
+@app.command()
+@plainly
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of results, or Parquet files of runs: two or more.")],
+    out: Annotated[Path, typer.Option(help="Folder of the comparison.")] = RESULTS / "compared",
+) -> None:
+    """Hold studies side by side, where their tasks and arms have the same names."""
+    if len(folders) < 2:
+        raise UnfitStore("a comparison needs two folders or more")
+    _say_where("The comparison", report.compare([collect(_open(folder)) for folder in folders], out))
+
+
+@app.command()
+@plainly
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Where results are to go.")] = RESULTS,
+    cluster: Cluster = None,
+) -> None:
+    """Look whether everything is here that studies need: versions, data, disk, cluster."""
+    checks = doctors.examine(folder, cluster)
+    listing.examined(console, checks)
+    if any(check.fatal for check in checks):
+        raise typer.Exit(FAILED)
 
 
 @app.command("transfer")
 def measure_transfer(
     out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/transfer.json"),
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")
-    ] = None,
+    workers: Workers = None,
 ) -> None:
     """Measure whether one learning rate serves models of every width and depth."""
-    with progress(console, transfer.count()) as advance:
-        result = transfer.measure(workers or os.cpu_count() or 1, advance)
+    with dashboard(console) as watch:
+        result = transfer.measure(workers or os.cpu_count() or 1, counting(watch, transfer.count()))
     transfer.write(result, out)
     console.print(
         f"{len(result.points)} points in {result.seconds:.0f} seconds: {out.resolve().as_uri()}", soft_wrap=True
@@ -79,13 +180,11 @@ def measure_transfer(
 @app.command("sparsity")
 def measure_sparsity(
     out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/sparsity.json"),
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")
-    ] = None,
+    workers: Workers = None,
 ) -> None:
     """Measure accuracy against size under weight decay, and how fast the networks are without their dead units."""
-    with progress(console, sparsity.count()) as advance:
-        result = sparsity.measure(workers or os.cpu_count() or 1, advance)
+    with dashboard(console) as watch:
+        result = sparsity.measure(workers or os.cpu_count() or 1, counting(watch, sparsity.count()))
     sparsity.write(result, out)
     for line in sparsity.summary(result):
         console.print(line, soft_wrap=True)
@@ -93,6 +192,7 @@ def measure_sparsity(
 
 
 @app.command("speed")
+@plainly
 def measure_speed(
     model: Annotated[
         list[str] | None,
@@ -122,7 +222,7 @@ def measure_speed(
 
     if page is not None:
         if not (out / report.JSON).exists():
-            raise typer.BadParameter(f"{out} holds no {report.JSON}: measure first, without --page")
+            raise BadStudy(f"{out} holds no {report.JSON}: measure first, without --page")
         written = report.page(report.read(out), page)
     else:
         for what, value, allowed in (
@@ -131,7 +231,7 @@ def measure_speed(
             ("device", device, ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]),
         ):
             if value not in allowed:
-                raise typer.BadParameter(f"the {what} is one of {', '.join(allowed)} here, not {value!r}")
+                raise BadStudy(f"the {what} is one of {', '.join(allowed)} here, not {value!r}")
         run.run(
             model or run.DEFAULT,
             out,
@@ -152,13 +252,11 @@ def measure_speed(
 @app.command("regularity")
 def measure_regularity(
     out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/regularity.json"),
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")
-    ] = None,
+    workers: Workers = None,
 ) -> None:
     """Measure whether trainings that succeed have more regular trajectories."""
-    with progress(console, regularity.count()) as advance:
-        result = regularity.measure(workers or os.cpu_count() or 1, advance)
+    with dashboard(console) as watch:
+        result = regularity.measure(workers or os.cpu_count() or 1, counting(watch, regularity.count()))
     regularity.write(result, out)
     for line in regularity.words(result):
         console.print(line, soft_wrap=True)
@@ -168,17 +266,16 @@ def measure_regularity(
 
 
 @app.command("adaptive-p")
+@plainly
 def measure_adaptive_p(
     out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/adaptive_p.json"),
-    folder: Annotated[Path, typer.Option(help="Folder of the study itself.")] = Path("results/adaptive-p"),
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")
-    ] = None,
+    folder: Annotated[Path, typer.Option(help="Folder of the study itself.")] = RESULTS / adaptive.STUDY,
+    workers: Workers = None,
 ) -> None:
-    """Run the ablation of adaptive p, and keep of it what the documentation shows."""
-    ablate(adaptive.PRESET, folder, workers)
+    """Run the study of adaptive p, and keep of it what the documentation shows."""
+    _run(PRESETS[adaptive.STUDY], folder, workers, None)
     adaptive.write(adaptive.condensed(collect(_open(folder))), out)
-    console.print(f"For the documentation: {out.resolve().as_uri()}", soft_wrap=True)
+    _say_where("For the documentation", out)
 
 
 @app.command("overhead")
@@ -189,46 +286,94 @@ def measure_overhead(
     """Measure what a GeometryMonitor costs in training steps of the digits MLP."""
     from benchmarks import overhead  # the speed program, which no other command needs
 
-    with progress(console, len(overhead.MAKERS)) as advance:
-        result = overhead.measure(rounds or overhead.ROUNDS, advance)
+    with dashboard(console) as watch:
+        result = overhead.measure(rounds or overhead.ROUNDS, counting(watch, len(overhead.MAKERS)))
     overhead.write(result, out)
     for line in overhead.lines(result):
         console.print(line, soft_wrap=True)
     console.print(f"The results: {out.resolve().as_uri()}", soft_wrap=True)
 
 
-def _open(folder: Path) -> Store:
+def _run(study: Study, folder: Path, processes: int | None, cluster: str | None) -> None:
+    store = _open(folder)
+    if cluster is None:
+        for name in study.tasks:
+            TASKS[name].load()  # data that are not here are missed now, and not in every run
+    workers = connect(cluster, processes or os.cpu_count() or 1)
+    try:
+        with stopping() as stop, dashboard(console) as watch:
+            execute(study, store, workers, watch, stop=stop)
+    except KeyboardInterrupt:
+        errors.print(f"Stopped with {len(store.runs)} runs stored; `python -m benchmarks resume {folder}` goes on.")
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        workers.close()
+    store.compact()
+    journal.write(study, store.trials, folder)
+    _report(store, folder)
+    if store.failures:
+        listing.failures(errors, store)
+        raise typer.Exit(FAILED)
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Whether someone wants the program to stop, by Ctrl-C or as a batch system does; a second Ctrl-C is one."""
+    asked = False
+
+    def ask(signum: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    # Not an exception out of nowhere: the processes of a pool do not survive it in order.
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _open(path: Path) -> Store:
     """The store, with what it warns of told to people: without the line of source that Python adds."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        store = Store(folder)
+        store = Store.from_parquet(path) if path.suffix == Path(PARQUET).suffix else Store(path)
     for warning in caught:
         errors.print(Text.assemble(("Warning: ", "yellow"), str(warning.message)), soft_wrap=True)
     return store
 
 
+def _study(store: Store) -> Study:
+    if store.study is None:
+        raise UnfitStore(f"{store.folder} holds no study: begin one with `python -m benchmarks run`")
+    return store.study
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders of studies: this one, or those in it."""
+    candidates = [folder, *sorted(path for path in folder.glob("*/") if path.is_dir())]
+    return [path for path in candidates if Store.begun(path)]
+
+
 def _report(store: Store, folder: Path) -> None:
-    try:
-        results = collect(store)
-    except UnfitStore as error:
-        raise typer.BadParameter(str(error)) from None
+    results = collect(store)
     path = report.write(results, folder)
     console.print()
-    _say(
-        f"Ablation {results.study.preset}",
-        f"Means over {len(results.study.final_seeds)} seeds, ± half a 95 % t interval.",
-    )
-    if results.study.regularized:
-        _say("Regularizers", regularizers(results))
-    console.print(terminal(results, console.width))
-    for note in notes(results):
-        _say("", note)
-    _say("More columns", f"See {path.with_name('summary.md')}.")
+    _say(f"Study {results.study.name}", results.study.purpose)
+    for table in terminal(results, console.width):
+        console.print(table)
     for finding in findings(results):
         console.print()
         _say(finding.title, finding.text)
     console.print()
-    console.print(f"The report: {path.resolve().as_uri()}", soft_wrap=True)
+    _say_where("The report", path)
+
+
+def _say_where(what: str, path: Path) -> None:
+    console.print(f"{what}: {path.resolve().as_uri()}", soft_wrap=True)
 
 
 def _say(title: str, text: str) -> None:

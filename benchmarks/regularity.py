@@ -27,9 +27,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import normopt
 from benchmarks.progress import Advance
-from benchmarks.spec import Frozen
+from benchmarks.study.spec import Frozen
 from benchmarks.tasks import TASKS
-from benchmarks.training import evaluate, mean_loss
+from benchmarks.training import evaluate
 from normopt.diagnostics import Trajectory, TrajectoryMonitor
 
 Activation = Literal["relu", "tanh", "sigmoid"]
@@ -174,7 +174,8 @@ def optimize(name: str, model: nn.Module, lr: float) -> Optimizer:
 def train(cell: Cell, setting: Setting, lr: float, seed: int, watch: bool) -> tuple[float, Run]:
     """The validation loss after so many steps, the rate falling to 0 along half a cosine, and the run, if watched."""
     torch.set_num_threads(1)
-    splits = TASKS["digits"].load()
+    task = TASKS["digits"]
+    splits = task.load()
     torch.manual_seed(seed)
     model = Deep(cell, setting.width, setting.depth)
     optimizer = optimize(cell.optimizer, model, lr)
@@ -188,7 +189,7 @@ def train(cell: Cell, setting: Setting, lr: float, seed: int, watch: bool) -> tu
         for _ in range(setting.steps):
             chosen = torch.randint(len(x), (setting.batch,), generator=batches)
             optimizer.zero_grad()
-            loss = mean_loss(model(x[chosen]), y[chosen])
+            loss = task.loss(model(x[chosen]), y[chosen])
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if monitor is not None:
@@ -197,9 +198,9 @@ def train(cell: Cell, setting: Setting, lr: float, seed: int, watch: bool) -> tu
                 schedule.step()
         trajectory = monitor.result() if monitor is not None else None
     model.eval()
-    validation, _ = evaluate(model, splits.validation)
-    train_loss, _ = evaluate(model, splits.train)
-    _, accuracy = evaluate(model, splits.test)
+    validation, _ = evaluate(model, task, splits, splits.validation)
+    train_loss, _ = evaluate(model, task, splits, splits.train)
+    _, accuracy = evaluate(model, task, splits, splits.test)
     validation = validation if math.isfinite(validation) else math.inf
     return validation, _run(seed, trajectory, train_loss, accuracy)
 

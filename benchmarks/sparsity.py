@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks.progress import Advance
-from benchmarks.spec import Frozen
+from benchmarks.study.spec import Frozen
 from benchmarks.tasks.base import Task
 from benchmarks.tasks.digits import Digits
 from benchmarks.tasks.digits_cnn import DigitsCNN
-from benchmarks.training import evaluate, mean_loss
+from benchmarks.training import evaluate
 from normopt import sparsity
 from normopt.addons import LpDecay
 
@@ -165,7 +165,7 @@ def train(task: str, arm: Arm, weight_decay: float, seed: int) -> tuple[Run, nn.
     for _ in range(epochs):
         for chosen in torch.split(torch.randperm(len(x), generator=order), BATCH):
             optimizer.zero_grad()
-            mean_loss(model(x[chosen]), y[chosen]).backward()  # type: ignore[no-untyped-call]
+            TASKS[task].loss(model(x[chosen]), y[chosen]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     model.eval()
@@ -176,8 +176,8 @@ def train(task: str, arm: Arm, weight_decay: float, seed: int) -> tuple[Run, nn.
         arm=arm.name,
         weight_decay=weight_decay,
         seed=seed,
-        validation=evaluate(model, splits.validation)[1],
-        test=evaluate(model, splits.test)[1],
+        validation=evaluate(model, TASKS[task], splits, splits.validation)[1],
+        test=evaluate(model, TASKS[task], splits, splits.test)[1],
         zeros=total.zeros / total.entries,
         dead_rows=total.dead_rows,
         rows=total.rows,

@@ -1,57 +1,131 @@
-"""The store: one append-only file of JSON lines, written as results come, that survives being killed."""
+"""The store: a folder to which many programs can write, and in which what is written survives being killed.
+
+Each writing program appends JSON lines to a file of its own, ``runs-HOST-PID-TIME.jsonl``, safely on disk before it
+goes on. When a study is finished, `Store.compact` gathers the files in one ``runs.parquet``. Reading merges both.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import re
+import socket
+import tempfile
+import time
 import warnings
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from benchmarks.spec import Study
-from benchmarks.training import RunRecord
+from benchmarks import parquet
+from benchmarks.environment import Environment
+from benchmarks.locks import held, lock, sync
+from benchmarks.study.lanes import Key, Trial
+from benchmarks.study.record import RunRecord
+from benchmarks.study.spec import RunSpec, Study
 
-FILE = "runs.jsonl"
+LINES = "runs-*.jsonl"
+PARQUET = "runs.parquet"
 
 
 class UnfitStore(ValueError):
     """A folder of results that does not serve what is asked of it; the message says why and what to do."""
 
 
-class Environment(BaseModel):
-    """Where runs were made, with the sha256 of data that another machine may have in another version."""
+class Failure(BaseModel):
+    """A run that gave no record: it raised an exception, or its workers died again and again.
 
-    model_config = ConfigDict(frozen=True)
+    Attributes:
+        id, spec: which run.
+        error: what went wrong, in a line.
+        traceback: where, if it raised; else empty.
+    """
 
-    python: str
-    system: str
-    cpus: int
-    torch: str
-    normopt: str
-    sklearn: str
-    data: str | None = None
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    spec: RunSpec
+    error: str
+    traceback: str = ""
+
+
+class Told(BaseModel):
+    """A trial, with the lane that it is of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    arm: str
+    trial: Trial
 
 
 class Store:
-    """The results in a folder: the study they belong to, where they were made, and the runs so far.
+    """The results in a folder: the study they belong to, where they were made, trials, runs and failures so far.
 
-    Opening reads and changes nothing. Each line is one JSON object with the key "study",
-    "environment" or "run". A line that cannot be read is skipped with a warning: the run that it
-    held is simply made again. If that is the last line, cut off when a write was killed, the first
-    append removes it, so that the next line does not grow out of its stump.
+    Opening reads and changes nothing, and the folder need not exist. Each line is one JSON object with the key
+    "study", "environment", "trial", "run", "failure", or "claim" for a run that was begun. A line that cannot be read
+    is skipped with a warning: the run that it held is simply made again. What two programs made twice is kept once.
+
+    Attributes:
+        folder: where.
+        study: what the runs are for; None in an empty folder.
+        environments: where they were made, each once.
+        runs: run id → its record.
+        failures: run id → what went wrong; no run of ``runs``.
+        losses: run id → what the run came to, ∞ if it diverged or failed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
+    def __init__(self, folder: Path, *, only: Path | None = None) -> None:
+        self.folder = folder
         self.study: Study | None = None
         self.environments: list[Environment] = []
         self.runs: dict[str, RunRecord] = {}
-        self._sound = 0  # bytes up to the end of the last whole line
-        self._stump = False  # something follows it
-        if self.path.exists():
-            self._read()
+        self.failures: dict[str, Failure] = {}
+        self.losses: dict[str, float] = {}
+        self._trials: dict[Key, dict[int, Trial]] = {}
+        self._own: IO[bytes] | None = None
+        self._read: dict[str, int] = {}  # file → bytes up to the end of the last whole line that was read
+        self._lines: dict[str, int] = {}  # file → how many lines that are
+        self._claims: dict[str, list[str]] = {}  # file → the runs that its program has begun
+        self._spoilt: set[str] = set()  # files with a whole line that could not be read
+        self._parquet: tuple[int, int] | None = None  # the inode and the time of the Parquet file that was read
+        if only is not None:
+            self._take_parquet(only)
+        else:
+            self.refresh()
+            self._warn_of_stumps()
+
+    @classmethod
+    def from_parquet(cls, path: Path) -> Store:
+        """What one Parquet file holds, wherever it lies: for committed results.
+
+        Raises:
+            UnfitStore: there is no such file, or it is none that `compact` wrote.
+        """
+        if not path.is_file():
+            raise UnfitStore(f"there is no file {path}")
+        return cls(path.parent, only=path)
+
+    @staticmethod
+    def begun(folder: Path) -> bool:
+        """The folder holds results."""
+        return (folder / PARQUET).is_file() or any(folder.glob(LINES))
+
+    @property
+    def changed(self) -> float:
+        """When something was last written, in seconds since the epoch; 0 if nothing was."""
+        files = [self.folder / PARQUET, *self.folder.glob(LINES)]
+        return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
+
+    @property
+    def trials(self) -> dict[Key, list[Trial]]:
+        """The trials of every task and arm in the order of their numbers, up to the first that is not there."""
+        return {key: [found[n] for n in range(_run_of(found))] for key, found in self._trials.items()}
 
     def begin(self, study: Study, environment: Environment) -> None:
         """Note the study and the environment, each once.
@@ -59,19 +133,24 @@ class Store:
         Raises:
             UnfitStore: the folder holds another study, or runs on other data.
         """
+        if self.study is not None and self.study != study:
+            raise UnfitStore(
+                f"{self.folder} holds a study with other settings (its name is {self.study.name!r}), and results of "
+                "two studies do not mix: choose another folder with --out, or remove that one"
+            )
+        self._check_data(environment)
         if self.study is None:
             self._append("study", study)
             self.study = study
-        elif self.study != study:
-            raise UnfitStore(
-                f"{self.path} holds a study with other settings (preset {self.study.preset!r}), and results of two "
-                "studies do not mix: choose another folder with --out, or remove that one"
-            )
-        if any(old.data != environment.data for old in self.environments):
-            raise UnfitStore(
-                f"{self.path} holds runs on other data than the task {study.task!r} has here, Python "
-                f"{environment.python}: choose another folder with --out, or go on with the Python that began it"
-            )
+        self.note(environment)
+
+    def note(self, environment: Environment) -> None:
+        """Note where runs are made, once.
+
+        Raises:
+            UnfitStore: the data of a task are others there.
+        """
+        self._check_data(environment)
         if environment not in self.environments:
             self._append("environment", environment)
             self.environments.append(environment)
@@ -80,41 +159,217 @@ class Store:
         """Store a run, safely on disk when this returns; one that is stored already is left as it is."""
         if record.id not in self.runs:
             self._append("run", record)
-            self.runs[record.id] = record
+            self._take({"run": record})
 
-    def _append(self, kind: str, content: BaseModel) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            if self._stump:
-                file.truncate(self._sound)
-                self._stump = False
-            file.write(f'{{"{kind}":{content.model_dump_json()}}}\n'.encode())
-            file.flush()
-            os.fsync(file.fileno())
+    def add_failure(self, failure: Failure) -> None:
+        """Store that a run failed."""
+        if failure.id not in self.runs and failure.id not in self.failures:
+            self._append("failure", failure)
+            self._take({"failure": failure})
 
-    def _read(self) -> None:
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
+    def add_trial(self, task: str, arm: str, trial: Trial) -> None:
+        """Store a trial; one with this number that is stored already is left as it is."""
+        if trial.number not in self._trials.get((task, arm), {}):
+            told = Told(task=task, arm=arm, trial=trial)
+            self._append("trial", told)
+            self._take({"trial": told})
+
+    def claim(self, run_id: str) -> None:
+        """Tell other programs that this one begins a run: they leave it alone as long as this one lives."""
+        self._append("claim", {"id": run_id}, safely=False)
+
+    def refresh(self) -> set[str]:
+        """Read what other programs have written to the folder since, and return the runs that they have in work."""
+        for path in sorted(self.folder.glob(LINES)):
+            # Gone since: another program has just compacted it, so that the Parquet file holds it.
+            with contextlib.suppress(FileNotFoundError):
+                self._take_lines(path)
+        # After the lines, which are removed only when the Parquet file that holds them is in place.
+        self._take_parquet(self.folder / PARQUET)
+        return self._in_work()
+
+    def compact(self) -> Path:
+        """Gather everything in one Parquet file, then remove the files of lines that it wholly contains.
+
+        Files to which a living program writes stay, and so do those with lines that cannot be read.
+        """
+        path = self.folder / PARQUET
+        with self._alone():
+            self.refresh()
+            own = self._own.name if self._own is not None else None
+            self.close()
+            files = sorted(self.folder.glob(LINES))
+            if files or not path.exists():
+                self._write_parquet(path)
+            for file in files:
+                # In this order: a file that is let go of, and only that, has nothing more to come.
+                if (str(file) == own or held(file) is False) and self._contains(file):
+                    file.unlink()
+        return path
+
+    def close(self) -> None:
+        """Close the file of lines; the next addition begins another."""
+        if self._own is not None:
+            self._own.close()
+            self._own = None
+
+    def _check_data(self, environment: Environment) -> None:
+        for old in self.environments:
+            for task in sorted(old.data.keys() & environment.data.keys()):
+                if old.data[task] != environment.data[task]:
+                    raise UnfitStore(
+                        f"{self.folder} holds runs on other data than the task {task!r} has on this machine, Python "
+                        f"{environment.python}: choose another folder with --out, or go on with the data that began it"
+                    )
+
+    def _append(self, kind: str, content: BaseModel | dict[str, str], safely: bool = True) -> None:
+        if self._own is None:
+            self._own = self._begin_file()
+        text = json.dumps(content) if isinstance(content, dict) else content.model_dump_json()
+        line = f'{{"{kind}":{text}}}\n'.encode()
+        self._own.write(line)
+        self._own.flush()
+        if safely:
+            os.fsync(self._own.fileno())
+        name = Path(self._own.name).name
+        self._read[name] = self._read.get(name, 0) + len(line)
+        self._lines[name] = self._lines.get(name, 0) + 1
+
+    def _begin_file(self) -> IO[bytes]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
+        path = self.folder / f"runs-{host}-{os.getpid()}-{time.time_ns()}.jsonl"
+        file = path.open("xb")
+        # For as long as this program lives, whatever ends it.
+        lock(file, wait=False)
+        # A store that is let go lets go of its file.
+        weakref.finalize(self, file.close)
+        return file
+
+    def _in_work(self) -> set[str]:
+        claimed: set[str] = set()
+        for name, run_ids in self._claims.items():
+            run_ids[:] = [run_id for run_id in run_ids if run_id not in self.losses]
+            if run_ids and held(self.folder / name):
+                claimed.update(run_ids)
+        return claimed
+
+    def _take_lines(self, path: Path) -> None:
+        name = path.name
+        before = self._read.get(name, 0)
+        with path.open("rb") as file:
+            file.seek(before)
+            lines = file.read().splitlines(keepends=True)
+        for line in lines:
             # A line counts once its end is written: without one, it may be a number cut in two.
             if not line.endswith(b"\n"):
-                self._stump = True
-                warnings.warn(f"{self.path}: the last line was cut off; its run is made again", stacklevel=3)
                 return
-            self._sound += len(line)
+            self._read[name] = before = before + len(line)
+            self._lines[name] = self._lines.get(name, 0) + 1
             try:
-                self._take(json.loads(line))
-            except (ValueError, ValidationError) as error:
+                content = json.loads(line)
+                if "claim" in content:
+                    self._claims.setdefault(name, []).append(content["claim"]["id"])
+                else:
+                    self._take(content)
+            except (ValueError, TypeError, KeyError) as error:
+                self._spoilt.add(name)
                 reason = str(error).splitlines()[0]
-                warnings.warn(f"{self.path}: line {number} is skipped, it cannot be read: {reason}", stacklevel=3)
+                _warn(f"{path}: line {self._lines[name]} is skipped, it cannot be read: {reason}")
+
+    def _contains(self, path: Path) -> bool:
+        """Every whole line of a file was read, and understood."""
+        with path.open("rb") as file:
+            file.seek(self._read.get(path.name, 0))
+            return path.name not in self._spoilt and b"\n" not in file.read()
+
+    def _warn_of_stumps(self) -> None:
+        for name, size in self._read.items():
+            path = self.folder / name
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_size > size and not held(path):
+                    _warn(f"{path}: the last line was cut off; what it held is made again")
 
     def _take(self, line: dict[str, Any]) -> None:
         match line:
             case {"study": study}:
-                self.study = Study.model_validate(study)
+                self.study = self.study or Study.model_validate(study)
             case {"environment": environment}:
-                self.environments.append(Environment.model_validate(environment))
+                found = Environment.model_validate(environment)
+                if found not in self.environments:
+                    self.environments.append(found)
+            case {"trial": told}:
+                of = Told.model_validate(told)
+                self._trials.setdefault((of.task, of.arm), {}).setdefault(of.trial.number, of.trial)
             case {"run": run}:
                 record = RunRecord.model_validate(run)
-                self.runs.setdefault(record.id, record)
+                self.losses[self.runs.setdefault(record.id, record).id] = record.last_loss
+                # Another program's workers lived longer.
+                self.failures.pop(record.id, None)
+            case {"failure": failure}:
+                failed = Failure.model_validate(failure)
+                if failed.id not in self.runs:
+                    self.failures.setdefault(failed.id, failed)
+                    self.losses[failed.id] = math.inf
             case _:
-                raise ValueError("neither a study, nor an environment, nor a run")
+                raise ValueError("neither a study, an environment, a trial, a run nor a failure")
+
+    def _take_parquet(self, path: Path) -> None:
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            return
+        if self._parquet != (stat.st_ino, stat.st_mtime_ns):
+            try:
+                lines = list(parquet.read(path))
+            except parquet.Unreadable as error:
+                raise UnfitStore(f"{path}: {error}") from None
+            for line in lines:
+                self._take(line)
+            self._parquet = stat.st_ino, stat.st_mtime_ns
+
+    def _write_parquet(self, path: Path) -> None:
+        others: dict[str, Any] = {
+            "study": None if self.study is None else self.study.model_dump(mode="json"),
+            "environments": [environment.model_dump(mode="json") for environment in self.environments],
+            "trials": [
+                Told(task=task, arm=arm, trial=trial).model_dump(mode="json")
+                for (task, arm), trials in self._trials.items()
+                for _, trial in sorted(trials.items())
+            ],
+            "failures": [failure.model_dump(mode="json") for failure in self.failures.values()],
+        }
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                parquet.write(file, self.runs.values(), others)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+        stat = path.stat()
+        self._parquet = stat.st_ino, stat.st_mtime_ns
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two programs that compact at once could each remove what only the other's file holds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("ab") as file:
+            lock(file, wait=True)
+            yield
+
+
+def _run_of(numbers: dict[int, Trial]) -> int:
+    """How many numbers there are from 0 on without a gap."""
+    n = 0
+    while n in numbers:
+        n += 1
+    return n
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)

@@ -5,103 +5,79 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from benchmarks.arms import make_optimizer
-from benchmarks.spec import RunSpec
-from benchmarks.tasks import TASKS
-from normopt.schedules import AdaptiveP
+from benchmarks.optimizers import make_optimizer
+from benchmarks.study.record import Point, RunRecord
+from benchmarks.study.spec import RunSpec
+from benchmarks.tasks import TASKS, Splits, Task
+from normopt._checks import near
+from normopt.schedules import PSchedule
 
 ZERO = 1e-13  # the count of exact zeros of arXiv:2404.10824
-
-
-class Epoch(BaseModel):
-    """How a run stood at the end of an epoch; p is that of its first step, None where it is none to set."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    steps: int
-    train_loss: float
-    validation_loss: float
-    validation_accuracy: float
-    p: float | None
-
-
-class RunRecord(BaseModel):
-    """What came out of a run. A run that diverged has its finite epochs, no test result, and says so."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: str
-    spec: RunSpec
-    epochs: list[Epoch]
-    diverged: bool
-    test_loss: float | None
-    test_accuracy: float | None
-    zero_fraction: float | None
-    steps_to_target: int | None
-    state_bytes: int
-    ms_per_step: float  # of the processor's time, which other programs on the machine disturb less than the clock
-    seconds: float
+AT_ONCE = 512  # examples that are evaluated together
 
 
 def run(spec: RunSpec) -> RunRecord:
     """Train and measure one run, on one thread.
 
-    The model is drawn from the seed, and the batches from a generator of their own with the same
-    seed, so that runs with equal seeds start from the same weights and see the same batches,
-    whatever their optimizer does.
+    The model is drawn from the seed, and the batches from a generator of their own with the same seed, so that runs
+    with equal seeds start from the same weights and see the same batches, whatever their optimizer does. The learning
+    rate falls to 0 along half a cosine, step by step; p moves once an epoch, but an adaptive p with every step, as it
+    reads the gradient: what is recorded is the p that an epoch begins with. A loss that is not finite ends the run:
+    that is a result too.
+
+    Raises:
+        ValueError: an unknown task, optimizer or setting.
+        FileNotFoundError: the task's data are not on this machine; the message says where they are looked for.
     """
     # More threads than one per worker only fight each other: a small run takes 20 times as long.
     torch.set_num_threads(1)
     began = time.perf_counter()
+    if spec.task not in TASKS:
+        raise ValueError(f"unknown task {spec.task!r}{near(spec.task, TASKS)} (known: {', '.join(TASKS)})")
     task = TASKS[spec.task]
     splits = task.load()
     torch.manual_seed(spec.seed)
-    model = task.build()
+    model = task.build().to(splits.device)
     batches = torch.Generator().manual_seed(spec.seed)
-    optimizer, p_schedule = make_optimizer(spec, model, task.residual_depth)
+    optimizer, p_schedule = make_optimizer(spec, model, task)
     drawn = splits.per_epoch or len(splits.train[0])
     per_epoch = math.ceil(drawn / spec.batch_size)
     lr_schedule = CosineAnnealingLR(optimizer, spec.epochs * per_epoch)
-    by_the_step: list[CosineAnnealingLR | AdaptiveP] = [lr_schedule]
-    if isinstance(p_schedule, AdaptiveP):
-        by_the_step.append(p_schedule)
+    adaptive = spec.p_schedule is not None and spec.p_schedule.kind == "adaptive"
+    each_step: list[LRScheduler | PSchedule] = [lr_schedule, *([p_schedule] if p_schedule and adaptive else [])]
 
-    history: list[Epoch] = []
+    curve: list[Point] = []
     busy, steps, diverged = 0.0, 0, False
     for _ in range(spec.epochs):
         p = _finite_p(optimizer)
         start = time.process_time()
-        train_loss = _train_epoch(model, optimizer, by_the_step, splits.train, drawn, spec.batch_size, batches)
+        train_loss = _train_epoch(model, task, splits, drawn, spec.batch_size, batches, optimizer, each_step)
         busy += time.process_time() - start
         steps += per_epoch
-        if p_schedule is not None and p_schedule not in by_the_step:
-            p_schedule.step()
-        loss, accuracy = evaluate(model, splits.validation)
-        diverged = not (math.isfinite(train_loss) and math.isfinite(loss))
+        loss, score = evaluate(model, task, splits, splits.validation)
+        diverged = not all(map(math.isfinite, (train_loss, loss, score)))
         if diverged:
             break
-        history.append(
-            Epoch(steps=steps, train_loss=train_loss, validation_loss=loss, validation_accuracy=accuracy, p=p)
-        )
-    test_loss, test_accuracy = evaluate(model, splits.test)
-    diverged = diverged or not math.isfinite(test_loss)
+        curve.append(Point(steps=steps, train_loss=train_loss, validation_loss=loss, score=score, p=p))
+        if p_schedule is not None and not adaptive:
+            p_schedule.step()
+    test_loss, test_score = evaluate(model, task, splits, splits.test)
+    diverged = diverged or not (math.isfinite(test_loss) and math.isfinite(test_score))
     return RunRecord(
         id=spec.run_id,
         spec=spec,
-        epochs=history,
+        curve=curve,
         diverged=diverged,
         test_loss=None if diverged else test_loss,
-        test_accuracy=None if diverged else test_accuracy,
-        zero_fraction=None if diverged else zero_fraction(model),
-        steps_to_target=next((e.steps for e in history if e.validation_accuracy >= spec.target), None),
+        test_score=None if diverged else test_score,
+        measures={} if diverged else {"zeros": zero_fraction(model), **task.measures(model)},
         state_bytes=_state_bytes(optimizer),
         ms_per_step=1000 * busy / steps,
         seconds=time.perf_counter() - began,
@@ -110,38 +86,47 @@ def run(spec: RunSpec) -> RunRecord:
 
 def _train_epoch(
     model: nn.Module,
-    optimizer: Optimizer,
-    schedules: Sequence[CosineAnnealingLR | AdaptiveP],
-    data: tuple[Tensor, Tensor],
+    task: Task,
+    splits: Splits,
     drawn: int,
     batch_size: int,
     batches: torch.Generator,
+    optimizer: Optimizer,
+    schedules: Sequence[LRScheduler | PSchedule],
 ) -> float:
-    """One pass over so many of the examples, drawn anew and in a new order; the mean loss over it."""
-    x, y = data
-    total = torch.zeros(())
+    """One pass over so many of the examples, drawn anew and in a new order; the mean loss over it.
+
+    NaN where the weights are past what a matrix decomposition can take, which then raises.
+    """
+    x, y = splits.train
+    model.train()
+    total = torch.zeros((), device=splits.device)
     for chosen in torch.split(torch.randperm(len(x), generator=batches)[:drawn], batch_size):
         optimizer.zero_grad()
-        loss = mean_loss(model(x[chosen]), y[chosen])
+        inputs = splits.fetch(x[chosen], batches).to(splits.device)
+        loss = task.loss(model(inputs), y[chosen].to(splits.device))
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        try:
+            optimizer.step()
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if _finite(model):
+                raise
+            return math.nan
         for schedule in schedules:
             schedule.step()
         total += loss.detach() * len(chosen)
     return float(total) / drawn
 
 
-def mean_loss(logits: Tensor, classes: Tensor) -> Tensor:
-    """Cross-entropy over the last dim, whatever comes before it: a class an image, or a byte a place."""
-    return cross_entropy(logits.flatten(0, -2), classes.flatten())
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy."""
+def evaluate(model: nn.Module, task: Task, splits: Splits, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """The mean loss and the score on a part of the data."""
+    model.eval()
     x, y = data
-    logits = model(x)
-    return float(mean_loss(logits, y)), int((logits.argmax(-1) == y).sum()) / y.numel()
+    parts = [model(splits.fetch(chosen, None).to(splits.device)) for chosen in torch.split(x, AT_ONCE)]
+    outputs, targets = torch.cat(parts), y.to(splits.device)
+    loss = float(task.loss(outputs, targets))
+    return loss, task.score(outputs, targets) if math.isfinite(loss) else math.nan
 
 
 @torch.no_grad()
@@ -151,9 +136,14 @@ def zero_fraction(model: nn.Module) -> float:
     return sum(int((p.abs() < ZERO).sum()) for p in matrices) / sum(p.numel() for p in matrices)
 
 
+def _finite(model: nn.Module) -> bool:
+    tensors = (t for p in model.parameters() for t in (p, p.grad) if t is not None)
+    return all(bool(t.isfinite().all()) for t in tensors)
+
+
 def _finite_p(optimizer: Optimizer) -> float | None:
     """The p of the norm, None if there is none or it is infinite, which JSON cannot say."""
-    p = optimizer.param_groups[0].get("p")
+    p: Any = optimizer.param_groups[0].get("p")
     return None if p is None or math.isinf(p) else float(p)
 
 

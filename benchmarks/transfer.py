@@ -22,10 +22,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import normopt
 from benchmarks.progress import Advance
-from benchmarks.spec import Frozen
+from benchmarks.study.spec import Frozen
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.bytes import GPT
-from benchmarks.training import evaluate, mean_loss
 
 GRID = tuple(range(-5, 5))  # powers of two around each optimizer's own rate
 MIDDLE = {"Modular": 0.25, "AdamW": 2**-8}
@@ -108,13 +107,15 @@ def train(size: Size, name: str, lr: float, seed: int) -> float | None:
     for _ in range(plan["steps"]):
         chosen = torch.randint(len(x), (plan["batch"],), generator=batches)
         optimizer.zero_grad()
-        loss = mean_loss(model(x[chosen]), y[chosen])
+        loss = task.loss(model(x[chosen]), y[chosen])
         if not math.isfinite(loss.item()):
             return None
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    final, _ = evaluate(model, splits.validation)
+    with torch.no_grad():
+        inputs, targets = splits.validation
+        final = float(task.loss(model(inputs), targets))
     return final if math.isfinite(final) else None
 
 

@@ -1,8 +1,9 @@
-"""Which norm each layer has under each preset of a study."""
+"""Which norm each layer has, for the arms that give every layer its own."""
 
 from __future__ import annotations
 
-from benchmarks.arms import ARMS, grouped
+import normopt
+from benchmarks.optimizers import described
 from benchmarks.results import Results
 from benchmarks.tasks import TASKS
 
@@ -15,10 +16,21 @@ WORDS = (
 
 
 def layers(results: Results) -> dict[str, str]:
-    """A table for each arm with a preset, for it gives every layer its own norm; empty if the study has none."""
-    presets = {arm.name: ARMS[arm.name].preset for arm in results.study.arms}
-    if not any(presets.values()):
-        return {}
-    task = TASKS[results.study.task]
-    model = task.build()
-    return {name: str(grouped(preset, model, task.residual_depth)) for name, preset in presets.items() if preset}
+    """A table for each preset and task, by a title; empty if no arm of the study has a preset."""
+    worn: dict[str, list[str]] = {}
+    for arm in results.study.arms:
+        preset = arm.settings.get("preset", described(arm.optimizer).preset)
+        if isinstance(preset, str) and preset != "none":
+            worn.setdefault(preset, []).append(arm.name)
+    return {
+        f"{', '.join(arms)} on {name}": str(_grouped(preset, name))
+        for name in results.tasks
+        for preset, arms in worn.items()
+    }
+
+
+def _grouped(preset: str, name: str) -> normopt.ParamGroups:
+    task = TASKS[name]
+    return normopt.param_groups(
+        task.build(), preset, residual_depth=task.residual_depth if preset == "modular" else None
+    )

@@ -2,89 +2,166 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 
 from plotly.offline import get_plotlyjs
 
-from benchmarks.report.figures import Figure, figures
+from benchmarks.report import tables
+from benchmarks.report.data import Rows, csv_text
+from benchmarks.report.figures import Figure, figures, style
+from benchmarks.report.finding import Finding
 from benchmarks.report.layers import WORDS, layers
-from benchmarks.report.settings import command, regularizers
-from benchmarks.report.tables import Column, columns, notes
-from benchmarks.report.text import LABELS, compared, counted, share
-from benchmarks.report.words import Finding
-from benchmarks.results import Results
+from benchmarks.report.protocol import command, protocol, settings
+from benchmarks.report.text import counted, share
+from benchmarks.results import Results, TaskResults
 from benchmarks.stats import LEVEL
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def page(results: Results, summary: list[Finding], settings: list[str]) -> str:
-    """The whole report as HTML."""
+def html(results: Results, summary: Sequence[Finding], rows: Mapping[str, Rows]) -> str:
+    """The whole report as HTML, with the rows of every figure inside."""
+    study = results.study
     drawn = figures(results)
-    explained = f"{regularizers(results)} " if results.study.regularized else ""
+    files = {name: link(name, table) for name, table in rows.items()}
+    lead = (
+        f"{study.purpose} {counted(len(study.arms), 'arm')} on {counted(len(study.tasks), 'task')}, each tuned with "
+        "the same budget, over the same seeds."
+    )
+    made = command(results)
+    title = f"normopt: ablation “{study.name}”"
+    body = [
+        f'<header><h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>',
+        f'<p class="note">Made by <code>{escape(made)}</code></p>' if made else "",
+        "</header>\n<main>",
+        f"<h2>In words</h2>\n{said([f for f in summary if not f.task])}",
+        _standings(results),
+        "<h2>Task by task</h2>",
+        chooser(list(results.tasks)),
+        *(_task(task, [f for f in summary if f.task == task.name]) for task in results.tasks.values()),
+        '<h2>Figures</h2>\n<div class="figures">',
+        *(figure_html(figure, files, legend(results)) for figure in drawn),
+        "</div>",
+        _layers(layers(results)),
+        f"<h2>How it was done</h2>\n{items(settings(results))}",
+        f"<h2>How others do it</h2>\n{items(protocol(results))}",
+        '<h2>All data</h2>\n<p class="note">Comma-separated values; those of a figure are linked under it as well.</p>',
+        f"<ul>{''.join(f'<li>{address}</li>' for address in files.values())}</ul>",
+        "</main>",
+    ]
+    return document(title, [part for part in body if part], drawn)
+
+
+def document(title: str, body: Sequence[str], drawn: Sequence[Figure]) -> str:
+    """A page of these parts, with the means to draw the figures that they have places for."""
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(f"normopt: ablation “{results.study.preset}”"),
-        lead=escape(
-            f"{compared(results)} on {results.study.task}, the learning rate of each tuned with the same budget."
-        ),
-        command=escape(command(results)),
-        findings="\n".join(f"<section><h3>{escape(f.title)}</h3><p>{escape(f.text)}</p></section>" for f in summary),
-        regularizers=escape(explained),
-        level=share(LEVEL),
-        seeds=counted(len(results.study.final_seeds), "seed"),
-        table=_table(results, columns(results)),
-        notes="\n".join(f'<p class="note">{escape(note)}</p>' for note in notes(results)),
-        choice=_choice(results),
-        figures="\n".join(_figure(figure) for figure in drawn),
-        layers=_layers(layers(results)),
-        settings="\n".join(f"<li>{escape(line)}</li>" for line in settings),
-        plotly=get_plotlyjs(),
-        data=_data(drawn),
+        title=escape(title), body="\n".join(body), plotly=get_plotlyjs(), data=_data(drawn)
     )
 
 
-def _table(results: Results, shown: list[Column]) -> str:
-    def cell(tag: str, column: Column, text: str) -> str:
-        place = ' class="left"' if column.left else ""
-        return f"<{tag}{place}>{escape(text)}</{tag}>"
-
-    lines = ["<thead><tr>" + "".join(cell("th", column, column.title) for column in shown) + "</tr></thead><tbody>"]
-    before = ""
-    for row in results.rows:
-        first = "" if row.arm == before else ' class="first"'
-        lines.append(f"<tr{first}>" + "".join(cell("td", column, column.cell(row)) for column in shown) + "</tr>")
-        before = row.arm
-    return "\n".join([*lines, "</tbody>"])
+def said(summary: Sequence[Finding]) -> str:
+    """Findings as boxes."""
+    boxes = "\n".join(f"<section><h3>{escape(f.title)}</h3><p>{_text(f.text)}</p></section>" for f in summary)
+    return f'<div class="findings">{boxes}</div>'
 
 
-def _choice(results: Results) -> str:
-    """The box that chooses a regularizer, where there is one to choose."""
-    if not results.study.regularized:
+def _text(text: str) -> str:
+    """A P-value is not broken at its hyphen."""
+    return escape(text).replace("P-value", "<span>P-value</span>")
+
+
+def chooser(tasks: Sequence[str]) -> str:
+    """The box that chooses the task of tables and figures; hidden where there is but one."""
+    options = "".join(f"<option>{escape(name)}</option>" for name in tasks)
+    return f'<nav{" hidden" if len(tasks) == 1 else ""}><label>Task <select id="task">{options}</select></label></nav>'
+
+
+def items(lines: Sequence[str]) -> str:
+    """A list of points."""
+    return "<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in lines) + "\n</ul>"
+
+
+def table(grid: tables.Grid) -> str:
+    """A table as HTML, which scrolls sideways where it is too wide."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        marked = zip(cells, grid.left, strict=True)
+        inner = "".join(f"<{tag}{_place(left)}>{escape(cell)}</{tag}>" for cell, left in marked)
+        return f"<tr>{inner}</tr>"
+
+    body = "\n".join(line("td", row) for row in grid.rows)
+    return f'<div class="scroll"><table><thead>{line("th", grid.titles)}</thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def _place(left: bool) -> str:
+    return ' class="left"' if left else ""
+
+
+def _standings(results: Results) -> str:
+    grid = tables.standings(results)
+    if grid is None:
         return ""
-    worn = dict.fromkeys(regularizer for _, regularizer in results.study.pairs)
-    options = "".join(f'<option value="{name}">{escape(LABELS[name])}</option>' for name in worn)
-    return f'<label>Curves and learning rates with regularizer <select id="regularizer">{options}</select></label>'
+    return f'<h2>Over all tasks</h2>\n{table(grid)}\n<p class="note">{escape(tables.STANDINGS)}</p>'
 
 
-def _layers(shown: dict[str, str]) -> str:
+def _task(task: TaskResults, summary: Sequence[Finding]) -> str:
+    intervals = f"Means over the seeds, with {share(LEVEL)} intervals."
+    notes = "\n".join(f'<p class="note">{escape(line)}</p>' for line in (intervals, *tables.notes(task)))
+    pairs = tables.differences(task)
+    more = f"<details><summary>Paired differences</summary>{table(pairs)}</details>" if pairs.rows else ""
+    grid = tables.grid(tables.columns(task), task.rows)
+    return (
+        f'<section class="task" data-task="{escape(task.name)}">{said(summary)}\n{table(grid)}\n{notes}{more}</section>'
+    )
+
+
+def _layers(shown: Mapping[str, str]) -> str:
     """The section on the norms of layers, where optimizers have a preset."""
     if not shown:
         return ""
-    tables = (f'<h3>{escape(arm)}</h3><pre class="scroll">{escape(table)}</pre>' for arm, table in shown.items())
-    return "\n".join([f'<h2>Which layer has which norm</h2><p class="note">{escape(WORDS)}</p>', *tables])
+    parts = (
+        f'<details><summary>{escape(title)}</summary><pre class="scroll">{escape(text)}</pre></details>'
+        for title, text in shown.items()
+    )
+    return "\n".join([f'<h2>Which layer has which norm</h2><p class="note">{escape(WORDS)}</p>', *parts])
 
 
-def _figure(figure: Figure) -> str:
-    whole = ' class="whole"' if figure.whole_width else ""
+def legend(results: Results) -> str:
+    """The arms with their colours; a click on one hides it in all figures, and shows it again."""
+    dashes = {"solid": "", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3"}
+    buttons = []
+    for arm in results.study.arms:
+        colour, dash = style(results, arm.name)
+        line = f'<line x2="26" y1="4" y2="4" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dashes[dash]}"/>'
+        name = escape(arm.name)
+        buttons.append(f'<button data-arm="{name}" aria-pressed="true"><svg>{line}</svg>{name}</button>')
+    return f'<div class="legend">{"".join(buttons)}</div>'
+
+
+def figure_html(figure: Figure, files: Mapping[str, str], legend: str = "") -> str:
+    """A figure's place, with its caption and its data."""
+    source = "scores" if figure.name == "costs" else figure.name
     return (
-        f'<figure{whole}><h3>{escape(figure.title)}</h3><div id="figure-{figure.name}"></div>'
-        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+        f'<figure><h3>{escape(figure.title)}</h3><div id="figure-{figure.name}"></div>'
+        f"{legend if figure.by_colour else ''}"
+        f"<figcaption>{escape(figure.caption)} Data: {files[source]}</figcaption></figure>"
     )
 
 
-def _data(drawn: list[Figure]) -> str:
-    inner = ",".join(f'"{figure.name}":{figure.figure.to_json()}' for figure in drawn)
+def link(name: str, rows: Rows) -> str:
+    """Rows as a file that can be saved, whole inside its address."""
+    coded = base64.b64encode(csv_text(rows).encode()).decode()
+    return f'<a download="{name}.csv" href="data:text/csv;charset=utf-8;base64,{coded}">{name}.csv</a>'
+
+
+def _data(drawn: Sequence[Figure]) -> str:
+    inner = ",".join(
+        f'"{figure.name}":{{' + ",".join(f'"{task}":{plot.to_json()}' for task, plot in figure.panels.items()) + "}"
+        for figure in drawn
+    )
     # "</" would end the script element that holds the data.
     return "{" + inner.replace("</", "<\\/") + "}"

@@ -1,27 +1,21 @@
-"""The table of the study: its columns once, for terminal, Markdown and HTML; as CSV with full numbers."""
+"""The tables: columns once, for terminal, Markdown and HTML."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks.arms import ARMS
-from benchmarks.report.layers import WORDS, layers
-from benchmarks.report.settings import regularizers
-from benchmarks.report.text import LABELS, NBSP, listed, number, percent, share
-from benchmarks.report.words import Finding
-from benchmarks.results import Results, Row
-from benchmarks.spec import Regularizer
-from benchmarks.stats import censored_median, t_interval
-from benchmarks.training import RunRecord
+from benchmarks.report import data
+from benchmarks.report.text import NBSP, counted, number, of, p_value, percent, signed, unit
+from benchmarks.results import Results, Row, TaskResults, measure, ms_per_step, test_loss, test_score, validation_loss
+from benchmarks.stats import Interval, censored_median
+from benchmarks.study.record import RunRecord
 
-WIDE = 140  # characters of a terminal that shows losses and validation too
+WIDE = 120  # characters of a terminal that shows losses too
 
 EDGE = "†"
 
@@ -36,140 +30,166 @@ class Column:
     least: float = 0  # characters of the narrowest terminal that shows it
 
 
-def _mean(value: Callable[[RunRecord], float | None], write: Callable[..., str]) -> Callable[[Row], str]:
+@dataclass(frozen=True)
+class Grid:
+    """A table as text: what is in the cells, and under which titles."""
+
+    titles: list[str]
+    left: list[bool]
+    rows: list[list[str]]
+
+    @property
+    def markdown(self) -> str:
+        """As Markdown; a bar in a name would end its cell."""
+        lines = ["| " + " | ".join(self.titles) + " |"]
+        lines += ["|" + "|".join(":--" if left else "--:" for left in self.left) + "|"]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows]
+        return "\n".join(lines)
+
+
+def grid(columns: Sequence[Column], rows: Sequence[Row]) -> Grid:
+    """The rows under the columns."""
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    return Grid([c.title for c in columns], [c.left for c in columns], cells)
+
+
+def columns(task: TaskResults) -> list[Column]:
+    """The columns of a task's table; without those in which no arm has anything."""
+    it = unit(task.task)
+    return [
+        Column("arm", lambda row: row.name, left=True),
+        *_tuned(task),
+        Column(f"test {it.title}", _mean(test_score, it.score)),
+        Column("test loss", _mean(test_loss, number), least=WIDE),
+        Column("validation loss", _mean(validation_loss, number), least=WIDE),
+        Column(f"steps to {it.plain(task.task.target)}", lambda row: _steps(task, row)),
+        *(_measure(name) for name in data.measures(task) if _found(task, name)),
+        Column("ms/step", _mean(ms_per_step, lambda interval: f"{interval.mean:.2f}"), least=inf),
+        Column("state KiB", lambda row: f"{row.runs[0].state_bytes / 1024:.0f}" if row.runs else "", least=inf),
+    ]
+
+
+def _tuned(task: TaskResults) -> list[Column]:
+    def column(name: str) -> Column:
+        def cell(row: Row) -> str:
+            value = row.settings.get(name)
+            text = f"{value:g}" if isinstance(value, int | float) else "" if value is None else str(value)
+            return text + EDGE if name in row.at_edge else text
+
+        return Column("learning rate" if name == "lr" else name, cell)
+
+    searched = dict.fromkeys(name for row in task.rows for name in row.arm.search)
+    return [column(name) for name in searched]
+
+
+def _found(task: TaskResults, name: str) -> bool:
+    return any(value for row in task.rows for value in row.values(measure(name)))
+
+
+def _measure(name: str) -> Column:
+    return Column(name, _mean(measure(name), percent if name == "zeros" else number))
+
+
+def _mean(value: Callable[[RunRecord], float | None], write: Callable[[Interval], str]) -> Callable[[Row], str]:
     def cell(row: Row) -> str:
-        values = [value(run) for run in row.runs]
-        known = [v for v in values if v is not None]
-        if len(known) < len(values):
-            return f"{row.diverged}/{len(values)}{NBSP}diverged"
-        return write(t_interval(known))
+        mean = data.mean_of(row, value)
+        return write(mean) if mean else state(row)
 
     return cell
 
 
-def _steps(row: Row) -> str:
-    median = censored_median([run.steps_to_target for run in row.runs])
+def state(row: Row) -> str:
+    """Why a row has no means: its final runs are to be made, failed or diverged."""
+    total = len(row.runs) + row.failed + row.missing
+    if row.failed:
+        return f"{of(row.failed, total)} failed"
+    if row.diverged:
+        return f"{of(row.diverged, total)} diverged"
+    if row.missing:
+        return "being tuned" if row.choice is None else f"{of(row.missing, total)} missing"
+    return ""
+
+
+def _steps(task: TaskResults, row: Row) -> str:
+    if not row.runs:
+        return ""
+    median = censored_median([task.steps_to_target(run) for run in row.runs])
     # Runs that diverged early were looked at for fewer steps than the others.
-    looked = max((run.epochs[-1].steps for run in row.runs if run.epochs), default=0)
+    looked = max((run.curve[-1].steps for other in task.rows for run in other.runs if run.curve), default=0)
     return f">{looked}" if median is None else f"{median:g}"
 
 
-def _lr(row: Row) -> str:
-    return f"{row.choice.lr:g}{EDGE if row.choice.at_edge else ''}"
-
-
-def validation_accuracy(run: RunRecord) -> float | None:
-    """After the last epoch; None if the run diverged."""
-    return None if run.diverged else run.epochs[-1].validation_accuracy
-
-
-def validation_loss(run: RunRecord) -> float | None:
-    """After the last epoch; None if the run diverged."""
-    return None if run.diverged else run.epochs[-1].validation_loss
-
-
-def columns(results: Results) -> list[Column]:
-    """The columns of the table that people read; without regularizers, none that they alone fill."""
-    regularizer = [Column("regularizer", lambda row: LABELS[row.regularizer], left=True)]
-    zeros = [Column("zeros", _mean(lambda run: run.zero_fraction, percent))]
-    return [
-        Column("optimizer", lambda row: row.arm, left=True),
-        *(regularizer if results.study.regularized else []),
-        Column("learning rate", _lr),
-        Column("validation accuracy", _mean(validation_accuracy, percent), least=WIDE),
-        Column("validation loss", _mean(validation_loss, number), least=WIDE),
-        Column("test accuracy", _mean(lambda run: run.test_accuracy, percent)),
-        Column("test loss", _mean(lambda run: run.test_loss, number), least=WIDE),
-        Column(f"steps to{NBSP}{share(results.study.target)}", _steps),
-        *(zeros if results.study.regularized else []),
-        Column("ms/step", lambda row: f"{t_interval([run.ms_per_step for run in row.runs]).mean:.2f}", least=inf),
-        Column("state KiB", lambda row: f"{row.runs[0].state_bytes / 1024:.0f}", least=inf),
+def differences(task: TaskResults) -> Grid:
+    """Every arm of a task against its own; empty where nothing can be compared."""
+    it = unit(task.task)
+    rows = [
+        [c.row.name, c.against.name, it.difference(c.difference.interval), p_value(c.adjusted, name=False)]
+        for c in task.comparisons
     ]
+    return Grid(["arm", "against", f"difference in test {it.title}", "P-value"], [True, True, False, False], rows)
 
 
-def notes(results: Results) -> list[str]:
-    """What goes under the table: the mark in it, and what would look like a mistake, where they are there."""
-    same = [
-        arm.name
-        for arm in results.study.arms
-        if ARMS[arm.name].sign_step
-        and _same(results, arm.name, "agr", "none")
-        and _same(results, arm.name, "agr+lp", "lp")
-    ]
-    told = []
-    if any(row.choice.at_edge for row in results.rows):
-        told.append(f"{EDGE} The smallest or largest learning rate that was tried: a better one may lie beyond.")
-    if same:
-        told.append(
-            f"The rows of {listed(same)} with AGR equal those without, but for the time: AGR changes the sizes of a "
-            "gradient's entries and never a sign, so it cannot change a sign step."
+def notes(task: TaskResults) -> list[str]:
+    """What goes under a task's table, where it is in it."""
+    edge = any(row.at_edge for row in task.rows)
+    found = [f"{EDGE} At an end of the range that was searched: a better one may lie beyond."] if edge else []
+    partial = [f"{row.name} ({state(row)})" for row in task.rows if row.missing]
+    return [*found, f"Not finished: {', '.join(partial)}."] if partial else found
+
+
+def standings(results: Results) -> Grid | None:
+    """The arms over all tasks, the largest area under the profile first; None for a single task."""
+    if not results.standings:
+        return None
+    tallies = data.tally(results)
+    rows = []
+    for s in sorted(results.standings, key=lambda s: (-s.profile.area, s.rank)):
+        against = results.study.against(s.arm)
+        told = "–".join(str(n) for n in tallies[s.arm]) if against else ""
+        rows.append(
+            [
+                s.arm,
+                f"{s.profile.area:.2f}",
+                signed(s.score),
+                f"{s.rank:.1f}",
+                against or "",
+                told,
+            ]
         )
-    return told
+    titles = ["arm", "profile area", "normalised score", "mean rank", "held against", "better–worse–neither"]
+    return Grid(titles, [True, False, False, False, True, False], rows)
 
 
-def _same(results: Results, arm: str, this: Regularizer, that: Regularizer) -> bool:
-    a, b = results.row((arm, this)), results.row((arm, that))
-    return a is not None and b is not None and not a.diverged and [*map(_outcome, a.runs)] == [*map(_outcome, b.runs)]
+STANDINGS = (
+    "The area under the performance profile up to a factor of 4 is AlgoPerf's score, between 0 and 1: how often, and "
+    "how soon, the target is reached. The normalised score is 1 for a task's best arm and 0 for its median one, not "
+    "below −1, and the rank is by mean test score; both are means over the tasks. All three depend on which arms are "
+    "compared. The last column counts tasks on which the arm is better than the one it is held against, worse, and "
+    "neither, each task's tests Holm-corrected at the 5\u00a0% level."
+)
 
 
-def _outcome(run: RunRecord) -> object:
-    return run.spec.lr, run.epochs, run.test_loss, run.test_accuracy, run.zero_fraction
+def terminal(results: Results, width: int) -> list[Table]:
+    """A table a task, for a terminal that is so many characters wide."""
+    return [_terminal(task, width) for task in results.tasks.values()]
 
 
-def terminal(results: Results, width: int) -> Table:
-    """The table for a terminal that is so many characters wide."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    shown = [column for column in columns(results) if width >= column.least]
-    cells = [[column.cell(row) for column in shown] for row in results.rows]
+def _terminal(task: TaskResults, width: int) -> Table:
+    runs = counted(max((len(row.runs) for row in task.rows), default=0), "seed")
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        title=f"{task.name}, {runs}".replace(NBSP, " "),
+        title_justify="left",
+        title_style="bold",
+    )
+    shown = [column for column in columns(task) if width >= column.least]
+    cells = [[column.cell(row) for column in shown] for row in task.rows]
     for i, column in enumerate(shown):
         # Titles may be broken into lines at plain spaces, a number and its interval may not.
         needed = max(len(text) for text in [*column.title.split(" "), *(line[i] for line in cells)])
         table.add_column(column.title, justify="left" if column.left else "right", width=needed)
-    for i, line in enumerate(cells):
-        last = i + 1 == len(cells) or results.rows[i + 1].arm != results.rows[i].arm
-        table.add_row(*line, end_section=last and results.study.regularized)
+    for line in cells:
+        table.add_row(*line)
     return table
-
-
-def markdown(results: Results, summary: list[Finding], settings: list[str]) -> str:
-    """The summary and the table as Markdown."""
-    shown = columns(results)
-    lines = [f"# Ablation: {results.study.preset}", ""]
-    lines += [f"- **{finding.title}.** {finding.text}" for finding in summary]
-    lines += ["", regularizers(results)] if results.study.regularized else []
-    lines += ["", "| " + " | ".join(column.title for column in shown) + " |"]
-    lines += ["|" + "|".join(":--" if column.left else "--:" for column in shown) + "|"]
-    lines += ["| " + " | ".join(column.cell(row) for column in shown) + " |" for row in results.rows]
-    lines += [text for note in notes(results) for text in ("", note)]
-    for i, (arm, table) in enumerate(layers(results).items()):
-        lines += ["", "## Which layer has which norm", "", WORDS] if i == 0 else []
-        lines += ["", f"{arm}:", "", "```text", table, "```"]
-    lines += ["", "## Settings", "", *(f"- {line}" for line in settings), ""]
-    return "\n".join(lines)
-
-
-def csv_text(results: Results) -> str:
-    """One line a row, with unrounded means and half widths; empty where a run diverged."""
-    measured: dict[str, Callable[[RunRecord], float | None]] = {
-        "validation_accuracy": validation_accuracy,
-        "validation_loss": validation_loss,
-        "test_accuracy": lambda run: run.test_accuracy,
-        "test_loss": lambda run: run.test_loss,
-        "zero_fraction": lambda run: run.zero_fraction,
-        "ms_per_step": lambda run: run.ms_per_step,
-    }
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    head = ["arm", "regularizer", "lr", "lr_at_edge", "seeds", "diverged", "median_steps_to_target", "state_bytes"]
-    writer.writerow(head + [f"{name}_{part}" for name in measured for part in ("mean", "t95_half_width")])
-    for row in results.rows:
-        steps = censored_median([run.steps_to_target for run in row.runs])
-        cells: list[object] = [row.arm, row.regularizer, row.choice.lr, row.choice.at_edge, len(row.runs), row.diverged]
-        cells += ["" if steps is None else steps, row.runs[0].state_bytes]
-        for value in measured.values():
-            values = [value(run) for run in row.runs]
-            known = [v for v in values if v is not None]
-            interval = t_interval(known) if len(known) == len(values) else None
-            cells += [interval.mean, interval.half] if interval else ["", ""]
-        writer.writerow(cells)
-    return out.getvalue()

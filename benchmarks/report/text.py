@@ -4,67 +4,101 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from benchmarks.results import Results, Row
-from benchmarks.spec import Regularizer
 from benchmarks.stats import LEVEL, Interval
+from benchmarks.tasks.base import Task
 
 NBSP = "\u00a0"  # a no-break space: a number stays on the line of its unit
 
-# What the report calls the regularizers. Bare "lp" would look like a part of the name LPSGD.
-LABELS: dict[Regularizer, str] = {
-    "none": "none",
-    "agr": "AGR",
-    "lp": f"ℓp{NBSP}decay",
-    "agr+lp": f"AGR + ℓp{NBSP}decay",
-}
+
+@dataclass(frozen=True)
+class Unit:
+    """How a task's score is written: accuracies in per cent and their differences in points, all else as it is.
+
+    Attributes:
+        factor: what a score is multiplied by.
+        sign: what stands behind it.
+        title: the score's name, as a column's or an axis' title.
+        of_difference: what stands behind a difference.
+    """
+
+    factor: float
+    sign: str
+    title: str
+    of_difference: str
+
+    def score(self, interval: Interval) -> str:
+        """A score and its interval: 97.2 % ± 0.5, or 0.743 ± 0.012."""
+        if self.factor == 1:
+            return number(interval)
+        scaled = interval.times(self.factor)
+        return _with_interval(scaled, 1, self.sign)
+
+    def plain(self, value: float) -> str:
+        """One score without an interval: 95 %, or −2."""
+        return f"{self.factor * value:.6g}{self.sign}".replace("-", "−")
+
+    def mean_difference(self, interval: Interval) -> str:
+        """A difference without its interval: +0.42 points."""
+        scaled = interval.times(self.factor)
+        return f"{signed(scaled.mean, self._digits(scaled))}{self.of_difference}"
+
+    def difference(self, interval: Interval, more: str = "") -> str:
+        """A difference with the ends of its interval, and more: +0.42 points (95 % interval −0.10 to +0.94)."""
+        scaled = interval.times(self.factor)
+        digits = self._digits(scaled)
+        ends = f"{share(LEVEL)} interval {signed(scaled.low, digits)} to {signed(scaled.high, digits)}"
+        inner = ", ".join(part for part in ("" if math.isnan(scaled.half) else ends, more) if part)
+        return f"{self.mean_difference(interval)}{f' ({inner})' if inner else ''}"
+
+    def _digits(self, scaled: Interval) -> int:
+        return 2 if self.factor != 1 else decimals(scaled)
 
 
-def name(row: Row) -> str:
-    """The optimizer with what it wears: Signum, or Signum + AGR."""
-    return row.arm if row.regularizer == "none" else f"{row.arm} + {LABELS[row.regularizer]}"
+def unit(task: Task) -> Unit:
+    """The unit of a task's score."""
+    if task.score_name == "accuracy":
+        return Unit(100, f"{NBSP}%", "accuracy", f"{NBSP}points")
+    return Unit(1, "", task.score_name, "")
 
 
-def compared(results: Results) -> str:
-    """36 pairs of optimizer and regularizer, or 7 optimizers."""
-    n = len(results.rows)
-    return (
-        f"{counted(n, 'pair')} of optimizer and regularizer" if results.study.regularized else counted(n, "optimizer")
-    )
+def percent(interval: Interval) -> str:
+    """A fraction and its interval in per cent: 97.2 % ± 0.5; what is always exactly 0 is just 0."""
+    if interval.mean == 0 and not interval.half > 0:
+        return "0"
+    return _with_interval(interval.times(100), 1, f"{NBSP}%")
+
+
+def number(interval: Interval) -> str:
+    """A number and its interval, to two digits of the interval: 0.743 ± 0.012, or 3.1e-09 ± 2e-10."""
+    size = abs(interval.mean)
+    if size and not 1e-3 <= size < 1e5:
+        spread = "" if math.isnan(interval.half) else f"{NBSP}±{NBSP}{interval.half:.0e}"
+        return f"{interval.mean:.1e}{spread}".replace("-", "−")
+    return _with_interval(interval, decimals(interval), "")
+
+
+def decimals(interval: Interval) -> int:
+    """Digits behind the point that show two digits of the interval, or three of a mean that has none."""
+    half = interval.half
+    size = abs(interval.mean) / 10 if math.isnan(half) or half == 0 else half
+    return min(6, max(0, 1 - math.floor(math.log10(size)))) if size else 0
+
+
+def _with_interval(interval: Interval, digits: int, sign: str) -> str:
+    mean = f"{interval.mean:.{digits}f}".replace("-", "−") + sign
+    if math.isnan(interval.half):
+        return mean
+    if interval.symmetric:
+        return f"{mean}{NBSP}±{NBSP}{interval.half:.{digits}f}"
+    ends = f"({interval.low:.{digits}f} to {interval.high:.{digits}f})".replace("-", "−")
+    return f"{mean}{NBSP}{ends}".replace(" ", NBSP)
 
 
 def share(fraction: float) -> str:
     """A round fraction in per cent: 95 %."""
     return f"{100 * fraction:g}{NBSP}%"
-
-
-def weight(decay: float) -> str:
-    """λ = 0.1."""
-    return f"λ{NBSP}={NBSP}{decay:g}"
-
-
-def percent(interval: Interval, digits: int = 1) -> str:
-    """A fraction and its interval in per cent: 97.2 % ± 0.5; what is always exactly 0 is just 0."""
-    if interval.mean == interval.half == 0:
-        return "0"
-    if math.isnan(interval.half):
-        return f"{100 * interval.mean:.{digits}f}{NBSP}%"
-    return f"{100 * interval.mean:.{digits}f}{NBSP}%{NBSP}±{NBSP}{100 * interval.half:.{digits}f}"
-
-
-def number(interval: Interval, digits: int = 3) -> str:
-    """A number and its interval: 0.123 ± 0.004."""
-    if math.isnan(interval.half):
-        return f"{interval.mean:.{digits}f}"
-    return f"{interval.mean:.{digits}f}{NBSP}±{NBSP}{interval.half:.{digits}f}"
-
-
-def points(interval: Interval) -> str:
-    """A difference of two fractions in percentage points, with the ends of its interval."""
-    mean = f"{signed(100 * interval.mean)}{NBSP}points"
-    if math.isnan(interval.half):
-        return mean
-    return f"{mean} ({share(LEVEL)} interval {signed(100 * interval.low)} to {signed(100 * interval.high)})"
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -73,9 +107,10 @@ def signed(value: float, digits: int = 2) -> str:
     return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
-def p_value(p: float) -> str:
-    """P-value 0.042. Never "p = 0.042": p is the norm's."""
-    return f"P-value{NBSP}<{NBSP}0.001" if p < 0.001 else f"P-value{NBSP}{p:.3f}"
+def p_value(p: float, name: bool = True) -> str:
+    """P-value 0.042, or 0.042 alone. Never "p = 0.042": p is the norm's."""
+    number = f"<{NBSP}0.001" if p < 0.001 else f"{p:.3f}"
+    return f"P-value{NBSP}{number}" if name else number
 
 
 def listed(items: Sequence[str]) -> str:
@@ -85,4 +120,9 @@ def listed(items: Sequence[str]) -> str:
 
 def counted(n: int, noun: str) -> str:
     """1 run, 2 runs."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+    return f"{n:,}{NBSP}{noun}{'' if n == 1 else 's'}"
+
+
+def of(n: int, total: int) -> str:
+    """3 of 7."""
+    return f"{n}{NBSP}of{NBSP}{total}"

@@ -2,250 +2,182 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.arms import ARMS
-from benchmarks.report.text import (
-    LABELS,
-    NBSP,
-    compared,
-    counted,
-    listed,
-    name,
-    number,
-    p_value,
-    percent,
-    points,
-    share,
-    weight,
-)
-from benchmarks.results import Comparison, Results, Row, SparsityPoint, test_accuracies
-from benchmarks.spec import Pair, SparsityPlan
-from benchmarks.stats import t_interval
+from benchmarks.report import data
+from benchmarks.report.claims import claims
+from benchmarks.report.finding import Finding
+from benchmarks.report.tables import state
+from benchmarks.report.text import NBSP, counted, listed, of, p_value, share, signed, unit
+from benchmarks.results import Comparison, Results, Row, TaskResults, test_score
 
-ALPHA = 0.05
-CONTROLS = ("LPSGDM-constant", "LPSGDM-matched")
-TWINS = ("SGD-EMA", "Signum")  # p = 2 and p = ∞ throughout
+AT = f"at the 5{NBSP}% level"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A question and what the results say to it."""
-
-    title: str
-    text: str
+class _Sorted:
+    better: list[Comparison]
+    worse: list[Comparison]
+    neither: list[Comparison]
 
 
 def findings(results: Results) -> list[Finding]:
     """The summary, in the order in which it is read, of what the study has."""
-    study = results.study
-    others = f"Other optimizers against {study.baseline}" + (", without regularizers" if study.regularized else "")
-    told = [Finding("The best", _best(results)), Finding(others, _arms(results))]
-    if study.regularized:
-        told.append(Finding("Regularizers against the same optimizer without", _regularizers(results)))
-    if {"LPSGDM", *CONTROLS} <= {arm.name for arm in study.arms}:
-        told.append(Finding("What annealing p does", _annealing(results)))
-    if adaptive := adaptive_family(results):
-        told.append(Finding("What a p by the gradient does", _adaptive(adaptive)))
-    if study.sparsity:
-        told.append(Finding("Sparsity", sparsity_words(results, study.sparsity)))
-    return [*told, Finding("How far to trust this", _trust(results))]
+    told = [] if results.whole else [Finding("Not finished", _unfinished(results))]
+    if results.standings:
+        told.append(Finding("Over all tasks", _overall(results)))
+    told += [*claims(results), Finding("How far to trust this", _trust(results))]
+    return told + [Finding(f"Task {task.name}", _task(results, task), task.name) for task in results.tasks.values()]
 
 
-def arm_family(results: Results) -> list[Comparison]:
-    """Every other arm against the baseline, all without regularizers."""
-    baseline = results.study.baseline
-    arms = [arm.name for arm in results.study.arms if arm.name != baseline]
-    return results.compare([((arm, "none"), (baseline, "none")) for arm in arms])
-
-
-def regularizer_family(results: Results) -> list[Comparison]:
-    """Every regularizer against none, arm by arm."""
-    worn = [pair for pair in results.study.pairs if pair[1] != "none"]
-    return results.compare([(pair, (pair[0], "none")) for pair in worn])
-
-
-def annealing_family(results: Results) -> list[Comparison]:
-    """LPSGDM against its two controls: p that stays, and steps as long as SGD's."""
-    this: Pair = ("LPSGDM", "none")
-    return results.compare([(this, (control, "none")) for control in CONTROLS])
-
-
-def adaptive_family(results: Results) -> list[Comparison]:
-    """Every arm whose p is adaptive against the same with another schedule or none, and against the ends of p."""
-    pairs: list[tuple[Pair, Pair]] = []
-    for plan in results.study.arms:
-        if ARMS[plan.name].schedule == "adaptive":
-            same = plan.name.removesuffix("-adaptive")
-            pairs += [
-                ((plan.name, "none"), (other, "none")) for other in (same, f"{same}-linear", f"{same}-constant", *TWINS)
-            ]
-    return results.compare(pairs)
-
-
-def _best(results: Results) -> str:
-    sound = [row for row in results.rows if not row.diverged]
-    if not sound:
-        return f"Each of {compared(results)} had a final run that diverged."
-
-    def accuracy(row: Row) -> float:
-        return t_interval(test_accuracies(row.runs)).mean
-
-    best, worst = max(sound, key=accuracy), min(sound, key=accuracy)
-    text = (
-        f"The highest mean test accuracy of {compared(results)} is "
-        f"{_accuracy(best)}, by {name(best)}; the lowest is {_accuracy(worst)}, by {name(worst)}."
-    )
-    baseline = results.row((results.study.baseline, "none"))
-    if baseline and not baseline.diverged and baseline is not best:
-        above = sum(accuracy(row) > accuracy(baseline) for row in sound)
-        alone = " alone" if results.study.regularized else ""
-        text += f" {name(baseline)}{alone} reaches {_accuracy(baseline)}; {above} of the other means lie above it."
-    return text
-
-
-def _arms(results: Results) -> str:
-    return _verdict(arm_family(results), results.study.baseline)
-
-
-def _regularizers(results: Results) -> str:
-    return _verdict(regularizer_family(results), "the same optimizer without")
-
-
-def _annealing(results: Results) -> str:
-    family = annealing_family(results)
-    if not family:
-        return "LPSGDM or its controls had a final run that diverged."
-    parts = []
-    for c in family:
-        told = "a difference that stands" if c.adjusted < ALPHA else "which is not significant"
-        parts.append(
-            f"{name(c.row)} minus {name(c.against)}: {points(c.difference.interval)}, {told} ({p_value(c.adjusted)})"
-        )
-    return f"In test accuracy, each arm at its own learning rate. {'; '.join(parts)}. P-values are Holm-corrected."
-
-
-def _adaptive(family: list[Comparison]) -> str:
-    told = [
-        f"{name(c.row)} minus {name(c.against)}: {points(c.difference.interval)}, {p_value(c.adjusted)}" for c in family
-    ]
-    standing = sum(c.adjusted < ALPHA for c in family)
+def _unfinished(results: Results) -> str:
+    open_tasks = [task.name for task in results.tasks.values() if not task.whole]
     return (
-        f"In test accuracy, each arm at its own learning rate. {'; '.join(told)}. P-values are Holm-corrected: "
-        f"{standing} of {counted(len(family), 'difference')} {'stands' if standing == 1 else 'stand'} at the "
-        f"{share(ALPHA)} level."
+        f"{of(results.done, results.wanted)} runs are there; runs are missing on {listed(open_tasks)}. What follows is "
+        "what there is so far, and may change."
     )
 
 
-def _verdict(family: list[Comparison], against: str) -> str:
-    if not family:
-        return "There is nothing to compare."
-    better = [c for c in family if c.adjusted < ALPHA and c.difference.interval.mean > 0]
-    worse = [c for c in family if c.adjusted < ALPHA and c.difference.interval.mean < 0]
-    n = len(family[0].row.runs)
-    text = [f"Test accuracy, paired over {counted(n, 'seed')}; P-values Holm-corrected over {len(family)} comparisons."]
-    for found, word in ((better, "Better"), (worse, "Worse")):
-        if found:
-            text.append(f"{word} at the {share(ALPHA)} level: {listed([_case(c) for c in found])}.")
-    rest = len(family) - len(better) - len(worse)
-    if rest:
-        ups = sum(c.difference.interval.mean > 0 for c in family if c not in better and c not in worse)
-        who = f"The other {rest} of {len(family)}" if better or worse else f"None of the {len(family)}"
-        verb = "cannot be told apart" if better or worse else "can be told apart"
-        text.append(f"{who} {verb} from {against} ({ups} of {rest} means are higher).")
-    if not better and not worse:
-        extreme = max(family, key=lambda c: abs(c.difference.interval.mean))
-        text.append(f"The largest difference is {_case(extreme)}.")
+def _overall(results: Results) -> str:
+    by_area = sorted(results.standings, key=lambda s: (-s.profile.area, s.rank))
+    by_score = sorted(results.standings, key=lambda s: (-s.score, s.rank))
+    baseline = next(s for s in results.standings if s.arm == results.study.baseline)
+    whole = [task for task in results.tasks.values() if task.whole]
+    winners = [best for task in whole if (best := _best(task)) is not None]
+    tasks = f"Over {counted(len(whole), 'task')},"
+    if by_area[0].profile.area:
+        text = [
+            f"{tasks} {by_area[0].arm} comes nearest to the fastest arm's steps to the target (area under the "
+            f"performance profile {by_area[0].profile.area:.2f}; {baseline.arm} has {baseline.profile.area:.2f})."
+        ]
+    else:
+        text = [f"{tasks} no arm reaches a target."]
+    text.append(
+        f"The highest mean normalised test score is {signed(by_score[0].score)}, of {by_score[0].arm}; {baseline.arm} "
+        f"has {signed(baseline.score)}."
+    )
+    first = {name: sum(row.name == name for row in winners) for name in dict.fromkeys(row.name for row in winners)}
+    if len(first) == 1:
+        text.append(f"{winners[0].name} has the best mean on every task.")
+    elif first:
+        text.append(
+            f"No arm has the best mean on every task: {counted(len(first), 'arm')} are best on at least one "
+            f"({listed([f'{name} on {n}' for name, n in sorted(first.items(), key=lambda item: -item[1])])})."
+        )
     return " ".join(text)
 
 
-def _case(c: Comparison) -> str:
-    return f"{name(c.row)}, {points(c.difference.interval)}, {p_value(c.adjusted)}"
+def _best(task: TaskResults, last: bool = False) -> Row | None:
+    """The sound row with the best mean test score, or the worst."""
+    rows = [(mean.mean, row) for row in task.rows if (mean := data.mean_of(row, test_score))]
+    if not rows:
+        return None
+    choose = max if task.task.higher_is_better != last else min
+    return choose(rows, key=lambda pair: pair[0])[1]
 
 
-def _accuracy(row: Row) -> str:
-    return percent(t_interval(test_accuracies(row.runs)))
+def _task(results: Results, task: TaskResults) -> str:
+    best, last = _best(task), _best(task, last=True)
+    if best is None or last is None:
+        return f"No arm has a mean yet: {'; '.join(f'{row.name}, {state(row)}' for row in task.rows)}."
+    it = unit(task.task)
+    text = [f"The best mean test {it.title} is {_score(task, best)}, by {best.name}"]
+    text[0] += "." if best is last else f"; the worst is {_score(task, last)}, by {last.name}."
+    baseline = task.row(results.study.baseline)
+    if baseline.sound and baseline not in (best, last):
+        text.append(f"{baseline.name} has {_score(task, baseline)}.")
+    text += _verdicts(task)
+    lost = [f"{row.name} ({state(row)})" for row in task.rows if row.diverged or row.failed]
+    if lost:
+        text.append(f"Without a mean, and in no comparison: {listed(lost)}.")
+    return " ".join(text)
 
 
-def met(plan: SparsityPlan, point: SparsityPoint) -> bool:
-    """This λ gives the zeros that the study wants at no more than the loss of accuracy that it allows."""
-    difference = point.test_difference
-    return (
-        difference is not None
-        and point.zeros.mean >= plan.zeros_wanted
-        and difference.interval.mean >= -plan.loss_allowed
+def _verdicts(task: TaskResults) -> list[str]:
+    groups: dict[str, list[Comparison]] = {}
+    for c in task.comparisons:
+        groups.setdefault(c.against.name, []).append(c)
+    return [_verdict(task, against, sort(family)) for against, family in groups.items()]
+
+
+def sort(family: Sequence[Comparison]) -> _Sorted:
+    """Comparisons by what they say at the 5 % level after Holm's correction."""
+    sure = [c for c in family if c.adjusted < data.ALPHA]
+    return _Sorted(
+        better=[c for c in sure if c.gain > 0],
+        worse=[c for c in sure if c.gain < 0],
+        neither=[c for c in family if c not in sure],
     )
 
 
-def chosen(results: Results, plan: SparsityPlan) -> SparsityPoint | None:
-    """The sparsest λ within the allowed loss on VALIDATION data, so that its test result is no selection's."""
-    allowed = -plan.loss_allowed
-    fit = [
-        point
-        for point in results.sparsity
-        if point.validation_difference is not None and point.validation_difference.interval.mean >= allowed
-    ]
-    return max(fit, key=lambda point: point.zeros.mean, default=None)
+def _verdict(task: TaskResults, against: str, found: _Sorted) -> str:
+    parts = []
+    for cases, word in ((found.better, "better"), (found.worse, "worse")):
+        if cases:
+            parts.append(f"{word} {AT} {'is' if len(cases) == 1 else 'are'} {listed(_cases(task, cases))}")
+    n = len(found.neither)
+    if n:
+        who = listed([c.row.name for c in found.neither]) if n <= 3 else counted(n, "arm")
+        ups = sum(c.gain > 0 for c in found.neither)
+        parts.append(f"not told apart from it {'is' if n == 1 else 'are'} {who} ({of(ups, n)} means better)")
+    return f"Against {against}: {'; '.join(parts)}."
 
 
-def sparsity_words(results: Results, plan: SparsityPlan) -> str:
-    """Whether the sparsity that the study asks for came out."""
-    wanted, allowed = share(plan.zeros_wanted), f"{100 * plan.loss_allowed:g}{NBSP}point"
-    passing = [point for point in results.sparsity if met(plan, point)]
-    text = (
-        f"Asked: with {LABELS['agr+lp']} (p{NBSP}={NBSP}{results.study.decay_p:g}), {plan.arm} should reach {wanted} "
-        f"exact zeros at a mean loss of at most {allowed} of test accuracy to its twin without either, over "
-        f"{len(plan.seeds)} seeds. "
-    )
-    if passing:
-        text += f"It does at {listed([weight(point.weight_decay) for point in passing])}. "
-    else:
-        text += "It does not at any λ tried. "
-    pick = chosen(results, plan)
-    if pick is None:
-        return text + f"At no λ does the validation accuracy stay within {allowed} of the twin's."
-    assert pick.test_difference is not None
-    inside = pick.test_difference.interval.low >= -plan.loss_allowed
-    text += (
-        f"Choosing by validation data alone the sparsest network within {allowed} gives "
-        f"{weight(pick.weight_decay)}: {percent(pick.zeros)} exact zeros, test accuracy {percent(pick.accuracy)}, "
-        f"{points(pick.test_difference.interval)} to the twin"
-    )
-    text += (
-        f"; the whole interval lies within the allowed {allowed}."
-        if inside
-        else f"; the interval does not rule out a loss of more than {allowed}."
-    )
-    if results.sparsity_diverged:
-        text += f" Diverged at {listed([weight(decay) for decay in results.sparsity_diverged])}."
-    return text
+def _cases(task: TaskResults, cases: Sequence[Comparison]) -> list[str]:
+    """One or two with all their numbers, more with their means alone: the others are in the table."""
+    it = unit(task.task)
+    if len(cases) > 2:
+        return [f"{c.row.name} ({it.mean_difference(c.difference.interval)})" for c in cases]
+    return [f"{c.row.name} by {it.difference(c.difference.interval, p_value(c.adjusted))}" for c in cases]
+
+
+def _where(rows: Sequence[Row]) -> list[str]:
+    """Arms, with the tasks of these rows."""
+    arms = dict.fromkeys(row.name for row in rows)
+    return [f"{arm} on {listed([row.task for row in rows if row.name == arm])}" for arm in arms]
+
+
+def _score(task: TaskResults, row: Row) -> str:
+    mean = data.mean_of(row, test_score)
+    assert mean is not None
+    return unit(task.task).score(mean)
 
 
 def _trust(results: Results) -> str:
     study = results.study
+    tuning = study.tuning
     text = [
-        f"Learning rates were chosen on one seed by validation loss, and the intervals are over "
-        f"{counted(len(study.final_seeds), 'seed')}: they hold for other initial weights and batches, not for another "
-        "test set or task. Small differences may not be found with so few seeds."
+        f"Settings were chosen by validation loss from {counted(tuning.trials, 'trial')} for each arm and task, "
+        f"{counted(len(tuning.seeds), 'run')} each, and the intervals are over "
+        f"{counted(len(study.seeds), 'fresh seed')}: they hold for other initial weights and batches, not for another "
+        "test set or task, and not for another outcome of the tuning. Small differences may not be found with so few "
+        "seeds. P-values are those of paired t tests over the seeds, Holm-corrected over the comparisons of a task; "
+        "what annealing, AGR and decay do are families of their own. Intervals are not corrected."
     ]
-    edges = [row for row in results.rows if row.choice.at_edge]
+    edges = _where([row for row in results.rows if row.at_edge])
+    searched = [row for row in results.rows if row.arm.search and row.choice]
     if edges:
-        told = listed([f"{name(row)} ({row.choice.lr:g})" for row in edges])
         text.append(
-            f"The best learning rate lies at the edge of the grid, and a better one may lie beyond, for {told}."
+            f"The best setting lies at an end of its range, and a better one may lie beyond, for {listed(edges)}."
         )
-    else:
-        text.append("Every best learning rate lies inside its grid.")
-    tried = sum(loss == float("inf") for row in results.rows for loss in row.choice.losses.values())
-    broken = [f"{name(row)} ({row.diverged} of {len(row.runs)})" for row in results.rows if row.diverged]
-    tuned = f"{counted(tried, 'tuning run')} diverged" if tried else "No tuning run diverged"
-    if broken:
-        text.append(f"{tuned}; final runs that did: {listed(broken)}.")
-    elif tried or results.sparsity_diverged:
-        text.append(f"{tuned}, and no final run.")
-    else:
-        text.append("No run diverged.")
+    elif searched:
+        text.append("Every chosen setting lies inside its range.")
+    tried = [trial for row in results.rows for trial in row.trials]
+    broken = sum(math.isinf(trial.loss) for trial in tried)
+    if tried:
+        text.append(
+            f"{of(broken, len(tried))} trials diverged or failed ({share(round(broken / len(tried), 3))})."
+            if broken
+            else "No trial diverged."
+        )
+    lost = _where([row for row in results.rows if row.diverged or row.failed])
+    text.append(f"Final runs were lost by {listed(lost)}." if lost else "No final run diverged.")
+    if results.failures:
+        errors = dict.fromkeys(failure.error for failure in results.failures.values())
+        text.append(
+            f"{counted(len(results.failures), 'run')} raised an error, which counts as a loss of ∞: "
+            f"{'; '.join(errors)}."
+        )
     return " ".join(text)
-
-
-__all__ = ["Finding", "chosen", "findings", "met", "number", "sparsity_words"]

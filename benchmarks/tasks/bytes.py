@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from benchmarks.tasks.base import Splits
+from benchmarks.tasks.common import Classification
 
 # Tests, other people's packages, and the character tables of encodings/, which are no text.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}
@@ -21,10 +22,12 @@ WIDTH, HEADS, BLOCKS = 64, 4, 2
 PER_EPOCH, HELD_OUT = 640, 256  # windows
 
 
-class Bytes:
+class Bytes(Classification):
     """A byte-level GPT on the source of the standard library, split by files."""
 
     name = "bytes"
+    epochs, batch_size = 10, 16
+    target = 0.35
     residual_depth: int | None = 2 * BLOCKS
     description = (
         f"Python's standard library as bytes: its .py files in the order of their paths, without tests and character "

@@ -6,19 +6,18 @@ from functools import cache
 
 import torch
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.tasks.base import Splits
+from benchmarks.tasks.common import SPLIT_SEED, Classification, split
 
-SPLIT_SEED = 0
 
-
-class Digits:
+class Digits(Classification):
     """A multilayer perceptron 64-128-128-10 on the digits, split 60/20/20 by class."""
 
     name = "digits"
-    residual_depth: int | None = None
+    epochs, batch_size = 12, 64
+    target = 0.95
     description = (
         "scikit-learn's handwritten digits (1797 images of 8 × 8 pixels), split 60/20/20 into training, validation "
         f"and test with the classes balanced (split seed {SPLIT_SEED}), pixels scaled to [0, 1]; a ReLU network "
@@ -33,20 +32,8 @@ class Digits:
         """The network, biases drawn away from zero as PyTorch does."""
         return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
 
-    def fingerprint(self) -> None:
-        """The data are scikit-learn's, whose version is noted."""
-
 
 @cache
 def _load() -> Splits:
-    x, y = load_digits(return_X_y=True)
-    x_train, x_rest, y_train, y_rest = train_test_split(x, y, test_size=0.4, random_state=SPLIT_SEED, stratify=y)
-    x_val, x_test, y_val, y_test = train_test_split(
-        x_rest, y_rest, test_size=0.5, random_state=SPLIT_SEED, stratify=y_rest
-    )
-
-    def tensors(inputs: object, classes: object) -> tuple[Tensor, Tensor]:
-        # Pixels are 0 … 16.
-        return torch.as_tensor(inputs, dtype=torch.float32) / 16, torch.as_tensor(classes, dtype=torch.int64)
-
-    return Splits(train=tensors(x_train, y_train), validation=tensors(x_val, y_val), test=tensors(x_test, y_test))
+    pixels, classes = load_digits(return_X_y=True)
+    return split(pixels / 16, classes, torch.int64, by_class=True)  # pixels are 0 … 16

@@ -6,16 +6,18 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from benchmarks.tasks.base import Splits
+from benchmarks.tasks.common import Classification
 from benchmarks.tasks.digits import Digits
 
 LEVELS = 17  # pixels are 0 … 16
 
 
-class DigitsMix:
+class DigitsMix(Classification):
     """Grey levels through an embedding, two convolutions, two kinds of normalisation, linear layers, and biases."""
 
     name = "digits-mix"
-    residual_depth: int | None = None
+    epochs, batch_size = 12, 64
+    target = 0.95
     description = (
         f"scikit-learn's handwritten digits, split as in the task “{Digits.name}”, each pixel one of {LEVELS} grey "
         "levels; a network of one layer of every kind: embedding (8 features a level), convolution 8 → 16, GroupNorm, "
@@ -37,9 +39,6 @@ class DigitsMix:
     def build(self) -> nn.Module:
         """The network."""
         return Mix()
-
-    def fingerprint(self) -> None:
-        """The data are scikit-learn's, whose version is noted."""
 
 
 class Mix(nn.Module):

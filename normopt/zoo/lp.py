@@ -227,7 +227,7 @@ class LPSGD(SteepestDescent):
 
     Args:
         params: parameters or param groups.
-        lr: η. Default 3e-2, our choice: the best of a grid on the digits (``python -m benchmarks ablate``);
+        lr: η. Default 3e-2, our choice: near the best on the digits (``python -m benchmarks run quick``);
             the paper's value was not obtainable.
         p: the norm's order, where the schedule starts. Default 8, our choice.
         eps: ε. Default 0, which is exact at p = 2 and ∞ (the paper has ε > 0; its value was not obtainable).
@@ -269,7 +269,7 @@ class LPSGDM(SteepestDescent):
 
     Args:
         params: parameters or param groups.
-        lr: η. Default 1e-2, our choice: the best of a grid on the digits (``python -m benchmarks ablate``);
+        lr: η. Default 1e-2, our choice: near the best on the digits (``python -m benchmarks run quick``);
             the paper's value was not obtainable.
         p: the norm's order, where the schedule starts. Default 8, our choice.
         momentum: μ. Default 0.9, our choice (the paper's β was not obtainable).

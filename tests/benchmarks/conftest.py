@@ -1,23 +1,17 @@
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.presets import SMOKE
-from benchmarks.results import Results, collect
-from benchmarks.store import Store
-from benchmarks.study import execute
+from benchmarks.tasks import TASKS
+from tests.benchmarks.synthetic import TASKS_OF_TOYS
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished smoke study."""
-    folder = tmp_path_factory.mktemp("smoke")
-    execute(SMOKE, Store(folder), workers=2, advance=lambda phase, n: None)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def results(finished: Path) -> Results:
-    return collect(Store(finished))
+@pytest.fixture(scope="module")
+def toys() -> Iterator[None]:
+    """The tasks of the synthetic study, for as long as a module's tests last."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, toy in TASKS_OF_TOYS.items():
+            patch.setitem(TASKS, name, toy)
+        yield

@@ -1,137 +1,321 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
+import math
+import threading
 import warnings
 from pathlib import Path
 
 import pytest
 
-from benchmarks import phases
-from benchmarks.presets import SMOKE
-from benchmarks.spec import Study
-from benchmarks.store import FILE, Store, UnfitStore
-from benchmarks.study import environment, execute
-from benchmarks.training import RunRecord
+from benchmarks.environment import Environment, here
+from benchmarks.store import PARQUET, Failure, Store, UnfitStore
+from benchmarks.study.lanes import Trial
+from benchmarks.study.record import RunRecord
+from benchmarks.study.spec import PSchedule, RunSpec, Study
+from tests.benchmarks.study.mini import STUDY, run
 
-ROOT = Path(__file__).parents[2]
-
-
-def lines(folder: Path) -> list[str]:
-    return (folder / FILE).read_text(encoding="utf-8").splitlines()
+HERE = here(STUDY.tasks)
 
 
-def run_ids(folder: Path) -> list[str]:
-    return [line["run"]["id"] for line in map(json.loads, lines(folder)) if "run" in line]
+def records(n: int, first: int = 0) -> list[RunRecord]:
+    settings = [
+        {"lr": 0.1},
+        {"lr": 1e-3, "p": "inf", "agr": True, "momentum": 0},
+        {"lr": 1.0, "p": 3, "decay": None},  # diverges
+        {"lr": 0.25, "p": 3.0, "nesterov": False},
+    ]
+    schedules = [None, PSchedule(kind="cosine", space="exponent")]
+    return [
+        run(
+            RunSpec(
+                task="mini",
+                optimizer="sgd",
+                settings=settings[i % 4],
+                p_schedule=schedules[i % 2],
+                seed=i,
+                epochs=3,
+                batch_size=8,
+            )
+        )
+        for i in range(first, first + n)
+    ]
 
 
-@pytest.fixture
-def records(finished: Path) -> list[RunRecord]:
-    return list(Store(finished).runs.values())
+def trial(number: int, loss: float = 0.5) -> Trial:
+    return Trial(number=number, settings={"lr": 0.1 / (number + 1)}, loss=loss, run_ids=(f"run {number}",))
 
 
-def test_what_is_stored_is_read_again(tmp_path, records):
-    store = Store(tmp_path)
-    store.begin(SMOKE, environment(SMOKE))
-    for record in records[:3]:
+def failure(seed: int) -> Failure:
+    spec = RunSpec(task="mini", optimizer="adamw", settings={"lr": 0.1}, seed=seed, epochs=1, batch_size=8)
+    return Failure(id=spec.run_id, spec=spec, error="RuntimeError: no", traceback="Traceback …\n  in run\n")
+
+
+def filled(folder: Path, n: int = 5) -> Store:
+    store = Store(folder)
+    store.begin(STUDY, HERE)
+    for record in records(n):
         store.add(record)
         store.add(record)  # a second time changes nothing
+    store.add_trial("mini", "A", trial(0))
+    store.add_trial("mini", "A", trial(1, math.inf))
+    store.add_trial("mini", "A", trial(1, 0.25))  # this number is told
+    store.add_failure(failure(7))
+    return store
+
+
+def content(store: Store) -> dict[str, object]:
+    return {
+        "study": store.study,
+        "environments": store.environments,
+        "runs": store.runs,
+        "trials": store.trials,
+        "failures": store.failures,
+        "losses": store.losses,
+    }
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("runs-*.jsonl"))
+
+
+def test_what_is_stored_is_read_again(tmp_path):
+    store = filled(tmp_path)
+    assert len(files(tmp_path)) == 1
+    assert len(files(tmp_path)[0].read_text().splitlines()) == 1 + 1 + 5 + 2 + 1
     again = Store(tmp_path)
-    assert again.study == SMOKE
-    assert again.environments == [environment(SMOKE)]
-    assert again.runs == {record.id: record for record in records[:3]}
-    again.begin(SMOKE, environment(SMOKE))
-    assert len(lines(tmp_path)) == 1 + 1 + 3
+    assert content(again) == content(store)
+    assert again.study == STUDY
+    assert again.environments == [HERE]
+    assert list(again.runs.values()) == records(5)
+    assert again.trials == {("mini", "A"): [trial(0), trial(1, math.inf)]}
+    assert again.failures == {failure(7).id: failure(7)}
+    assert again.losses[records(3)[2].id] == math.inf == again.losses[failure(7).id]
+    assert again.losses[records(1)[0].id] == records(1)[0].curve[-1].validation_loss
+    again.begin(STUDY, HERE)
+    assert len(files(tmp_path)) == 1  # nothing was to be said
+
+
+def test_opening_an_empty_or_absent_folder_makes_nothing(tmp_path):
+    store = Store(tmp_path / "nothing")
+    assert (store.study, store.runs, store.trials) == (None, {}, {})
+    assert not (tmp_path / "nothing").exists()
+    assert not Store.begun(tmp_path)
+    assert store.changed == 0
 
 
 @pytest.mark.parametrize("cut", [1, 2, 100, -1])
-def test_a_line_cut_off_is_skipped_and_the_next_does_not_grow_out_of_it(tmp_path, records, cut):
-    store = Store(tmp_path)
-    store.begin(SMOKE, environment(SMOKE))
-    for record in records[:3]:
-        store.add(record)
-    path = tmp_path / FILE
+def test_a_line_cut_off_is_skipped_with_a_warning_and_nothing_grows_out_of_it(tmp_path, cut):
+    filled(tmp_path, 3).close()
+    path = files(tmp_path)[0]
     whole = path.read_bytes()
     last = whole.splitlines(keepends=True)[-1]
     path.write_bytes(whole[: -len(last)] + last[:cut])
     broken = path.read_bytes()
-
-    with pytest.warns(UserWarning, match="cut off"):
+    with pytest.warns(UserWarning, match="the last line was cut off"):
         store = Store(tmp_path)
     assert path.read_bytes() == broken  # opening changes nothing
-    assert list(store.runs) == [record.id for record in records[:2]]
-    for record in records[2:4]:
-        store.add(record)
+    assert store.failures == {}
+    assert len(store.runs) == 3
+    store.add(records(4)[3])
+    assert path.read_bytes() == broken  # and writing goes to a file of its own
+    with pytest.warns(UserWarning, match="cut off"):
+        assert list(Store(tmp_path).runs) == [record.id for record in records(4)]
+
+
+def test_the_line_that_another_program_is_writing_is_not_warned_of(tmp_path):
+    writer = filled(tmp_path, 2)
+    with files(tmp_path)[0].open("a") as file:
+        file.write('{"run":{"id":"ha')
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert list(Store(tmp_path).runs) == [record.id for record in records[:4]]
-    assert path.read_bytes().startswith(whole)
+        reader = Store(tmp_path)
+    writer.close()
+    with files(tmp_path)[0].open("a") as file:
+        file.write('lf"}}\n')
+    with pytest.warns(UserWarning, match="is skipped"):
+        reader.refresh()
 
 
-def test_a_line_that_cannot_be_read_is_skipped_with_its_number(tmp_path, records):
-    store = Store(tmp_path)
-    store.begin(SMOKE, environment(SMOKE))
-    store.add(records[0])
-    with (tmp_path / FILE).open("a") as file:
-        file.write('{"run": {"id": 3}}\nnonsense\n{"what": 1}\n[]\n')
+def test_a_line_that_cannot_be_read_is_skipped_with_its_number_and_its_file_is_kept(tmp_path):
+    filled(tmp_path, 1).close()
+    path = files(tmp_path)[0]
+    with path.open("a") as file:
+        file.write('{"run": {"id": 3}}\nnonsense\n{"what": 1}\n[]\n{"claim": 3}\n')
     with pytest.warns(UserWarning, match="is skipped") as told:
         store = Store(tmp_path)
-    assert [f"line {n} " in str(w.message) for n, w in zip((4, 5, 6, 7), told, strict=True)] == [True] * 4
-    store.add(records[1])
-    with pytest.warns(UserWarning, match="is skipped"):
-        assert list(Store(tmp_path).runs) == [records[0].id, records[1].id]
+    numbers = (7, 8, 9, 10, 11)
+    assert [f"line {n} " in str(w.message) for n, w in zip(numbers, told, strict=True)] == [True] * 5
+    assert len(store.runs) == 1
+    store.compact()
+    assert files(tmp_path) == [path]
 
 
 def test_two_studies_do_not_mix(tmp_path):
-    Store(tmp_path).begin(SMOKE, environment(SMOKE))
-    other = Study.model_validate(SMOKE.model_dump() | {"epochs": 3})
-    with pytest.raises(UnfitStore, match="--out"):
-        Store(tmp_path).begin(other, environment(other))
+    filled(tmp_path)
+    other = Study.model_validate(STUDY.model_dump() | {"budget": 2.0})
+    with pytest.raises(UnfitStore, match="another folder with --out"):
+        Store(tmp_path).begin(other, HERE)
+    assert len(files(tmp_path)) == 1
 
 
-def test_runs_on_other_data_do_not_mix(tmp_path):
-    here = environment(SMOKE)
-    Store(tmp_path).begin(SMOKE, here)
-    Store(tmp_path).begin(SMOKE, here.model_copy(update={"torch": "another"}))
+def test_runs_on_other_data_do_not_mix_but_those_of_other_versions_do(tmp_path):
+    filled(tmp_path).close()
+    newer = HERE.model_copy(update={"torch": "another"})
+    store = Store(tmp_path)
+    store.begin(STUDY, newer)
+    assert store.environments == [HERE, newer]
+    other = HERE.model_copy(update={"data": {"mini": "of another Python"}})
+    with pytest.raises(UnfitStore, match="on other data than the task 'mini'"):
+        store.note(other)
     with pytest.raises(UnfitStore, match="on other data"):
-        Store(tmp_path).begin(SMOKE, here.model_copy(update={"data": "of another Python"}))
+        Store(tmp_path).begin(STUDY, other)
+    # Of a task that only one of them looked at, nothing is known to differ.
+    store.note(Environment.model_validate(HERE.model_dump() | {"data": {}}))
 
 
-def test_a_finished_study_runs_nothing_again(finished):
-    before = lines(finished)
-    told: list[int] = []
-    execute(SMOKE, Store(finished), workers=2, advance=lambda phase, n: told.append(n))
-    assert lines(finished) == before
-    assert sum(told) == phases.count(SMOKE) == len(run_ids(finished)) == len(set(run_ids(finished)))
+def test_parquet_gives_back_what_was_stored(tmp_path):
+    store = filled(tmp_path)
+    before = content(store)
+    path = store.compact()
+    assert [file.name for file in sorted(tmp_path.iterdir())] == [".lock", PARQUET]
+    for again in (Store(tmp_path), Store.from_parquet(path)):
+        assert content(again) == before
+        # 3 and 3.0 are equal, but two settings with two names.
+        assert [record.spec.run_id for record in again.runs.values()] == list(again.runs)
+        assert [record.model_dump_json() for record in again.runs.values()] == [
+            record.model_dump_json() for record in store.runs.values()
+        ]
+    moved = tmp_path / "committed.parquet"
+    path.rename(moved)
+    assert content(Store.from_parquet(moved)) == before
 
 
-def test_a_killed_study_goes_on_and_ends_with_every_run_once(tmp_path, finished):
-    command = [sys.executable, "-m", "benchmarks", "ablate", "--preset", "smoke"]
-    command += ["--out", str(tmp_path), "--workers", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / FILE).exists() or len(lines(tmp_path)) < 2 + 3:
-            assert process.poll() is None, "the study ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    survived = run_ids(tmp_path)
-    assert 3 <= len(survived) < phases.count(SMOKE)
-    with (tmp_path / FILE).open("a") as file:
-        file.write('{"run":{"id":"half')  # as if the kill had come in the middle of a write
+def test_what_comes_after_a_compaction_is_merged_and_compacted_in_turn(tmp_path):
+    store = filled(tmp_path)
+    store.compact()
+    store.add_trial("mini", "A", trial(2))
+    for record in records(3, first=5):
+        store.add(record)
+    assert len(files(tmp_path)) == 1
+    assert content(Store(tmp_path)) == content(store)
+    again = Store(tmp_path)
+    again.add(records(9)[8])
+    store.close()
+    again.compact()
+    assert files(tmp_path) == []
+    assert set(Store(tmp_path).runs) == {record.id for record in records(9)}
+    before = (tmp_path / PARQUET).read_bytes()
+    Store(tmp_path).compact()
+    assert (tmp_path / PARQUET).read_bytes() == before
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"Warning: \S+runs\.jsonl: the last line was cut off; its run is made again\n", done.stderr)
-    ids = run_ids(tmp_path)
-    assert ids[: len(survived)] == survived
-    assert len(ids) == len(set(ids)) == phases.count(SMOKE)
-    assert set(ids) == set(run_ids(finished))
-    assert (tmp_path / "report.html").exists()
+
+def test_the_parquet_file_can_be_asked_by_its_columns(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = filled(tmp_path).compact()
+    table = pq.read_table(path, filters=[("optimizer", "=", "sgd"), ("diverged", "=", False)])
+    rows = table.to_pylist(maps_as_pydicts="strict")
+    expected = [record for record in records(5) if not record.diverged]
+    assert [row["seed"] for row in rows] == [record.spec.seed for record in expected]
+    assert [json.loads(row["settings"]) for row in rows] == [record.spec.settings for record in expected]
+    assert [row["validation_loss"] for row in rows] == [record.last_loss for record in expected]
+    assert [row["measures"] for row in rows] == [record.measures for record in expected]
+    assert rows[0]["curve"][0] == expected[0].curve[0].model_dump()
+    schema = {field.name: str(field.type) for field in table.schema}
+    assert schema["measures"].startswith("map<string, double")
+    assert schema["curve"].startswith("list<element: struct<steps: int64, train_loss: double")
+
+
+def test_a_program_that_still_writes_keeps_its_file_and_loses_nothing(tmp_path):
+    alive, other = Store(tmp_path), Store(tmp_path)
+    alive.begin(STUDY, HERE)
+    alive.add(records(1)[0])
+    other.refresh()
+    other.add(records(2)[1])
+    other.compact()
+    assert len(files(tmp_path)) == 1  # the living one's
+    alive.add(records(3)[2])
+    assert list(Store(tmp_path).runs) == [records(3)[i].id for i in (0, 2, 1)]
+    alive.refresh()
+    assert set(alive.runs) == {record.id for record in records(3)}
+    alive.compact()
+    assert files(tmp_path) == []
+    assert set(Store(tmp_path).runs) == {record.id for record in records(3)}
+
+
+def test_a_compaction_that_is_cut_short_leaves_all_as_it_was(tmp_path, monkeypatch):
+    store = filled(tmp_path)
+    before = content(store)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="full"):
+        store.compact()
+    monkeypatch.undo()
+    assert len(files(tmp_path)) == 1
+    assert content(Store(tmp_path)) == before
+    assert [path.name for path in tmp_path.iterdir() if path.suffix not in (".jsonl", "")] == []
+
+
+def test_a_file_that_is_no_store_is_refused(tmp_path):
+    with pytest.raises(UnfitStore, match="there is no file"):
+        Store.from_parquet(tmp_path / "nothing.parquet")
+    path = tmp_path / PARQUET
+    path.write_bytes(b"nonsense")
+    with pytest.raises(UnfitStore, match="no Parquet file"):
+        Store(tmp_path)
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"a": [1]}), path)
+    with pytest.raises(UnfitStore, match="holds no runs"):
+        Store.from_parquet(path)
+
+
+def test_a_claim_holds_as_long_as_its_program_lives_or_the_run_is_there(tmp_path):
+    one, two = Store(tmp_path), Store(tmp_path)
+    first, second = records(2)
+    one.claim(first.id)
+    one.claim(second.id)
+    assert two.refresh() == {first.id, second.id}
+    assert one.refresh() == set()  # its own
+    one.add(first)
+    assert two.refresh() == {second.id}
+    one.close()
+    assert two.refresh() == set()
+    assert Store(tmp_path).refresh() == set()
+
+
+def test_a_failure_gives_way_to_a_record(tmp_path):
+    store = Store(tmp_path)
+    record = records(1)[0]
+    store.add_failure(Failure(id=record.id, spec=record.spec, error="its worker died"))
+    store.add(record)
+    assert store.failures == Store(tmp_path).failures == {}
+    assert Store(tmp_path).losses == {record.id: record.last_loss}
+
+
+def test_trials_end_where_one_is_missing(tmp_path):
+    store = Store(tmp_path)
+    for number in (0, 1, 3):
+        store.add_trial("mini", "A", trial(number))
+    assert Store(tmp_path).trials == {("mini", "A"): [trial(0), trial(1)]}
+    store.add_trial("mini", "A", trial(2))
+    assert Store(tmp_path).trials == {("mini", "A"): [trial(n) for n in range(4)]}
+
+
+def test_many_programs_write_to_one_folder_at_once(tmp_path):
+    def write(first: int) -> None:
+        store = Store(tmp_path)
+        store.begin(STUDY, HERE)
+        for record in records(12, first):
+            store.add(record)
+        store.close()
+        store.compact()
+
+    threads = [threading.Thread(target=write, args=(first,)) for first in (0, 6, 12, 18)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store = Store(tmp_path)
+    assert set(store.runs) == {record.id for record in records(30)}
+    store.compact()
+    assert files(tmp_path) == []
+    assert set(Store(tmp_path).runs) == {record.id for record in records(30)}

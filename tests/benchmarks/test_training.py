@@ -1,31 +1,33 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.arms import ARMS
-from benchmarks.spec import RunSpec
-from benchmarks.store import Store
+import normopt
+from benchmarks.optimizers import make_optimizer
+from benchmarks.study.record import RunRecord
+from benchmarks.study.spec import PSchedule, RunSpec
 from benchmarks.tasks import TASKS
-from benchmarks.training import RunRecord, run, zero_fraction
+from benchmarks.training import AT_ONCE, evaluate, run, zero_fraction
+
+LP = {"decay": "lp", "decay_p": 0.8}
 
 
-def spec(**changes: object) -> RunSpec:
-    settings: dict[str, object] = dict(
+def spec(**changes: Any) -> RunSpec:
+    plain: dict[str, Any] = dict(
         task="digits",
-        arm="LPSGDM",
-        lr=0.01,
-        agr=True,
-        weight_decay=0.1,
-        decay_p=0.8,
+        optimizer="lpsgdm",
+        settings={"lr": 0.01, "agr": True, "weight_decay": 0.1, **LP},
+        p_schedule=PSchedule(kind="cosine"),
         seed=3,
         epochs=2,
         batch_size=64,
-        target=0.5,
     )
-    return RunSpec.model_validate(settings | changes)
+    return RunSpec.model_validate(plain | changes)
 
 
 def outcome(record: RunRecord) -> dict[str, object]:
@@ -39,61 +41,108 @@ def restore_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("arm", ["LPSGDM", "AdamW"])
-def test_equal_specs_give_equal_records(arm):
-    regularized = arm != "AdamW"
-    s = spec(arm=arm, agr=regularized, weight_decay=0.1 if regularized else 0.0)
+@pytest.mark.parametrize("optimizer", ["lpsgdm", "adamw"])
+def test_equal_specs_give_equal_records(optimizer):
+    plain = dict(optimizer="adamw", settings={"lr": 0.01}, p_schedule=None)
+    s = spec(**(plain if optimizer == "adamw" else {}))
     first = run(s)
     torch.rand(7)  # the state of torch's generator is no part of a run
     assert outcome(run(s)) == outcome(first)
 
 
 def test_another_seed_is_another_run():
-    assert outcome(run(spec(seed=4)))["epochs"] != outcome(run(spec()))["epochs"]
+    assert run(spec(seed=4)).curve != run(spec()).curve
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_learns_and_its_record_survives_json(arm):
-    record = run(spec(arm=arm, lr=ARMS[arm].lr, agr=False, weight_decay=0.0))
-    assert not record.diverged
-    assert record.epochs[-1].train_loss < record.epochs[0].train_loss < math.log(10) * 1.1
-    assert [epoch.steps for epoch in record.epochs] == [17, 34]
+def test_a_run_is_what_a_plain_loop_does():
+    """The weights, the batches, the cosine of the learning rate, and the mean loss of an epoch."""
+    record = run(spec(optimizer="sgd-torch", settings={"lr": 0.1, "momentum": 0.0}, p_schedule=None))
+    torch.manual_seed(3)
+    model = TASKS["digits"].build().double()
+    x, y = (part.double() if part.is_floating_point() else part for part in TASKS["digits"].load().train)
+    draws, step, means = torch.Generator().manual_seed(3), 0, []
+    for _ in range(2):
+        total = 0.0
+        for chosen in torch.randperm(len(x), generator=draws).split(64):
+            loss = torch.nn.functional.cross_entropy(model(x[chosen]), y[chosen])
+            model.zero_grad()
+            loss.backward()
+            lr = 0.1 * (1 + math.cos(math.pi * step / 34)) / 2
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= lr * p.grad
+            step += 1
+            total += float(loss.detach()) * len(chosen)
+        means.append(total / len(x))
+    assert [point.train_loss for point in record.curve] == pytest.approx(means, rel=1e-4)
+    assert [point.steps for point in record.curve] == [17, 34]
+
+
+def test_a_record_survives_json():
+    record = run(spec(task="digits-noise"))
     assert RunRecord.model_validate_json(record.model_dump_json()) == record
 
 
 def test_p_is_annealed_once_an_epoch_where_it_is_and_stays_where_it_is_not():
-    annealed = run(spec(epochs=3)).epochs
-    assert [epoch.p for epoch in annealed] == [8.0, 5.0, 2.0]
-    assert [epoch.p for epoch in run(spec(arm="LPSGDM-constant")).epochs] == [8.0, 8.0]
-    assert run(spec(arm="AdamW", agr=False, weight_decay=0.0)).epochs[0].p is None
+    assert [point.p for point in run(spec(epochs=3)).curve] == [8.0, 5.0, 2.0]
+    exponent = PSchedule(kind="linear", space="exponent", p_end=3.0)
+    curve = run(spec(epochs=3, settings={"lr": 0.01, "p": "inf"}, p_schedule=exponent)).curve
+    assert [point.p for point in curve] == [None, 5.0, 3.0]
+    assert [point.p for point in run(spec(p_schedule=None)).curve] == [8.0, 8.0]
+    assert run(spec(optimizer="adamw", settings={"lr": 0.01}, p_schedule=None)).curve[0].p is None
 
 
-def test_an_infinite_p_is_recorded_as_none_for_json_cannot_say_it():
-    record = run(spec(arm="Signum"))
-    assert record.epochs[0].p is None
-    text = record.model_dump_json()
-    assert "Infinity" not in text
-    assert "NaN" not in text
+def test_an_adaptive_p_is_moved_after_every_step(monkeypatch):
+    steps, step = [], normopt.schedules.AdaptiveP.step
+    monkeypatch.setattr(normopt.schedules.AdaptiveP, "step", lambda self: (steps.append(1), step(self)))
+    record = run(spec(p_schedule=PSchedule(kind="adaptive")))
+    assert len(steps) == record.curve[-1].steps == 34
+    assert record.curve[0].p == 2.0
+    assert 2.0 < record.curve[1].p < 8.0
 
 
-def test_a_record_from_when_an_infinite_p_was_a_string_can_still_be_read():
-    text = run(spec(arm="Signum")).model_dump_json().replace('"p":null', '"p":"Infinity"')
-    assert RunRecord.model_validate_json(text).epochs[0].p == math.inf
+def test_what_json_cannot_say_is_not_in_a_record():
+    for s in (
+        spec(optimizer="signum", settings={"lr": 0.01}, p_schedule=None),
+        spec(optimizer="sgd", settings={"lr": 1e18}, p_schedule=None),
+        spec(task="diabetes-sparse", optimizer="sgd", settings={"lr": 0.2}, p_schedule=None, epochs=20),
+    ):
+        text = run(s).model_dump_json()
+        assert "Infinity" not in text
+        assert "NaN" not in text
 
 
-def test_a_run_that_diverges_is_a_result(tmp_path):
-    record = run(spec(arm="SGD", lr=1e18, agr=False, weight_decay=0.0))
+def test_a_run_that_diverges_is_a_result():
+    record = run(spec(optimizer="sgd", settings={"lr": 1e18}, p_schedule=None))
     assert record.diverged
-    assert record.test_loss is record.test_accuracy is record.zero_fraction is None
-    Store(tmp_path).add(record)
-    assert Store(tmp_path).runs[record.id] == record
+    assert record.last_loss == math.inf
+    assert record.test_loss is record.test_score is None
+    assert record.measures == {}
+    assert RunRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def test_a_decomposition_that_fails_on_what_is_not_finite_is_a_divergence(monkeypatch):
+    def fail(self: object, closure: object = None) -> None:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", fail)
+    s = spec(optimizer="sgd-torch", settings={"lr": 0.1}, p_schedule=None)
+    with pytest.raises(torch.linalg.LinAlgError):
+        run(s)
+    build = TASKS["digits"].build
+
+    def broken() -> torch.nn.Module:
+        model = build()
+        torch.nn.init.constant_(model[0].weight, math.nan)
+        return model
+
+    monkeypatch.setattr(TASKS["digits"], "build", broken, raising=False)
+    assert run(s).diverged
 
 
 def test_lp_decay_makes_exact_zeros_and_its_absence_none():
-    strong = run(spec(weight_decay=1.0)).zero_fraction
-    assert strong is not None
-    assert strong > 0.5
-    assert run(spec(weight_decay=0.0)).zero_fraction == 0
+    assert run(spec(settings={"lr": 0.01, "weight_decay": 1.0, **LP})).measures["zeros"] > 0.5
+    assert run(spec(settings={"lr": 0.01})).measures["zeros"] == 0
 
 
 def test_zeros_are_counted_over_matrices_alone():
@@ -107,26 +156,62 @@ def test_zeros_are_counted_over_matrices_alone():
 
 def test_the_state_of_the_optimizer_is_measured():
     weights = 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
-    assert run(spec(arm="SGD")).state_bytes == 4 * weights
-    assert run(spec(arm="SignSGD")).state_bytes == 0
+    assert run(spec(optimizer="sgd", settings={"lr": 0.1}, p_schedule=None)).state_bytes == 4 * weights
+    assert run(spec(optimizer="signsgd", settings={"lr": 1e-3}, p_schedule=None)).state_bytes == 0
+    # Adam's two moments, and a step of 4 bytes for each of six tensors.
+    adam = run(spec(optimizer="adamw", settings={"lr": 1e-3}, p_schedule=None)).state_bytes
+    assert adam == 8 * weights + 24
+
+
+def test_normalisation_is_by_the_batch_in_training_and_by_its_averages_in_evaluation():
+    task = TASKS["digits-noise"]
+    splits = task.load()
+    torch.manual_seed(0)
+    model = task.build()
+    evaluate(model, task, splits, splits.test)
+    assert model[1].num_batches_tracked == 0
+    record = run(spec(task="digits-noise", optimizer="sgd", settings={"lr": 0.0}, p_schedule=None, epochs=1))
+    # Nothing was learned, so that the training loss is by batch statistics and the other by averages of them.
+    assert record.curve[0].train_loss != pytest.approx(record.curve[0].validation_loss, rel=1e-3)
+
+
+def test_loss_and_accuracy_are_over_all_that_is_predicted_however_it_is_cut():
+    torch.manual_seed(0)
+    n = AT_ONCE + 3
+    logits, classes = torch.randn(n, 5, 7), torch.randint(7, (n, 5))
+    loss, accuracy = evaluate(torch.nn.Identity(), TASKS["bytes"], TASKS["digits"].load(), (logits, classes))
+    z, y = logits.double().numpy().reshape(-1, 7), classes.numpy().reshape(-1)
+    logs = z - np.log(np.exp(z).sum(1, keepdims=True))
+    assert loss == pytest.approx(-logs[np.arange(len(y)), y].mean(), rel=1e-6)
+    assert accuracy == (z.argmax(1) == y).mean()
 
 
 def test_the_run_id_is_a_hash_of_every_setting():
-    changes = dict(
-        arm="SGD", lr=0.02, agr=False, weight_decay=0.2, decay_p=0.9, seed=4, epochs=3, batch_size=32, target=0.6
+    changes: dict[str, Any] = dict(
+        task="bytes",
+        optimizer="sgd",
+        settings={"lr": 0.02},
+        p_schedule=PSchedule(kind="linear"),
+        seed=4,
+        epochs=3,
+        batch_size=32,
     )
     ids = {spec().run_id} | {spec(**{key: value}).run_id for key, value in changes.items()}
     assert len(ids) == len(changes) + 1
     assert spec().run_id == spec().run_id
 
 
-def test_the_splits_are_disjoint_whole_and_balanced():
-    splits = TASKS["digits"].load()
-    parts = [splits.train, splits.validation, splits.test]
-    assert [len(x) for x, _ in parts] == [1078, 359, 360]
-    assert sum(len(x) for x, _ in parts) == 1797
-    for x, y in parts:
-        assert x.min() == 0
-        assert x.max() == 1
-        shares = torch.bincount(y, minlength=10) / len(y)
-        assert (shares - 0.1).abs().max() < 0.005
+def test_an_unknown_task_lists_the_near_ones():
+    with pytest.raises(ValueError, match="unknown task 'digit'; did you mean 'digits'"):
+        run(spec(task="digit"))
+
+
+def test_p_is_what_the_steps_of_an_epoch_are_made_with():
+    s = spec(epochs=2)
+    model = TASKS["digits"].build()
+    optimizer, schedule = make_optimizer(s, model, TASKS["digits"])
+    assert schedule is not None
+    seen = [optimizer.param_groups[0]["p"]]
+    schedule.step()
+    seen.append(optimizer.param_groups[0]["p"])
+    assert [point.p for point in run(s).curve] == seen

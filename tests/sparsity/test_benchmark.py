@@ -64,7 +64,9 @@ def test_a_run_is_the_same_whenever_it_is_made(monkeypatch):
     run, full, small = first
     assert run.dead_rows > 0
     assert run.shrunk == sum(p.numel() for p in small.parameters()) < run.parameters
-    assert evaluate(small, Digits().load().test)[1] == evaluate(full, Digits().load().test)[1] == run.test
+    task = Digits()
+    splits = task.load()
+    assert evaluate(small, task, splits, splits.test)[1] == evaluate(full, task, splits, splits.test)[1] == run.test
 
 
 def test_the_choice_is_by_validation_alone_and_of_the_smallest(monkeypatch):

@@ -1,0 +1,231 @@
+"""The optimizers of the ablation: a name and settings → an optimizer and its schedule of p."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import normopt
+from benchmarks.control import LengthOfLPSGDM
+from benchmarks.study.spec import RunSpec
+from benchmarks.tasks import Task
+from normopt._checks import near
+from normopt.groups.presets import PRESETS as LAYER_PRESETS
+from normopt.schedules import AdaptiveP, CosineP, LinearP, PSchedule
+from normopt.settings import Settings
+
+# What every optimizer takes: those that have them not, from normopt's add-ons.
+REGULARIZERS = ("agr", "decay", "decay_p", "weight_decay", "decay_step")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimizer by its name.
+
+    Attributes:
+        cls: its class.
+        rule: what it does, a line for the report.
+        defaults: what it is made with unless the settings say otherwise; the class's own defaults come after them.
+        fixed: what makes it what it is, and cannot be set.
+        preset: the preset of `normopt.param_groups` that gives each layer its norm; without one, all have the same.
+    """
+
+    cls: type[Optimizer]
+    rule: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    preset: str | None = None
+
+    @property
+    def ours(self) -> bool:
+        """It is normopt's: regularizers and norms are settings of it."""
+        return issubclass(self.cls, normopt.SteepestDescent)
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """The names of what can be set."""
+        named = inspect.signature(self.cls.__init__).parameters.values()
+        own = {p.name for p in named if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self", "params"}
+        if "betas" in own:  # a setting is one number
+            own = own - {"betas"} | {"beta1", "beta2"}
+        if self.ours:
+            own |= {"preset", *Settings.__annotations__}
+        return frozenset((own | set(REGULARIZERS)) - set(self.fixed))
+
+
+_ZOO = {
+    "sgd": ("ℓ2, heavy-ball momentum 0.9", {"momentum": 0.9}),
+    "normalizedsgd": ("the gradient's momentum 0.9 at ℓ2 length 1 in every tensor", {"momentum": 0.9}),
+    "signsgd": ("the sign of the gradient, no momentum", {}),
+    "signum": ("the sign of the averaged momentum 0.9", {}),
+    "lion": ("the sign of a momentum that is read at 0.9 and stored at 0.99", {}),
+    "powerstep": ("the power 0.1 of the summed momentum 0.9: the power map at p = 11", {}),
+    "lpsgd": ("the power map of the gradient, p = 8 unless a schedule moves it", {}),
+    "lpsgdm": ("the power map of the averaged momentum 0.9, p = 8 unless a schedule moves it", {}),
+    "spectralsgd": ("the momentum 0.9 with all singular values their sum, in every matrix", {"momentum": 0.9}),
+    "nucgd": ("the leading singular pair of the momentum", {}),
+    "freon": ("the momentum with its singular values raised to a power", {}),
+    "rownormsgd": ("the momentum 0.9, every row at ℓ2 length 1", {}),
+}
+_LAYERED = {
+    "muon": "the averaged momentum 0.95, Nesterov's, with all singular values 1; signs in output, vectors, embeddings",
+    "scion": "unit steps of the averaged momentum 0.9 inside each layer's norm ball, its own weight decay 1 included",
+    "scale": "the gradient of every output unit at RMS 1, momentum in the last layer alone",
+}
+
+OPTIMIZERS: dict[str, Entry] = {
+    **{name: Entry(normopt.get_optimizer(name), rule, defaults) for name, (rule, defaults) in _ZOO.items()},
+    **{name: Entry(normopt.get_optimizer(name), rule, preset=name) for name, rule in _LAYERED.items()},
+    "steepestdescent": Entry(normopt.SteepestDescent, "steepest descent under the norm that is set"),
+    "sgd-ema": Entry(
+        normopt.SteepestDescent,
+        "ℓ2, averaged momentum 0.9: a heavy-ball step with a tenth of the learning rate",
+        {"momentum": 0.9},
+        {"norm": "l2", "scale": "dual", "momentum_rule": "ema"},
+    ),
+    "modular": Entry(
+        normopt.SteepestDescent,
+        "unit steps of the averaged momentum 0.9 under the modular norm of the whole network",
+        {"momentum": 0.9},
+        {"scale": "unit", "momentum_rule": "ema"},
+        preset="modular",
+    ),
+    "lpsgdm-lr-matched": Entry(
+        LengthOfLPSGDM, "SGD's direction, averaged momentum 0.9, at the step length that LPSGDM has in every tensor"
+    ),
+    "sgd-torch": Entry(torch.optim.SGD, "torch.optim.SGD, momentum 0.9", {"momentum": 0.9}),
+    "adamw": Entry(torch.optim.AdamW, "torch.optim.AdamW at its defaults, its own weight decay 0.01 included"),
+}
+
+
+def find(name: str) -> Entry:
+    """The optimizer of a name; ``module:Class`` is one of your own, imported.
+
+    Raises:
+        ValueError: there is none; the message lists the near ones.
+    """
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    if ":" not in name:
+        raise ValueError(
+            f"unknown optimizer {name!r}{near(name, OPTIMIZERS)} (known: {', '.join(OPTIMIZERS)}; one of your own is "
+            "module:Class)"
+        )
+    module, _, attribute = name.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"the optimizer {name!r} cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        raise ValueError(f"{name} is no torch.optim.Optimizer, but {cls!r}")
+    return Entry(cls, f"{attribute} of {module}")
+
+
+def described(name: str) -> Entry:
+    """What `find` finds; of an optimizer that cannot be imported here, as where others' results are read, its name."""
+    try:
+        return find(name)
+    except ValueError:
+        return Entry(Optimizer, f"{name}, which is not to be found here")
+
+
+def check(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the optimizer has not.
+
+    Raises:
+        ValueError: an unknown optimizer, or one that has no setting of that name.
+    """
+    entry = find(name)
+    for key in settings:
+        if key in entry.settings or (entry.ours and key.startswith("norm_")):
+            continue
+        if key in entry.fixed:
+            raise ValueError(f"{key} is what makes {name} what it is, {entry.fixed[key]!r}: use another optimizer")
+        allowed = ", ".join(sorted(entry.settings))
+        raise ValueError(f"{name} has no setting {key!r}{near(key, entry.settings)} (it has {allowed})")
+
+
+def make_optimizer(spec: RunSpec, model: nn.Module, task: Task) -> tuple[Optimizer, PSchedule | None]:
+    """The optimizer of a run and its schedule of p, to be stepped after every epoch, an adaptive one after every step.
+
+    Beside what the optimizer's class takes there are three settings that need a word:
+
+    - ``preset`` gives every layer its norm, as of `normopt.param_groups`; "none" takes the optimizer's own away.
+    - ``decay_step`` is ηλ, the decay of one step at the peak of the learning rate: λ = decay_step/η. Learning rates
+      differ by factors of a thousand between optimizers, so that one λ for all would erase one's weights and leave
+      another's alone.
+    - ``beta1`` and ``beta2`` are the ``betas`` of torch's optimizers.
+
+    AGR and ℓp decay are normopt's add-ons where the optimizer is not normopt's own; ``weight_decay`` then is the
+    ℓp decay's if ``decay`` is "lp", and else the optimizer's own.
+
+    Raises:
+        ValueError: an unknown optimizer or setting, or settings that contradict each other.
+    """
+    check(spec.optimizer, spec.settings)
+    entry = find(spec.optimizer)
+    settings = {**entry.defaults, **{k: math.inf if v == "inf" else v for k, v in spec.settings.items()}}
+    if "decay_step" in settings:
+        if "weight_decay" in spec.settings:
+            raise ValueError("decay_step is weight_decay times lr: set one of the two")
+        settings["weight_decay"] = settings.pop("decay_step") / settings["lr"]
+    optimizer = _ours(entry, settings, model, task) if entry.ours else _theirs(entry, settings, model)
+    return optimizer, _schedule(spec, optimizer)
+
+
+def _ours(entry: Entry, settings: dict[str, Any], model: nn.Module, task: Task) -> Optimizer:
+    # On models this small the calls cost more than the arithmetic, and multi-tensor ones are fewer.
+    if not settings.get("fused"):
+        settings = {"foreach": True} | settings
+    preset = settings.pop("preset", entry.preset)
+    return entry.cls(_params(preset, model, task), **settings, **entry.fixed)
+
+
+def _params(preset: str | None, model: nn.Module, task: Task) -> Any:
+    if preset in (None, "none"):
+        return model.parameters()
+    if preset not in LAYER_PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(LAYER_PRESETS)} or none, but is {preset!r}")
+    return normopt.param_groups(model, preset, residual_depth=task.residual_depth if preset == "modular" else None)
+
+
+def _theirs(entry: Entry, settings: dict[str, Any], model: nn.Module) -> Optimizer:
+    agr, decay, decay_p = settings.pop("agr", False), settings.pop("decay", None), settings.pop("decay_p", None)
+    names = inspect.signature(entry.cls.__init__).parameters
+    if decay not in (None, "lp") or (decay is None and decay_p is not None):
+        raise ValueError(
+            f'{entry.cls.__name__} has a weight decay of its own: decay can only be "lp", which decay_p belongs to, '
+            f"but decay = {decay!r}, decay_p = {decay_p!r}"
+        )
+    strength = settings.pop("weight_decay", 0.0) if decay == "lp" else None
+    if strength is not None and "weight_decay" in names:
+        settings["weight_decay"] = 0.0
+    if "betas" in names and {"beta1", "beta2"} & settings.keys():
+        usual = names["betas"].default
+        settings["betas"] = (settings.pop("beta1", usual[0]), settings.pop("beta2", usual[1]))
+    if "foreach" in names:
+        settings.setdefault("foreach", True)
+    optimizer = entry.cls(model.parameters(), **settings)
+    if agr:
+        normopt.AGR(optimizer)
+    if strength:
+        normopt.LpDecay(optimizer, weight_decay=strength, p=1.0 if decay_p is None else decay_p)
+    return optimizer
+
+
+def _schedule(spec: RunSpec, optimizer: Optimizer) -> PSchedule | None:
+    plan = spec.p_schedule
+    if plan is None:
+        return None
+    if plan.kind == "adaptive":
+        return AdaptiveP(optimizer, p_end=plan.p_end)  # it moves 1/(p−1), whatever the space
+    annealed = CosineP if plan.kind == "cosine" else LinearP
+    return annealed(optimizer, total_steps=spec.epochs, p_end=plan.p_end, space=plan.space)

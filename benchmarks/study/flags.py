@@ -1,0 +1,100 @@
+"""A study from the flags of the command line: what `benchmarks.study.toml` reads from a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.study.presets import PRESETS
+from benchmarks.study.spec import Study
+from benchmarks.study.toml import BadStudy, Problems, build, unknown
+
+_RANGE = re.compile(r"(.+?)\.\.(.+)")
+
+
+def arm(text: str) -> dict[str, Any]:
+    """An arm as an entry of a file: its optimizer, then settings.
+
+    >>> arm("lpsgdm p=8 agr=true lr=1e-3..1")["search"]
+    {'lr': {'low': 0.001, 'high': 1.0}}
+
+    A value with two dots is a range that tuning searches by ratios, and p_schedule the kind of one. The arm's name
+    is the text without the ranges, or what ``name`` says.
+
+    Raises:
+        BadStudy: a word is not as it must be.
+    """
+    words = text.split()
+    if not words or "=" in words[0]:
+        raise BadStudy(f"an arm is an optimizer and its settings, as in 'lpsgdm p=8 agr=true', not {text!r}")
+    table: dict[str, Any] = {"optimizer": words[0], "settings": {}, "search": {}}
+    names, called = [words[0].rpartition(":")[2]], ""
+    for word in words[1:]:
+        key, equals, value = word.partition("=")
+        if not (key and equals and value):
+            raise BadStudy(f"a setting is KEY=VALUE, but {word!r} of the arm {text!r} is not")
+        within = _RANGE.fullmatch(value)
+        if within:
+            table["search"][key] = {"low": _number(word, within[1]), "high": _number(word, within[2])}
+            continue
+        if key == "name":
+            called = value
+            continue
+        names.append(word)
+        if key == "p_schedule":
+            table["p_schedule"] = {"kind": value}
+        else:
+            table["settings"][key] = _value(value)
+    return table | {"name": called or " ".join(names)}
+
+
+def study(
+    preset: str | None,
+    tasks: Sequence[str] = (),
+    arms: Sequence[str] = (),
+    trials: int | None = None,
+    seeds: int | None = None,
+    budget: float | None = None,
+) -> Study:
+    """The preset, changed as the flags say; or without one, a study of its own.
+
+    Raises:
+        BadStudy: it cannot be.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise BadStudy(f"{unknown('preset', preset, PRESETS)}; a file's name ends in .toml")
+    changes: dict[str, Any] = {
+        "tasks": list(tasks) or None,
+        "arms": [arm(text) for text in arms],
+        "tuning": {"trials": trials} if trials else {},
+        "seeds": seeds,
+        "budget": budget,
+    }
+    changes = {key: value for key, value in changes.items() if value}
+    if preset is not None and not changes:
+        return PRESETS[preset]
+    if preset is None and not (tasks and arms):
+        raise BadStudy("say what to run: a preset, a file.toml, or at least one --task and one --arm")
+    try:
+        return build(changes | ({"extends": preset} if preset else {}), f"{preset}-changed" if preset else "custom")
+    except Problems as problems:
+        raise BadStudy("; ".join(text for _, text in problems.problems)) from None
+
+
+def _number(word: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise BadStudy(f"a range is LOW..HIGH, two numbers, but {word!r} is not") from None
+
+
+def _value(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

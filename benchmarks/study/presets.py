@@ -1,0 +1,263 @@
+"""The studies that have a name."""
+
+from __future__ import annotations
+
+from benchmarks.study.spec import Arm, PSchedule, Range, Study, Tuning, Value
+
+COSINE = PSchedule(kind="cosine")
+LINEAR = PSchedule(kind="linear")
+ADAPTIVE = PSchedule(kind="adaptive")
+
+# Where tuning looks for an optimizer's learning rate on any task. The best of a scan by factors of √10 lies inside on
+# every task that comes without files.
+LEARNING_RATES = {
+    "sgd": Range(low=1e-3, high=10),
+    "sgd-ema": Range(low=1e-2, high=100),
+    "adamw": Range(low=1e-3, high=10),
+    "signum": Range(low=3e-4, high=0.3),
+    "signsgd": Range(low=3e-4, high=0.3),
+    "lion": Range(low=1e-4, high=0.3),
+    "normalizedsgd": Range(low=3e-3, high=10),
+    "powerstep": Range(low=3e-4, high=0.3),
+    "lpsgd": Range(low=1e-3, high=3),
+    "lpsgdm": Range(low=1e-3, high=1),
+    "lpsgdm-lr-matched": Range(low=3e-4, high=10),
+    "muon": Range(low=3e-3, high=10),
+    "scion": Range(low=1e-5, high=1e-2),
+    "scale": Range(low=3e-4, high=0.3),
+    "modular": Range(low=1e-2, high=10),
+}
+# Of the power map at SGD's step length, whose learning rates are SGD's.
+MATCHED = LEARNING_RATES["sgd-ema"]
+# arXiv:2404.10824's p = 0.8, at a decay of one step, ηλ, that brings a weight of 0.1 which gets no gradient to zero in
+# about |w|^(2−p)/((2−p)·pηλ) = 66 steps: a fifth of a run's, or less.
+LP: dict[str, Value] = {"decay": "lp", "decay_p": 0.8, "decay_step": 1e-3}
+
+
+def _arm(
+    name: str,
+    optimizer: str,
+    settings: dict[str, Value] | None = None,
+    p: PSchedule | None = None,
+    lr: Range | None = None,
+    against: str | None = None,
+) -> Arm:
+    """An arm that tunes its learning rate, alone."""
+    search = {"lr": lr or LEARNING_RATES[optimizer]}
+    return Arm(name=name, optimizer=optimizer, settings=settings or {}, p_schedule=p, search=search, against=against)
+
+
+def _with(arm: Arm, label: str, settings: dict[str, Value]) -> Arm:
+    """The same with more settings, tuned for itself, and held against the arm without."""
+    changes = {"name": f"{arm.name} + {label}", "settings": arm.settings | settings, "against": arm.name}
+    return arm.model_copy(update=changes)
+
+
+SGD = _arm("SGD", "sgd")
+SGD_EMA = _arm("SGD-EMA", "sgd-ema")
+ADAMW = _arm("AdamW", "adamw")
+SIGNUM = _arm("Signum", "signum")
+LPSGD = _arm("LPSGD", "lpsgd", p=COSINE)
+LPSGDM = _arm("LPSGDM", "lpsgdm", p=COSINE)
+MUON = _arm("Muon", "muon")
+SCION = _arm("Scion", "scion")
+SCALE = _arm("SCALE", "scale")
+MODULAR = _arm("Modular", "modular")
+
+
+def _controls(against: str | None) -> tuple[Arm, ...]:
+    """What LPSGDM is without its schedule of p, without the steps that this changes, and with nothing but these."""
+    return (
+        _arm("LPSGDM constant p", "lpsgdm", against=against),
+        _arm("LPSGDM matched", "lpsgdm", {"scale": "matched"}, COSINE, MATCHED, against),
+        _arm("SGD-EMA at LPSGDM's length", "lpsgdm-lr-matched", None, COSINE, None, against),
+    )
+
+
+# Seconds: proves that the machinery runs, and nothing about optimizers.
+SMOKE = Study(
+    name="smoke",
+    purpose="Does the program run? It says nothing about optimizers.",
+    tasks=("digits", "breast-cancer"),
+    arms=(SGD, ADAMW, _with(LPSGDM, "AGR", {"agr": True}).model_copy(update={"against": None})),
+    baseline="SGD",
+    tuning=Tuning(trials=2, startup=1),
+    seeds=(1, 2),
+    budget=0.15,
+)
+
+QUICK = Study(
+    name="quick",
+    purpose="Is LPSGDM better than SGD, AdamW and Signum, and what of it is annealing p, step length or a regularizer?",
+    tasks=("digits", "breast-cancer", "diabetes-sparse"),
+    arms=(
+        *(SGD, ADAMW, SIGNUM, LPSGDM),
+        *_controls(LPSGDM.name),
+        _with(LPSGDM, "AGR", {"agr": True}),
+        _with(LPSGDM, "ℓ0.8 decay", LP),
+    ),
+    baseline="SGD",
+    tuning=Tuning(trials=12, startup=8),
+    seeds=tuple(range(1, 9)),
+)
+
+STANDARD = Study(
+    name="standard",
+    purpose="Which norm, which schedule of p and which regularizer is worth it, over tasks of several kinds?",
+    tasks=("digits", "digits-noise", "breast-cancer", "diabetes-sparse", "bytes", "quadratic", "rosenbrock"),
+    arms=(
+        *(SGD, SGD_EMA, ADAMW, SIGNUM, LPSGD, LPSGDM),
+        *_controls(LPSGDM.name),
+        _arm("LPSGDM linear p", "lpsgdm", p=LINEAR, against=LPSGDM.name),
+        *(_with(arm, "AGR", {"agr": True}) for arm in (LPSGDM, ADAMW)),
+        *(_with(arm, "ℓ0.8 decay", LP) for arm in (LPSGDM, ADAMW)),
+        *(MUON, SCION, SCALE),
+    ),
+    baseline="AdamW",
+    tuning=Tuning(trials=10, startup=8),
+    seeds=(1, 2, 3, 4, 5),
+)
+
+FULL = STANDARD.model_copy(
+    update={
+        "name": "full",
+        "purpose": "The standard study with more tasks, arms, trials and seeds.",
+        "tasks": (*STANDARD.tasks, "digits-mix", "quadratic-axes"),
+        "arms": (
+            *STANDARD.arms,
+            _arm("SGD without momentum", "sgd", {"momentum": 0.0}, against="SGD"),
+            *(_arm("SignSGD", "signsgd"), _arm("Lion", "lion"), _arm("NormalizedSGD", "normalizedsgd")),
+            _arm("PowerStep", "powerstep"),
+            MODULAR,
+            *(_with(SGD_EMA, "AGR", {"agr": True}), _with(SGD_EMA, "ℓ0.8 decay", LP)),
+        ),
+        "tuning": Tuning(trials=24, startup=12),
+        "seeds": tuple(range(1, 21)),
+    }
+)
+
+P_SCHEDULE = Study(
+    name="p-schedule",
+    purpose="Does annealing p help, and is it the direction that helps or the learning rate that p changes with it?",
+    tasks=("digits", "digits-noise", "breast-cancer", "diabetes-sparse", "quadratic", "rosenbrock"),
+    arms=(
+        LPSGDM,
+        _arm("LPSGDM linear p", "lpsgdm", p=LINEAR),
+        _arm("LPSGDM adaptive p", "lpsgdm", p=ADAPTIVE, lr=Range(low=3e-3, high=10)),  # p near 2 makes short steps
+        *_controls(None),
+        *(SGD_EMA, SIGNUM, ADAMW),
+    ),
+    baseline="LPSGDM",
+    tuning=Tuning(trials=12, startup=8),
+    seeds=tuple(range(1, 11)),
+)
+
+# Where tuning looks for the learning rate of the power map at the p near 2 that the gradient's density asks for.
+_NEAR_TWO = Range(low=3e-3, high=10)
+
+
+def _ways(name: str, settings: dict[str, Value], lr: Range, near_two: Range) -> tuple[Arm, ...]:
+    """LPSGDM under every way to move p."""
+    return (
+        _arm(name, "lpsgdm", settings, COSINE, lr),
+        _arm(f"{name}-linear", "lpsgdm", settings, LINEAR, lr),
+        _arm(f"{name}-constant", "lpsgdm", settings, None, lr),
+        _arm(f"{name}-adaptive", "lpsgdm", settings, ADAPTIVE, near_two, name),
+    )
+
+
+ADAPTIVE_P = Study(
+    name="adaptive-p",
+    purpose="Is a p that follows the gradient's density better than one that follows the clock, or stays?",
+    tasks=("digits",),
+    arms=(
+        *_ways("LPSGDM-matched", {"scale": "matched"}, MATCHED, MATCHED),
+        *_ways("LPSGDM", {}, LEARNING_RATES["lpsgdm"], _NEAR_TWO),
+        *(SGD_EMA, SIGNUM),
+    ),
+    baseline="LPSGDM-matched",
+    tuning=Tuning(trials=12, startup=8),
+    seeds=tuple(range(1, 11)),
+)
+
+_AGR_TWINS = (SGD_EMA, ADAMW, LPSGDM, MUON)
+
+AGR = Study(
+    name="agr",
+    purpose="Does adaptive gradient regularization help an optimizer that is tuned with it as well as without?",
+    tasks=("digits", "digits-noise", "breast-cancer", "diabetes-sparse", "bytes"),
+    arms=tuple(a for arm in _AGR_TWINS for a in (arm, _with(arm, "AGR", {"agr": True}))),
+    baseline="AdamW",
+    tuning=Tuning(trials=10, startup=8),
+    seeds=tuple(range(1, 9)),
+)
+
+# Without AdamW's own decay, so that the sweep begins at none.
+_ADAM = _arm("Adam", "adamw", {"weight_decay": 0.0})
+_SWEEP = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
+
+
+def _sweep(twin: Arm, decay_p: float) -> tuple[Arm, ...]:
+    """ℓp decay from hardly any to too much, at the learning rate of the twin without: so that it is at its best."""
+    kept = {key: value for key, value in twin.settings.items() if key != "weight_decay"}
+    return tuple(
+        Arm(
+            name=f"{twin.name} ℓ{decay_p:g} ηλ={step:g}",
+            optimizer=twin.optimizer,
+            settings=kept | {"decay": "lp", "decay_p": decay_p, "decay_step": step},
+            p_schedule=twin.p_schedule,
+            tuned_as=twin.name,
+            against=twin.name,
+        )
+        for step in _SWEEP
+    )
+
+
+PWD_SPARSITY = Study(
+    name="pwd-sparsity",
+    purpose="How many weights does ℓp decay bring to exactly zero, and what does it cost?",
+    tasks=("digits", "digits-noise", "diabetes-sparse"),
+    arms=(
+        *(LPSGDM, _ADAM),
+        *(arm for twin in (LPSGDM, _ADAM) for decay_p in (0.8, 1.0) for arm in _sweep(twin, decay_p)),
+    ),
+    baseline="Adam",
+    tuning=Tuning(trials=12, startup=8),
+    seeds=tuple(range(1, 9)),
+    budget=1.5,
+)
+
+NORMS_BY_LAYER = Study(
+    name="norms-by-layer",
+    purpose="Is a norm of its own for each kind of layer better than one norm for all of them?",
+    tasks=("digits-mix", "bytes"),
+    arms=(ADAMW, SGD, LPSGDM, MUON, SCION, SCALE, MODULAR),
+    baseline="AdamW",
+    tuning=Tuning(trials=10, startup=8),
+    seeds=(1, 2, 3, 4, 5),
+)
+
+# What is known before anything is run, so that it tests the program: SGD of normopt, SGD of torch at the same learning
+# rate, and averaged momentum at ten times that rate are the same method; momentum goes further than none, on the
+# quadratics because √κ steps do instead of κ; along the axes Adam goes further than SGD without momentum, because it
+# sees each curvature for itself.
+ORDERINGS = Study(
+    name="orderings",
+    purpose="Does the program find what is known: equal methods equal, and momentum better where curvatures differ?",
+    tasks=("quadratic", "quadratic-axes", "digits"),
+    arms=(
+        SGD,
+        Arm(name="SGD of torch", optimizer="sgd-torch", tuned_as="SGD"),
+        Arm(name="SGD-EMA at ten times the rate", optimizer="sgd-ema", tuned_as="SGD", lr_factor=10.0),
+        _arm("SGD without momentum", "sgd", {"momentum": 0.0}),
+        _arm("Adam", "adamw", {"weight_decay": 0.0}, against="SGD without momentum"),
+    ),
+    baseline="SGD",
+    tuning=Tuning(trials=12, startup=8),
+    seeds=tuple(range(1, 9)),
+)
+
+PRESETS: dict[str, Study] = {
+    study.name: study
+    for study in (SMOKE, QUICK, STANDARD, FULL, P_SCHEDULE, ADAPTIVE_P, AGR, PWD_SPARSITY, NORMS_BY_LAYER, ORDERINGS)
+}

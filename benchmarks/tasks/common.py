@@ -1,0 +1,75 @@
+"""What several tasks share: classification, and the split 60/20/20."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.tasks.base import Splits
+
+SPLIT_SEED = 0
+
+
+class Plain:
+    """A task whose data come with a package, and of which nothing is measured beside loss and score."""
+
+    residual_depth: int | None = None
+
+    def measures(self, model: nn.Module) -> Mapping[str, float]:
+        """Nothing more."""
+        return {}
+
+    def fingerprint(self) -> str | None:
+        """The data are a package's, whose version is noted, or drawn from a seed."""
+        return None
+
+
+class Classification(Plain):
+    """A class for every example, or for every place of it: cross-entropy over the last dim, and accuracy."""
+
+    score_name = "accuracy"
+    higher_is_better = True
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy, in nats."""
+        return cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+    def score(self, outputs: Tensor, targets: Tensor) -> float:
+        """The part of all that is predicted that is right."""
+        return int((outputs.argmax(-1) == targets).sum()) / targets.numel()
+
+
+def split(inputs: object, targets: object, dtype: torch.dtype, by_class: bool) -> Splits:
+    """Arrays → training, validation and test, 60/20/20, inputs as float32 and targets as asked.
+
+    Args:
+        inputs, targets: arrays with an example a row.
+        dtype: of the targets.
+        by_class: keep the shares of the classes in every part.
+    """
+
+    def two(x: object, y: object, share: float) -> tuple[object, object, object, object]:
+        a, b, c, d = train_test_split(x, y, test_size=share, random_state=SPLIT_SEED, stratify=y if by_class else None)
+        return a, b, c, d
+
+    def tensors(x: object, y: object) -> tuple[Tensor, Tensor]:
+        return torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y, dtype=dtype)
+
+    x_train, x_rest, y_train, y_rest = two(inputs, targets, 0.4)
+    x_val, x_test, y_val, y_test = two(x_rest, y_rest, 0.5)
+    return Splits(train=tensors(x_train, y_train), validation=tensors(x_val, y_val), test=tensors(x_test, y_test))
+
+
+def standardised(splits: Splits) -> Splits:
+    """Every feature with the mean 0 and the deviation 1 of the training data, which alone may be looked at."""
+    x = splits.train[0]
+    mean, deviation = x.mean(0), x.std(0, correction=0)
+
+    def of(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return (data[0] - mean) / deviation, data[1]
+
+    return Splits(train=of(splits.train), validation=of(splits.validation), test=of(splits.test))
