@@ -124,7 +124,7 @@ for group, pair in zip(opt.param_groups, opt.norm_pairs(), strict=True):
 
 # %% [markdown]
 # The learning rates above are picks, not tuned ones: this is one seed and no comparison. The ablation has that:
-# `python -m benchmarks ablate --preset layers-digits`, and `layers-bytes` for a byte-level GPT.
+# `python -m benchmarks run norms-by-layer`, on the digits and on a byte-level GPT.
 #
 # ## Does one learning rate serve every size?
 #
