@@ -1,0 +1,128 @@
+"""One site for every test of a run, and a browser that reaches nothing but it."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("docs/**/*", "normopt/**/*.py", "mkdocs.yml")
+
+
+def built_site() -> Path | None:
+    """What `make docs` left in site/, if no page of it is older than what it was made from."""
+    pages = list((ROOT / "site").rglob("*.html"))
+    sources = (path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file() and path.suffix != ".pyc")
+    if not pages or min(p.stat().st_mtime for p in pages) < max(s.stat().st_mtime for s in sources):
+        return None
+    return ROOT / "site"
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built with the tutorials run short if need be: once, whatever the number of workers."""
+    if (made := built_site()) is not None:
+        return made
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "site"
+    with FileLock(shared / "site.lock"):
+        if not (folder / "sitemap.xml").exists():  # the last that a build writes
+            done = subprocess.run(
+                [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+                cwd=ROOT,
+                env={**os.environ, "NORMOPT_DOCS_FAST": "1", "NO_MKDOCS_2_WARNING": "1"},
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def address(site: Path) -> Iterator[str]:
+    """Where the site is served: http://127.0.0.1:port/."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium: the system's own, because Playwright's would have to be downloaded."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on the path")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page of the browser, and whatever went wrong on it."""
+
+    def __init__(self, page: Any, address: str) -> None:
+        self.page = page
+        self.address = address
+        self.troubles: list[str] = []
+        page.on("console", lambda m: self.troubles.append(f"console: {m.text}") if m.type == "error" else None)
+        page.on("pageerror", lambda error: self.troubles.append(f"error: {error}"))
+        page.on("response", lambda r: self.troubles.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
+        page.route("**/*", self.route)
+
+    def route(self, route: Any) -> None:
+        if route.request.url.startswith(self.address):
+            route.continue_()
+        else:
+            self.troubles.append(f"asked another host: {route.request.url}")
+            route.abort()
+
+    def goto(self, path: str) -> None:
+        self.page.goto(self.address + path)
+        if path.startswith("playground"):
+            self.page.wait_for_selector(".pg-ready")
+            self.frame()
+
+    def frame(self) -> None:
+        """Wait until what was asked for has been drawn."""
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+@pytest.fixture
+def visit(chromium: Any, address: str) -> Iterator[Any]:
+    """visit(**context options): a new Visit. What troubled it fails the test at its end."""
+    visits: list[Visit] = []
+    contexts = []
+
+    def new(**options: Any) -> Visit:
+        contexts.append(chromium.new_context(**options))
+        visits.append(Visit(contexts[-1].new_page(), address))
+        return visits[-1]
+
+    yield new
+    for context in contexts:
+        context.close()
+    assert [trouble for one in visits for trouble in one.troubles] == []

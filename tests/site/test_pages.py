@@ -1,0 +1,57 @@
+"""The site in a browser: every page loads, every link holds, the search finds, and no other host is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import urldefrag, urlsplit
+
+from tests.site.conftest import Visit
+
+
+def test_every_page_loads_and_every_link_holds(visit: Any, site: Path) -> None:
+    one = visit()
+    pages = sorted(str(p.relative_to(site)).removesuffix("index.html") for p in site.rglob("*.html"))
+    assert len(pages) > 15
+    ids: dict[str, set[str]] = {}
+    links: dict[str, set[str]] = {}
+    for path in pages:
+        one.goto(path)
+        url = one.address + path
+        ids[url] = set(one.page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
+        links[url] = set(one.page.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)"))
+        heavy = "[...performance.getEntries()].reduce((sum, e) => sum + (e.encodedBodySize ?? 0), 0)"
+        assert 10_000 < one.page.evaluate(heavy) <= 1_500_000, path  # with all that it loads, uncompressed
+        broken = "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+        assert one.page.evaluate(broken) == [], path
+    dead = set()
+    for page, targets in links.items():
+        for target in targets:
+            url, anchor = urldefrag(target)
+            if not url.startswith(one.address):
+                continue  # another host's: not asked here
+            there = site / urlsplit(url).path.lstrip("/")
+            if not (there / "index.html" if url.endswith("/") else there).is_file():
+                dead.add(f"{page} → {target}: no such page")
+            elif anchor and url in ids and anchor not in ids[url]:
+                dead.add(f"{page} → {target}: no such anchor")
+    assert dead == set()
+
+
+def test_the_search_finds_lpsgdm(visit: Any) -> None:
+    one = visit(viewport={"width": 1280, "height": 900})
+    one.goto("")
+    one.page.click("input.md-search__input")
+    one.page.keyboard.type("LPSGDM")
+    results = one.page.locator(".md-search-result__item a[href*='api/optimizers/']")
+    results.first.wait_for(state="visible")
+    assert "LPSGDM" in one.page.locator(".md-search-result__list").inner_text()
+
+
+def test_another_host_is_refused_and_reported(chromium: Any, address: str) -> None:
+    page = chromium.new_page()
+    one = Visit(page, address)
+    one.goto("")
+    assert page.evaluate("fetch('https://example.org/').then(() => 'reached', () => 'refused')") == "refused"
+    assert "asked another host: https://example.org/" in one.troubles
+    page.close()
