@@ -93,6 +93,8 @@ def _reported(cases: Sequence[Case], what: str | None = None) -> list[str]:
         return [f"{text} {'more often ' if better else ''}against what is reported."]
     if worse == better:
         return [f"{text} as often in line with what is reported as against it."]
+    if mine.count(0) > better:
+        return [f"{text} mostly, the gain that is reported does not show here."]
     return [f"{text} {'more often ' if worse else ''}in line with what is reported."]
 
 
