@@ -17,8 +17,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from benchmarks import adaptive, listing, regularity, report, sparsity, transfer
 from benchmarks import doctor as doctors
+from benchmarks import listing, report
+from benchmarks.programs import adaptive, regularity, sparsity, transfer
 from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
 from benchmarks.report.words import findings
@@ -284,7 +285,7 @@ def measure_overhead(
     rounds: Annotated[int | None, typer.Option(min=6, help="Blocks of steps of each entrant. Default: 60.")] = None,
 ) -> None:
     """Measure what a GeometryMonitor costs in training steps of the digits MLP."""
-    from benchmarks import overhead  # the speed program, which no other command needs
+    from benchmarks.programs import overhead  # the speed program, which no other command needs
 
     with dashboard(console) as watch:
         result = overhead.measure(rounds or overhead.ROUNDS, counting(watch, len(overhead.MAKERS)))

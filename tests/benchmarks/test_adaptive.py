@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import adaptive, overhead
+from benchmarks.programs import adaptive, overhead
 from benchmarks.results import Results, collect
 from benchmarks.store import Store
 from benchmarks.study.clusters import connect

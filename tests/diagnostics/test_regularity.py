@@ -8,9 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import regularity
 from benchmarks.cli import app
-from benchmarks.regularity import Cell, Deep, Point, Regularity, Run, Setting, correlate, train
+from benchmarks.programs import regularity
+from benchmarks.programs.regularity import Cell, Deep, Point, Regularity, Run, Setting, correlate, train
 
 BARE = Cell(optimizer="SGD", batch_norm=False, skip=False, activation="relu")
 FULL = Cell(optimizer="LPSGDM", batch_norm=True, skip=True, activation="tanh")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from benchmarks import sparsity
 from benchmarks.cli import app
-from benchmarks.sparsity import Arm, Run, Sparsity
+from benchmarks.programs import sparsity
+from benchmarks.programs.sparsity import Arm, Run, Sparsity
 from benchmarks.tasks.digits import Digits
 from benchmarks.tasks.digits_cnn import NOISE, DigitsCNN
 from benchmarks.training import evaluate

@@ -1,0 +1,1 @@
+"""The measurements that are no ablation: a file and a command each, and a JSON file that the documentation draws."""
