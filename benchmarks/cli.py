@@ -30,6 +30,7 @@ from benchmarks.study.clusters import NoCluster, connect
 from benchmarks.study.estimate import estimate
 from benchmarks.study.execute import execute
 from benchmarks.study.presets import PRESETS
+from benchmarks.study.rehearsal import rehearse
 from benchmarks.study.spec import Study
 from benchmarks.study.toml import BadStudy
 from benchmarks.tasks import TASKS
@@ -85,7 +86,9 @@ def run(
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Settings that tuning tries for each arm.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each arm.")] = None,
-    budget: Annotated[float | None, typer.Option(help="What the epochs of every task are multiplied by.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0.001, help="What the epochs of every task are multiplied by.")
+    ] = None,
 ) -> None:
     """Run a study and write its report. Killed and started again, it goes on where it was."""
     changes = (task or (), arm or (), trials, seeds, budget)
@@ -97,6 +100,7 @@ def run(
         study = flags.study(what, *changes)
     folder = out or RESULTS / study.name
     if dry_run:
+        rehearse(study)
         listing.estimated(console, estimate(study, _open(folder)), workers or os.cpu_count() or 1)
         return
     _run(study, folder, workers, cluster)
@@ -297,6 +301,7 @@ def measure_overhead(
 
 def _run(study: Study, folder: Path, processes: int | None, cluster: str | None) -> None:
     store = _open(folder)
+    rehearse(study)
     if cluster is None:
         for name in study.tasks:
             TASKS[name].load()  # data that are not here are missed now, and not in every run

@@ -93,10 +93,14 @@ def _seeds(seeds: tuple[int, ...]) -> str:
     return listed([str(seed) for seed in seeds])
 
 
+MOVES = {"cosine": "along half a cosine", "linear": "in a straight line", "adaptive": "as sparse gradients ask for it"}
+
+
 def _arm(arm: Arm) -> str:
     fixed = ", ".join(f"{name} = {value}" for name, value in arm.settings.items())
-    moves = f"; p by a {arm.p_schedule.kind} to {arm.p_schedule.p_end:g}" if arm.p_schedule else ""
-    return f"{arm.name}: {described(arm.optimizer).rule}" + (f" ({fixed}{moves})" if fixed or moves else "")
+    moves = f"p goes to {arm.p_schedule.p_end:g}, {MOVES[arm.p_schedule.kind]}" if arm.p_schedule else ""
+    told = "; ".join(part for part in (fixed, moves) if part)
+    return f"{arm.name}: {described(arm.optimizer).rule}" + (f" ({told})" if told else "")
 
 
 def _made(e: Environment) -> str:

@@ -137,6 +137,8 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
+        if not self.name.strip(".") or set(self.name) & set("/\\"):
+            raise ValueError(f"the name is that of a folder too, without / and \\, but is {self.name!r}")
         names = [arm.name for arm in self.arms]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
