@@ -16,7 +16,7 @@ from normopt._checks import is_low_precision
 from normopt.kernels.fused import Look, Remembered, Stepper
 from normopt.loading import check_loaded, completed, pairs
 from normopt.norms import registry
-from normopt.norms.base import Norm, Scale, working
+from normopt.norms.base import Norm, Scale, real, working
 from normopt.norms.scales import NormPair, direction, over_the_group
 from normopt.plan import Plan, make_plan
 from normopt.settings import (
@@ -371,13 +371,13 @@ class SteepestDescent(Optimizer):
 
     def _read(self, plan: Plan, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Weights as reals, the same in the dtype that is computed in (no copy if it is theirs), and gradients."""
-        weights = [_real(p) for p in params]
+        weights = [real(p) for p in params]
         w = [working(x) for x in weights]
         if plan.rounding == "kahan":
             for p, x in zip(params, w, strict=True):
                 if is_low_precision(p) and COMPENSATION in self.state[p]:
                     x.add_(self.state[p][COMPENSATION])
-        g = [_real(cast(Tensor, p.grad)).to(x.dtype) for p, x in zip(params, w, strict=True)]
+        g = [real(cast(Tensor, p.grad)).to(x.dtype) for p, x in zip(params, w, strict=True)]
         return weights, w, list(torch._foreach_neg(g)) if plan.maximize else g
 
     def _write(self, plan: Plan, params: list[Tensor], weights: list[Tensor], w: list[Tensor]) -> None:
@@ -398,7 +398,7 @@ class SteepestDescent(Optimizer):
         if plan.momentum == 0:
             return g
         stored = [self.state[p].get(BUFFER) for p in params]
-        old = [None if b is None else _real(b).to(x.dtype) for b, x in zip(stored, g, strict=True)]
+        old = [None if b is None else real(b).to(x.dtype) for b, x in zip(stored, g, strict=True)]
         if plan.differentiable:
             old = [None if m is None else m.clone() for m in old]
         if plan.momentum_rule == "heavy":
@@ -411,8 +411,8 @@ class SteepestDescent(Optimizer):
             dtype = state_dtype(plan.state_dtype, p)
             if b is None or b.dtype != dtype or plan.differentiable:  # != where the parameter's has changed since
                 self.state[p][BUFFER] = (torch.view_as_complex(m) if p.is_complex() else m).to(dtype)
-            elif _real(b).dtype != m.dtype:  # m is a copy in more bits; else it is b itself, already written
-                _real(b).copy_(m)
+            elif real(b).dtype != m.dtype:  # m is a copy in more bits; else it is b itself, already written
+                real(b).copy_(m)
         return c
 
 
@@ -443,11 +443,6 @@ def _batches(plan: Plan, params: list[Tensor]) -> Iterator[list[Tensor]]:
             empty = plan.backend == "fused" and not p.numel()
             buckets.setdefault((p.device, p.dtype, empty), []).append(p)
         yield from buckets.values()
-
-
-def _real(x: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
-    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def _on_device(value: float | Tensor, device: torch.device) -> float | Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ and the multi-tensor path, and for several dtypes.
 This page is written by the test run: `make conformance`, here with torch {version}. {total} cases passed,
 {skipped} were skipped{failed}.
 """
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A test on one of torch's threads: small work only waits for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt._checks import check_bool
-from normopt.addons.attach import AddOn, Closure, real, refuse_sparse
+from normopt.addons.attach import AddOn, Closure, refuse_sparse
 from normopt.engine import SteepestDescent
-from normopt.norms.base import working
+from normopt.norms.base import real, working
 from normopt.stages.agr import agr
 
 

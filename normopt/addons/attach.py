@@ -174,11 +174,6 @@ def refuse_sparse(params: Iterable[Tensor], name: str) -> None:
             )
 
 
-def real(x: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
-    return torch.view_as_real(x) if x.is_complex() else x
-
-
 def _name(thing: object) -> str:
     return type(thing).__name__
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt._checks import check_bool, check_choice, check_number, equals, is_low_precision, near
-from normopt.addons.attach import AddOn, Closure, real, refuse_sparse
+from normopt.addons.attach import AddOn, Closure, refuse_sparse
 from normopt.engine import SteepestDescent, _warn_if_stuck
-from normopt.norms.base import working
+from normopt.norms.base import real, working
 from normopt.stages.decay import lp_factors
 from normopt.stages.write import scale_
 

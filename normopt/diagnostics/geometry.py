@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt.diagnostics.measures import Measure, copied, of_gradient, of_update, real
+from normopt.diagnostics.measures import Measure, copied, of_gradient, of_update
 from normopt.diagnostics.rows import METRICS, ROW, Ring, drawn
 from normopt.engine import SteepestDescent
 from normopt.hooks import OutermostStep
 from normopt.norms import registry
-from normopt.norms.base import Norm
+from normopt.norms.base import Norm, real
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import check_integer
 

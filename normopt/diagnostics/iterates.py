@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normopt.diagnostics.sketch import Sketch
+from normopt.norms.base import real
 
 Array = NDArray[np.float64]
 LOSS, LR = 0, 1  # the columns of what is kept of a step besides its update
@@ -54,7 +55,7 @@ class Weights:
 
 
 def _reals(p: Tensor) -> Tensor:
-    return (torch.view_as_real(p) if p.is_complex() else p).detach().reshape(-1)
+    return real(p).detach().reshape(-1)
 
 
 class Store(Protocol):

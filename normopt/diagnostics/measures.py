@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt._checks import equals
-from normopt.norms.base import Norm, stack, working
+from normopt.norms.base import Norm, real, stack, working
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import MatrixNorm
 
@@ -86,11 +86,6 @@ def of_update(params: Sequence[Tensor], before: list[Piece], measure: Measure) -
     update = top * totals[2.0].sum().sqrt()
     _, top, totals = sums((([old.numel()], working(old)) for _, old in before), [2.0], None)
     return stack([size, update / (top * totals[2.0].sqrt()), stack(zeros).sum() / d])
-
-
-def real(x: Tensor) -> Tensor:
-    """A tensor without its history, a complex one as pairs of reals."""
-    return torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
 
 
 def together(xs: Sequence[Tensor]) -> list[list[int]]:

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from normopt._plots import subplots
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -76,18 +78,13 @@ class Ring:
 
 def drawn(rows: NDArray[Any]) -> Figure:
     """Every metric that is not NaN throughout, over the steps."""
-    try:
-        import matplotlib.pyplot as plt
-        from matplotlib.ticker import NullFormatter
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'drawing needs matplotlib: install the extra "plots", pip install "normopt[plots]"', name=error.name
-        ) from error
     shown = [name for name in METRICS if np.isfinite(rows[name]).any()]
     height = math.ceil(max(len(shown), 1) / 2)
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         height, 2, layout="constrained", figsize=(7, 0.8 + 1.4 * height), sharex=True, squeeze=False
     )
+    from matplotlib.ticker import NullFormatter  # only where there is a matplotlib
+
     groups = np.unique(rows["group"])
     for ax, name in zip(axes.flat, shown, strict=False):
         for group in groups:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normopt._checks import check_number
+from normopt._plots import subplots
 from normopt.diagnostics.iterates import Walk, read
 from normopt.diagnostics.sketch import cosine_half, distance_half, product_half
 
@@ -166,12 +167,8 @@ class Trajectory:
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError('plot() needs matplotlib: pip install "normopt[plots]"') from error
         steps = np.arange(len(self.loss))
-        fig, axes = plt.subplots(2, 2, figsize=(8, 5.2), sharex=True, layout="constrained")
+        fig, axes = subplots(2, 2, figsize=(8, 5.2), sharex=True, layout="constrained")
         (loss, distance), (cosine, gamma) = axes
         loss.plot(steps, self.loss, linewidth=0.8)
         least, most = np.nanmin(self.loss, initial=np.inf), np.nanmax(self.loss, initial=0)

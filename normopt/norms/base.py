@@ -175,6 +175,11 @@ class TensorNorm(Norm):
         return d if equals(kappa, 0) else [u * n.to(u) ** kappa for u, n in zip(d, scalars[:, 0], strict=True)]
 
 
+def real(x: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
 def working(x: Tensor) -> Tensor:
     """``x`` in the dtype that arithmetic is done in: float32 for 16-bit floats, else its own."""
     if not x.is_floating_point():

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt._checks import check_number
-from normopt.norms.base import stack, working
+from normopt.norms.base import real, stack, working
 from normopt.norms.lp import Lp
 from normopt.schedules.base import PSchedule, along_the_exponent
 
@@ -136,6 +136,6 @@ def density(x: list[Tensor]) -> Tensor:
     if any(hasattr(t, "placements") for t in x):
         raise RuntimeError("AdaptiveP measures whole gradients, but one is sharded (DTensor): use CosineP")
     dense = [t.to_dense() if t.is_sparse else t for t in x]
-    real = [working(torch.view_as_real(t) if t.is_complex() else t) for t in dense]
-    l1, l2 = (norm.combine(norm.measure(real))[0] for norm in (Lp(math.inf), Lp(2.0)))
-    return (l1 / l2).square() / sum(t.numel() for t in real)
+    g = [working(real(t)) for t in dense]
+    l1, l2 = (norm.combine(norm.measure(g))[0] for norm in (Lp(math.inf), Lp(2.0)))
+    return (l1 / l2).square() / sum(t.numel() for t in g)

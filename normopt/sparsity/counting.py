@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from normopt._checks import check_number
+from normopt._plots import subplots
 from normopt.sparsity.weights import Weight, weights
 
 if TYPE_CHECKING:
@@ -88,14 +89,8 @@ class Report:
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'the figure of a sparsity report needs matplotlib: pip install "normopt[plots]"'
-            ) from error
         kinds = {"zeros": "entries", "dead_rows": "rows", "dead_columns": "columns"}
-        figure, ax = plt.subplots(figsize=(7, 1.2 + 0.55 * max(1, len(self.weights))), layout="constrained")
+        figure, ax = subplots(1, 1, figsize=(7, 1.2 + 0.55 * max(1, len(self.weights))), layout="constrained")
         for i, (kind, whole) in enumerate(kinds.items()):
             shares = [100 * getattr(w, kind) / max(1, getattr(w, whole)) for w in self.weights]
             places = [n + 0.27 * (i - 1) for n in range(len(self.weights))]

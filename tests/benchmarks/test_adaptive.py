@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.programs import adaptive, overhead
 from benchmarks.results import Results, collect
@@ -15,16 +14,10 @@ from benchmarks.study.presets import PRESETS
 from benchmarks.study.spec import Tuning
 from benchmarks.tasks import TASKS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = Path(__file__).parents[2] / "docs/data"
 STUDY = PRESETS["adaptive-p"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_every_way_to_move_p_is_tried_at_both_lengths_of_step_beside_the_ends():

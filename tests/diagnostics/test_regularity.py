@@ -12,16 +12,11 @@ from benchmarks.cli import app
 from benchmarks.programs import regularity
 from benchmarks.programs.regularity import Cell, Deep, Point, Regularity, Run, Setting, correlate, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BARE = Cell(optimizer="SGD", batch_norm=False, skip=False, activation="relu")
 FULL = Cell(optimizer="LPSGDM", batch_norm=True, skip=True, activation="tanh")
 SMALL = Setting(width=16, depth=2, steps=12, seeds=(1, 2, 3))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_command_on_a_miniature_grid(monkeypatch, tmp_path):

@@ -21,16 +21,10 @@ from normopt.diagnostics import TrajectoryMonitor
 from normopt.diagnostics.sketch import Sketch, cosine_half, distance_half, product_half
 from tests.diagnostics.trainings import network, oracle, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SEEDS = 200
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def matrix(sketch, sizes):

@@ -13,13 +13,7 @@ from torch import nn
 from normopt.diagnostics import Trajectory, TrajectoryMonitor
 from tests.diagnostics.trainings import MAKERS, digits, network, one_parameter, oracle, step, train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -13,13 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from normopt.diagnostics import TrajectoryMonitor
 from tests.diagnostics.trainings import one_parameter, oracle, step
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

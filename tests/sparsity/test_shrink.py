@@ -15,17 +15,11 @@ from torch import nn
 from normopt.sparsity import prune_, report, shrink
 from tests.sparsity.networks import cnn, depthwise, kill, mlp
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from([torch.float32, torch.float64])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def outputs(model, x):

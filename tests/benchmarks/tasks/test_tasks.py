@@ -20,6 +20,8 @@ from benchmarks.tasks.digits_noise import WRONG
 from benchmarks.tasks.images import TASKS as IMAGES
 from benchmarks.training import evaluate, run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ON_FILES = [task.name for task in IMAGES]
 # Other tests register toys, whose workers find them so.
 TASKS = {name: task for name, task in REGISTERED.items() if type(task).__module__.startswith("benchmarks.")}
@@ -32,14 +34,6 @@ def spec(name: str, share: float = 0.25) -> RunSpec:
     task, settings = TASKS[name], {"lr": RATES.get(name, 1e-2)}
     epochs = 1 if name == "bytes" else max(2, round(share * task.epochs))
     return RunSpec(task=name, optimizer="adamw", settings=settings, seed=1, epochs=epochs, batch_size=task.batch_size)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_every_task_fits_the_protocol():
