@@ -341,7 +341,7 @@ def summed(n, w, g, m, k, row, numbers, exponent, powered, relative, again, flag
 
 @cache
 def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
-    """Of each chunk Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent), with M somewhere near |c|.
+    """Of each chunk Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent), with M somewhere near |c|, or 1.
 
     M is a power of two, so that no quotient is rounded. If ``early`` the momentum is c, and is stored already here; if
     ``spared`` so is sign(c)·|c|^exponent, which the walk is spared then.

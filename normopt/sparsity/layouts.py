@@ -81,8 +81,7 @@ def to_sparse(model: nn.Module) -> nn.Module:
         any        20 %         0.3 to 0.5             0.2
 
     Whole units that are zero are better taken out with `shrink`, which leaves small dense layers. The layers compute
-    in CSR, in which torch's linear was fastest there: with COO it takes no bias, with CSC and one input it was 20
-    times slower or more, and blocks (BSR) were no faster than CSR. Convolutions stay dense: torch has none for sparse
+    in CSR, which torch's linear takes with a bias, unlike COO. Convolutions stay dense: torch has none for sparse
     weights.
 
     ``to_dense`` is the way back. The weights are the same numbers there, zeros of either sign becoming +0.
