@@ -254,8 +254,8 @@ for ax, task in zip(axes, TITLES, strict=True):
                 ax.plot(faster, place, "o", ms=3, color=f"C{i}", label=label)
     ax.axvline(1, lw=0.8, ls=":", color="#808894")
     ax.set(title=TITLES[task], xscale="log", xlabel="times as fast")
-    ticks = [0.9, 1, 1.2, 1.5, 2, 3, 4, 5]
     low, high = ax.get_xlim()
+    ticks = [1, 1.5, 2, 3, 4, 5] if high > 3 else [0.9, 1, 1.2, 1.5, 2]
     ax.set_xticks(
         [t for t in ticks if low < t < high],
         [f"{t:g}" for t in ticks if low < t < high],
