@@ -75,7 +75,7 @@ def test_the_example_of_the_readme_is_that_of_the_home_page() -> None:
 
 
 def test_every_public_symbol_is_on_a_page() -> None:
-    pages = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs/api").glob("*.md"))
+    pages = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs").rglob("*.md"))
     shown = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
     assert len(set(shown)) == len(shown), "a symbol stands on two pages, so that a link to it has two targets"
     assert set(shown) == set(PUBLIC)

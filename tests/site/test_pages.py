@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urldefrag, urlsplit
 
+import pytest
+
 from tests.site.conftest import Visit
 
 
@@ -13,6 +15,7 @@ def test_every_page_loads_and_every_link_holds(visit: Any, site: Path) -> None:
     one = visit()
     pages = sorted(str(p.relative_to(site)).removesuffix("index.html") for p in site.rglob("*.html"))
     assert len(pages) > 15
+    formulas = diagrams = 0
     ids: dict[str, set[str]] = {}
     links: dict[str, set[str]] = {}
     for path in pages:
@@ -20,10 +23,14 @@ def test_every_page_loads_and_every_link_holds(visit: Any, site: Path) -> None:
         url = one.address + path
         ids[url] = set(one.page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
         links[url] = set(one.page.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)"))
-        heavy = "[...performance.getEntries()].reduce((sum, e) => sum + (e.encodedBodySize ?? 0), 0)"
-        assert 10_000 < one.page.evaluate(heavy) <= 1_500_000, path  # with all that it loads, uncompressed
+        sent = "[...performance.getEntries()].reduce((sum, e) => sum + (e.encodedBodySize ?? 0), 0)"
+        assert 10_000 < one.page.evaluate(sent) <= 1_500_000, path  # with all that it loads, as it was sent
+        formulas += set_in_type(one, ".arithmatex", ".katex", path)
+        diagrams += set_in_type(one, ".diagram", "svg", path)
         broken = "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
         assert one.page.evaluate(broken) == [], path
+    assert formulas > 50
+    assert diagrams > 0
     dead = set()
     for page, targets in links.items():
         for target in targets:
@@ -36,6 +43,22 @@ def test_every_page_loads_and_every_link_holds(visit: Any, site: Path) -> None:
             elif anchor and url in ids and anchor not in ids[url]:
                 dead.add(f"{page} → {target}: no such anchor")
     assert dead == set()
+
+
+def set_in_type(one: Visit, source: str, result: str, path: str) -> int:
+    """How many formulas or diagrams a page has: each of them drawn, and no formula in error."""
+    found = f"[...document.querySelectorAll('{source}')]"
+    assert one.page.evaluate(f"{found}.filter(e => !e.querySelector('{result}')).map(e => e.textContent)") == [], path
+    assert one.page.locator(".katex-error").all_text_contents() == [], path
+    return int(one.page.locator(source).count())
+
+
+def test_a_failed_formula_is_seen(visit: Any) -> None:
+    one = visit()
+    one.goto("theory/scales/")
+    one.page.evaluate("katex.render('\\\\frac{', document.querySelector('.arithmatex'), {throwOnError: false})")
+    with pytest.raises(AssertionError, match="frac"):
+        set_in_type(one, ".arithmatex", ".katex", "theory/scales/")
 
 
 def test_the_search_finds_lpsgdm(visit: Any) -> None:
