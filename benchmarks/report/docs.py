@@ -59,12 +59,14 @@ def page(results: Results, addresses: Mapping[str, str], stored: str | None = No
     found = findings(results)
     by_paper = [finding.title for finding in claims(results)]
     runs = f"[the stored runs]({stored})" if stored else "the stored runs"
+    # The build of the site puts it beside the page.
+    whole = " The [whole report](results-report.html) of these runs can be zoomed and asked." if stored else ""
     parts = [
         "# Results",
         f"{study.purpose} {counted(len(study.arms), 'arm')} on {counted(len(study.tasks), 'task')} that a CPU trains "
         "in seconds, each tuned with the same budget and run again on fresh seeds"
         + (f": the study that `{made}` makes." if made else ".")
-        + f" This page is written by the program from {runs}: no number or verdict on it is typed.",
+        + f" This page is written by the program from {runs}: no number or verdict on it is typed.{whole}",
         *(f"**{f.title}.** {f.text}" for f in found if f.title not in by_paper and not f.task),
     ]
     over = tables.standings(results)

@@ -11,9 +11,13 @@ import pytest
 from tests.site.conftest import Visit
 
 
+REPORT = "results-report.html"  # not made by MkDocs, and heavy: plotly is in it
+
+
 def test_every_page_loads_and_every_link_holds(visit: Any, site: Path) -> None:
     one = visit()
     pages = sorted(str(p.relative_to(site)).removesuffix("index.html") for p in site.rglob("*.html"))
+    pages.remove(REPORT)
     assert len(pages) > 15
     formulas = diagrams = 0
     ids: dict[str, set[str]] = {}
@@ -43,6 +47,12 @@ def test_every_page_loads_and_every_link_holds(visit: Any, site: Path) -> None:
             elif anchor and url in ids and anchor not in ids[url]:
                 dead.add(f"{page} → {target}: no such anchor")
     assert dead == set()
+
+
+def test_the_report_draws_its_figures(visit: Any) -> None:
+    one = visit()
+    one.page.goto(one.address + REPORT)
+    one.page.wait_for_selector(".main-svg", state="attached")
 
 
 def set_in_type(one: Visit, source: str, result: str, path: str) -> int:
