@@ -10,7 +10,6 @@ import pytest
 
 from tests.site.conftest import Visit
 
-
 REPORT = "results-report.html"  # not made by MkDocs, and heavy: plotly is in it
 
 
