@@ -68,24 +68,26 @@ class SteepestDescent(Optimizer):
         lr: η, a float or a one-element tensor; a tensor is never read on the host. Default 1e-3, as torch's SGD.
         norm: a registered name ("lp", "l1", "l2", "linf", or your own) or a Norm object, which is
             unpacked into ``norm``, ``p`` and ``norm_<field>``. Default "l2".
-        p: the norm's order, for norms that have one; 1 ≤ p ≤ ∞ for "lp", a float or a one-element tensor.
+        p: the norm's order, for norms that have one; 1 ≤ p ≤ ∞ for "lp", a float or a one-element tensor. None
+            (the default) for the others.
         scale: "power" (the un-normalised power map; needs p > 1), "dual" (true steepest descent),
             "unit" (the LMO step), or "matched" (SGD's step length at every p). Default "dual".
-        scope: the norm over each "tensor", or over the whole param "group" as one vector.
+        scope: the norm over each "tensor" (the default), or over the whole param "group" as one vector.
         radius: r > 0, the radius of the norm's ball, by which a group's steps differ from another's under
             the same learning rate; the weight decay is not scaled by it. Default 1.
-        eps: ε of the power scale, ``c·(|c| + ε)^(−ρ)``; 0 is exact at p = 2 and ∞.
-        momentum: μ, the weight of the OLD state, 0 ≤ μ < 1 (heavy: ≤ 1); 0 keeps no buffer.
-        momentum_rule: "heavy", "ema" or "lion".
+        eps: ε of the power scale, ``c·(|c| + ε)^(−ρ)``. Default 0, which is exact at p = 2 and ∞.
+        momentum: μ, the weight of the OLD state, 0 ≤ μ < 1 (heavy: ≤ 1). Default 0, which keeps no buffer.
+        momentum_rule: "heavy" (the default, torch.optim.SGD's), "ema" or "lion".
         beta2: β₂ of "lion", the weight of the old state in what is stored. Default 0.99, as Lion's.
-        dampening: τ, of "heavy" alone.
+        dampening: τ, any finite number, of "heavy" alone. Default 0, as torch's SGD.
         nesterov: c = g + μm ("heavy") or (1−μ)g + μm ("ema").
         agr: adaptive gradient regularization.
-        weight_decay: λ ≥ 0, a float or a one-element tensor.
+        weight_decay: λ ≥ 0, a float or a one-element tensor. Default 0.
         decay: "coupled", "decoupled" or "lp"; runs if λ ≠ 0. Default "decoupled".
-        decay_p: p of the ℓp decay, p > 0 (p < 1 too); only tensors of 2 or more dims are ℓp-decayed.
+        decay_p: p of the ℓp decay, p > 0 (p < 1 too); only tensors of 2 or more dims are ℓp-decayed. Default 1, the
+            authors' script's.
         state_dtype: the dtype of the momentum, such as "float32"; None is the parameter's own.
-        rounding: how 16-bit weights take a step: to the "nearest" (a step below half a unit in the last
+        rounding: how 16-bit weights take a step: to the "nearest" (the default; a step below half a unit in the last
             place is lost), "stochastic" (bfloat16; right on average), or "kahan" (one more buffer, in
             which what was lost is kept). Weights of 32 bits and more are not touched by it.
         maximize: walk uphill.
@@ -105,7 +107,7 @@ class SteepestDescent(Optimizer):
     Raises:
         ValueError: at construction and in ``add_param_group``, for a setting that is out of range,
             unknown, or in contradiction to another; in ``step()``, for one that was made so since.
-        TypeError: likewise, for a setting of the wrong type.
+        TypeError: likewise, for a setting of the wrong type; at construction, for one that does not exist.
         RuntimeError: in ``step()``, for a sparse gradient, before anything is written.
 
     Warns:
@@ -187,7 +189,19 @@ class SteepestDescent(Optimizer):
         self._measured, self._remembered, self._steppers = [], {}, {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch.optim does, after checking its settings; a refused group leaves no trace."""
+        """Add a group, as torch.optim does, after checking its settings; a refused group leaves no trace.
+
+        Args:
+            param_group: a dict with ``params``, and the settings in which it differs from the optimizer's own.
+
+        Raises:
+            ValueError: a setting is out of range, in contradiction to another, or misspelt; a parameter is in another
+                group already, or the norm does not take its shape or dtype.
+            TypeError: the group is no dict, or a setting of the wrong type.
+
+        Warns:
+            UserWarning: a tensor that ℓp decay with p < 2 will hold at zero for ever because it starts there.
+        """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, but is a {type(param_group).__name__}")
         group = dict(param_group)
@@ -228,9 +242,13 @@ class SteepestDescent(Optimizer):
         as they are. torch rounds all loaded state to the parameter's dtype, which would cost a float32
         momentum of 16-bit weights its lower half; here it does not.
 
+        Args:
+            state_dict: of an optimizer of the same parameters, in the same groups and order.
+
         Raises:
-            ValueError: a momentum has not the shape of its parameter, or a setting is refused; nothing
-                is changed then.
+            ValueError: a momentum has not the shape of its parameter, a setting is refused, or there are other groups;
+                nothing is changed then.
+            TypeError: a setting is of the wrong type; nothing is changed then.
 
         Warns:
             UserWarning: the checkpoint is of an optimizer with another norm, scale or momentum rule (those
@@ -259,7 +277,11 @@ class SteepestDescent(Optimizer):
             after.remove()
 
     def backend(self) -> str:
-        """What each param group does, and on which backend and why: one line a group."""
+        """What each param group does, and on which backend and why: one line a group.
+
+        Raises:
+            ValueError, TypeError: a setting that was made wrong since; the next ``step()`` would refuse it, too.
+        """
         plans = (make_plan(group, group["params"]) for group in self.param_groups)
         return "\n".join(f"group {i}: {plan}" for i, plan in enumerate(plans))
 
@@ -276,6 +298,10 @@ class SteepestDescent(Optimizer):
 
         Returns:
             The closure's loss, None without one.
+
+        Raises:
+            ValueError, TypeError: a setting that was made wrong since construction.
+            RuntimeError: a gradient is sparse. In all three cases nothing has been written.
         """
         loss = None
         if closure is not None:

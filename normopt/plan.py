@@ -28,6 +28,20 @@ class Plan:
 
     Made by [`make_plan`][normopt.plan.make_plan] and by nothing else, so that a Plan is always valid.
     ``str(plan)`` says it in one line.
+
+    Attributes:
+        norm: the norm, with its fields.
+        scale, scope, radius, eps: how long the direction is, and over what; as in `SteepestDescent`.
+        lr: η, a float or a one-element tensor.
+        momentum, momentum_rule, beta2, dampening, nesterov: the momentum; it runs if ``momentum`` ≠ 0.
+        agr: whether the gradient is regularized first.
+        weight_decay, decay, decay_p: the decay; see ``decays``.
+        state_dtype: the momentum's dtype by name, None for the parameter's own.
+        rounding: how 16-bit weights take the step.
+        maximize: whether the gradient is turned round first.
+        differentiable: whether autograd sees the step.
+        backend: "for-loop", "foreach" or "fused".
+        why: the reason for that backend, in words.
     """
 
     norm: Norm
@@ -94,6 +108,14 @@ _TAKEN_AS_THEY_ARE = tuple(f.name for f in fields(Plan) if f.name not in ("norm"
 
 def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Plan:
     """Check a param group's settings and decide its backend. The one place that does either.
+
+    Args:
+        settings: a param group, or all of its settings by name, as an optimizer's ``defaults`` has them.
+        params: the group's parameters, on which shapes, dtypes and devices the checks and the backend depend.
+            Default: none.
+
+    Returns:
+        The plan, which holds the settings as they are; it does not change when they do.
 
     Raises:
         ValueError: a setting is out of range, unknown, or contradicts another; the message names it.

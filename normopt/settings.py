@@ -31,7 +31,18 @@ STATE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class Common(TypedDict, total=False):
-    """The settings that every optimizer of the zoo takes and none of them names; see `SteepestDescent`."""
+    """The settings that every optimizer of the zoo takes and none of them names; see `SteepestDescent`.
+
+    Attributes:
+        agr: adaptive gradient regularization. Default False.
+        decay_p: p of the ℓp decay, p > 0; for decay="lp" alone. Default 1.
+        state_dtype: the dtype of the momentum; None (the default) is the parameter's own.
+        rounding: how 16-bit weights take a step: "nearest" (the default), "stochastic" or "kahan".
+        maximize: walk uphill. Default False.
+        foreach: multi-tensor operations; None (the default) leaves the choice to the optimizer.
+        fused: fused kernels; None (the default) takes them on CUDA wherever they work.
+        differentiable: let autograd see the step. Default False.
+    """
 
     agr: bool
     decay_p: float
@@ -44,7 +55,12 @@ class Common(TypedDict, total=False):
 
 
 class Settings(Common, total=False):
-    """`Common` and the weight decay, for the optimizers that do not name theirs."""
+    """`Common` and the weight decay, for the optimizers that do not name theirs.
+
+    Attributes:
+        weight_decay: λ ≥ 0, a float or a one-element tensor. Default 0.
+        decay: "coupled", "decoupled" (the default) or "lp".
+    """
 
     weight_decay: float | Tensor
     decay: Decay

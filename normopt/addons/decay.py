@@ -104,10 +104,11 @@ class LpDecay(AddOn):
             they have ``decay="lp", weight_decay=…, decay_p=…``.
         p: p > 0, p < 1 too. Default 0.8, the authors' for CIFAR-10.
         weight_decay: λ ≥ 0, a float or a one-element tensor, which is never read on the host. Default 1e-3, theirs too.
-        over: "entries", or groups of them: "rows", "columns" or "heads".
-        heads: how many blocks of rows over "heads".
-        warmup: over how many steps the exponent goes from 2 to p.
-        elastic: let the optimizer's own weight decay stay.
+        over: "entries" (the default), or groups of them: "rows", "columns" or "heads".
+        heads: how many blocks of rows over "heads", where it must be given, or ``lp_heads`` be in each group; None
+            (the default) over anything else.
+        warmup: over how many steps the exponent goes from 2 to p. Default 0, none.
+        elastic: let the optimizer's own weight decay stay. Default False.
 
     Settings of a param group: ``lp_decay`` (λ; 0 leaves the group alone), ``lp_p``, ``lp_over``, ``lp_heads``,
     ``lp_warmup``, ``lp_elastic`` and ``lp_step``, how many steps of the warm-up are done. What a group has when the

@@ -83,6 +83,9 @@ class GeometryMonitor:
             Default 1000.
         norm: a registered name or a Norm, to measure all groups in. Default: each group's own, or ℓ2.
 
+    Attributes:
+        steps: how many steps it has seen, measured or not.
+
     Cost: in the steps that are measured a copy of the weights and a few passes over weights and gradients (over
     gradients at each call of a closure); in the others a call. No host sync, but where a norm decomposes matrices on
     CUDA: torch.linalg.svd waits by itself, and takes far longer than the rest, which is worth a larger ``every``.
@@ -188,7 +191,11 @@ class GeometryMonitor:
         return new
 
     def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write all rows so far as CSV, a line for each step and group; NaN as ``nan``."""
+        """Write all rows so far as CSV, a line for each step and group; NaN as ``nan``.
+
+        Args:
+            path: the file, which is written anew.
+        """
         with open(path, "w", newline="", encoding="utf-8") as file:
             out = csv.writer(file, lineterminator="\n")
             out.writerow(ROW.names or ())
@@ -209,6 +216,9 @@ class GeometryMonitor:
 
     def plot(self) -> Figure:
         """Draw every metric over the steps, a line for each group; metrics that are NaN throughout are left out.
+
+        Returns:
+            A pyplot figure.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.

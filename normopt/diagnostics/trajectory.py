@@ -134,13 +134,23 @@ class Trajectory:
         All the whole steps in the files count; the last iterate is then θ_T. A step is there once the next
         one has begun, or the monitor was asked for its result or closed.
 
+        Args:
+            directory: the folder that the monitor was given.
+            inf_loss: inf ℓ, a lower bound of the losses. Default 0, as in `TrajectoryMonitor.result`.
+
         Raises:
-            ValueError: there is no trajectory in the directory, or none of a whole step.
+            ValueError: there is no trajectory in the directory, or none of a whole step; ``inf_loss`` is NaN, or above
+                a recorded loss.
+            TypeError: ``inf_loss`` is no number.
         """
         return from_walk(read(directory), inf_loss)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write a line a step, 0 the first: what there is of it, intervals included; NaN as ``nan``."""
+        """Write a line a step, 0 the first: what there is of it, intervals included; NaN as ``nan``.
+
+        Args:
+            path: the file, which is written anew.
+        """
         columns: dict[str, NDArray[Any]] = {
             "step": np.arange(len(self.loss)),
             "loss": self.loss,
@@ -162,7 +172,10 @@ class Trajectory:
             out.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
 
     def plot(self) -> Figure:
-        """Loss, distance to the end, cosine and γ over the steps, with their 95 % bands; a matplotlib figure.
+        """Draw loss, distance to the end, cosine and γ over the steps, with their 95 % bands.
+
+        Returns:
+            A pyplot figure.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.

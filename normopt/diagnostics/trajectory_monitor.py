@@ -44,13 +44,14 @@ class TrajectoryMonitor:
         optimizer: any; all its parameters are watched, those without a gradient too. None may be added later.
         sketch: k, from 64 to 16,384. Default 2048, which keeps a distance within 3.5 % and a cosine within ±.05 at
             95 % confidence; the error falls with √k. Not used with a directory.
-        seed: of the sketch.
+        seed: of the sketch. Default 0.
         directory: a folder, made if it is not there, for exact results: every iterate is appended to
             ``iterates.bin`` (raw, float64 if any weight is, else float32), losses and learning rates to
-            ``steps.bin``. What was written outlives a crash of the process: see `Trajectory.load`.
+            ``steps.bin``. What was written outlives a crash of the process: see `Trajectory.load`. None (the
+            default) keeps the sketch, in memory.
         may_skip: a record without a step is a step that was skipped, an update of exactly zero, instead of an error.
             For a ``torch.amp.GradScaler``, which does not call ``step()`` where a gradient overflowed.
-            Then ``record`` must come before ``step()``, or skipped steps could not be told from others.
+            Then ``record`` must come before ``step()``, or skipped steps could not be told from others. Default False.
 
     Memory per parameter: 4 bytes for the last weights (8 if any is in float64) and 2 for the sketch; for a moment in a
     step, five times the former. Per step: 4k bytes on the device of the first parameter. With ``directory``: nothing
@@ -63,6 +64,8 @@ class TrajectoryMonitor:
             holds a trajectory.
         RuntimeError: in ``record``, see there; in ``step()``, if the optimizer's parameters are no longer the
             same, or for a step without a record under ``may_skip``. The weights are then as they were.
+
+    Source: as `Trajectory`; that sketches of the updates are enough: ours.
 
     Example:
         >>> with normopt.TrajectoryMonitor(optimizer) as monitor:
@@ -124,7 +127,10 @@ class TrajectoryMonitor:
         )
 
     def record(self, loss: float | Tensor) -> None:
-        """Keep the loss of this step: a number, or a tensor of one element, which is not read before the end.
+        """Keep the loss of this step.
+
+        Args:
+            loss: ℓ_t, a number, or a tensor of one element, which is not read before the end.
 
         Raises:
             TypeError: the loss is neither.
@@ -160,7 +166,8 @@ class TrajectoryMonitor:
                 cross-entropy and of a squared error, though not of a loss with weight decay in it.
 
         Raises:
-            ValueError: no step was made yet, or a recorded loss lies below ``inf_loss``.
+            ValueError: no step was made yet, ``inf_loss`` is NaN, or a recorded loss lies below it.
+            TypeError: ``inf_loss`` is no number.
         """
         self._settle()
         if not self._store.steps:
@@ -182,6 +189,9 @@ class TrajectoryMonitor:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the saved trajectory. Steps in the ``directory`` that are not in the state are dropped.
+
+        Args:
+            state_dict: what ``state_dict()`` of a monitor of the same parameters and the same sketch gave.
 
         Raises:
             ValueError: the state is of other parameters or another sketch, or the directory lacks its steps.

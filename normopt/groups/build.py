@@ -61,11 +61,11 @@ def param_groups(
 
     Args:
         model: any module; every parameter must be of a module that is known here, or claimed by an override.
-        preset: one of the above.
-        overrides: settings for the parameters of modules: a pattern (as of a shell) of the parameter's or its
-            module's name, or a module type, to a dict of settings, laid over the preset's; a later entry over an
-            earlier one. A "norm" replaces the preset's with its fields and radius. "kind" says what a parameter is
-            ("embedding", "linear", "conv", "output", "norm" or "bias"), and "mass" is for "modular".
+        preset: one of the above. Default "muon".
+        overrides: settings for the parameters of modules, none by default: a pattern (as of a shell) of the
+            parameter's or its module's name, or a module type, to a dict of settings, laid over the preset's; a later
+            entry over an earlier one. A "norm" replaces the preset's with its fields and radius. "kind" says what a
+            parameter is ("embedding", "linear", "conv", "output", "norm" or "bias"), and "mass" is for "modular".
         output: the name of the output layer; "last" is the last linear layer or convolution in the order of
             definition, None is none. A weight that is tied to the embedding is the output's.
         residual_depth: L, for "modular"; None traces the model.
@@ -75,16 +75,25 @@ def param_groups(
         ``kind``; "modular" adds ``share`` (of the mass) and ``sensitivity``.
 
     Raises:
-        ValueError: a parameter that nobody claims; an override that matches nothing; an unknown preset, kind or
-            output; a model that "modular" cannot trace.
-        TypeError: ``model`` is no module, an override no dict.
+        ValueError: a parameter that nobody claims, or of a lazy module without a shape; an override that matches
+            nothing; an unknown preset, kind, norm or output; a mass, or a residual_depth, out of range or of another
+            preset than "modular"; a model that "modular" cannot trace.
+        TypeError: ``model`` is no module, an override no dict, its key no pattern and no module type, its mass no
+            number; residual_depth is no integer.
 
     Source: Muon, Keller Jordan, 2024; Scion, arXiv:2502.07529; SCALE, arXiv:2506.16659; the modular norm, Large et
     al., arXiv:2405.14813, and modular duality, Bernstein and Newhouse, arXiv:2410.21265.
 
     Example:
-        >>> groups = normopt.param_groups(model, preset="scion", overrides={"*.pos": {"kind": "embedding"}})
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> groups = normopt.param_groups(model, preset="scion", overrides={"0.weight": {"radius": 8.0}})
         >>> opt = normopt.Scion(groups, lr=2**-12)
+        >>> print(groups)
+        preset 'scion': 46 parameters in 4 tensors
+        kind    norm       radius  other settings  parameters  names
+        linear  spectral        8  aspect rms              32  0.weight
+        output  max          3000  aspect fan-in            8  2.weight
+        bias    frobenius      50  aspect entries           6  *.bias
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups takes a torch.nn.Module, but was given {type(model).__name__}")
@@ -108,7 +117,13 @@ def param_groups(
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """Param groups, for ``params`` of an optimizer; as a string, the table of who got what."""
+    """Param groups, for ``params`` of an optimizer; as a string, the table of who got what.
+
+    A list of dicts, which [`param_groups`][normopt.param_groups] makes.
+
+    Attributes:
+        preset: the name of the preset that they are of.
+    """
 
     preset: str
 

@@ -40,6 +40,8 @@ class Norm(ABC):
         power_takes_eps: whether its power map has a form with ε > 0.
         differentiable: whether autograd gets the derivative of its maps right.
         batches: whether tensors of one shape are faster together than one by one, on a CPU too.
+
+    Source: the frame is Bernstein and Newhouse, "Old Optimizer, New Norm", arXiv:2409.20325; the split, ours.
     """
 
     spans_groups: ClassVar[bool] = True
@@ -58,26 +60,58 @@ class Norm(ABC):
 
     @property
     def power_exponent(self) -> float | Tensor | None:
+        """κ of the "power" scale, a number or 0-d; None where "power" means nothing, as it is here."""
         return None
 
     @abstractmethod
     def norm(self, x: Tensor) -> Tensor:
-        """‖x‖, 0-d, of one tensor of any shape."""
+        """‖x‖, 0-d, of one tensor of any shape.
+
+        Args:
+            x: of real floats.
+
+        Raises:
+            TypeError: x is complex, or of integers.
+        """
 
     @abstractmethod
     def measure(self, c: list[Tensor]) -> Tensor:
-        """What each of n tensors adds to the reduction: shape [n, w]."""
+        """What each of n tensors adds to the reduction: shape [n, w].
+
+        Args:
+            c: n tensors of any shapes, of real floats of 32 bits or more.
+        """
 
     @abstractmethod
     def combine(self, partials: Tensor) -> Tensor:
-        """Partials of k pieces of one vector, shape [..., k, w], to its scalars, shape [..., s]."""
+        """The scalars of one vector, shape [..., s], from the partials of its k pieces.
+
+        Args:
+            partials: what ``measure`` gave, shape [..., k, w].
+        """
 
     @abstractmethod
     def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
-        """``‖c‖⋆^kappa · D(c)`` as new tensors, given one row of scalars a tensor, shape [n, s]."""
+        """``‖c‖⋆^kappa · D(c)`` as new tensors.
+
+        Args:
+            c: the n tensors that were measured.
+            scalars: what ``combine`` gave, one row a tensor: shape [n, s].
+            kappa: 0, 1 or ``power_exponent``, a number or 0-d.
+
+        Returns:
+            n tensors, shaped and typed like those of c.
+        """
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
         """The un-normalised power map ``‖c‖⋆^κ · D(c)`` with κ = ``power_exponent``; ε is 0 in this form.
+
+        Args:
+            c: n tensors of any shapes, of real floats of 32 bits or more.
+            eps: ε ≥ 0, which only norms with ``power_takes_eps`` read. Default 0.
+
+        Returns:
+            n new tensors, shaped and typed like those of c.
 
         Raises:
             ValueError: the norm declares no power exponent.
@@ -90,24 +124,52 @@ class Norm(ABC):
         """What must be whole before the direction under a scale is known.
 
         "none" means that the direction is elementwise; it is then the ``power`` map, whatever the scale.
+
+        Args:
+            scale: "power", "dual", "unit" or "matched".
+
+        Returns:
+            "none", "tensor", "rows" or "matrix".
         """
         return "tensor"
 
     def check(self, scale: Scale, params: list[Tensor]) -> None:  # noqa: B027 (most norms take everything)
-        """Raise a ValueError where this norm cannot do a scale, or a parameter's shape or dtype. Before every step."""
+        """Refuse, before every step, what this norm cannot do.
+
+        Args:
+            scale: "power", "dual", "unit" or "matched".
+            params: the group's parameters, of any shapes.
+
+        Raises:
+            ValueError: the norm cannot do this scale, or a parameter's shape or dtype.
+        """
 
     def scaled(self, c: list[Tensor], kappa: float | Tensor, whole_group: bool) -> tuple[list[Tensor], Tensor]:
-        """``‖c‖⋆^kappa · D(c)`` of each tensor, or of all of them as one vector; and the dual norms, shape [n]."""
+        """``‖c‖⋆^kappa · D(c)`` of each tensor, or of all of them as one vector; and the dual norms, shape [n].
+
+        Args:
+            c: n tensors of any shapes, of real floats of 32 bits or more.
+            kappa: 0, 1 or ``power_exponent``, a number or 0-d.
+            whole_group: whether they are one vector, which has one dual norm, n times.
+        """
         partials = self.measure(c)
         scalars = self.combine(partials).expand(len(c), -1) if whole_group else self.combine(partials[:, None])
         return self.apply(c, scalars, kappa), scalars[:, 0]
 
     def on(self, device: torch.device) -> Norm:
-        """This norm with its tensor fields, if it has any, on a device."""
+        """This norm with its tensor fields, if it has any, on a device.
+
+        Args:
+            device: where they are needed.
+        """
         return self
 
     def is_identity(self, scale: Scale) -> bool:
-        """Whether the direction under a scale is its input itself, so that nothing has to run."""
+        """Whether the direction under a scale is its input itself, so that nothing has to run.
+
+        Args:
+            scale: "power", "dual", "unit" or "matched".
+        """
         return False
 
     @overload
@@ -116,7 +178,14 @@ class Norm(ABC):
     def dual_norm(self, x: list[Tensor]) -> list[Tensor]: ...
 
     def dual_norm(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """‖x‖⋆, 0-d, of a tensor of any shape, or of each tensor of a list (float32 for 16-bit input)."""
+        """‖x‖⋆, 0-d, of a tensor of any shape, or of each tensor of a list (float32 for 16-bit input).
+
+        Args:
+            x: of real floats, or a list of such.
+
+        Raises:
+            TypeError: a tensor is complex, or of integers.
+        """
         if isinstance(x, Tensor):
             return self.dual_norm([x])[0]
         return [self.combine(self.measure([working(t)])[:, None])[0, 0] for t in x]
@@ -127,7 +196,14 @@ class Norm(ABC):
     def dual_map(self, x: list[Tensor]) -> list[Tensor]: ...
 
     def dual_map(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """D(x), shaped and typed like x and never sharing its memory, of a tensor or of each of a list."""
+        """D(x), shaped and typed like x and never sharing its memory, of a tensor or of each of a list.
+
+        Args:
+            x: of real floats, or a list of such.
+
+        Raises:
+            TypeError: a tensor is complex, or of integers.
+        """
         if isinstance(x, Tensor):
             return self.dual_map([x])[0]
         c = [working(t) for t in x]
@@ -141,20 +217,55 @@ class TensorNorm(Norm):
     Subclasses define those two (each on ONE tensor) and, if it is to be read, ``norm``; the split into
     measure, combine and apply is then made from them. What that costs: nothing can be shared between
     tensors, so ``scope="group"`` is refused, and its methods take no lists.
+
+    Source: ours.
     """
 
     spans_groups: ClassVar[bool] = False
 
     def norm(self, x: Tensor) -> Tensor:
+        """‖x‖, 0-d, for a subclass to define, if it is to be read.
+
+        Args:
+            x: one tensor of any shape.
+
+        Raises:
+            NotImplementedError: the subclass has none.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no primal norm")
 
     def dual_norm(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """‖x‖⋆, 0-d or of one element, for a subclass to define.
+
+        Args:
+            x: one tensor of any shape, of 32 bits or more.
+
+        Raises:
+            NotImplementedError: the subclass has none.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define dual_norm(x) on one tensor")
 
     def dual_map(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """D(x), a new tensor shaped like x, for a subclass to define.
+
+        Args:
+            x: one tensor of any shape, of 32 bits or more.
+
+        Raises:
+            NotImplementedError: the subclass has none.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define dual_map(x) on one tensor")
 
     def measure(self, c: list[Tensor]) -> Tensor:
+        """The dual norms, shape [n, 1].
+
+        Args:
+            c: n tensors of any shapes.
+
+        Raises:
+            TypeError: ``dual_norm`` returned no tensor of one element.
+            NotImplementedError: the subclass has no ``dual_norm``.
+        """
         norms = [self.dual_norm(x) for x in c]
         for n in norms:
             if not isinstance(n, Tensor) or n.numel() != 1:
@@ -162,11 +273,30 @@ class TensorNorm(Norm):
         return stack([n.reshape(()) for n in norms])[:, None]
 
     def combine(self, partials: Tensor) -> Tensor:
+        """The dual norm, shape [..., 1], of one piece.
+
+        Args:
+            partials: what ``measure`` gave, shape [..., 1, 1].
+
+        Raises:
+            ValueError: there are several pieces.
+        """
         if partials.shape[-2] != 1:
             raise ValueError(f'{type(self).__name__} knows one tensor at a time: use scope="tensor"')
         return partials[..., 0, :]
 
     def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
+        """``‖c‖⋆^kappa · D(c)``, shaped like the tensors of c.
+
+        Args:
+            c: n tensors of any shapes.
+            scalars: their dual norms, shape [n, 1].
+            kappa: a number or 0-d.
+
+        Raises:
+            TypeError: ``dual_map`` returned no tensor of its input's shape.
+            NotImplementedError: the subclass has no ``dual_map``.
+        """
         d = [self.dual_map(x) for x in c]
         for u, x in zip(d, c, strict=True):
             if not isinstance(u, Tensor) or u.shape != x.shape:

@@ -40,8 +40,11 @@ class Lp(Norm):
             for "matched", which is SGD to roundoff then. Give it in float64 for float64 gradients.
 
     Raises:
-        ValueError: p < 1 (no norm: the triangle inequality fails) or NaN.
+        ValueError: p < 1 (no norm: the triangle inequality fails) or NaN; a tensor of more than one element, or of
+            integers.
         TypeError: p is not a number.
+
+    Source: the frame is arXiv:2409.20325; "power" with a p that is scheduled, arXiv:2606.02078.
 
     Example:
         >>> n = normopt.norms.Lp(3.0)
@@ -66,7 +69,7 @@ class Lp(Norm):
 
     @property
     def q(self) -> float | Tensor:
-        """The order of the dual norm, 1/p + 1/q = 1."""
+        """The order of the dual norm, 1/p + 1/q = 1; 0-d where p is a tensor."""
         return 1 + self._exponent
 
     @property
@@ -75,11 +78,15 @@ class Lp(Norm):
 
     @property
     def power_exponent(self) -> float | Tensor | None:
-        """κ = 1/(p−1), which makes ‖c‖⋆^κ·D(c) elementwise; None at p = 1, where it diverges."""
+        """κ = 1/(p−1), which makes ‖c‖⋆^κ·D(c) elementwise: 0-d where p is a tensor, None at p = 1, where it is ∞."""
         return None if equals(self.p, 1) else self._exponent
 
     def on(self, device: torch.device) -> Lp:
-        """The same norm with a tensor p on a device."""
+        """The same norm with a tensor p on a device.
+
+        Args:
+            device: where p is needed.
+        """
         return Lp(self.p.to(device)) if isinstance(self.p, Tensor) and self.p.device != device else self
 
     def needs(self, scale: Scale) -> Needs:
@@ -90,15 +97,34 @@ class Lp(Norm):
         return equals(self.p, 2) and scale != "unit"
 
     def norm(self, x: Tensor) -> Tensor:
-        """‖x‖_p, 0-d (float32 for 16-bit input)."""
+        """‖x‖_p, 0-d (float32 for 16-bit input).
+
+        Args:
+            x: one tensor of any shape, of real floats.
+
+        Raises:
+            TypeError: x is complex, or of integers.
+        """
         return size(relative_sums([working(x)], self.p)[:, None], self.p)[0]
 
     def measure(self, c: list[Tensor]) -> Tensor:
-        """[n, 2]: the largest entry M and Σ(|x|/M)^q; at p = 1, M and the tensor's place in the list."""
+        """What each tensor adds, shape [n, 2]: the largest entry M and Σ(|x|/M)^q.
+
+        At p = 1 they are M and the tensor's place in the list.
+
+        Args:
+            c: n tensors of any shapes, of real floats of 32 bits or more.
+        """
         return relative_sums(c, self.q)
 
     def combine(self, partials: Tensor) -> Tensor:
-        """[..., 1]: ‖c‖_q; at p = 1 [..., 2]: the largest entry and the place of the tensor that has it."""
+        """The dual norm ‖c‖_q, shape [..., 1].
+
+        At p = 1 the shape is [..., 2]: the largest entry, and the place of the tensor that has it.
+
+        Args:
+            partials: what ``measure`` gave, shape [..., k, 2].
+        """
         if equals(self.p, 1):
             winner = partials[..., 0].argmax(-1, keepdim=True)  # the first of equals
             return partials.gather(-2, winner[..., None].expand(*winner.shape, 2))[..., 0, :]
@@ -125,7 +151,18 @@ class Lp(Norm):
         return [torch.where(here, x, y) for x, y in zip(c, u, strict=True)]
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
-        """``sign(c)·|c|^(1/(p−1))``, or ``c·(|c| + ε)^(−ρ)`` for ε > 0: elementwise, nothing measured."""
+        """``sign(c)·|c|^(1/(p−1))``, or ``c·(|c| + ε)^(−ρ)`` for ε > 0: elementwise, nothing measured.
+
+        Args:
+            c: n tensors of any shapes, of real floats of 32 bits or more.
+            eps: ε ≥ 0. Default 0, which is exact at p = 2 and ∞.
+
+        Returns:
+            n new tensors, shaped and typed like those of c.
+
+        Raises:
+            ValueError: p = 1, where the exponent diverges.
+        """
         if equals(self.p, 1):
             raise ValueError('scale="power" is not defined at p = 1, where its exponent 1/(p−1) diverges: use p > 1')
         if eps == 0:

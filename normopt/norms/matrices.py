@@ -120,6 +120,14 @@ class MatrixNorm(Norm):
         "fan-in"            1/columns: with "max", Scion's sign/d_in for output layers
         "original"          √max(1, rows/columns), Keller Jordan's
         "match_rms_adamw"   0.2·√max(rows, columns), Moonlight's (arXiv:2502.16982)
+
+    Attributes:
+        aspect: the factor f, one of the above.
+        matrix_view: which matrix a tensor of more than two dims is: "flatten" (dim 0 × the rest), "batch" (the last
+            two dims; those before are a stack) or "transposed" (dims 0 and 1 change places first).
+        blocks: into how many equal matrices the rows are cut, such as a fused projection's queries, keys and values.
+
+    Source: the frame is arXiv:2409.20325; Scion's factors are of arXiv:2502.07529.
     """
 
     aspect: str
@@ -128,21 +136,42 @@ class MatrixNorm(Norm):
 
     @abstractmethod
     def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """(‖c‖⋆, D(c)) of each tensor, both from one pass."""
+        """(‖c‖⋆, D(c)) of each tensor, both from one pass: 0-d, and shaped and typed like the tensor.
+
+        Args:
+            c: n tensors of any shapes, of real floats of 32 bits or more.
+        """
 
     def check_view(self) -> None:
-        """Check the fields that all matrix norms have; for ``__post_init__``."""
+        """Check the fields that all matrix norms have; for ``__post_init__``.
+
+        Raises:
+            ValueError: an unknown aspect or matrix_view, or blocks < 1.
+            TypeError: blocks is no integer.
+        """
         check_choice("aspect", self.aspect, ASPECTS)
         check_choice("matrix_view", self.matrix_view, MATRIX_VIEWS)
         check_integer("blocks", self.blocks, math.inf)
 
     def factor(self, x: Tensor) -> float:
-        """f of the matrices of x."""
+        """f of the matrices of x; 1 if they are empty.
+
+        Args:
+            x: a tensor of any shape, of which nothing but the shape is read.
+        """
         rows, columns, taps = dimensions(x.shape, self.matrix_view, self.blocks)
         return ASPECTS[self.aspect](rows, columns, taps) if rows * columns else 1.0
 
     def check(self, scale: Scale, params: list[Tensor]) -> None:
-        """Refuse complex matrices, and rows that ``blocks`` does not divide."""
+        """Refuse complex matrices, and rows that ``blocks`` does not divide.
+
+        Args:
+            scale: "power", "dual", "unit" or "matched".
+            params: the group's parameters, of any shapes.
+
+        Raises:
+            ValueError: one of them is such.
+        """
         for x in params:
             if x.is_complex():
                 raise ValueError(f"{type(self).__name__} takes real matrices, but a parameter is {x.dtype}")
@@ -158,7 +187,16 @@ class MatrixNorm(Norm):
         return [d * n.to(d) ** kappa for (_, d), n in zip(self.pairs(c), scalars[:, 0], strict=True)]
 
     def scaled(self, c: list[Tensor], kappa: float | Tensor, whole_group: bool) -> tuple[list[Tensor], Tensor]:
-        """As in `Norm`, but in one pass: measure and apply would each take the matrices apart anew."""
+        """As in `Norm`, but in one pass: measure and apply would each take the matrices apart anew.
+
+        Args:
+            c: n tensors of any shapes, of real floats of 32 bits or more.
+            kappa: 0, 1 or ``power_exponent``, a number or 0-d.
+            whole_group: whether the dual norm is that of all of them, their sum.
+
+        Returns:
+            The maps, shaped and typed like the tensors of c, and the dual norms, shape [n].
+        """
         pairs = self.pairs(c)
         maps, norms = [d for _, d in pairs], stack([n for n, _ in pairs])
         totals = norms.sum().expand(len(c)) if whole_group else norms

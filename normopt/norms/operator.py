@@ -43,14 +43,15 @@ class Mixed(MatrixNorm):
     Args:
         p_inner: the order along a line, 1 ≤ p ≤ ∞.
         p_outer: the order over the lines, 1 ≤ p ≤ ∞; at 1 only the first of the largest lines moves.
-        lines: "rows" or "columns".
-        aspect: the factor f; see [`MatrixNorm`][normopt.norms.MatrixNorm].
-        matrix_view: "flatten", "batch" or "transposed": which matrix a tensor of more than two dims is.
-        blocks: into how many matrices the rows are cut.
+        lines: "rows" or "columns". Default "rows", a linear layer's output units.
+        aspect: the factor f; see [`MatrixNorm`][normopt.norms.MatrixNorm]. Default "none".
+        matrix_view: "flatten", "batch" or "transposed": which matrix a tensor of more than two dims is. Default
+            "flatten".
+        blocks: into how many matrices the rows are cut. Default 1.
 
     Raises:
         ValueError: an order below 1 or NaN, or another setting that is none.
-        TypeError: an order is not a number.
+        TypeError: an order is not a number, blocks no integer.
 
     Source: arXiv:2409.20325 for the frame; SCALE's and RowNorm's directions are its members.
     """
@@ -73,7 +74,14 @@ class Mixed(MatrixNorm):
         return "rows" if self.lines == "rows" and self.p_outer == math.inf and scale == "unit" else "matrix"
 
     def norm(self, x: Tensor) -> Tensor:
-        """The largest ‖X‖ of the matrices of x, 0-d."""
+        """The largest ‖X‖ of the matrices of x, 0-d.
+
+        Args:
+            x: a tensor of any shape, of real floats.
+
+        Raises:
+            TypeError: x is complex, or of integers.
+        """
         y = self._lines_of(working(x))
         return sizes(sizes(y, self.p_inner), self.p_outer).amax() / self.factor(x) if y.numel() else x.new_zeros(())
 

@@ -42,22 +42,24 @@ class Schatten(MatrixNorm):
     map theirs, one by one; so is a group under ``scope="group"``.
 
     Args:
-        p: 1 ≤ p ≤ ∞.
-        method: "svd" is exact. "newton-schulz" (Keller Jordan's polynomial: singular values end within
+        p: the order, 1 ≤ p ≤ ∞.
+        method: Default "svd", which is exact. "newton-schulz" (Keller Jordan's polynomial: singular values end within
             about 0.3 of 1) and "polar-express" (the error falls with the steps: at 8 it is at roundoff of
             ``dtype`` unless σ is below 1e-3·‖G‖_F) are matrix products only, for p = ∞. "lanczos", for
             p = 1, is products with vectors only, two a step: on Gaussian matrices of 256 × 256 the dual norm
             is within 0.3 % at 24, and from min(rows, columns) steps on it is as exact as "svd".
         steps: of the iteration. Default 5, which is for p = ∞; give "lanczos" 24 or so.
-        dtype: of the iteration for p = ∞, "bfloat16" or "float32".
-        aspect: the factor f: "none", "rms" (the RMS → RMS operator norm), "original" (Keller Jordan's),
+        dtype: of the iteration for p = ∞, "bfloat16" or "float32". Default "float32".
+        aspect: the factor f: "none" (the default), "rms" (the RMS → RMS operator norm), "original" (Keller Jordan's),
             "match_rms_adamw" (Moonlight's), or another; see [`MatrixNorm`][normopt.norms.MatrixNorm].
-        exponent: of the power scale, instead of 1/(p−1). Below 0 it is no norm's any more: Freon's range.
-        matrix_view: "flatten", "batch" or "transposed": which matrix a tensor of more than two dims is.
-        blocks: into how many matrices the rows are cut.
+        exponent: of the power scale, instead of 1/(p−1), which None (the default) leaves. Below 0 it is no norm's any
+            more: Freon's range.
+        matrix_view: "flatten", "batch" or "transposed": which matrix a tensor of more than two dims is. Default
+            "flatten".
+        blocks: into how many matrices the rows are cut. Default 1.
 
     Raises:
-        ValueError: a setting out of range, an iterative method with another p than its own.
+        ValueError: a setting out of range, an iterative method with another p than its own, or with an exponent.
         TypeError: a setting of the wrong type.
 
     Source: the dual map as in "Old Optimizer, New Norm", arXiv:2409.20325; HTMuon (arXiv:2603.10067) is
@@ -109,7 +111,14 @@ class Schatten(MatrixNorm):
         super().check(scale, params)
 
     def norm(self, x: Tensor) -> Tensor:
-        """The largest ‖X‖_Sp / f of the matrices of x, 0-d."""
+        """The largest ‖X‖_Sp / f of the matrices of x, 0-d.
+
+        Args:
+            x: a tensor of any shape, of real floats.
+
+        Raises:
+            TypeError: x is complex, or of integers.
+        """
         y = to_matrices(working(x), self.matrix_view, self.blocks)
         if y.numel() == 0:
             return x.new_zeros(())
@@ -117,7 +126,18 @@ class Schatten(MatrixNorm):
         return norms.amax() / self.factor(x)
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
-        """``f · U diag(σ^exponent) Vᵀ``; singular values that count as zero stay zero."""
+        """``f · U diag(σ^exponent) Vᵀ``; singular values that count as zero stay zero.
+
+        Args:
+            c: n tensors of any shapes, of real floats of 32 bits or more.
+            eps: not read: the power of singular values has no form with ε > 0. Default 0.
+
+        Returns:
+            n new tensors, shaped and typed like those of c.
+
+        Raises:
+            ValueError: p = 1 without an exponent.
+        """
         exponent = self.power_exponent
         if exponent is None:
             raise ValueError('scale="power" is not defined at p = 1, where its exponent 1/(p−1) diverges: use p > 1')

@@ -54,13 +54,20 @@ class AdaptiveP(PSchedule):
         low: the density at and below which p is p_end, 0 ≤ low < high. Default 0, see above.
         high: the density at and above which p is p_start, at most 1. Default 2/π, that of Gaussian entries.
 
+    Attributes:
+        densities: φ̄ of each param group, None before its first measurement; empty before the first ``step()``.
+
     Cost: each ``step()`` passes over the gradients a few times, and the host waits for the device once. Under data
     parallelism all ranks have the same gradients, and so the same p; sharded gradients (DTensor) are refused.
 
     Raises:
-        ValueError: an argument out of range, or an order of 1, where 1/(p−1) has no value.
+        ValueError: an argument out of range, or an order of 1, where 1/(p−1) has no value; no group of the optimizer
+            has a p.
+        TypeError: an argument is no number, or the optimizer none.
         RuntimeError: in ``step()``, if no parameter with a p has a gradient, or a gradient is sharded; nothing is
             changed then.
+
+    Source: ours; the density is that of signSGD's analysis, arXiv:1802.04434.
 
     Example:
         >>> opt = normopt.LPSGDM(model.parameters(), lr=0.01, p=8.0)
@@ -90,12 +97,24 @@ class AdaptiveP(PSchedule):
         super().__init__(optimizer)
 
     def step(self) -> None:
-        """Measure the gradients that are there, and set every group's p by their averaged density."""
+        """Measure the gradients that are there, and set every group's p by their averaged density.
+
+        Raises:
+            RuntimeError: no parameter with a p has a gradient, or a gradient is sharded; nothing is changed then.
+        """
         self.densities = self._averaged()
         super().step()
 
     def p_at(self, start: float, s: int) -> float:
-        """p of a group whose gradient was never measured: its end."""
+        """p of a group whose gradient was never measured: its end.
+
+        Args:
+            start: p of the group when the schedule was made.
+            s: the step, which plays no part.
+
+        Raises:
+            ValueError: the group started at p = 1.
+        """
         if start == 1:
             raise ValueError("1/(p−1) has no value at p = 1: start above 1")
         return self.p_end

@@ -20,9 +20,19 @@ class PSchedule(ABC):
 
     Subclasses say what p is at step s, given where the group started (``p_at``).
 
+    Args:
+        optimizer: any optimizer with a p in its param groups.
+
+    Attributes:
+        optimizer: the one that it was given.
+        base_ps: p of each param group when the schedule was made; None for a group without one.
+        last_step: s, 1 at first.
+
     Raises:
         TypeError: what is given is not an optimizer.
         ValueError: no group of the optimizer has a p.
+
+    Source: the paper that schedules p is arXiv:2606.02078; the habits are those of torch.optim.lr_scheduler.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -41,7 +51,12 @@ class PSchedule(ABC):
 
     @abstractmethod
     def p_at(self, start: float, s: int) -> float:
-        """p at step s = 1, 2, …, of a group that started at ``start``."""
+        """p at step s of a group.
+
+        Args:
+            start: p of the group when the schedule was made.
+            s: the step, 1, 2, …
+        """
 
     def _p_of(self, i: int, start: float, s: int) -> float:
         """p at step s of group i, for a schedule that does not treat all groups alike."""
@@ -63,8 +78,12 @@ class PSchedule(ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the saved schedule was, and set p in the param groups to what it was there.
 
+        Args:
+            state_dict: what ``state_dict()`` of a schedule of the same kind gave.
+
         Raises:
-            ValueError: the state is of another kind of schedule, or of more groups than there are.
+            ValueError: the state is of another kind of schedule, of more groups than there are, or of groups of
+                which others have a p; nothing is changed then.
         """
         if state_dict.get("schedule") != type(self).__name__:
             raise ValueError(

@@ -37,7 +37,15 @@ class AnnealedP(PSchedule):
             raise ValueError('p_end = 1 is where scale="power" diverges: end above 1, or use another scale')
 
     def p_at(self, start: float, s: int) -> float:
-        """p at step s; refused, before any group is touched, where the curve cannot leave or reach its ends."""
+        """p at step s; refused, before any group is touched, where the curve cannot leave or reach its ends.
+
+        Args:
+            start: p of the group when the schedule was made.
+            s: the step, 1, 2, …
+
+        Raises:
+            ValueError: an end is ∞ in the space "p", or 1 in the space "exponent".
+        """
         if self.space == "p" and math.inf in (start, self.p_end):
             raise ValueError('p = ∞ cannot be annealed in p itself: use space="exponent", which anneals 1/(p−1)')
         if self.space == "exponent" and 1 in (start, self.p_end):
@@ -53,7 +61,11 @@ class AnnealedP(PSchedule):
 
     @abstractmethod
     def curve(self, t: float) -> float:
-        """1 at t = 0 and 0 at t = 1."""
+        """A number that is 1 at t = 0 and 0 at t = 1.
+
+        Args:
+            t: how much of the way is done, from 0 to 1.
+        """
 
 
 class CosineP(AnnealedP):
@@ -67,12 +79,14 @@ class CosineP(AnnealedP):
 
     Args:
         optimizer: any optimizer with a p in its param groups; where they stand is p_start (p_max there).
-        total_steps: S ≥ 1.
+        total_steps: S ≥ 1, in optimizer steps or in epochs, as ``step()`` is called.
         p_end: where p ends. Default 2 (SGD), the paper's.
-        space: anneal "p", as the paper does, or the "exponent" 1/(p−1), which can start at p = ∞.
+        space: anneal "p", as the paper does and by default, or the "exponent" 1/(p−1), which can start at p = ∞.
 
     Raises:
-        ValueError: S < 1, or p = ∞ in the space "p".
+        ValueError: S < 1, p_end < 1, an unknown space; p = ∞ in the space "p", p = 1 in the space "exponent", or
+            p_end = 1 under scale="power"; no group of the optimizer has a p.
+        TypeError: S is no integer, p_end no number, or the optimizer none.
 
     Source: arXiv:2606.02078.
 
@@ -93,11 +107,22 @@ class CosineP(AnnealedP):
 
 
 class LinearP(AnnealedP):
-    """p goes from its start to ``p_end`` in a straight line; arguments and errors as for `CosineP`.
+    """p goes from its start to ``p_end`` in a straight line.
 
     ::
 
         p_s = p_start + (p_end − p_start)·(s−1)/(S−1)                      s = 1 … S, then p_end
+
+    Args:
+        optimizer: any optimizer with a p in its param groups; where they stand is p_start.
+        total_steps: S ≥ 1, in optimizer steps or in epochs, as ``step()`` is called. S = 1 keeps p at its start.
+        p_end: where p ends. Default 2 (SGD), as `CosineP`'s.
+        space: anneal "p" (the default) or the "exponent" 1/(p−1), which can start at p = ∞.
+
+    Raises:
+        ValueError, TypeError: as `CosineP`.
+
+    Source: ours, to compare with `CosineP`.
     """
 
     def curve(self, t: float) -> float:
@@ -105,7 +130,17 @@ class LinearP(AnnealedP):
 
 
 class ConstantP(PSchedule):
-    """p stays where it is: the control of the others, with the same calls."""
+    """p stays where it is: the control of the others, with the same calls.
+
+    Args:
+        optimizer: any optimizer with a p in its param groups.
+
+    Raises:
+        TypeError: what is given is not an optimizer.
+        ValueError: no group of the optimizer has a p.
+
+    Source: ours.
+    """
 
     def p_at(self, start: float, s: int) -> float:
         return start
@@ -124,7 +159,11 @@ class PiecewiseP(PSchedule):
         values: p from each milestone on, as many as there are milestones; ∞ is allowed.
 
     Raises:
-        ValueError: no milestones, not increasing, not as many values, or a value below 1.
+        ValueError: no milestones, not increasing, not as many values, or a value below 1; no group of the optimizer
+            has a p.
+        TypeError: a milestone is no integer, a value no number, or the optimizer none.
+
+    Source: ours; the milestones are torch.optim.lr_scheduler.MultiStepLR's.
     """
 
     def __init__(self, optimizer: Optimizer, milestones: Sequence[int], values: Sequence[float]) -> None:

@@ -25,9 +25,19 @@ class SparseLinear(nn.Module):
         y = x Wᵀ + b          x [..., in_features] → y [..., out_features]
 
     `to_sparse` makes it. Its buffers are ordinary dense tensors, so that copying, moving, saving and loading work as
-    for any module (torch's own compressed tensors cannot be deep-copied inside one): ``values`` [n] in the weight's
-    dtype, ``columns`` [n] and ``row_ends`` [out_features + 1] in int64, and ``bias``. Gradients flow to x, none to the
-    weights. A state can only be loaded into a layer with as many nonzeros.
+    for any module (torch's own compressed tensors cannot be deep-copied inside one): ``values`` and ``bias`` in the
+    weight's dtype, ``columns`` and ``row_ends`` in int64. Gradients flow to x, none to the weights. A state can only be
+    loaded into a layer with as many nonzeros.
+
+    Args:
+        linear: the layer whose numbers it takes over; it is left as it is.
+
+    Attributes:
+        in_features, out_features: as of nn.Linear.
+        values: the nonzero weights, row by row, shape [n].
+        columns: the column of each, shape [n].
+        row_ends: where each row begins in the two, and where the last one ends, shape [out_features + 1].
+        bias: shape [out_features], or None.
 
     Memory: 12 bytes for every nonzero weight in float32, against 4 for every weight of a dense layer: it is smaller
     below a third of nonzeros.
@@ -59,6 +69,11 @@ class SparseLinear(nn.Module):
         return torch.sparse_csr_tensor(self.row_ends, self.columns, self.values, size, check_invariants=check)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x Wᵀ + b``, shape [..., out_features].
+
+        Args:
+            x: shape [..., in_features].
+        """
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -112,6 +127,12 @@ def to_sparse(model: nn.Module) -> nn.Module:
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of a model whose `SparseLinear` layers are ``nn.Linear`` again, ready to train; undoes `to_sparse`.
 
+    Args:
+        model: any module.
+
+    Returns:
+        A new model; the old one stays as it is.
+
     Raises:
         TypeError: ``model`` is no module.
     """
@@ -123,8 +144,8 @@ def sparse_state_dict(model: nn.Module, layout: Layout = "csr") -> dict[str, Any
 
     Args:
         model: any module, dense or made by `to_sparse`, whose `SparseLinear` layers store their buffers as they are.
-        layout: "csr" or "csc", which hold matrices, so that tensors of more dims stay dense; or "coo", which holds
-            any. Tensors of fewer than two dims are always dense.
+        layout: "csr" (the default) or "csc", which hold matrices, so that tensors of more dims stay dense; or "coo",
+            which holds any. Tensors of fewer than two dims are always dense.
 
     Returns:
         Names to tensors. ``torch.save`` and ``torch.load`` take it; `dense_state_dict` makes it loadable into a model.
@@ -154,7 +175,14 @@ def sparse_state_dict(model: nn.Module, layout: Layout = "csr") -> dict[str, Any
 
 
 def dense_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with every sparse tensor made dense: undoes `sparse_state_dict`, exactly."""
+    """A state dict with every sparse tensor made dense: undoes `sparse_state_dict`, exactly.
+
+    Args:
+        state: names to tensors, sparse or dense, or to anything else, which stays as it is.
+
+    Returns:
+        Names to dense tensors of the same shapes, for a model's ``load_state_dict``.
+    """
     return {
         name: v.to_dense() if isinstance(v, Tensor) and v.layout != torch.strided else v for name, v in state.items()
     }

@@ -49,9 +49,9 @@ def prune_(
         model: any module with dense weights.
         threshold: > 0. After training with ℓp decay, any size between what it has left and what it has taken away.
         fraction: in [0, 1]. Exactly one of the two must be given.
-        over: what is set to zero as one: "entries", "rows" or "columns".
+        over: what is set to zero as one: "entries" (the default), "rows" or "columns".
         exclude: names, or patterns as of a shell, of weight tensors that are left alone, and not counted in n; such
-            as that of the output layer, whose rows are the classes.
+            as that of the output layer, whose rows are the classes. None of them by default.
 
     Returns:
         The `Report` of the model afterwards, with the default threshold.
@@ -62,6 +62,8 @@ def prune_(
             ``exclude`` that fits no weight, or a model with sparse layers. Nothing has been changed then.
 
     Memory: one number for each entry, row or column while it runs.
+
+    Source: ours.
 
     Example:
         >>> model = torch.nn.Linear(2, 2)

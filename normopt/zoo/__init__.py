@@ -17,7 +17,13 @@ ZOO: dict[str, type[SteepestDescent]] = {cls.__name__.lower(): cls for cls in ME
 
 
 def list_optimizers(pattern: str = "*") -> list[str]:
-    """The names of the optimizers that match a shell pattern, without regard to case, sorted.
+    """The names of the optimizers that match a shell pattern.
+
+    Args:
+        pattern: as of a shell, without regard to case. Default "*", all of them.
+
+    Returns:
+        Names in lower case, sorted; each is one for `get_optimizer`.
 
     Example:
         >>> normopt.list_optimizers("*sgd*")
@@ -27,10 +33,17 @@ def list_optimizers(pattern: str = "*") -> list[str]:
 
 
 def get_optimizer(name: str) -> type[SteepestDescent]:
-    """The optimizer class of a name, without regard to case.
+    """The optimizer class of a name.
+
+    Args:
+        name: one of `list_optimizers()`, without regard to case.
+
+    Returns:
+        The class, to be called with params.
 
     Raises:
         ValueError: no optimizer has that name; the message lists the near ones.
+        TypeError: the name is no string.
 
     Example:
         >>> normopt.get_optimizer("lpsgdm")

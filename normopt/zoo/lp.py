@@ -31,10 +31,14 @@ class SGD(SteepestDescent):
         dampening: τ. Default 0, torch's.
         weight_decay: λ. Default 0; coupled (ℓ2 in the gradient) by default, as in torch.
         nesterov: Nesterov momentum.
-        decay: the kind of decay; "coupled" here.
+        decay: the kind of decay. Default "coupled", torch's.
         **settings: any of [`Common`][normopt.settings.Common], as in `SteepestDescent`.
 
     State: one buffer per parameter if momentum ≠ 0, else none.
+
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
 
     Source: Sutskever et al., 2013, as implemented by torch.optim.SGD.
     """
@@ -79,6 +83,10 @@ class NormalizedSGD(SteepestDescent):
 
     State: one buffer per parameter if momentum ≠ 0, else none.
 
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
+
     Differs from the paper: its normalisation is over all weights as one vector; here over each tensor.
     ``SteepestDescent(norm="l2", scale="unit", scope="group", momentum_rule="ema")`` is the paper's.
 
@@ -106,6 +114,10 @@ class SignSGD(SteepestDescent):
 
     State: none. AGR never changes a sign, so all it can do here is erase an entry that is alone among zeros.
 
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum, which are fixed here.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
+
     Source: Bernstein et al., "signSGD", arXiv:1802.04434.
     """
 
@@ -128,6 +140,10 @@ class Signum(SteepestDescent):
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter.
+
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
 
     Source: Bernstein et al., "signSGD", arXiv:1802.04434.
     """
@@ -156,6 +172,10 @@ class Lion(SteepestDescent):
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter.
+
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.
     """
@@ -188,6 +208,10 @@ class PowerStep(SteepestDescent):
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter.
+
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
 
     Differs from the paper: the decayed weight is the OLD one in both, so ``w − η(u + λw)`` there and
     the line above are the same step; only the rounding differs.
@@ -237,6 +261,10 @@ class LPSGD(SteepestDescent):
 
     State: none.
 
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or norm or momentum, which are fixed here.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
+
     Source: Xu and Yang, "Beyond ℓ2-norm and ℓ∞-norm: A Curvature-Inspired ℓp-Norm Scheme for Deep
     Neural Networks", arXiv:2606.02078.
     """
@@ -278,6 +306,10 @@ class LPSGDM(SteepestDescent):
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter.
+
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or norm or momentum_rule, which are fixed here.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
 
     Source: Xu and Yang, "Beyond ℓ2-norm and ℓ∞-norm: A Curvature-Inspired ℓp-Norm Scheme for Deep
     Neural Networks", arXiv:2606.02078.

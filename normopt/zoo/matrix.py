@@ -42,6 +42,10 @@ class Muon(SteepestDescent):
 
     State: one buffer per parameter.
 
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
+
     Differs from torch.optim.Muon: gradients below 1e-7 in norm are orthogonalised too (there they fade),
     and no dual map touches the momentum (there, in bfloat16 without Nesterov, it is overwritten). From
     the same state a step agrees with torch's within 2^-7 of its length.
@@ -90,6 +94,10 @@ class SpectralSGD(SteepestDescent):
 
     State: one buffer per parameter if momentum ≠ 0, else none.
 
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
+
     Source: Carlson et al., "Preconditioned Spectral Descent for Deep Learning", 2015; the frame is
     arXiv:2409.20325.
     """
@@ -127,6 +135,10 @@ class NucGD(SteepestDescent):
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter if momentum ≠ 0, else none.
+
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
 
     Source: the nuclear norm's member of the frame of arXiv:2409.20325; see also arXiv:2512.09678.
     """
@@ -166,7 +178,9 @@ class Freon(SteepestDescent):
     State: one buffer per parameter.
 
     Raises:
-        TypeError, ValueError: c is not a finite number.
+        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
+        ValueError: c is not finite; a setting out of range, or in contradiction to another; see `SteepestDescent`, for
+            warnings too.
 
     Differs from the paper: the power is taken through an SVD; there, through an iteration (QDWH).
 
@@ -209,11 +223,16 @@ class Scion(SteepestDescent):
         momentum: μ, the weight of the OLD state: the paper's α is 1 − μ. Default 0.9, its α = 0.1.
         radius: r. Default 50, the paper's for hidden layers of a GPT; it has 8 for a small CNN, 1 for an MLP.
         weight_decay: λ. Default 1.
-        decay: the kind of decay; with "lp" the weights stay in no ball.
+        decay: the kind of decay. Default "decoupled"; with "lp" the weights stay in no ball.
         method: "newton-schulz", as in the paper, "polar-express", or "svd", which is exact.
         **settings: any of [`Common`][normopt.settings.Common], as in `SteepestDescent`.
 
     State: one buffer per parameter if momentum ≠ 0, else none.
+
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or one that is fixed here:
+            norm, scale, momentum_rule, norm_aspect.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
 
     Differs from the paper: it draws the initial weights from the ball's edge (for λ = 1, start inside the
     ball: PyTorch's own initialisations are, at these radii), and adds 1e-8 to every norm, where D(0) = 0 here.
@@ -267,6 +286,11 @@ class SCALE(SteepestDescent):
 
     State: none, but one buffer for each parameter of a group with momentum.
 
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or one that is fixed here:
+            norm, scale, momentum_rule, norm_aspect.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
+
     A column of the paper's d_in × d_out matrices is a row of PyTorch's; for embeddings, which lie the other
     way, the preset turns the matrix. RMS instead of the paper's ℓ2 norm is what the authors' code divides by.
 
@@ -298,6 +322,10 @@ class RowNormSGD(SteepestDescent):
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter if momentum ≠ 0, else none.
+
+    Raises:
+        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
+        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
 
     Source: the 2 → ∞ operator norm's member of the frame of arXiv:2409.20325.
     """

@@ -75,7 +75,7 @@ def test_the_search_finds_lpsgdm(visit: Any) -> None:
     one.goto("")
     one.page.click("input.md-search__input")
     one.page.keyboard.type("LPSGDM")
-    results = one.page.locator(".md-search-result__item a[href*='api/optimizers/']")
+    results = one.page.locator(".md-search-result__item a[href*='optimizers/lpsgdm/']")
     results.first.wait_for(state="visible")
     assert "LPSGDM" in one.page.locator(".md-search-result__list").inner_text()
 

@@ -1,0 +1,64 @@
+"""The chooser: every optimizer is in its table, what it says of state is true, and its filter filters."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import normopt
+from tests.site.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "docs/hooks"))
+import optimizers
+
+TABLE = re.findall(
+    r"^\| \[(\w+)\]\((\w+)\.md\) \|(.+)\|$",
+    (ROOT / "docs/optimizers/index.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+HEADINGS = [
+    *("The rule and its mathematics", "Defaults, and where they come from", "Where it departs from the paper"),
+    *("Memory and cost", "Use it", "When, and when not", "Used in", "References", "Reference"),
+]
+
+
+def test_every_optimizer_is_in_the_table_and_has_a_whole_page() -> None:
+    assert {page for _, page, _ in TABLE} == {*normopt.list_optimizers(), "steepestdescent"}
+    for name, page, _ in TABLE:
+        assert optimizers.optimizer(page).__name__ == name
+        text = (ROOT / f"docs/optimizers/{page}.md").read_text(encoding="utf-8")
+        assert re.findall(r"^## (.+)$", text, re.MULTILINE) == HEADINGS, page
+        assert f"::: normopt.{name}\n" in text
+
+
+def test_the_state_in_the_table_is_what_a_step_keeps() -> None:
+    for _, page, cells in TABLE:
+        says = cells.split("|")[3].strip()
+        kept = optimizers.state_bytes(optimizers.optimizer(page))
+        assert kept == (4 if says == "one buffer" else 0), page
+        if says.startswith("none, or"):
+            assert optimizers.state_bytes(optimizers.optimizer(page), momentum=0.9) == 4, page
+
+
+def test_the_facts_of_a_page_are_the_codes() -> None:
+    facts = optimizers.facts("lpsgdm")
+    for fact in ("`lp`, p = 8", "power", "moving average, μ = 0.9", "4 bytes", "`lr=0.01`"):
+        assert fact in facts
+    assert "get-started.md" in optimizers.used_in("lpsgdm", ROOT / "docs")
+
+
+def test_the_filter_hides_and_shows(visit: Any) -> None:
+    one = visit(viewport={"width": 1280, "height": 900})
+    one.goto("optimizers/")
+    count, rows = one.page.locator("#chooser-count"), one.page.locator("#chooser tbody tr:visible")
+    assert count.inner_text() == "16 of 16 optimizers"
+    one.page.focus("select[name=layers]")  # by the keyboard alone
+    one.page.keyboard.type("matrices")
+    assert count.inner_text() == f"{rows.count()} of 16 optimizers"
+    assert 0 < rows.count() < 16
+    assert "LPSGDM" not in one.page.locator("#chooser table").inner_text()
+    one.page.fill("input[name=words]", "muon")
+    assert "Muon" in rows.first.inner_text()
+    one.page.fill("input[name=words]", "no such word")
+    assert count.inner_text() == "0 of 16 optimizers"
