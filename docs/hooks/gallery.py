@@ -289,9 +289,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         return f"gallery/{name}.svg"
 
     used = users()
-    for name in normopt.norms.list_norms():
+    for name in WORDS:
         add(f"norm-{name}", thumbnail(draw(example(name))))
-    _cards["norms"] = [norm_card(name, used[name]) for name in normopt.norms.list_norms()]
+    _cards["norms"] = [norm_card(name, used[name]) for name in WORDS]
     for section, where in SECTIONS.items():
         _cards[section] = []
         for page, title, alt, path in figures(files, where):

@@ -1,182 +1,386 @@
 # %% [markdown]
 # # Steepest descent in pictures
 #
-# "Downhill" means nothing until you say how long a step is. This page draws what a norm does to one step, and then to
-# a whole walk. Nothing in it is a network; [the ℓp schedule on digits](lp_schedule_on_digits.md) has one.
+# Steepest descent goes downhill as fast as a step of a given length allows. What "length" means is left open, and every
+# answer is an optimizer. This page draws that: one gradient on a ball, four lengths of a step, paths on a valley, a
+# logistic regression whose features differ by five orders in scale, and last a matrix.
 #
-# ## The same gradient, turned by p
-#
-# Of all steps of size 1 by the norm, the dual map \( D(g) \) goes furthest along the gradient. For ℓp,
+# For a norm \(\|\cdot\|\), the **dual map** of a gradient g is the step no longer than 1 that goes furthest along it,
+# and the **dual norm** is how far that is:
 #
 # \[
-# D(g) = \operatorname{sign}(g) \left( \frac{|g|}{\|g\|_q} \right)^{q-1}, \qquad \frac1p + \frac1q = 1 .
+# D(g) = \operatorname*{argmax}_{\|d\| \le 1} \langle g, d\rangle,
+# \qquad
+# \|g\|_\star = \max_{\|d\| \le 1} \langle g, d\rangle .
 # \]
+#
+# The frame is that of Bernstein and Newhouse ([arXiv:2409.20325](https://arxiv.org/abs/2409.20325)). Every figure below
+# is drawn by the package's own norms and optimizers while the page is built.
 
 # %%
 import math
+import os
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import torch
+from sklearn.datasets import load_breast_cancer
+from torch import nn
 
 import normopt
 
-g = torch.tensor([1.0, 0.2], dtype=torch.float64)
-orders = [1.05, 1.5, 2.0, 3.0, 8.0, math.inf]
-for p in orders:
+torch.set_num_threads(1)
+# NORMOPT_DOCS_FAST=1 is a short run for the tests; its numbers mean nothing.
+FAST = os.environ.get("NORMOPT_DOCS_FAST") == "1"
+GREY, INF = "#808894", math.inf
+
+
+def named(p):
+    return f"p = {p:g}".replace("inf", "∞")
+
+
+# %% [markdown]
+# ## One gradient on a ball
+#
+# Walk once around the edge of each unit ball and note how far along g every point lies. The highest point of the curve
+# is the dual map, its height is the dual norm. The dots are not found from the curve: they are what
+# [`Lp`][normopt.norms.Lp] returns.
+
+# %%
+g = torch.tensor([2.0, 1.0])
+angles = torch.linspace(-math.pi, math.pi, 2001)
+circle = torch.stack([angles.cos(), angles.sin()])
+ORDERS = (1.0, 1.5, 2.0, 4.0, INF)
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), width_ratios=(1, 1.5))
+for i, p in enumerate(ORDERS):
     norm = normopt.norms.Lp(p)
-    x, y = norm.dual_map(g).tolist()
+    edge = circle / torch.linalg.vector_norm(circle, p, dim=0)
+    d = norm.dual_map([g])[0]
+    height = norm.dual_norm([g])[0].item()
+    along = g @ edge
+    left.plot(*edge, color=f"C{i}", linewidth=1)
+    left.plot(*d, "o", color=f"C{i}")
+    right.plot(torch.rad2deg(angles), along, color=f"C{i}", linewidth=1)
+    where = math.degrees(math.atan2(d[1], d[0]))
+    right.plot(where, height, "o", color=f"C{i}", label=named(p))
     print(
-        f"p = {p:4}: D(g) = ({x:.3f}, {y:.3f}), dual norm {norm.dual_norm(g):.3f}"
+        f"{named(p):7}  D(g) = ({d[0]:.3f}, {d[1]:.3f})   dual norm {height:.3f},"
+        f"  highest point of the curve {along.max():.3f}"
     )
+left.annotate("", g / 2, (0, 0), arrowprops={"arrowstyle": "->", "color": GREY})
+left.text(1.08, 0.5, "g/2")
+left.set(aspect="equal", xlim=(-1.15, 1.35), xlabel="first entry", ylabel="second")
+right.set(xlim=(-60, 120), ylim=(0, 3.3), xlabel="direction of d (degrees)")
+right.set(ylabel="⟨g, d⟩")
+fig.legend(loc="outside upper center", ncols=5)
+fig.alt = "Left: five unit balls and on each the dual map of one gradient. Right: how far along the gradient each point of the balls' edges lies; the dual maps sit on the highest points"
 
 # %% [markdown]
-# At p near 1 the step is the largest entry alone; at p = 2 it is the gradient's direction; at p = ∞ every entry counts
-# the same. The inner product with g is the dual norm, always.
+# At p = 1 the ball is a diamond, and its furthest point a corner: the step moves the largest entry alone. At p = ∞ it is
+# a square, and all entries move by as much. Between the two the dual map turns smoothly:
+#
+# \[
+# D(g)_i = \operatorname{sign}(g_i) \left(\frac{|g_i|}{\|g\|_q}\right)^{q-1},
+# \qquad \frac1p + \frac1q = 1 .
+# \]
+#
+# Drawn over 1/p, from signs on the left to a single coordinate on the right:
 
 # %%
-fig, ax = plt.subplots(figsize=(5, 4.4))
-angle = torch.linspace(0, math.pi / 2, 200, dtype=torch.float64)
-circle = torch.stack([angle.cos(), angle.sin()])
-for p in orders:
-    norm = normopt.norms.Lp(p)
-    ball = circle / torch.stack([norm.norm(c) for c in circle.T])
-    (line,) = ax.plot(
-        *ball, lw=1.4, label="p = ∞" if p == math.inf else f"p = {p:g}"
+fig, ax = plt.subplots(figsize=(7, 3.2))
+inverse = torch.linspace(0, 1, 101)
+for slope in (0.05, 0.25, 0.5, 0.9):
+    tilted = torch.tensor([1.0, slope])
+    turned = []
+    for x in inverse.tolist():
+        d = normopt.norms.Lp(1 / x if x else INF).dual_map([tilted])[0]
+        turned.append(math.degrees(math.atan2(d[1], d[0])))
+    line = ax.plot(inverse, turned, label=f"g = (1, {slope:g})")[0]
+    own = math.degrees(math.atan(slope))
+    ax.plot(0.5, own, "o", color=line.get_color())
+    share = (45 - turned[25]) / (45 - own)  # 25 is where 1/p is ¼
+    print(
+        f"g = (1, {slope:4g}): {100 * share:.0f} % of the turn from signs to g is done at p = 4"
     )
-    ax.plot(*norm.dual_map(g).numpy(), "o", color=line.get_color())
-ax.plot([0, 1.15], [0, 0.23], color="#808894", lw=1.2, ls="--")
-ax.text(1.12, 0.26, "g", color="#808894")
-ax.set(
-    xlim=(0, 1.25),
-    ylim=(0, 1.1),
-    aspect="equal",
-    xlabel="first weight",
-    ylabel="second weight",
-)
-ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-fig.alt = "A quarter of six unit balls; the dual map of one gradient climbs from the axis to the corner as p grows"
+ax.set(xlabel="1/p", ylabel="angle of D(g) (degrees)")
+ax.set(xticks=[0, 0.125, 0.25, 0.5, 2 / 3, 1])
+ax.set(xticklabels=["0\np = ∞", "⅛\n8", "¼\n4", "½\n2", "⅔\n1.5", "1\n1"])
+fig.legend(loc="outside upper center", ncols=4)
+fig.alt = "The angle of the dual map over 1/p for four gradients: 45 degrees at p = ∞, the gradient's own angle at p = 2 (dots), 0 at p = 1"
 
 # %% [markdown]
-# ## How long the step is
+# All curves begin at 45°, the sign vector's angle, pass through the gradient's own angle at p = 2 (the dots), and end on
+# the axis. The less alike the entries, the more of the turn from signs to the gradient happens at large p.
 #
-# The scale decides. Shrink the gradient a thousandfold: under "unit" the step stays, under "dual" it shrinks with the
-# gradient, and "power" is between them.
-
-
-# %%
-def update(g, p, scale):
-    """The direction u of one step from 0, by the engine itself."""
-    w = torch.nn.Parameter(torch.zeros_like(g))
-    w.grad = g.clone()
-    normopt.SteepestDescent([w], lr=1.0, norm="lp", p=p, scale=scale).step()
-    return -w.detach()
-
-
-sizes = torch.logspace(-3, 0, 30, dtype=torch.float64)
-fig, ax = plt.subplots(figsize=(6, 3.4))
-for scale in ("unit", "dual", "power", "matched"):
-    ax.loglog(
-        sizes,
-        [update(s * g, 4.0, scale).norm() for s in sizes],
-        label=scale,
-        ls="--" if scale == "matched" else "-",
-    )
-ax.set(xlabel="size of the gradient", ylabel="length of the step (ℓ2)")
-ax.legend(title="p = 4", loc="lower right")
-fig.alt = "Length of a step against the gradient's size: flat for unit, slope one for dual and matched, between for power"
-
-# %% [markdown]
-# ## Walks
+# ## Four lengths
 #
-# A quadratic whose axes are curved 1 : 50, along the axes and turned by 45°. Each optimizer has its own learning rate,
-# the best of a small grid for the loss after 60 steps, so that the directions are compared and not the rates.
-
-# %%
-curvature = torch.diag(torch.tensor([1.0, 50.0], dtype=torch.float64))
-turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
-rates = torch.logspace(-4, 0, 25).tolist()
-methods = {
-    "SGD": lambda w, lr: normopt.SGD(w, lr=lr),
-    "signSGD": lambda w, lr: normopt.SignSGD(w, lr=lr),
-    "p = 4, matched": lambda w, lr: normopt.SteepestDescent(
-        w, lr=lr, norm="lp", p=4.0, scale="matched"
-    ),
-}
-
-
-def walk(make, lr, matrix, steps=60):
-    """The points of a walk from (−1.03, 0.57), turned with the valley."""
-    start = torch.tensor([-1.03, 0.57], dtype=torch.float64)
-    w = torch.nn.Parameter(turn @ start if matrix is turned else start)
-    opt, points = make([w], lr), [w.detach().clone()]
-    for _ in range(steps):
-        opt.zero_grad()
-        (w @ matrix @ w / 2).backward()
-        opt.step()
-        points.append(w.detach().clone())
-    return torch.stack(points)
-
-
-def loss(points, matrix):
-    return ((points @ matrix) * points).sum(-1) / 2
-
-
-turned = turn @ curvature @ turn.T
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.8))
-for ax, matrix, title in zip(
-    axes, (curvature, turned), ("along the axes", "turned by 45°"), strict=True
-):
-    for name, make in methods.items():
-        walks = [(walk(make, lr, matrix), lr) for lr in rates]
-        points, lr = min(
-            walks, key=lambda found: loss(found[0][-1], matrix).nan_to_num(math.inf)
-        )
-        ax.plot(*points.T.numpy(), marker=".", ms=4, lw=1, label=name)
-        print(
-            f"{title}: {name:15} best rate {lr:.3g}, loss after 60 steps {loss(points[-1], matrix):.2g}"
-        )
-    ax.set(title=title, aspect="equal")
-axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-fig.alt = (
-    "Walks of SGD, signSGD and ℓ4 on a narrow valley, along the axes and turned"
-)
-
-# %% [markdown]
-# SGD does not see the turn: ℓ2 is the same from every side. The others do, because a coordinate means something to
-# them, as it does in a network, whose coordinates are weights and not an arbitrary basis. SignSGD's last step is as long
-# as its first, so it ends in a circle about the minimum that only a falling learning rate closes.
-#
-# ## A matrix
-#
-# Under the spectral norm a step is the polar factor \( UV^\top \) of \( G = U \Sigma V^\top \): the same directions, all
-# singular values made 1.
+# The dual map says where to; how far is the `scale`. This is the length of one step at learning rate 1 for a gradient of
+# 1000 Gaussian entries: on the left at p = 4, as the gradient shrinks; on the right for a gradient of RMS 0.001, as p
+# grows.
 
 # %%
 torch.manual_seed(0)
-G = torch.randn(12, 4, dtype=torch.float64) @ torch.randn(
-    4, 12, dtype=torch.float64
-)
-G = G + 0.1 * torch.randn(12, 12, dtype=torch.float64)
-polar = normopt.norms.Schatten(math.inf).dual_map(G)
-fig, axes = plt.subplots(1, 3, figsize=(9, 3))
-for ax, matrix, title in zip(axes, (G, polar), ("G", "D(G)"), strict=False):
-    ax.imshow(
-        matrix,
-        cmap="RdBu",
-        vmin=-float(matrix.abs().max()),
-        vmax=float(matrix.abs().max()),
-    )
-    ax.set(title=title, xticks=[], yticks=[])
-axes[2].plot(
-    (torch.linalg.svdvals(G) / torch.linalg.svdvals(G)[0]).numpy(),
-    "o-",
-    label="G, over its largest",
-)
-axes[2].plot(torch.linalg.svdvals(polar).numpy(), "o-", label="D(G)")
-axes[2].set(title="singular values", xlabel="index", ylim=(0, 1.1))
-axes[2].legend()
-fig.alt = "A matrix of nearly rank four, its polar factor, and both spectra: the polar factor's is flat at 1"
+gaussian = torch.randn(1000)
+gaussian /= gaussian.square().mean().sqrt()
+SCALES = ("unit", "dual", "power", "matched")
+
+
+def step_length(scale, p, size):
+    """RMS of one step of the engine at learning rate 1."""
+    w = nn.Parameter(torch.zeros(1000))
+    w.grad = size * gaussian
+    normopt.SteepestDescent([w], lr=1.0, norm="lp", p=p, scale=scale).step()
+    return w.detach().square().mean().sqrt().item()
+
+
+sizes, orders = [10.0**k for k in range(-6, 1)], [2.0, 2.5, 3, 4, 6, 8, 16, 64]
+fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+print("p = 4, RMS(g):" + "".join(f"{s:>11.0e}" for s in sizes[::2]))
+for scale in SCALES:
+    by_size = [step_length(scale, 4.0, size) for size in sizes]
+    left.plot(sizes, by_size, "o-", ms=4, label=scale)
+    right.plot(orders, [step_length(scale, p, 1e-3) for p in orders], "o-", ms=4)
+    print(f"{scale:14}" + "".join(f"{length:11.1e}" for length in by_size[::2]))
+left.set(xscale="log", yscale="log", xlabel="RMS(g)", ylabel="RMS of the step")
+right.set(xscale="log", xlabel="p", xticks=[2, 4, 8, 16, 64])
+right.set(xticklabels=["2", "4", "8", "16", "64"])
+right.minorticks_off()
+fig.legend(loc="outside upper center", ncols=4)
+fig.alt = "Length of one step against the size of the gradient at p = 4, and against p at one size, for the four scales"
 
 # %% [markdown]
-# What was small in G is as large as the rest in D(G), noise included. That is Muon's bet: that the small directions
-# matter. [The theory](../theory/dual-maps.md) derives it, and [the playground](../playground.md) lets you drag it.
+# - **unit** never shortens: near a minimum it goes to and fro, and the learning rate has to fall.
+# - **dual** shrinks as the gradient does, and is \(\|g\|_\star\) long by its own norm. It is longer the larger p is.
+# - **power** shrinks as the (p−1)-th root of it. With p its length changes by orders of magnitude: who anneals p
+#   anneals the learning rate.
+# - **matched** is exactly as long as SGD's step, at every p.
+#
+# ## A valley, along the axes and across
+#
+# Under "dual", a step of \(1/L\) is safe, where L is the curvature that the norm sees: if
+# \(d^\top H d \le L\,\|d\|^2\) for every d, then
+#
+# \[
+# f(x - \tfrac1L \|g\|_\star D(g)) \;\le\; f(x) - \frac{\|g\|_\star^2}{2L} .
+# \]
+#
+# So each norm pays by its L for the \(\|g\|_\star\) that it gains. Two valleys have the same curvatures, 1 and 30; one
+# lies along the axes, the other is turned by 35°, start and all. Every norm gets the learning rate 1/L of its own, found on a fine mesh
+# of its ball's edge.
+
+
+# %%
+def valley(degrees):
+    a = math.radians(degrees)
+    turn = torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
+    h = turn @ torch.diag(torch.tensor([1.0, 30.0])) @ turn.T
+    return h, turn @ torch.tensor([-3.0, 1.0])
+
+
+def curvature(h, p):
+    edge = circle / torch.linalg.vector_norm(circle, p, dim=0)
+    return ((h @ edge) * edge).sum(0).max().item()
+
+
+def path(h, start, p, steps):
+    x = nn.Parameter(start.clone())
+    lr = 1 / curvature(h, p)
+    opt = normopt.SteepestDescent([x], lr=lr, norm="lp", p=p, scale="dual")
+    points, kept = [x.detach().clone()], True
+    for _ in range(steps):
+        loss = 0.5 * x @ h @ x
+        opt.zero_grad()
+        loss.backward()
+        dual = normopt.norms.Lp(p).dual_norm([x.grad])[0]
+        opt.step()
+        after = 0.5 * x.detach() @ h @ x.detach()
+        promised = loss.detach() - lr * dual.square() / 2
+        kept &= bool(after <= promised * (1 + 1e-4) + 1e-6)
+        points.append(x.detach().clone())
+    return torch.stack(points), kept
+
+
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+across = torch.linspace(-3.6, 3.6, 200)
+xs, ys = torch.meshgrid(across, across / 2, indexing="xy")
+promise = True
+print(f"{'':18}" + "".join(f"{named(p):>10}" for p in (1.0, 2.0, INF)))
+for ax, degrees in zip(axes, (0, 35), strict=True):
+    h, start = valley(degrees)
+    z = 0.5 * (h[0, 0] * xs**2 + 2 * h[0, 1] * xs * ys + h[1, 1] * ys**2)
+    levels = [0.3, 1, 3, 10, 30, 100]
+    ax.contour(xs, ys, z, levels=levels, colors=GREY, linewidths=0.5)
+    losses = []
+    for p in (1.0, 2.0, INF):
+        points, kept = path(h, start, p, 20)
+        promise &= kept
+        ax.plot(*points.T, ".-", linewidth=1, label=named(p))
+        losses.append((0.5 * points[-1] @ h @ points[-1]).item())
+    ax.set(title="along the axes" if degrees == 0 else f"turned by {degrees}°")
+    ax.set(xlim=(-3.6, 1.4), ylim=(-2.0, 1.6), aspect="equal")
+    row = f"turned by {degrees:2}°: L "
+    print(
+        row.ljust(18) + "".join(f"{curvature(h, p):10.1f}" for p in (1.0, 2.0, INF))
+    )
+    print("after 20 steps".ljust(18) + "".join(f"{v:10.4f}" for v in losses))
+fig.legend(
+    *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3
+)
+fig.alt = "Paths of steepest descent under ℓ1, ℓ2 and ℓ∞ in two valleys: steps along one axis, along the gradient, and along diagonals"
+print(
+    f"\n{'holds' if promise else 'does not hold'}: every step went down by at least its bound"
+)
+
+# %% [markdown]
+# ℓ1 walks along the axes, one at a time: it is greedy coordinate descent. ℓ2 takes the gradient, and ℓ∞ only ever goes
+# along diagonals. Turn the valley, and ℓ2's path is the same path, turned; the others are other paths, with another L. An
+# ℓp norm with p ≠ 2 believes in the axes. Where the axes mean something, that can pay. Which norm is ahead depends on
+# the start too, so no ranking should be read from these paths.
+#
+# ## The scale of a feature is a matter of the norm
+#
+# The features of scikit-learn's breast-cancer table are lengths, areas and ratios that nobody brought to one scale: their
+# standard deviations differ by a factor of two hundred thousand. A feature of small numbers needs a large weight, and
+# gets a small gradient. The usual cure is to standardise the features. Another is to keep them, and to measure each
+# weight by the standard deviation s of its feature:
+#
+# \[
+# \|d\| = \|s \odot d\|_p,
+# \qquad \|g\|_\star = \|g / s\|_q,
+# \qquad D(g) = D_p(g / s) / s .
+# \]
+#
+# That is a norm of its own in a few lines:
+
+# %%
+features, labels = load_breast_cancer(return_X_y=True)
+table, y = torch.tensor(features), torch.tensor(labels, dtype=torch.float64)
+table = table - table.mean(0)
+table /= table.std(
+    0
+).max()  # one number for all, so that learning rates are readable
+SPREAD = table.std(0)
+print(f"standard deviations from {SPREAD.min():.1e} to {SPREAD.max():.1e}")
+
+
+@normopt.norms.register("by-feature")
+@dataclass(frozen=True)
+class ByFeature(normopt.norms.TensorNorm):
+    p: float
+
+    def dual_norm(self, x):
+        return normopt.norms.Lp(self.p).dual_norm([x / SPREAD])[0]
+
+    def dual_map(self, x):
+        return normopt.norms.Lp(self.p).dual_map([x / SPREAD])[0] / SPREAD
+
+
+# %% [markdown]
+# Full-batch logistic regression on the table as it is. Steps are unit ones, and the learning rate falls to zero along a
+# straight line. Each curve is at the best of the rates that were tried, by its final training loss.
+
+# %%
+STEPS = 20 if FAST else 120
+RATES = [10.0 ** (k / 2) for k in ((0, 3) if FAST else range(-3, 5))]
+
+
+def regress(x, norm, p, lr):
+    w = nn.Parameter(torch.zeros(x.shape[1], dtype=torch.float64))
+    b = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    groups = [{"params": [w], "norm": norm, "p": p}, {"params": [b], "norm": "l2"}]
+    opt = normopt.SteepestDescent(groups, lr=lr, scale="unit")
+    fall = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, STEPS)
+    losses = []
+    for _ in range(STEPS):
+        loss = nn.functional.binary_cross_entropy_with_logits(x @ w + b, y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        fall.step()
+        losses.append(loss.item())
+    return losses
+
+
+TITLES = {"lp": "each weight by itself", "by-feature": "each weight by its feature"}
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+print(f"{'':30}{'best rate':>10}{'final loss':>12}")
+for ax, (norm, title) in zip(axes, TITLES.items(), strict=True):
+    for p in (1.0, 2.0, 4.0, INF):
+        tried = {lr: regress(table, norm, p, lr) for lr in RATES}
+        best = min(RATES, key=lambda lr: tried[lr][-1])
+        star = "*" if best in (RATES[0], RATES[-1]) else " "
+        ax.plot(tried[best], linewidth=1, label=named(p))
+        print(
+            f"{title + ', ' + named(p):34}{best:6.3g}{star}{tried[best][-1]:11.4f}"
+        )
+    ax.set(xlabel="steps", title=title, yscale="log")
+axes[0].set(ylabel="training loss", ylim=(0.03, 2))
+fig.legend(
+    *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4
+)
+fig.alt = "Training loss of logistic regression over the steps, under ℓ1, ℓ2, ℓ4 and ℓ∞ of the weights as they are and of the weights times their features' spread, each at its best learning rate"
+
+# %%
+ours = torch.tensor(regress(table, "by-feature", 2.0, 1.0))
+theirs = torch.tensor(regress(table / SPREAD, "lp", 2.0, 1.0))
+gap = (ours - theirs).abs().max().item()
+print(
+    f"{'holds' if gap < 1e-6 else 'does not hold'}: ℓ2 by features on the table as it is"
+    " has the losses of plain ℓ2 on the standardised table"
+)
+
+# %% [markdown]
+# On the left a larger p comes nearer, but no p makes up for a table like this: even signs move every weight by as much,
+# where the weights would have to move by very different amounts. On the right nothing was done to the data. To standardise features *is* to choose a
+# norm. (A star marks a best rate at the edge of those tried. This is training loss, on one table.)
+#
+# ## A matrix is not a long vector
+#
+# A linear layer's weight is a map, and norms of its singular values see it as one. With
+# \(G = U \Sigma V^\top\), the dual map of the spectral norm is the **polar factor** \(UV^\top\), the step of
+# [`Muon`][normopt.Muon] and [`Scion`][normopt.Scion]: every direction of the map is moved by as much. It is to the
+# singular values what the sign is to the entries, and the nuclear norm's dual map, \(u_1 v_1^\top\), is to them what a
+# single coordinate is.
+
+# %%
+torch.manual_seed(0)
+u, v = (torch.linalg.qr(torch.randn(n, 16))[0] for n in (16, 24))
+sigma = 2.0 ** -torch.arange(16)
+G = u @ torch.diag(sigma) @ v.T
+NORMS = {
+    "ℓ2: G": normopt.norms.Lp(2.0),
+    "nuclear: u₁v₁ᵀ": normopt.norms.Schatten(1.0, method="svd"),
+    "ℓ∞: sign(G)": normopt.norms.Lp(INF),
+    "spectral: UVᵀ": normopt.norms.Schatten(INF),
+}
+fig = plt.figure(figsize=(9, 4.6))
+top, bottom = fig.subfigures(2, 1, height_ratios=(1, 1.4))
+ax = bottom.subplots()
+print(f"{'':16}{'⟨G, D⟩':>8}{'‖G‖⋆':>9}{'singular values of D':>26}{'rank':>6}")
+for i, (tile, (name, norm)) in enumerate(
+    zip(top.subplots(1, 4), NORMS.items(), strict=True)
+):
+    D = norm.dual_map([G])[0]
+    tile.imshow(D, cmap="RdBu", clim=(-1.5 * D.abs().max(), 1.5 * D.abs().max()))
+    tile.set(title=name, xticks=[], yticks=[])
+    values = torch.linalg.svdvals(D)
+    rank = int((values > 1e-5 * values[0]).sum())
+    shown = values.where(values > 1e-5 * values[0], torch.nan)
+    ax.plot(range(1, 17), shown, "o-", ms=4, color=f"C{i}", label=name)
+    print(
+        f"{name:16}{(G * D).sum():8.3f}{norm.dual_norm([G])[0]:9.3f}"
+        f"{f'{values[0]:.2g} … {values[rank - 1]:.2g}':>26}{rank:6}"
+    )
+ax.set(yscale="log", xlabel="singular value, largest first", ylabel="size")
+ax.legend(loc="lower left")
+fig.alt = "The dual maps of one matrix under four norms, as pictures, and their singular values: falling, a single one, uneven, all equal to 1"
+
+# %% [markdown]
+# In each row ⟨G, D⟩ is the dual norm, as it has to be. The gradient's singular values fall by half each time; SGD keeps
+# them so, and hardly moves what they are small for. The sign evens out the *entries*, which leaves the singular values
+# uneven; the polar factor makes every one of them 1.
+#
+# From here: [move p and the gradient yourself](../playground.md), [train with a schedule of
+# p](lp_schedule_on_digits.md), or [give each layer its norm](norms_by_layer.md). The mathematics is in
+# [Norms and duals](../theory/norms-and-duals.md).
