@@ -6,10 +6,12 @@ heavy.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the program `mkdocs` does not look into the current folder
 from benchmarks import report
 from benchmarks.results import collect
 from benchmarks.store import Store
