@@ -4,8 +4,8 @@
 # Adaptive gradient regularization ([arXiv:2407.16944](https://arxiv.org/abs/2407.16944)) holds back the entries that
 # dominate a gradient, and is reported to improve the optimizers that wear it. Does it help an optimizer that steps by
 # *signs*, when a quarter of the training labels is wrong? This page asks, with the program that every study of this
-# repository was made with, and then asks the answer how far it can be trusted. [Run an ablation](../ablations.md) is the
-# reference; what each flag and key means stands there.
+# repository was made with, and then asks the answer how far it can be trusted. [Run an ablation](../ablations.md) is
+# the reference; what each flag and key means stands there.
 #
 # All of it ran while this page was built. What the program says is shown as it said it, and which sentence is printed
 # where the numbers decide was decided by the run.
@@ -18,10 +18,11 @@
 # g_i \;\leftarrow\; g_i \left(1 - \frac{|g_i|}{\sum_j |g_j|}\right).
 # \]
 #
-# The factor is never negative, and zero only where one entry is the whole gradient, so it changes no sign. [`SignSGD`][normopt.SignSGD] looks at nothing but signs: AGR
-# *cannot* change its steps. [`Signum`][normopt.Signum] takes the sign of an average of gradients, and in an average the
-# entries' sizes count: a batch with one huge entry says less there under AGR. So the question is Signum's, and SignSGD is a free
-# test of the program: the two SignSGD arms must come out the same, to the last digit.
+# The factor is never negative, and zero only where one entry is the whole gradient, so it changes no sign.
+# [`SignSGD`][normopt.SignSGD] looks at nothing but signs: AGR *cannot* change its steps. [`Signum`][normopt.Signum]
+# takes the sign of an average of gradients, and in an average the entries' sizes count: a batch with one huge entry
+# says less there under AGR. So the question is Signum's, and SignSGD is a free test of the program: the two SignSGD
+# arms must come out the same, to the last digit.
 #
 # ## Write it down
 #
@@ -249,8 +250,8 @@ fig.alt = "Validation loss of each trial against its learning rate, for Signum w
 
 # %% [markdown]
 # Where the curve is flat or jagged over a factor of ten in the learning rate, one run a trial picks a place on it by
-# luck, and test accuracy need not be flat where validation loss is. The seeds of the final runs do not average that luck
-# away: they all run at the rate that was picked. It is in no interval and in no P-value.
+# luck, and test accuracy need not be flat where validation loss is. The seeds of the final runs do not average that
+# luck away: they all run at the rate that was picked. It is in no interval and in no P-value.
 #
 # ## A second study, without luck to tune by
 #
@@ -331,16 +332,16 @@ temporary.cleanup()
 # %% [markdown]
 # ## What one may conclude, and what not
 #
-# - **That AGR does nothing to SignSGD** follows from the formula, and the run confirmed it. No number of seeds would prove it, and
-#   one difference would refute it.
-# - **"Better, P-value below 0.05"** is about two tuned arms on fresh seeds. It is not about AGR as long as the arms differ
-#   in their learning rate too. Cross the rates, or sweep them, before you tell anybody.
+# - **That AGR does nothing to SignSGD** follows from the formula, and the run confirmed it. No number of seeds would
+#   prove it, and one difference would refute it.
+# - **"Better, P-value below 0.05"** is about two tuned arms on fresh seeds. It is not about AGR as long as the arms
+#   differ in their learning rate too. Cross the rates, or sweep them, before you tell anybody.
 # - **The luck of the tuning** shrinks with more seeds a trial (`seeds = [1000, 1001, 1002]` under `[tuning]`), which
 #   cost as much as more trials, and with a coarser choice: a rate from the middle of a flat stretch.
 # - **One small network on one data set.** Nothing here says what AGR does in large networks, or for AdamW. The preset
 #   `agr` asks about four optimizers on five tasks, and [the results](../results.md) have pairs of LPSGDM and AdamW.
-# - **A question asked after the results are in** is a new question. The sweep above was planned once the tuning curve had
-#   been seen; its P-values are as good as they look only because no rate was left out of it afterwards.
+# - **A question asked after the results are in** is a new question. The sweep above was planned once the tuning curve
+#   had been seen; its P-values are as good as they look only because no rate was left out of it afterwards.
 #
 # To hold two finished studies side by side, arm by arm, there is `python -m benchmarks compare FOLDER FOLDER`; to go on
 # with one that was stopped, `resume`.

@@ -77,8 +77,8 @@ fig.legend(loc="outside upper center", ncols=5)
 fig.alt = "Left: five unit balls and on each the dual map of one gradient. Right: how far along the gradient each point of the balls' edges lies; the dual maps sit on the highest points"
 
 # %% [markdown]
-# At p = 1 the ball is a diamond, and its furthest point a corner: the step moves the largest entry alone. At p = ∞ it is
-# a square, and all entries move by as much. Between the two the dual map turns smoothly:
+# At p = 1 the ball is a diamond, and its furthest point a corner: the step moves the largest entry alone. At p = ∞ it
+# is a square, and all entries move by as much. Between the two the dual map turns smoothly:
 #
 # \[
 # D(g)_i = \operatorname{sign}(g_i) \left(\frac{|g_i|}{\|g\|_q}\right)^{q-1},
@@ -110,14 +110,14 @@ fig.legend(loc="outside upper center", ncols=4)
 fig.alt = "The angle of the dual map over 1/p for four gradients: 45 degrees at p = ∞, the gradient's own angle at p = 2 (dots), 0 at p = 1"
 
 # %% [markdown]
-# All curves begin at 45°, the sign vector's angle, pass through the gradient's own angle at p = 2 (the dots), and end on
-# the axis. The less alike the entries, the more of the turn from signs to the gradient happens at large p.
+# All curves begin at 45°, the sign vector's angle, pass through the gradient's own angle at p = 2 (the dots), and end
+# on the axis. The less alike the entries, the more of the turn from signs to the gradient happens at large p.
 #
 # ## Four lengths
 #
-# The dual map says where to; how far is the `scale`. This is the length of one step at learning rate 1 for a gradient of
-# 1000 Gaussian entries: on the left at p = 4, as the gradient shrinks; on the right for a gradient of RMS 0.001, as p
-# grows.
+# The dual map says where to; how far is the `scale`. This is the length of one step at learning rate 1 for a gradient
+# of 1000 Gaussian entries: on the left at p = 4, as the gradient shrinks; on the right for a gradient of RMS 0.001, as
+# p grows.
 
 # %%
 torch.manual_seed(0)
@@ -166,8 +166,8 @@ fig.alt = "Length of one step against the size of the gradient at p = 4, and aga
 # \]
 #
 # So each norm pays by its L for the \(\|g\|_\star\) that it gains. Two valleys have the same curvatures, 1 and 30; one
-# lies along the axes, the other is turned by 35°, start and all. Every norm gets the learning rate 1/L of its own, found on a fine mesh
-# of its ball's edge.
+# lies along the axes, the other is turned by 35°, start and all. Every norm gets the learning rate 1/L of its own,
+# found on a fine mesh of its ball's edge.
 
 
 # %%
@@ -234,15 +234,15 @@ print(
 
 # %% [markdown]
 # ℓ1 walks along the axes, one at a time: it is greedy coordinate descent. ℓ2 takes the gradient, and ℓ∞ only ever goes
-# along diagonals. Turn the valley, and ℓ2's path is the same path, turned; the others are other paths, with another L. An
-# ℓp norm with p ≠ 2 believes in the axes. Where the axes mean something, that can pay. Which norm is ahead depends on
-# the start too, so no ranking should be read from these paths.
+# along diagonals. Turn the valley, and ℓ2's path is the same path, turned; the others are other paths, with another L.
+# An ℓp norm with p ≠ 2 believes in the axes. Where the axes mean something, that can pay. Which norm is ahead depends
+# on the start too, so no ranking should be read from these paths.
 #
 # ## The scale of a feature is a matter of the norm
 #
-# The features of scikit-learn's breast-cancer table are lengths, areas and ratios that nobody brought to one scale: their
-# standard deviations differ by a factor of two hundred thousand. A feature of small numbers needs a large weight, and
-# gets a small gradient. The usual cure is to standardise the features. Another is to keep them, and to measure each
+# The features of scikit-learn's breast-cancer table are lengths, areas and ratios that nobody brought to one scale:
+# their standard deviations differ by a factor of two hundred thousand. A feature of small numbers needs a large weight,
+# and gets a small gradient. The usual cure is to standardise the features. Another is to keep them, and to measure each
 # weight by the standard deviation s of its feature:
 #
 # \[
@@ -332,8 +332,9 @@ print(
 
 # %% [markdown]
 # On the left a larger p comes nearer, but no p makes up for a table like this: even signs move every weight by as much,
-# where the weights would have to move by very different amounts. On the right nothing was done to the data. To standardise features *is* to choose a
-# norm. (A star marks a best rate at the edge of those tried. This is training loss, on one table.)
+# where the weights would have to move by very different amounts. On the right nothing was done to the data. To
+# standardise features *is* to choose a norm. (A star marks a best rate at the edge of those tried. This is training
+# loss, on one table.)
 #
 # ## A matrix is not a long vector
 #
