@@ -280,7 +280,8 @@ class SteepestDescent(Optimizer):
         """What each param group does, and on which backend and why: one line a group.
 
         Raises:
-            ValueError, TypeError: a setting that was made wrong since; the next ``step()`` would refuse it, too.
+            ValueError: a setting was made wrong since construction; the next ``step()`` would refuse it, too.
+            TypeError: one was made of the wrong type.
         """
         plans = (make_plan(group, group["params"]) for group in self.param_groups)
         return "\n".join(f"group {i}: {plan}" for i, plan in enumerate(plans))
@@ -300,8 +301,9 @@ class SteepestDescent(Optimizer):
             The closure's loss, None without one.
 
         Raises:
-            ValueError, TypeError: a setting that was made wrong since construction.
-            RuntimeError: a gradient is sparse. In all three cases nothing has been written.
+            ValueError: a setting was made wrong since construction; nothing has been written then.
+            TypeError: one was made of the wrong type; nothing has been written then.
+            RuntimeError: a gradient is sparse; nothing has been written then.
         """
         loss = None
         if closure is not None:

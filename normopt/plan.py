@@ -31,13 +31,22 @@ class Plan:
 
     Attributes:
         norm: the norm, with its fields.
-        scale, scope, radius, eps: how long the direction is, and over what; as in `SteepestDescent`.
+        scale: how long the direction is: "power", "dual", "unit" or "matched".
+        scope: whether the norm is over each "tensor" or the "group".
+        radius: r, by which the step is multiplied beside the learning rate.
+        eps: ε of the power scale.
         lr: η, a float or a one-element tensor.
-        momentum, momentum_rule, beta2, dampening, nesterov: the momentum; it runs if ``momentum`` ≠ 0.
+        momentum: μ; 0 runs no momentum.
+        momentum_rule: "heavy", "ema" or "lion".
+        beta2: β₂ of "lion".
+        dampening: τ of "heavy".
+        nesterov: whether the momentum looks ahead.
         agr: whether the gradient is regularized first.
-        weight_decay, decay, decay_p: the decay; see ``decays``.
+        weight_decay: λ, a float or a one-element tensor.
+        decay: "coupled", "decoupled" or "lp"; ``decays`` says whether it runs.
+        decay_p: p of the ℓp decay.
         state_dtype: the momentum's dtype by name, None for the parameter's own.
-        rounding: how 16-bit weights take the step.
+        rounding: how 16-bit weights take the step: "nearest", "stochastic" or "kahan".
         maximize: whether the gradient is turned round first.
         differentiable: whether autograd sees the step.
         backend: "for-loop", "foreach" or "fused".

@@ -120,7 +120,8 @@ class LinearP(AnnealedP):
         space: anneal "p" (the default) or the "exponent" 1/(p−1), which can start at p = ∞.
 
     Raises:
-        ValueError, TypeError: as `CosineP`.
+        ValueError: as `CosineP`.
+        TypeError: as `CosineP`.
 
     Source: ours, to compare with `CosineP`.
     """

@@ -26,8 +26,10 @@ class WeightCount:
         entries: how many numbers it has.
         zeros: how many of them are exactly 0.
         small: how many lie below the report's threshold in size, the zeros included.
-        rows, dead_rows: output units or channels, and those of which every weight is exactly 0.
-        columns, dead_columns: input units or channels, likewise.
+        rows: how many output units or channels there are.
+        dead_rows: how many of them have no weight but exact zeros.
+        columns: how many input units or channels there are.
+        dead_columns: how many of them have no weight but exact zeros.
     """
 
     name: str

@@ -33,7 +33,8 @@ class SparseLinear(nn.Module):
         linear: the layer whose numbers it takes over; it is left as it is.
 
     Attributes:
-        in_features, out_features: as of nn.Linear.
+        in_features: the length of an input, as of nn.Linear.
+        out_features: the length of an output.
         values: the nonzero weights, row by row, shape [n].
         columns: the column of each, shape [n].
         row_ends: where each row begins in the two, and where the last one ends, shape [out_features + 1].

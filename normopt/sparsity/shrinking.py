@@ -20,7 +20,8 @@ class UnitCount:
 
     Attributes:
         name: the layer's name in the model.
-        before, after: how many units there were, and are.
+        before: how many units there were.
+        after: how many there are.
     """
 
     name: str
@@ -35,7 +36,8 @@ class Shrunk:
     Attributes:
         model: the smaller model, its modules under the names that they had.
         layers: a count for each linear layer and convolution, in the order of the model.
-        parameters_before, parameters_after: of the whole model, biases and gains included.
+        parameters_before: how many parameters the whole model had, biases and gains included.
+        parameters_after: how many it has.
         error: the largest difference of an output, relative to the largest output.
     """
 
