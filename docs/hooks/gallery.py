@@ -33,7 +33,7 @@ from normopt.norms import Norm, registry
 
 sys.path.insert(0, str(Path(__file__).parent))
 from style import COLOURS, GREY, STYLE, svg
-from unit_balls import GRADIENT, arrow
+from unit_balls import GRADIENT, arrow, ball
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -74,6 +74,16 @@ def example(name: str) -> Norm:
     entry = registry.lookup(name)
     open_fields = {f for f, default in entry.fields.items() if default is dataclasses.MISSING} - set(entry.fixed)
     return entry.cls(**entry.fixed, **{f: DRAWN_AT.get(name, {}).get(f, ORDER) for f in open_fields})
+
+
+def is_ours(cls: type[Norm]) -> bool:
+    """Whether a norm comes with normopt; a tutorial that the build runs may register one of its own."""
+    return cls.__module__.startswith("normopt.")
+
+
+def ours() -> list[str]:
+    """The names of normopt's own norms."""
+    return [name for name in normopt.norms.list_norms() if is_ours(registry.lookup(name).cls)]
 
 
 def matrix() -> Tensor:
@@ -151,11 +161,8 @@ def draw_playground() -> str:
     g = torch.tensor(GRADIENT, dtype=torch.float64)
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(3.2, 2.2))
-        angles = torch.linspace(0, 2 * math.pi, 241, dtype=torch.float64) + 1e-3
         for p, colour in zip((1.0, 1.5, 2.0, 4.0, math.inf), COLOURS, strict=False):
-            lp = normopt.norms.Lp(p)
-            rays = torch.stack([angles.cos(), angles.sin()], dim=1)
-            ax.plot(*torch.stack([r / lp.norm(r) for r in rays]).T.tolist(), color=colour, lw=1.2)
+            ax.plot(*ball(p), color=colour, lw=1.2)
         way = [
             normopt.norms.Lp(1 / x if x else math.inf).dual_map(g).tolist() for x in torch.linspace(1, 0, 101).tolist()
         ]
@@ -186,8 +193,7 @@ def users() -> dict[str, list[str]]:
 def norm_card(name: str, used: list[str]) -> str:
     """What stands under a norm's picture."""
     norm = example(name)
-    ours = type(norm).__module__.startswith("normopt.")
-    made = f"[`{norm!r}`][normopt.norms.{type(norm).__name__}]" if ours else f"`{norm!r}`"
+    made = f"[`{norm!r}`][normopt.norms.{type(norm).__name__}]" if is_ours(type(norm)) else f"`{norm!r}`"
     lines = [f"**“{name}”**", made]
     if name in WORDS:
         lines += [f"‖x‖: {WORDS[name][0]}", f"‖g‖⋆: {WORDS[name][1]}"]
@@ -289,9 +295,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         return f"gallery/{name}.svg"
 
     used = users()
-    for name in WORDS:
+    for name in ours():
         add(f"norm-{name}", thumbnail(draw(example(name))))
-    _cards["norms"] = [norm_card(name, used[name]) for name in WORDS]
+    _cards["norms"] = [norm_card(name, used[name]) for name in ours()]
     for section, where in SECTIONS.items():
         _cards[section] = []
         for page, title, alt, path in figures(files, where):
