@@ -1,6 +1,7 @@
 """An MkDocs hook: what the pages in docs/optimizers/ say of settings, state and use is read off the code.
 
-``<!-- facts -->`` becomes the table of facts, ``<!-- used in -->`` the list of tutorials and guides that make one.
+``<!-- facts -->`` becomes the table of facts, ``<!-- standing -->`` what the committed study found, and
+``<!-- used in -->`` the list of tutorials and guides that make one.
 """
 
 from __future__ import annotations
@@ -64,6 +65,19 @@ def facts(name: str) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| **{key}** | {value} |" for key, value in rows.items())])
 
 
+def standing(name: str, docs: Path) -> str:
+    """How the optimizer stands against AdamW in the study of docs/results.md, of which it must be an arm."""
+    row = rf"^\| {optimizer(name).__name__} \| (.+?) \| (.+?) \| .+? \| AdamW \| (\d)–(\d)–(\d) \|$"
+    found = re.search(row, (docs / "results.md").read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise ValueError(f"docs/results.md has no arm {optimizer(name).__name__} held against AdamW")
+    area, score, better, worse, neither = found.groups()
+    return (
+        f"In [our study](../results.md) of small tasks it is better than AdamW on {better}, worse on {worse}, and not "
+        f"told apart on {neither}; its mean normalised score is {score}, its performance profile's area {area}."
+    )
+
+
 def used_in(name: str, docs: Path) -> str:
     """Links to the pages that make one."""
     call = re.compile(rf"\b(?:normopt\.|optim=){optimizer(name).__name__}\(")
@@ -84,4 +98,6 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     if path.parent.as_posix() != "optimizers" or path.stem == "index":
         return markdown
     markdown = markdown.replace("<!-- facts -->", facts(path.stem))
+    if "<!-- standing -->" in markdown:
+        markdown = markdown.replace("<!-- standing -->", standing(path.stem, Path(config.docs_dir)))
     return markdown.replace("<!-- used in -->", used_in(path.stem, Path(config.docs_dir)))

@@ -6,6 +6,8 @@ import re
 import sys
 from typing import Any
 
+import pytest
+
 import normopt
 from tests.site.conftest import ROOT
 
@@ -46,6 +48,29 @@ def test_the_facts_of_a_page_are_the_codes() -> None:
     for fact in ("`lp`, p = 8", "power", "moving average, μ = 0.9", "4 bytes", "`lr=0.01`"):
         assert fact in facts
     assert "get-started.md" in optimizers.used_in("lpsgdm", ROOT / "docs")
+
+
+def test_what_the_pages_say_of_the_study_is_in_its_results() -> None:
+    results = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
+    chooser = " ".join((ROOT / "docs/optimizers/index.md").read_text(encoding="utf-8").split())
+    for said in ("17 arms", "7 tasks", "6 arms are best on at least one"):
+        assert said in chooser
+        assert said in results
+    assert re.search(r"Over 7 tasks, SGD comes nearest to the fastest arm's steps", results)
+    assert re.search(r"The highest mean normalised test score is \+[\d.]+, of SCALE", results)
+    assert "comparisons with the arm whose p stays, 0 are better" in results
+    gpt = results[results.index("### bytes") :].partition("### ")[2].partition("### ")[0]
+    assert "by Scion; the worst" in gpt
+    assert "Against AdamW: better at the 5 % level is Scion by" in gpt
+    assert "SGD (4 of 5 diverged)" in gpt
+
+
+def test_the_standing_of_an_optimizer_is_that_of_the_results() -> None:
+    said = optimizers.standing("signum", ROOT / "docs")
+    assert "better than AdamW on 1, worse on 1, and not told apart on 5; its mean normalised score is +0.28" in said
+    assert "| Signum | 0.50 | +0.28 | 7.0 | AdamW | 1–1–5 |" in (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="no arm Lion"):
+        optimizers.standing("lion", ROOT / "docs")
 
 
 def test_the_filter_hides_and_shows(visit: Any) -> None:
