@@ -62,7 +62,9 @@ def facts(name: str) -> str:
         if cls is normopt.SteepestDescent
         else f'`normopt.get_optimizer("{name}")`',
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| **{key}** | {value} |" for key, value in rows.items())])
+    return "\n".join(
+        ["| | read off the code |", "|---|---|", *(f"| **{key}** | {value} |" for key, value in rows.items())]
+    )
 
 
 def standing(name: str, docs: Path) -> str:
