@@ -149,8 +149,8 @@ print(summary.split(start)[1].split(end)[0].replace(". ", ".\n"))
 # `collect` puts a store in order: a row an arm, with its tuning and its final runs. First the test of the program.
 
 # %%
-from benchmarks.results import collect  # noqa: E402
-from benchmarks.store import Store  # noqa: E402
+from benchmarks.results import collect
+from benchmarks.store import Store
 
 task = collect(Store(results)).tasks["digits-noise"]
 
