@@ -15,9 +15,9 @@ from torch.optim.optimizer import ParamsT
 from normopt._checks import is_low_precision
 from normopt.kernels.fused import Look, Remembered, Stepper
 from normopt.loading import check_loaded, completed, pairs
-from normopt.norms import registry
+from normopt.norms import registry, scales
 from normopt.norms.base import Norm, Scale, real, working
-from normopt.norms.scales import NormPair, direction, over_the_group
+from normopt.norms.scales import NormPair, over_the_group
 from normopt.plan import Plan, make_plan
 from normopt.settings import (
     DEFAULT_BETA2,
@@ -31,7 +31,10 @@ from normopt.settings import (
     refuse_typos,
     refuse_unknown_arguments,
 )
-from normopt.stages.agr import agr as regularize
+from normopt.sharding.direction import direction, way_of
+from normopt.sharding.exchange import Walk, alone, combined, lockstep, nonzero
+from normopt.sharding.layout import any_dtensor, gradient_of, is_dtensor, layout_of, local, spread
+from normopt.stages import agr
 from normopt.stages.decay import coupled, decoupled_, lp_factors
 from normopt.stages.momentum import ema, heavy, lion
 from normopt.stages.write import descend_, kahan_, nearest_, scale_, stochastic_
@@ -312,14 +315,23 @@ class SteepestDescent(Optimizer):
         # Everything that can be refused is refused before anything is written.
         work = [self._ready(i, group) for i, group in enumerate(self.param_groups)]
         self._measured = []
+        together: list[Walk[NormPair | None]] = []  # of DTensors: what they ask other ranks travels together
+        places: list[tuple[int, int]] = []
         for i, (plan, params, look) in enumerate(work):
-            batches = [params] if look else list(_batches(plan, params))
+            pairs: list[NormPair | None] = []
+            self._measured.append((plan, pairs))
             with torch.set_grad_enabled(plan.differentiable and torch.is_grad_enabled()):
-                if plan.backend == "fused":
-                    pairs = [self._fused(plan, batch, (i, j), look) for j, batch in enumerate(batches)]
-                else:
-                    pairs = [self._walk(plan, batch) for batch in batches]
-                self._measured.append((plan, pairs))
+                for j, batch in enumerate([params] if look else list(_batches(plan, params))):
+                    fused = plan.backend == "fused"
+                    walk = self._fused(plan, batch, (i, j), look) if fused else self._walk(plan, batch)
+                    spread_out = look is None and any_dtensor(batch)
+                    if spread_out:
+                        together.append(walk)
+                        places.append((i, j))
+                    pairs.append(None if spread_out else alone(walk))
+        with torch.no_grad():
+            for (i, j), pair in zip(places, lockstep(together), strict=True):
+                self._measured[i][1][j] = pair
         return loss
 
     def _ready(self, i: int, group: dict[str, Any]) -> tuple[Plan, list[Tensor], Look | None]:
@@ -330,7 +342,8 @@ class SteepestDescent(Optimizer):
             return known.plan, group["params"], look
         plan, ready = make_plan(group, group["params"]), _with_gradients(group["params"])
         self._remembered.pop(i, None)
-        if plan.backend == "fused" and len(ready) == len(group["params"]) and len(list(_batches(plan, ready))) == 1:
+        whole = plan.backend == "fused" and len(ready) == len(group["params"]) and not any_dtensor(ready)
+        if whole and len(list(_batches(plan, ready))) == 1:
             self._remembered[i] = Remembered(group, plan)
         return plan, ready, None
 
@@ -340,10 +353,14 @@ class SteepestDescent(Optimizer):
 
         A heavy ball with dampening has to know whether its first step was skipped.
         """
+        if any(any_dtensor(group["params"]) for group in self.param_groups):
+            return False  # ranks would not skip the same steps
         plans = [make_plan(group, group["params"]) for group in self.param_groups]
         return all(p.backend == "fused" and not (p.momentum_rule == "heavy" and p.dampening) for p in plans)
 
-    def _fused(self, plan: Plan, params: list[Tensor], place: tuple[int, int], look: Look | None) -> NormPair | None:
+    def _fused(
+        self, plan: Plan, params: list[Tensor], place: tuple[int, int], look: Look | None
+    ) -> Walk[NormPair | None]:
         """The walk, by fused kernels."""
         grad_scale, found_inf = (cast(Tensor | None, getattr(self, k, None)) for k in ("grad_scale", "found_inf"))
         unscale = None if grad_scale is None else 1 / grad_scale
@@ -372,19 +389,29 @@ class SteepestDescent(Optimizer):
         known = [over_the_group(pairs, plan.scope == "group", plan.radius) for plan, pairs in self._measured]
         return known and known + [None] * (len(self.param_groups) - len(known))
 
-    def _walk(self, plan: Plan, params: list[Tensor]) -> NormPair | None:
+    def _walk(self, plan: Plan, params: list[Tensor]) -> Walk[NormPair | None]:
         """The walk of a gradient: the one place where the order of the stages stands."""
         weights, w, g = self._read(plan, params)
+        layouts = [layout_of(p) for p in params]
+        # What follows could be said once, for cut and whole tensors alike, but torch.compile follows no `yield from`.
+        cut = any(layouts)
         # What autograd keeps must not be written; without autograd nothing is kept.
         old = [x.clone() for x in w] if plan.differentiable else w
         lr, weight_decay = (_on_device(x, w[0].device) for x in (plan.lr, plan.weight_decay))
         reach = lr if plan.radius == 1 else lr * plan.radius
-        if plan.agr:
-            g = regularize(g)
+        if plan.agr and cut:
+            sums = yield from combined(agr.measure(g), layouts, agr.combine)
+            g = agr.apply(g, sums, [p.numel() * (2 if p.is_complex() else 1) for p in params])
+        elif plan.agr:
+            g = agr.agr(g)
         if plan.decays == "coupled":
             g = coupled(g, old, weight_decay)
         c = self._momentum(plan, params, g)
-        u, measured = direction(plan.norm.on(w[0].device), c, plan.scale, plan.scope == "group", plan.eps)
+        norm, whole_group = plan.norm.on(w[0].device), plan.scope == "group"
+        if cut:
+            u, measured = yield from direction(norm, c, layouts, plan.scale, whole_group, plan.eps)
+        else:
+            u, measured = scales.direction(norm, c, plan.scale, whole_group, plan.eps)
         if plan.decays == "lp":
             wide = [i for i, p in enumerate(params) if p.dim() >= 2]
             factors = lp_factors([old[i] for i in wide], plan.decay_p, lr * weight_decay)
@@ -398,14 +425,17 @@ class SteepestDescent(Optimizer):
         return measured
 
     def _read(self, plan: Plan, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Weights as reals, the same in the dtype that is computed in (no copy if it is theirs), and gradients."""
-        weights = [real(p) for p in params]
+        """Weights as reals, the same in the dtype that is computed in (no copy if it is theirs), and gradients.
+
+        Of DTensors they are the parts that are here.
+        """
+        weights = [real(local(p)) for p in params]
         w = [working(x) for x in weights]
         if plan.rounding == "kahan":
             for p, x in zip(params, w, strict=True):
                 if is_low_precision(p) and COMPENSATION in self.state[p]:
-                    x.add_(self.state[p][COMPENSATION])
-        g = [real(cast(Tensor, p.grad)).to(x.dtype) for p, x in zip(params, w, strict=True)]
+                    x.add_(local(self.state[p][COMPENSATION]))
+        g = [real(gradient_of(p)).to(x.dtype) for p, x in zip(params, w, strict=True)]
         return weights, w, list(torch._foreach_neg(g)) if plan.maximize else g
 
     def _write(self, plan: Plan, params: list[Tensor], weights: list[Tensor], w: list[Tensor]) -> None:
@@ -413,11 +443,11 @@ class SteepestDescent(Optimizer):
         if plan.rounding == "stochastic":
             stochastic_(weights, w)
         elif plan.rounding == "kahan" and any(is_low_precision(p) for p in params):
-            low = [(p, x) for p, x in zip(params, w, strict=True) if is_low_precision(p)]
-            for p, _ in low:
+            low = [(p, x, y) for p, x, y in zip(params, weights, w, strict=True) if is_low_precision(p)]
+            for p, x, _ in low:
                 if COMPENSATION not in self.state[p]:
-                    self.state[p][COMPENSATION] = torch.zeros_like(p)
-            kahan_([p for p, _ in low], [x for _, x in low], [self.state[p][COMPENSATION] for p, _ in low])
+                    self.state[p][COMPENSATION] = spread(torch.zeros_like(x), p)
+            kahan_([x for _, x, _ in low], [y for *_, y in low], [local(self.state[p][COMPENSATION]) for p, *_ in low])
         else:
             nearest_(weights, w)
 
@@ -425,7 +455,8 @@ class SteepestDescent(Optimizer):
         """c from g and the state; buffers are made when they are first needed, never before."""
         if plan.momentum == 0:
             return g
-        stored = [self.state[p].get(BUFFER) for p in params]
+        kept = [self.state[p].get(BUFFER) for p in params]
+        stored = [None if b is None else local(b) for b in kept]
         old = [None if b is None else real(b).to(x.dtype) for b, x in zip(stored, g, strict=True)]
         if plan.differentiable:
             old = [None if m is None else m.clone() for m in old]
@@ -438,7 +469,7 @@ class SteepestDescent(Optimizer):
         for p, b, m in zip(params, stored, new, strict=True):
             dtype = state_dtype(plan.state_dtype, p)
             if b is None or b.dtype != dtype or plan.differentiable:  # != where the parameter's has changed since
-                self.state[p][BUFFER] = (torch.view_as_complex(m) if p.is_complex() else m).to(dtype)
+                self.state[p][BUFFER] = spread((torch.view_as_complex(m) if p.is_complex() else m).to(dtype), p)
             elif real(b).dtype != m.dtype:  # m is a copy in more bits; else it is b itself, already written
                 real(b).copy_(m)
         return c
@@ -466,10 +497,12 @@ def _batches(plan: Plan, params: list[Tensor]) -> Iterator[list[Tensor]]:
     elif plan.backend == "for-loop":
         yield from ([p] for p in params)
     else:
-        buckets: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+        buckets: dict[object, list[Tensor]] = {}
         for p in params:  # a kernel has nothing to do for empty ones
             empty = plan.backend == "fused" and not p.numel()
-            buckets.setdefault((p.device, p.dtype, empty), []).append(p)
+            layout = layout_of(p)
+            lies = layout and (layout.group, way_of(plan.norm, plan.scale, layout))
+            buckets.setdefault((p.device, p.dtype, empty, is_dtensor(p), lies), []).append(p)
         yield from buckets.values()
 
 
@@ -488,7 +521,8 @@ def _warn_if_stuck(
     remedy: str = "weight_decay=0 in a param group of their own",
     stacklevel: int = 3,
 ) -> None:
-    stuck = [tuple(x.shape) for x in params if x.dim() >= 2 and x.numel() and not x.is_meta and not x.detach().any()]
+    decayed = [x for x in params if x.dim() >= 2 and x.numel() and not x.is_meta]
+    stuck = [tuple(x.shape) for x, alive in zip(decayed, nonzero(decayed), strict=True) if not alive]
     if stuck:
         warnings.warn(
             f"ℓp decay with p = {p:g} < 2 holds a zero weight at zero, and these tensors are all zero: {stuck}. "

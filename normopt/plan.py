@@ -14,6 +14,7 @@ from normopt.kernels import support
 from normopt.norms import registry
 from normopt.norms.base import Norm, Scale
 from normopt.settings import Decay, MomentumRule, Rounding, Scope, check_combinations, check_settings
+from normopt.sharding.layout import any_dtensor, layout_of
 
 Backend = Literal["for-loop", "foreach", "fused"]
 
@@ -136,8 +137,9 @@ def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Pla
     check_combinations(settings, norm)
     _check_rounding(settings["rounding"], params)
     _check_devices(settings, params)
+    sharded = _check_shards(settings, params)
     norm.check(settings["scale"], params)
-    backend, why = _choose_backend(settings, norm, params)
+    backend, why = _choose_backend(settings, norm, params, sharded)
     return Plan(norm=norm, backend=backend, why=why, **{name: settings[name] for name in _TAKEN_AS_THEY_ARE})
 
 
@@ -157,7 +159,23 @@ def _check_devices(settings: Mapping[str, Any], params: list[Tensor]) -> None:
         )
 
 
-def _choose_backend(settings: Mapping[str, Any], norm: Norm, params: list[Tensor]) -> tuple[Backend, str]:
+def _check_shards(settings: Mapping[str, Any], params: list[Tensor]) -> bool:
+    """Whether some parameters are DTensors; refuse those that lie as no stage can follow."""
+    if not any_dtensor(params):
+        return False
+    layouts = [layout for p in params if (layout := layout_of(p)) is not None]
+    if settings["differentiable"]:
+        raise ValueError("differentiable=True steps whole tensors only, but some parameters are DTensors")
+    if settings["scope"] == "group" and len({layout.group for layout in layouts}) > 1:
+        raise ValueError(
+            'scope="group" is over one process group, but some parameters are cut over others: give each a param group'
+        )
+    return True
+
+
+def _choose_backend(
+    settings: Mapping[str, Any], norm: Norm, params: list[Tensor], sharded: bool
+) -> tuple[Backend, str]:
     """How the step is run, and why so."""
     foreach, fused, differentiable = settings["foreach"], settings["fused"], settings["differentiable"]
     if foreach and fused:
@@ -180,6 +198,8 @@ def _choose_backend(settings: Mapping[str, Any], norm: Norm, params: list[Tensor
             )
     if differentiable:
         return "for-loop", "differentiable=True"
+    if sharded:
+        return "foreach", "shards share their collectives"
     if norm.batches:
         return "foreach", "matrices of one shape go together"
     plain = all(type(p) in (Tensor, torch.nn.Parameter) for p in params)

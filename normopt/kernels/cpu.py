@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ from normopt.kernels.flags import EMA, GENERAL, HEAVY, LINEAR, NONE, Flags, Numb
 from normopt.kernels.pool import share_out
 from normopt.kernels.tables import Array, Batch, Block, Chunks
 from normopt.norms.base import Scale
+from normopt.sharding.exchange import Partials, Walk
+from normopt.sharding.layout import Layout
 
 F = np.float32
+Places = tuple[Array, Array, int, int]  # where the sums of each tensor begin and end, and which tensors are meant
 SCALES = {"dual": totals.DUAL, "unit": totals.UNIT, "matched": totals.MATCHED}
 COLUMNS = kernels.WIDE + 1
 BLOCK = 1 << 21  # entries of tensors whose powers are kept, in 4 bytes each, from one pass to the next
@@ -33,7 +37,8 @@ def run(
     unscale: Tensor | None = None,
     found_inf: Tensor | None = None,
     seed: Tensor | int = 0,
-) -> tuple[Tensor, Tensor] | None:
+    layouts: Sequence[Layout] = (),
+) -> Walk[tuple[Tensor, Tensor] | None]:
     """One step of a batch, in place; where it needs sums, ``‖c‖⋆`` and the factor of D(c) of each tensor, float64 [n].
 
     Args:
@@ -44,6 +49,7 @@ def run(
         unscale: what gradients are multiplied by, for a GradScaler.
         found_inf: where it is not 0, nothing is written.
         seed: of stochastic rounding.
+        layouts: how the tensors lie, if the batch is what is here of tensors that are cut over ranks.
     """
     if found_inf is not None and float(found_inf) != 0:
         return None
@@ -51,7 +57,7 @@ def run(
     factor = 1.0 if unscale is None else float(unscale)
     ready: _Ready | None = kept.get("ready")
     if ready is None or ready.numbers is not numbers or ready.unscale != factor:
-        ready = kept["ready"] = _Ready(flags, numbers, whole_group, chunks, factor, kept)
+        ready = kept["ready"] = _Ready(flags, numbers, whole_group or bool(layouts), chunks, factor, kept)
     rows, values, powers = ready.rows, ready.values, ready.powers
     if flags.momentum == HEAVY and batch.new:
         rows[batch.new, kernels.KEPT], rows[batch.new, kernels.NEW] = 0, 1
@@ -66,23 +72,39 @@ def run(
         def everywhere(kernel: kernels.Kernel, *more: object, block: Block = block) -> None:
             share_out(lambda a, b: kernel(*tensors, a, b, *more), chunks, block.chunk, block.chunks)
 
+        where: Places = (chunks.first, chunks.ends, block.tensor, block.tensors)
         if flags.agr:
             everywhere(ready.agr, values[kernels.UNSCALE], sums)
-            totals.regularizers(sums, chunks.sizes, chunks.first, chunks.ends, block.tensor, block.tensors, rows)
+            if layouts:
+                totals.largest_of_each(sums, chunks.first, chunks.ends, here := np.empty((n, 2)))
+                sums, where = yield from _of_all_ranks(here, layouts)
+            sizes = np.array([lay.shape.numel() for lay in layouts]) if layouts else chunks.sizes
+            totals.regularizers(sums, sizes, *where, rows)
         if flags.scaled:
             everywhere(ready.norms, rows, values, ready.exponent, partials, powers, place)
-            where = chunks.first, chunks.ends, block.tensor, block.tensors
-            how = whole_group, float(numbers.exponent), SCALES[scale], ready.spared
-            totals.duals(partials, *where, *how, rows, duals, factors)
+            exponent, how = float(numbers.exponent), SCALES[scale]
+            if layouts:
+                here = np.empty((n, 4))
+                totals.merge_each(partials, chunks.first, chunks.ends, exponent, how == totals.MATCHED, here)
+                partials, where = yield from _of_all_ranks(here, layouts)
+            totals.duals(partials, *where, whole_group, exponent, how, ready.spared, rows, duals, factors)
         everywhere(ready.update, rows, values, ready.exponent, ready.decay_exponent, int(seed), powers, place)
     return (torch.from_numpy(duals), torch.from_numpy(factors)) if flags.scaled else None
+
+
+def _of_all_ranks(here: Array, layouts: Sequence[Layout]) -> Walk[tuple[Array, Places]]:
+    """The sums of each tensor from all ranks, one below the other, and where they are."""
+    found = yield Partials(torch.from_numpy(here), layouts[0].group, layouts[0].ranks)
+    n, ranks = len(layouts), layouts[0].ranks
+    first = np.arange(n) * ranks
+    return found.reshape(n * ranks, -1).numpy(), (first, first + ranks, 0, n)
 
 
 class _Ready:
     """All that follows from a plan's flags and numbers and from the chunks: made once, for as long as they stay."""
 
     def __init__(
-        self, flags: Flags, numbers: Numbers, whole_group: bool, chunks: Chunks, unscale: float, kept: dict[str, Any]
+        self, flags: Flags, numbers: Numbers, at_once: bool, chunks: Chunks, unscale: float, kept: dict[str, Any]
     ) -> None:
         n = len(chunks.sizes)
         self.numbers, self.unscale = numbers, unscale
@@ -97,7 +119,7 @@ class _Ready:
         self.none = np.zeros(n, np.int64)
         # Powers that have a way of their own are cheaper to take twice than to keep; those above 1 may overflow.
         general = flags.scaled and flags.mode == GENERAL and float(numbers.exponent) <= 1
-        self.spared = general and not whole_group and bool(chunks.sizes.max() <= ROOM)
+        self.spared = general and not at_once and bool(chunks.sizes.max() <= ROOM)
         blocks = chunks.blocks(BLOCK) if self.spared else [Block(0, n, 0, len(chunks))]
         self.blocks = [(block, chunks.before[:-1] - chunks.before[block.chunk]) for block in blocks]
         if self.spared and "powers" not in kept:

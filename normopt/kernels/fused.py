@@ -18,6 +18,8 @@ from normopt._checks import is_low_precision
 from normopt.kernels.flags import Flags, Numbers, flags_of, numbers_of
 from normopt.kernels.tables import Batch, Chunks
 from normopt.norms.scales import NormPair
+from normopt.sharding.exchange import Walk
+from normopt.sharding.layout import any_dtensor, gradient_of, layout_of, local, spread
 from normopt.state import BUFFER, COMPENSATION, state_dtype
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ class Stepper:
         look: Look | None,
         unscale: Tensor | None,
         found_inf: Tensor | None,
-    ) -> NormPair | None:
+    ) -> Walk[NormPair | None]:
         """The engine's walk.
 
         Args:
@@ -107,17 +109,22 @@ class Stepper:
         Returns:
             ``‖u‖`` and ``‖c‖⋆`` of each tensor, where the step needs them.
         """
+        # What is known already are no DTensors.
+        layouts = [] if look else [lay for p in params if (lay := layout_of(p)) is not None]
+        spread_out = look is None and any_dtensor(params)
         if look is None:
             self._momenta = []
-            gradients = [cast(Tensor, p.grad) for p in params]
-            look = Look(gradients, list(map(address, gradients)), list(map(address, params)))
+            gradients = [gradient_of(p) for p in params]
+            look = Look(gradients, list(map(address, gradients)), [address(local(p)) for p in params])
         momenta, new = self._momenta_of(plan, params, state)
         lost = None
         if plan.rounding == "kahan" and is_low_precision(params[0]):
             lost = [_kept_in(state[p], COMPENSATION, p, p.dtype)[0] for p in params]
+        if spread_out:
+            params = [local(p) for p in params]
         if self._moved("weights", look.weights_at) and self._shapes != (shapes := [p.shape for p in params]):
             self._shapes, self._chunks, self._kept = shapes, Chunks(shapes), {}
-        if not len(self._chunks):
+        if not len(self._chunks) and not layouts:
             return None
         weights = self._flat("weights", params, look.weights_at)
         # A gradient may be another tensor at an old one's address, in another order.
@@ -131,7 +138,7 @@ class Stepper:
         dtypes = weights[0].dtype, gradients[0].dtype, (states or weights)[0].dtype
         if self._plan is not plan or self._flags is None or self._flags[-3:] != dtypes or plan.has_tensors:
             self._plan, self._flags, self._numbers = plan, flags_of(plan, *dtypes), numbers_of(plan)
-        measured = run(
+        measured = yield from run(
             self._flags,
             cast(Numbers, self._numbers),
             plan.scale,
@@ -149,6 +156,7 @@ class Stepper:
             unscale=unscale,
             found_inf=found_inf,
             seed=int(torch.randint(2**31, ())) if plan.rounding == "stochastic" else 0,
+            layouts=layouts,
         )
         self._momenta = momenta if momenta and momenta is states else []
         for originals, copies in ((params, weights), (momenta, states), (lost, losses)):
@@ -200,11 +208,12 @@ def _settings(group: Group) -> Group:
 
 
 def _kept_in(own: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """A tensor of a parameter's state, and whether it had to be made."""
+    """A tensor of a parameter's state, what is here of it, and whether it had to be made."""
     x = own.get(name)
     if x is None:
-        own[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
-        return own[name], True
+        x = torch.zeros_like(local(p), dtype=dtype, memory_format=torch.contiguous_format)
+        own[name] = spread(x, p)
+        return x, True
     if x.dtype != dtype:  # the parameter's has changed since
         own[name] = x = x.to(dtype)
-    return x, False
+    return local(x), False

@@ -12,6 +12,7 @@ from torch import Tensor
 from normopt._checks import equals
 from normopt.norms.base import Norm, Scale
 from normopt.norms.lp import Lp
+from normopt.sharding.layout import any_dtensor, is_dtensor
 
 # What the kernels of a kind of device are compiled by, the extra that brings it, and the dtypes that they take.
 COMPILERS = {"cpu": ("numba", 'the extra "cpu"'), "cuda": ("triton", "PyTorch's CUDA wheels")}
@@ -40,7 +41,9 @@ def why_not(
         compiler, source = COMPILERS[kind]
         if not _installed(compiler):
             return f"{compiler} is not installed, which {source} brings"
-    if any(type(p) not in (Tensor, torch.nn.Parameter) for p in params):
+    if scope == "group" and any_dtensor(params):
+        return 'scope="group" spans several ranks'
+    if any(type(p) not in (Tensor, torch.nn.Parameter) and not is_dtensor(p) for p in params):
         return "some parameters are tensors of a class of their own"
     for dtype, kind in {(p.dtype, p.device.type) for p in params}:
         if dtype not in DTYPES[kind] or (state_dtype or "float32") not in _names(DTYPES[kind]):

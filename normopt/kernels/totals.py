@@ -26,17 +26,7 @@ def regularizers(partials, sizes, first, ends, begin, end, rows):
     AGR leaves a tensor alone. ``partials`` has each chunk's largest |g| and the sum of its others.
     """
     for t in range(begin, end):
-        top = 0.0
-        for j in range(first[t], ends[t]):
-            if top == top and not partials[j, 0] <= top:  # a NaN is taken, and stays
-                top = partials[j, 0]
-        others, found = 0.0, False
-        for j in range(first[t], ends[t]):
-            others += partials[j, 1]
-            if partials[j, 0] == top and not found:
-                found = True
-            else:
-                others += partials[j, 0]
+        top, others = largest(partials, first[t], ends[t])
         total = top + others
         scale = 1.0
         if np.isfinite(total):
@@ -45,6 +35,30 @@ def regularizers(partials, sizes, first, ends, begin, end, rows):
         rows[t, AGR_TOP] = top * scale
         rows[t, AGR_OTHERS] = others * scale
         rows[t, AGR_INVERSE] = 1 / (total * scale)
+
+
+@njit(**OPTIONS)
+def largest(partials, first, end):
+    """The largest entry of the pieces ``first`` to ``end``, and the sum of all others."""
+    top = 0.0
+    for j in range(first, end):
+        if top == top and not partials[j, 0] <= top:  # a NaN is taken, and stays
+            top = partials[j, 0]
+    others, found = 0.0, False
+    for j in range(first, end):
+        others += partials[j, 1]
+        if partials[j, 0] == top and not found:
+            found = True
+        else:
+            others += partials[j, 0]
+    return top, others
+
+
+@njit(**OPTIONS)
+def largest_of_each(partials, first, ends, found):
+    """What `largest` says of each tensor's chunks, in ``found``, shape [n, 2]."""
+    for t in range(len(first)):
+        found[t, 0], found[t, 1] = largest(partials, first[t], ends[t])
 
 
 @njit(**OPTIONS)
@@ -67,25 +81,38 @@ def duals(partials, first, ends, begin, end, whole_group, exponent, scale, spare
 
 @njit(**OPTIONS)
 def summed(partials, first, end, exponent, scale):
-    """(‖c‖⋆, the factor) of the chunks ``first`` to ``end``."""
-    top = 0.0
-    for j in range(first, end):
-        top = max(top, partials[j, 0])  # a power of two, never NaN
-    q = 1 + exponent
-    total = 0.0
-    for j in range(first, end):
-        total += partials[j, 1] * (partials[j, 0] / top) ** q
-    norm = top * total ** (1 / q)
+    """(‖c‖⋆, the factor) of the pieces ``first`` to ``end``."""
+    top, total, squares, powers = merged(partials, first, end, exponent, scale == MATCHED)
+    norm = top * total ** (1 / (1 + exponent))
     if scale == DUAL:
         return norm, norm
     if scale == UNIT:
         return norm, 1.0
     if not norm > 0:
         return norm, norm
-    squares, powers = 0.0, 0.0
-    for j in range(first, end):
-        ratio = partials[j, 0] / top
-        squares += partials[j, 2] * ratio**2
-        powers += partials[j, 3] * ratio ** (2 * exponent)
     length = (top / norm) ** exponent * math.sqrt(powers)
     return norm, top * math.sqrt(squares) / (length if length > 0 else 1.0)
+
+
+@njit(**OPTIONS)
+def merged(partials, first, end, exponent, matched):
+    """M and the sums relative to it of the pieces ``first`` to ``end``; the last two are 0 unless ``matched``."""
+    top = 0.0
+    for j in range(first, end):
+        top = max(top, partials[j, 0])  # a power of two, never NaN
+    total, squares, powers = 0.0, 0.0, 0.0
+    for j in range(first, end):
+        ratio = partials[j, 0] / top
+        total += partials[j, 1] * ratio ** (1 + exponent)
+        if matched:
+            squares += partials[j, 2] * ratio**2
+            powers += partials[j, 3] * ratio ** (2 * exponent)
+    return top, total, squares, powers
+
+
+@njit(**OPTIONS)
+def merge_each(partials, first, ends, exponent, matched, found):
+    """What `merged` says of each tensor's pieces, in ``found``, shape [n, 4]."""
+    for t in range(len(first)):
+        top, total, squares, powers = merged(partials, first[t], ends[t], exponent, matched)
+        found[t, 0], found[t, 1], found[t, 2], found[t, 3] = top, total, squares, powers

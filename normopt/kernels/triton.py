@@ -16,6 +16,7 @@ is harmless.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -27,8 +28,10 @@ from torch import Tensor
 
 from normopt.kernels import flags as choices
 from normopt.kernels.flags import Flags, Numbers
-from normopt.kernels.tables import CHUNK, Array, Batch
+from normopt.kernels.tables import CHUNK, Array, Batch, Chunks
 from normopt.norms.base import Scale
+from normopt.sharding.exchange import Partials, Walk
+from normopt.sharding.layout import Layout
 
 BLOCK = tl.constexpr(CHUNK)  # entries of a chunk, the last one of a tensor excepted
 SUMMED = tl.constexpr(1024)  # chunks whose sums are added at once
@@ -394,7 +397,8 @@ def run(
     unscale: Tensor | None = None,
     found_inf: Tensor | None = None,
     seed: Tensor | int = 0,
-) -> tuple[Tensor, Tensor] | None:
+    layouts: Sequence[Layout] = (),
+) -> Walk[tuple[Tensor, Tensor] | None]:
     """One step of a batch, in place; where it needs sums, ``‖c‖⋆`` and the factor of D(c) of each tensor, float64 [n].
 
     Args:
@@ -405,6 +409,7 @@ def run(
         unscale: what gradients are multiplied by, for a GradScaler; one element on their device.
         found_inf: where it is not 0, nothing is written; likewise.
         seed: of stochastic rounding. In a captured graph an int is the same at every replay.
+        layouts: how the tensors lie, if the batch is what is here of tensors that are cut over ranks.
 
     Raises:
         RuntimeError: a graph is captured of the first step of these tensors.
@@ -421,11 +426,20 @@ def run(
 
     grid, constants = (len(chunks),), {**constants_of(flags), "WHOLE_GROUP": whole_group, "ALIGNED": aligned, **OPTIONS}
     regularizers = measured = None
+    if layouts:
+        ranks = layouts[0].ranks
+        sizes = np.array([lay.shape.numel() for lay in layouts])
+        spans = tables.constant("ranks", np.arange(n) * ranks, np.full(n, ranks), sizes)
+        padded = tables.constant("padded", *_padded(chunks))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if flags.agr:
             sums = torch.empty(len(chunks), dtype=torch.float64, device=device)
             regularizers = torch.empty(n, 4, dtype=torch.float32, device=device)
-            gradient_sums[grid](table, cuts, unscale, sums, constants["GRADIENT_TYPE"], aligned, **OPTIONS)
+            if len(chunks):
+                gradient_sums[grid](table, cuts, unscale, sums, constants["GRADIENT_TYPE"], aligned, **OPTIONS)
+            if layouts:
+                here = torch.nn.functional.pad(sums, (0, 1))[padded].sum(1)
+                sums = (yield Partials(here[:, None], layouts[0].group, ranks)).flatten()
             regularizer[(n,)](spans, sums, regularizers, **OPTIONS)
         given = table, cuts, values, unscale, found_inf, seed if flags.rounding == choices.STOCHASTIC else None
         if flags.scaled:
@@ -433,13 +447,34 @@ def run(
                 spans = tables.constant("group", *(np.array([x]) for x in (0, len(chunks), chunks.before[-1])))
             sums = torch.empty(len(chunks), 4, dtype=torch.float64, device=device)
             measured = torch.empty(len(spans), MEASURED.value, dtype=torch.float64, device=device)
-            walk[grid](*given, regularizers, None, sums, MEASURING=True, **constants)
+            if len(chunks):
+                walk[grid](*given, regularizers, None, sums, MEASURING=True, **constants)
+            if layouts:
+                here = _merged(sums, padded, numbers.exponent)
+                sums = (yield Partials(here, layouts[0].group, ranks)).flatten(0, 1).contiguous()
             measure[(len(spans),)](spans, sums, values, measured, flags.matched, scale == "dual", **OPTIONS)
-        walk[grid](*given, regularizers, measured, None, MEASURING=False, **constants)
+        if len(chunks):
+            walk[grid](*given, regularizers, measured, None, MEASURING=False, **constants)
     if measured is None:
         return None
     dual, factor = measured[:, : DIVISOR.value].expand(n, -1).unbind(1)
     return dual, factor
+
+
+def _padded(chunks: Chunks) -> list[Array]:
+    """Columns of a table of each tensor's chunks, filled up with the number of one that is not there."""
+    counts = chunks.ends - chunks.first
+    return [np.where(j < counts, chunks.first + j, len(chunks)) for j in range(max(1, int(counts.max())))]
+
+
+def _merged(sums: Tensor, padded: Tensor, exponent: float | Tensor) -> Tensor:
+    """M and the sums relative to it of each tensor, shape [n, 4], from those of its chunks."""
+    none = sums.new_tensor([float(np.finfo(np.float32).tiny), 0, 0, 0])
+    tops, totals, squares, powers = torch.cat([sums, none[None]])[padded].unbind(-1)
+    top = tops.amax(1)
+    ratios = tops / top[:, None]
+    each = totals * ratios ** (1 + exponent), squares * ratios**2, powers * ratios ** (2 * exponent)
+    return torch.stack([top, *(x.sum(1) for x in each)], 1)
 
 
 def constants_of(flags: Flags) -> dict[str, Any]:

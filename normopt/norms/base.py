@@ -103,6 +103,15 @@ class Norm(ABC):
             n tensors, shaped and typed like those of c.
         """
 
+    def numbered(self, partials: Tensor, by: list[int]) -> Tensor:
+        """Partials or scalars in which a piece's place, if a norm keeps it, is raised; as they are, if it does not.
+
+        Args:
+            partials: what ``measure`` or ``combine`` gave, shape [n, w].
+            by: by how much, for each of the n.
+        """
+        return partials
+
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
         """The un-normalised power map ``‖c‖⋆^κ · D(c)`` with κ = ``power_exponent``; ε is 0 in this form.
 
@@ -222,6 +231,14 @@ class TensorNorm(Norm):
     """
 
     spans_groups: ClassVar[bool] = False
+
+    def needs(self, scale: Scale) -> Needs:
+        """The whole tensor: "matrix".
+
+        Args:
+            scale: "power", "dual", "unit" or "matched".
+        """
+        return "matrix"
 
     def norm(self, x: Tensor) -> Tensor:
         """‖x‖, 0-d, for a subclass to define, if it is to be read.

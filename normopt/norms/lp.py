@@ -130,6 +130,17 @@ class Lp(Norm):
             return partials.gather(-2, winner[..., None].expand(*winner.shape, 2))[..., 0, :]
         return size(partials, self.q)[..., None]
 
+    def numbered(self, partials: Tensor, by: list[int]) -> Tensor:
+        """At p = 1 the places are raised.
+
+        Args:
+            partials: what ``measure`` or ``combine`` gave, shape [n, 2].
+            by: by how much, for each of the n.
+        """
+        if not equals(self.p, 1):
+            return partials
+        return torch.stack([torch.stack([x[0], x[1] + n]) for x, n in zip(partials, by, strict=True)])
+
     def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
         if equals(kappa, 1) and equals(self.p, 2):
             return [x.clone() for x in c]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ def to_matrices(x: Tensor, view: str, blocks: int) -> Tensor:
     if x.dim() <= 1:
         x = x.reshape(1, -1, 1)
     elif view == "batch":
-        x = x.reshape(-1, *x.shape[-2:])
+        x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])  # not −1, which an empty part leaves open
     else:
         x = (x.transpose(0, 1) if view == "transposed" else x).flatten(1)[None]
     stack, rows, columns = x.shape
@@ -153,14 +155,31 @@ class MatrixNorm(Norm):
         check_choice("matrix_view", self.matrix_view, MATRIX_VIEWS)
         check_integer("blocks", self.blocks, math.inf)
 
-    def factor(self, x: Tensor) -> float:
-        """f of the matrices of x; 1 if they are empty.
+    def factor(self, shape: torch.Size) -> float:
+        """f of the matrices of a tensor; 1 if they are empty.
 
         Args:
-            x: a tensor of any shape, of which nothing but the shape is read.
+            shape: the tensor's, any.
         """
-        rows, columns, taps = dimensions(x.shape, self.matrix_view, self.blocks)
+        rows, columns, taps = dimensions(shape, self.matrix_view, self.blocks)
         return ASPECTS[self.aspect](rows, columns, taps) if rows * columns else 1.0
+
+    def bare(self) -> Self:
+        """This norm without an aspect and without blocks: what is left is the same for every row."""
+        return dataclasses.replace(cast(Any, self), aspect="none", blocks=1)  # type: ignore[no-any-return]
+
+    def rows_are_whole(self, dims: int, cut: int) -> bool:
+        """Whether the parts of a tensor of so many dims, cut along one of them, are made of whole rows.
+
+        Args:
+            dims: how many dims it has.
+            cut: the dim that is cut.
+        """
+        if dims <= 1:
+            return True
+        if self.matrix_view == "batch":
+            return cut != dims - 1
+        return cut == (1 if self.matrix_view == "transposed" else 0)
 
     def check(self, scale: Scale, params: list[Tensor]) -> None:
         """Refuse complex matrices, and rows that ``blocks`` does not divide.

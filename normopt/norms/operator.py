@@ -83,7 +83,9 @@ class Mixed(MatrixNorm):
             TypeError: x is complex, or of integers.
         """
         y = self._lines_of(working(x))
-        return sizes(sizes(y, self.p_inner), self.p_outer).amax() / self.factor(x) if y.numel() else x.new_zeros(())
+        return (
+            sizes(sizes(y, self.p_inner), self.p_outer).amax() / self.factor(x.shape) if y.numel() else x.new_zeros(())
+        )
 
     def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         return [self._pair(x) for x in c]
@@ -102,7 +104,7 @@ class Mixed(MatrixNorm):
         totals = sizes(r, conjugate(self.p_outer))
         d = dual_map(y, r, self.p_inner) * dual_map(r, totals, self.p_outer)[..., None]
         d = d.mT if self.lines == "columns" else d
-        f = self.factor(x)
+        f = self.factor(x.shape)
         return f * totals.sum(), f * from_matrices(d, x, self.matrix_view)
 
 

@@ -66,6 +66,10 @@ def over_the_group(pairs: list[NormPair | None], whole_group: bool, radius: floa
 def matched(d: list[Tensor], c: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Each d at the length of its c, ``d · ‖c‖₂/‖d‖₂``, 0 where d is 0; and the factors ``‖c‖₂/‖d‖₂``, shape [n]."""
     l2 = Lp(2.0)
-    ours, theirs = l2.combine(l2.measure([*c, *d])[:, None])[:, 0].tensor_split(2)
+    return lengthened(d, *l2.combine(l2.measure([*c, *d])[:, None])[:, 0].tensor_split(2))
+
+
+def lengthened(d: list[Tensor], ours: Tensor, theirs: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Each d, whose lengths are ``theirs``, at the length ``ours``; and the factors. Shapes [n]."""
     u = [x * n.to(x) for x, n in zip(divide(d, theirs), ours, strict=True)]
     return u, ours / theirs.clamp_min(torch.finfo(theirs.dtype).tiny)

@@ -123,7 +123,7 @@ class Schatten(MatrixNorm):
         if y.numel() == 0:
             return x.new_zeros(())
         norms = sizes(torch.linalg.svdvals(y), self.p)
-        return norms.amax() / self.factor(x)
+        return norms.amax() / self.factor(x.shape)
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
         """``f · U diag(σ^exponent) Vᵀ``; singular values that count as zero stay zero.
@@ -142,7 +142,7 @@ class Schatten(MatrixNorm):
         if exponent is None:
             raise ValueError('scale="power" is not defined at p = 1, where its exponent 1/(p−1) diverges: use p > 1')
         if exponent == 1:
-            return [self.factor(x) * x for x in c]
+            return [self.factor(x.shape) * x for x in c]
         if exponent == 0 and self.exponent is None:
             return [d for _, d in self.pairs(c)]
         return [d for _, d in self._map(c, lambda y, _: (None, powers(y, exponent)))]
@@ -188,7 +188,7 @@ class Schatten(MatrixNorm):
             counts = [len(views[i]) for i in members]
             sums = None if n is None else torch.split(n, counts)
             for j, (i, part) in enumerate(zip(members, torch.split(d, counts), strict=True)):
-                x, f = c[i], self.factor(c[i])
+                x, f = c[i], self.factor(c[i].shape)
                 u = from_matrices(part, x, self.matrix_view)
                 # Cast tensor by tensor: what is small is still in the cache when it is scaled.
                 u = u * f if u.dtype == x.dtype else u.to(x.dtype).mul_(f)

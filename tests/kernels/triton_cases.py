@@ -19,6 +19,8 @@ from normopt.kernels import triton as kernels
 from normopt.kernels.flags import flags_of, numbers_of
 from normopt.kernels.tables import CHUNK, Batch, Chunks
 from normopt.plan import make_plan
+from normopt.sharding.exchange import alone
+from normopt.sharding.layout import Layout
 from tests.oracle import Rule, agr, lp_decay_factor, lp_dual_norm
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what the interpreter computes
@@ -74,6 +76,10 @@ class Stepped:
 
     def step(self, gs, ms=None, **given):
         """One step; ms are the momenta to start from, None those of the step before."""
+        return alone(self.walk(gs, ms, **given))
+
+    def walk(self, gs, ms=None, **given):
+        """The step as a walk, that asks other ranks if it has ``layouts``."""
         optimizer = normopt.SteepestDescent(self.weights, foreach=False, norm="lp", **self.settings)
         plan = make_plan(optimizer.param_groups[0], self.weights)
         fresh = [self.momenta is None] * len(gs)
@@ -83,7 +89,9 @@ class Stepped:
             self.momenta, fresh = [self.placed(m, self.state) for m in ms], [False] * len(gs)
         if plan.rounding == "kahan" and self.lost is None:
             self.lost = [torch.zeros_like(w) for w in self.weights]
-        gs = [self.placed(g, self.gradient) for g in gs]
+        gs = self.kept["gradients"] = [
+            self.placed(g, self.gradient) for g in gs
+        ]  # which the walk only has addresses of
         chunks = self.kept.setdefault("cut", Chunks([w.shape for w in self.weights]))
         at = (xs and np.array([x.data_ptr() for x in xs]) for xs in (self.weights, gs, self.momenta, self.lost))
         new = [i for i, made in enumerate(fresh) if made]
@@ -498,3 +506,41 @@ def test_a_captured_step_is_replayed_with_a_new_lr_and_survives_steps_between():
 
 def test_the_interpreter_is_what_runs_without_cuda():
     assert DEVICE == "cuda" or not isinstance(kernels.walk, triton.runtime.jit.JITFunction)
+
+
+@pytest.mark.parametrize("agr", [False, True])
+@pytest.mark.parametrize(
+    ("p", "scale"), [(1.5, "power"), (3.0, "unit"), (2.7, "dual"), (math.inf, "dual"), (8.0, "matched")]
+)
+def test_parts_on_several_ranks_are_stepped_as_whole_tensors(p, scale, agr):
+    """Even, uneven and empty parts, and chunks of several tensors on one rank only."""
+    shapes, ranks = [(4, 7), (2 * CHUNK + 9,), (1, 5), (3, 3)], 2
+    settings = dict(p=p, scale=scale, agr=agr, momentum=0.9, weight_decay=0.03, lr=0.1)
+    ws, steps = data(shapes)
+    layouts = [[Layout(None, ranks, r, 0, torch.Size(s)) for s in shapes] for r in range(ranks)]
+
+    def part(xs, r):
+        return [torch.as_tensor(x).split(lay.lengths())[r] for x, lay in zip(xs, layouts[r], strict=True)]
+
+    whole, parts = Stepped(ws, **settings), [Stepped(part(ws, r), **settings) for r in range(ranks)]
+    for gs in steps:
+        before = [w.clone() for w in whole.weights]
+        expected = whole.step(gs)
+        walks = [parts[r].walk(part(gs, r), layouts=layouts[r]) for r in range(ranks)]
+        found, answer = [], None
+        while not found:
+            asked = []
+            for walk in walks:
+                try:
+                    asked.append(walk.send(answer))
+                except StopIteration as done:
+                    found.append(done.value)
+            assert len(asked) in (0, ranks)
+            answer = asked and torch.stack([a.sums for a in asked], 1)
+        for i, w in enumerate(whole.weights):
+            longest = float((w - before[i]).abs().max())
+            torch.testing.assert_close(torch.cat([p.weights[i] for p in parts]), w, rtol=2e-6, atol=2e-6 * longest)
+        for result in found:
+            assert (result is None) == (expected is None)
+            if result is not None:
+                torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)

@@ -1,0 +1,137 @@
+"""What ranks have to know of each other in a step, brought together: one collective for all tensors, a phase.
+
+A walk is a generator. Where it needs the partial sums of the other ranks it yields its own, and is sent all of them.
+All walks of a step go in lockstep, so that what they ask for at the same time travels together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from normopt.norms.base import stack
+from normopt.sharding.layout import Layout, layout_of, local
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+
+class Partials(NamedTuple):
+    """What a walk asks with: the partial sums of n tensors on this rank, shape [n, w], and whose others it needs."""
+
+    sums: Tensor
+    group: ProcessGroup
+    ranks: int
+
+
+Walk = Generator[Partials, Tensor, T]
+Layouts = Sequence[Layout | None]
+
+
+def pieces(sums: Tensor, layouts: Layouts) -> Walk[list[Tensor]]:
+    """The partial sums of n tensors from all ranks that have parts of them, in their order: n of shape [k, w].
+
+    Args:
+        sums: this rank's, shape [n, w].
+        layouts: how the tensors lie; those that are cut, over the same ranks.
+    """
+    cut = next((lay for lay in layouts if lay is not None), None)
+    if cut is None:
+        return list(sums[:, None])
+    found = yield Partials(sums, cut.group, cut.ranks)
+    return [x[:1] if lay is None else x for x, lay in zip(found, layouts, strict=True)]
+
+
+def combined(sums: Tensor, layouts: Layouts, combine: Callable[[Tensor], Tensor]) -> Walk[Tensor]:
+    """What the partial sums of each of n tensors come to, shape [n, s].
+
+    Args:
+        sums: this rank's, shape [n, w].
+        layouts: how the tensors lie; those that are cut, over the same ranks.
+        combine: from [n, k, w], of k ranks, to [n, s].
+    """
+    found = yield from pieces(sums, layouts)
+    if len({len(x) for x in found}) == 1:
+        return combine(torch.stack(found))
+    return torch.cat([combine(x[None]) for x in found])
+
+
+def alone(walk: Walk[T]) -> T:
+    """The result of a walk that has nothing to ask.
+
+    Raises:
+        RuntimeError: it asks.
+    """
+    try:
+        next(walk)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+    raise RuntimeError("a walk over whole tensors has asked for those of other ranks")
+
+
+def lockstep(walks: Sequence[Walk[T]]) -> list[T]:
+    """The results of walks that all ranks make in the same order: as many collectives as a walk has phases."""
+    found: dict[int, T] = {}
+    answers: dict[int, Tensor | None] = dict.fromkeys(range(len(walks)))
+    while answers:
+        asked: dict[int, Partials] = {}
+        for i, answer in answers.items():
+            try:
+                asked[i] = next(walks[i]) if answer is None else walks[i].send(answer)
+            except StopIteration as done:
+                found[i] = done.value
+        answers = dict(zip(asked, gathered(list(asked.values())), strict=True))
+    return [found[i] for i in range(len(walks))]
+
+
+def gathered(asked: Sequence[Partials]) -> list[Tensor]:
+    """The partial sums [n, k, w] of all ranks for each that is asked: one collective for each process group.
+
+    They travel in float64, in which every smaller float is exact.
+    """
+    found: dict[int, Tensor] = {}
+    groups = {id(a.group): a.group for a in asked}
+    for key, group in groups.items():
+        of_group = [i for i, a in enumerate(asked) if id(a.group) == key]
+        sums = [asked[i].sums for i in of_group]
+        home = sums[0].device
+        mine = torch.cat([x.to(home, torch.float64).reshape(-1) for x in sums])
+        ranks = asked[of_group[0]].ranks
+        everyones = mine.new_empty(ranks, len(mine))
+        dist.all_gather(list(everyones), mine, group=group)
+        parts = torch.split(everyones, [x.numel() for x in sums], dim=1)
+        for i, x, part in zip(of_group, sums, parts, strict=True):
+            found[i] = part.reshape(ranks, *x.shape).transpose(0, 1).to(x)
+    return [found[i] for i in range(len(asked))]
+
+
+def swapped(parts: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> list[Tensor]:
+    """What each rank has for this one, from what this one has for each: one all-to-all.
+
+    Args:
+        parts: a vector for each rank.
+        sizes: how many numbers each rank has for this one.
+        group: the ranks.
+    """
+    given = torch.cat([x.reshape(-1) for x in parts])
+    got = given.new_empty(sum(sizes))
+    dist.all_to_all_single(got, given, list(sizes), [x.numel() for x in parts], group=group)
+    return list(torch.split(got, list(sizes)))
+
+
+def nonzero(params: Sequence[Tensor]) -> list[bool]:
+    """Whether each tensor has an entry that is not 0, on whatever rank."""
+    layouts = [layout_of(p) for p in params]
+    found: dict[int, bool] = {}
+    for group in dict.fromkeys(None if lay is None else lay.group for lay in layouts):
+        members = [i for i, lay in enumerate(layouts) if (None if lay is None else lay.group) == group]
+        here = [local(params[i]).any().to(torch.float32) for i in members]
+        walk = combined(stack(here)[:, None], [layouts[i] for i in members], lambda x: x.amax(1))
+        found |= dict(zip(members, lockstep([walk])[0][:, 0].tolist(), strict=True))
+    return [bool(found[i]) for i in range(len(params))]

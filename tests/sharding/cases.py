@@ -1,0 +1,227 @@
+"""A sharded optimizer beside an unsharded one, from the same states and with the same gradients, step by step."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import DEFAULT, patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import normopt
+from normopt.norms import schatten
+
+# On 4 ranks: even, uneven, with empty parts, a stack, a vector, and three of one shape.
+SHAPES = [(8, 3), (5, 4), (1, 6), (3, 5), (6, 2, 3), (7,), (2,), (4, 6), (4, 6), (4, 6), (9, 9)]
+STEPS = 20
+
+_meshes: dict[object, DeviceMesh] = {}
+
+
+def mesh_of(*sizes: int) -> DeviceMesh:
+    """Made once: every mesh makes process groups."""
+    if sizes not in _meshes:
+        names = ("replicate", "shard")[-len(sizes) :]
+        _meshes[sizes] = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    return _meshes[sizes]
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def laid(x: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as ``like`` lies."""
+    return (
+        distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else x
+    )
+
+
+def gradient(shape: tuple[int, ...], step: int, i: int, dtype: torch.dtype) -> Tensor:
+    """One that no rank computes: large entries and small, and every seventh a zero."""
+    g = torch.Generator().manual_seed(1000 * step + i)
+    x = torch.randn(shape, generator=g, dtype=torch.float64)
+    x = x.sign() * x.abs() ** 3 * 10.0 ** ((step + i) % 5 - 2)
+    x.view(-1)[::7] = 0
+    return x.to(dtype)
+
+
+def error(ours: Tensor, theirs: Tensor, before: Tensor | None = None) -> float:
+    """The largest difference, relative to the largest entry of the weights or of the step."""
+    a, b = ours.double(), theirs.double()
+    if not b.numel():
+        return 0.0
+    size = max(float(b.abs().amax()), 0.0 if before is None else float((b - before.double()).abs().amax()))
+    return float((a - b).abs().amax()) / max(size, 1e-30)
+
+
+def compare(
+    optimizer: str,
+    settings: dict[str, Any],
+    dim: int = 0,
+    shapes: list[tuple[int, ...]] = SHAPES,
+    dtype: torch.dtype = torch.float32,
+    mesh: tuple[int, ...] | None = None,
+    steps: int = STEPS,
+    replicated: tuple[int, ...] = (),
+    reset: bool = True,
+) -> dict[str, float]:
+    """The largest errors of weights, state and norm pairs over the steps, and what they have in common bitwise.
+
+    Args:
+        optimizer: a name of the zoo.
+        settings: its settings.
+        dim: which is cut, of tensors that have it; the others are replicated.
+        shapes: of the parameters.
+        dtype: theirs.
+        mesh: its shape; all ranks in one dim by default.
+        steps: how many.
+        replicated: which parameters are not cut.
+        reset: whether the sharded one goes on from the unsharded one's state after each step.
+    """
+    mesh_ = mesh_of(*(mesh or (dist.get_world_size(),)))
+    torch.manual_seed(0)
+    plain = [torch.nn.Parameter(torch.randn(s, dtype=torch.float64).to(dtype)) for s in shapes]
+    cut = []
+    for i, x in enumerate(plain):
+        here = Shard(dim) if x.dim() > dim and i not in replicated else Replicate()
+        placements = [Replicate()] * (mesh_.ndim - 1) + [here]
+        cut.append(torch.nn.Parameter(distribute_tensor(x.detach(), mesh_, placements, src_data_rank=None)))
+    make = normopt.SteepestDescent if optimizer == "steepestdescent" else normopt.get_optimizer(optimizer)
+    with_groups = {k: v for k, v in settings.items() if k != "backend"}
+    theirs, ours = make(plain, **with_groups), make(cut, **with_groups, **settings.get("backend", {}))
+    found = {"weights": 0.0, "state": 0.0, "pairs": 0.0, "unequal": 0.0}
+    for step in range(steps):
+        before = [x.detach().clone() for x in plain]
+        for i, (a, b) in enumerate(zip(plain, cut, strict=True)):
+            a.grad = gradient(tuple(a.shape), step, i, dtype)
+            b.grad = laid(a.grad, b)
+        theirs.step()
+        ours.step()
+        for a, b, old in zip(plain, cut, before, strict=True):
+            now = whole(b.detach())
+            found["weights"] = max(found["weights"], error(now, a.detach(), old))
+            found["unequal"] += float((now != a.detach()).sum())
+            for key, value in theirs.state[a].items():
+                # What Kahan's rounding keeps is a small part of a weight.
+                of = a.detach() if key == "kahan_compensation" else None
+                found["state"] = max(found["state"], error(whole(ours.state[b][key]), value, of))
+                if reset:
+                    ours.state[b][key] = laid(value.clone(), b)
+            assert theirs.state[a].keys() == ours.state[b].keys()
+            if reset:
+                with torch.no_grad():
+                    b.copy_(laid(a.detach(), b))
+        for x, y in zip(ours.norm_pairs(), theirs.norm_pairs(), strict=True):
+            assert (x is None) == (y is None), (x, y)
+            if x is not None and y is not None:
+                found["pairs"] = max(found["pairs"], *(error(p[None], q[None]) for p, q in zip(x, y, strict=True)))
+    return found
+
+
+def compare_as(optimizer: str, settings: dict[str, Any], how: dict[str, Any]) -> dict[str, float]:
+    """`compare`, with what it is told by name in a dict."""
+    return compare(optimizer, settings, **how)
+
+
+def sharded(shapes: list[tuple[int, ...]], seed: int = 0) -> list[torch.nn.Parameter]:
+    """Parameters, cut along dim 0, with gradients."""
+    mesh = mesh_of(dist.get_world_size())
+    torch.manual_seed(seed)
+    drawn = [distribute_tensor(torch.randn(s), mesh, [Shard(0)], src_data_rank=None) for s in shapes]
+    params = [torch.nn.Parameter(x) for x in drawn]
+    for i, p in enumerate(params):
+        p.grad = laid(gradient(tuple(p.shape), 0, i, torch.float32), p)
+    return params
+
+
+def counted(step: Callable[[], object]) -> dict[str, int]:
+    """How many collectives a step makes, by their names in torch.distributed."""
+    counts: Counter[str] = Counter()
+
+    def noted(name: str) -> Callable[..., Any]:
+        def note(*_: Any, **__: Any) -> Any:
+            counts[name.removesuffix("_single")] += 1
+            return DEFAULT  # go on with what is wrapped
+
+        return note
+
+    with ExitStack() as stack:
+        for name in ("all_gather", "all_reduce", "all_to_all_single", "broadcast", "all_gather_into_tensor"):
+            stack.enter_context(patch.object(dist, name, wraps=getattr(dist, name), side_effect=noted(name)))
+        with CommDebugMode() as functional:  # those that DTensors make of themselves
+            step()
+    assert functional.get_total_counts() == 0 or counts, functional.get_comm_counts()
+    return dict(counts)
+
+
+def collectives(settings: dict[str, Any], shapes: list[tuple[int, ...]]) -> dict[str, int]:
+    opt = normopt.SteepestDescent(sharded(shapes), lr=0.1, **settings)
+    opt.step()
+    return counted(opt.step)
+
+
+def collectives_of_groups() -> dict[str, int]:
+    params = sharded([(5, 4), (3, 3), (7,)])
+    groups = [dict(params=[p], norm="lp", p=2.5 + i, agr=True) for i, p in enumerate(params)]
+    opt = normopt.SteepestDescent(groups, lr=0.1)
+    opt.step()
+    return counted(opt.step)
+
+
+def mapped_here(shapes: list[tuple[int, ...]]) -> int:
+    """How many matrices this rank orthogonalises."""
+    opt = normopt.SteepestDescent(sharded(shapes), lr=0.1, norm="spectral", scale="unit")
+    seen: list[int] = []
+    real = schatten.singular
+    with patch.object(schatten, "singular", lambda y: (seen.append(len(y)), real(y))[1]):
+        opt.step()
+    return sum(seen)
+
+
+def refused(case: str) -> str:
+    """The message of the error."""
+    mesh = mesh_of(2, 2)
+    x = torch.randn(4, 4)
+    settings: dict[str, Any] = {}
+    if case == "two cuts":
+        params = [distribute_tensor(x, mesh, [Shard(0), Shard(1)], src_data_rank=None)]
+    elif case == "partial":
+        params = [DTensor.from_local(x, mesh_of(4), [Partial()])]
+    elif case == "differentiable":
+        params, settings = [laid(x, sharded([(4, 4)])[0])], dict(differentiable=True)
+    else:
+        params = [distribute_tensor(x, m, [Shard(0)], src_data_rank=None) for m in (mesh_of(4), mesh["shard"])]
+        settings = dict(scope="group", norm="lp", p=3.0)
+    try:
+        normopt.SteepestDescent([torch.nn.Parameter(p) for p in params], **settings)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def warned(case: str) -> list[str]:
+    x = torch.zeros(4, 2)
+    if case == "half zero":
+        x[0] = 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        normopt.SGD([torch.nn.Parameter(laid(x, sharded([(4, 2)])[0]))], lr=0.1, weight_decay=0.1, decay="lp")
+    return [str(w.message) for w in caught]
+
+
+def partial_gradients() -> bool:
+    """The step of a parameter that every rank has whole, and of whose gradient every rank has a term."""
+    mesh = mesh_of(dist.get_world_size())
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()], src_data_rank=None))
+    p.grad = DTensor.from_local(torch.full((3,), 1.0 + dist.get_rank()), mesh, [Partial()])
+    normopt.SGD([p], lr=1.0).step()
+    return torch.equal(whole(p.detach()), torch.full((3,), 1.0 - sum(1.0 + r for r in range(dist.get_world_size()))))

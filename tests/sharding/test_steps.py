@@ -1,0 +1,178 @@
+"""Sharded is unsharded: every norm, on even, uneven and empty parts, step by step with the same gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import normopt
+from tests.sharding import cases
+from tests.sharding.ranks import Ranks
+
+ENGINE = "steepestdescent"
+DECAYS = {
+    "no decay": {},
+    "coupled": dict(weight_decay=0.1, decay="coupled"),
+    "decoupled": dict(weight_decay=0.1, decay="decoupled"),
+    "ℓp": dict(weight_decay=0.1, decay="lp", decay_p=0.8),
+}
+SIGNS = ("signsgd", "signum", "lion")
+EXACT = ("freon", "spectralsgd", "nucgd")  # by decompositions, which amplify the roundoff of AGR's sums in float32
+
+
+def worst(found: list[dict[str, float]]) -> dict[str, float]:
+    return {key: max(rank[key] for rank in found) for key in found[0]}
+
+
+def holds(found: list[dict[str, float]], bound: float = 1e-6) -> None:
+    errors = worst(found)
+    assert max(errors["weights"], errors["state"], errors["pairs"]) <= bound, errors
+
+
+@pytest.mark.parametrize("agr", [False, True], ids=["", "AGR"])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("name", normopt.list_optimizers())
+def test_every_optimizer(name: str, decay: str, agr: bool, ranks: Ranks) -> None:
+    dtype = torch.float64 if name in EXACT and agr else torch.float32
+    found = ranks.call(cases.compare, name, dict(agr=agr, **DECAYS[decay]), 0, cases.SHAPES, dtype)
+    fast = name in ("muon", "scion") and agr
+    holds(found, 1e-4 if fast else 1e-6)
+    if name in SIGNS and decay != "coupled":
+        assert worst(found)["unequal"] == 0
+
+
+LP = dict(norm="lp", p=3.0)
+SOME = (0, 3, 7)  # parameters that are not cut
+NORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "p = 1": (dict(norm="l1"), {}),
+    "p = 1, unit": (dict(norm="l1", scale="unit"), {}),
+    "p = 1, cut along dim 1": (dict(norm="l1", scale="unit"), dict(dim=1)),
+    "p = 1 over the group": (dict(norm="l1", scope="group"), {}),
+    "p = 1 over a group, some whole": (dict(norm="l1", scope="group"), dict(replicated=SOME)),
+    "over a group, some whole": (LP | dict(scope="group", scale="unit"), dict(replicated=SOME)),
+    "some whole": (LP | dict(agr=True), dict(replicated=SOME)),
+    "matched": (LP | dict(scale="matched"), {}),
+    "matched, cut along dim 1": (LP | dict(scale="matched", agr=True, momentum=0.9), dict(dim=1)),
+    "one by one": (LP | dict(agr=True, foreach=False), {}),
+    "spectral, matched": (dict(norm="spectral", scale="matched"), {}),
+    "spectral, dual": (dict(norm="spectral"), {}),
+    "spectral over a group": (dict(norm="spectral", scope="group"), dict(replicated=SOME)),
+    "spectral, cut along dim 1": (dict(norm="spectral", scale="unit"), dict(dim=1)),
+    "spectral, blocks": (dict(norm="spectral", scale="unit", norm_blocks=2), dict(shapes=[(4, 6), (6, 2, 3), (2,)])),
+    "rows": (dict(norm="row", scale="unit", norm_aspect="rms"), {}),
+    "rows, cut along dim 1": (dict(norm="row", scale="unit"), dict(dim=1)),
+    "rows of stacks": (dict(norm="row", scale="unit", norm_matrix_view="batch"), {}),
+    "rows, transposed": (dict(norm="row", scale="unit", norm_matrix_view="transposed"), {}),
+    "rows, dual": (dict(norm="row"), {}),
+    "columns": (dict(norm="column", scale="unit", norm_aspect="rows"), {}),
+    "columns, transposed": (dict(norm="column", scale="unit", norm_matrix_view="transposed"), {}),
+    "mixed": (dict(norm="mixed", norm_p_inner=1.5, norm_p_outer=3.0), {}),
+}
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_every_norm_and_every_way_to_be_cut(case: str, ranks: Ranks) -> None:
+    settings, how = NORMS[case]
+    holds(ranks.call(cases.compare_as, ENGINE, settings, how))
+
+
+FUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dual": (dict(norm="lp", p=2.7, momentum=0.9, agr=True, **DECAYS["ℓp"]), {}),
+    "unit": (dict(norm="lp", p=2.7, scale="unit", momentum=0.9, momentum_rule="ema", **DECAYS["decoupled"]), {}),
+    "matched": (LP | dict(scale="matched", agr=True), dict(dim=1)),
+    "∞, dual": (dict(norm="linf"), dict(replicated=SOME)),
+    "power": (LP | dict(scale="power", agr=True), {}),
+}
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_fused_steps_of_parts_are_the_for_loops_of_whole_tensors(case: str, ranks: Ranks) -> None:
+    pytest.importorskip("numba")
+    settings, how = FUSED[case]
+    holds(ranks.call(cases.compare_as, ENGINE, settings | {"backend": {"fused": True}}, how))
+
+
+def test_fused_signs_are_the_same_bits(ranks: Ranks) -> None:
+    pytest.importorskip("numba")
+    found = ranks.call(cases.compare_as, "signum", dict(backend={"fused": True}), {})
+    assert worst(found)["unequal"] == 0
+
+
+@pytest.mark.parametrize("name", ["lpsgdm", "normalizedsgd", "muon"])
+def test_hsdp_replicates_what_it_cuts(name: str, four: Ranks) -> None:
+    holds(four.call(cases.compare_as, name, dict(agr=name != "muon"), dict(mesh=(2, 2))))
+
+
+@pytest.mark.parametrize(("scale", "rounding"), [("power", "nearest"), ("power", "kahan"), ("dual", "kahan")])
+def test_16_bit_weights(scale: str, rounding: str, ranks: Ranks) -> None:
+    settings = dict(scale=scale, rounding=rounding, state_dtype="float32")
+    found = worst(ranks.call(cases.compare_as, "lpsgdm", settings, dict(dtype=torch.bfloat16)))
+    # Weight and compensation hold 16 bits together, of which the last may be rounded otherwise.
+    assert found["state"] <= 2**-16
+    assert found["weights"] <= (0 if rounding == "kahan" else 2**-8)
+
+
+def test_trajectories_that_run_free_stay_together(ranks: Ranks) -> None:
+    settings = dict(momentum=0.9, agr=True, **DECAYS["decoupled"])
+    holds(ranks.call(cases.compare_as, ENGINE, LP | settings, dict(reset=False)), 1e-5)
+
+
+def test_twenty_steps_in_float64_agree_to_its_roundoff(ranks: Ranks) -> None:
+    settings = LP | dict(momentum=0.9, agr=True, scale="matched")
+    holds(ranks.call(cases.compare_as, ENGINE, settings, dict(dtype=torch.float64, reset=False)), 1e-13)
+
+
+@pytest.mark.parametrize("name", ["normalizedsgd", "muon", "lpsgdm", "scale"])
+def test_more_ranks_than_rows(name: str, four: Ranks) -> None:
+    holds(four.call(cases.compare_as, name, dict(agr=True), dict(shapes=[(1, 3), (2, 5), (1,), (3, 1)])), 1e-4)
+
+
+def test_what_is_collective_in_a_step_does_not_depend_on_the_number_of_tensors(ranks: Ranks) -> None:
+    few, many = ([(5, 4), (3, 3)] * n for n in (1, 20))
+    for settings, expected in (
+        (dict(norm="lp", p=3.0), 1),
+        (dict(norm="lp", p=3.0, agr=True), 2),
+        (dict(norm="l1", agr=True), 2),
+        (dict(norm="lp", p=3.0, scale="matched", agr=True), 3),
+        (dict(norm="lp", p=3.0, scale="power"), 0),
+        (dict(norm="linf", scale="unit"), 0),
+        (dict(norm="row", scale="unit"), 1),
+        (dict(norm="lp", p=3.0, agr=True, foreach=False), 2),
+    ):
+        for shapes in (few, many):
+            found = ranks.call(cases.collectives, settings, shapes)
+            assert all(count == {"all_gather": expected} or (not expected and not count) for count in found), settings
+
+
+def test_groups_share_their_collectives(ranks: Ranks) -> None:
+    assert ranks.call(cases.collectives_of_groups)[0] == {"all_gather": 2}
+
+
+def test_two_all_to_alls_a_shape(ranks: Ranks) -> None:
+    shapes = [(5, 4)] * 7 + [(3, 3)] * 4
+    for settings in (dict(norm="spectral", scale="unit"), dict(norm="spectral", scale="dual", momentum=0.9)):
+        assert ranks.call(cases.collectives, settings, shapes)[0] == {"all_to_all": 4}
+
+
+def test_every_rank_maps_its_share(four: Ranks) -> None:
+    assert sum(four.call(cases.mapped_here, [(6, 6)] * 8)) == 8
+    assert max(four.call(cases.mapped_here, [(6, 6)] * 8)) == 2
+
+
+@pytest.mark.parametrize("case", ["two cuts", "partial", "differentiable", "two meshes"])
+def test_what_cannot_be_stepped_is_refused_with_a_reason(case: str, four: Ranks) -> None:
+    said = four.call(cases.refused, case)[0]
+    assert {"two cuts": "HSDP", "partial": "Partial", "differentiable": "DTensors", "two meshes": "process group"}[
+        case
+    ] in said, said
+
+
+def test_a_tensor_that_is_zero_on_one_rank_only_is_not_called_stuck(two: Ranks) -> None:
+    assert two.call(cases.warned, "half zero") == [[], []]
+    assert all("(4, 2)" in said[0] for said in two.call(cases.warned, "all zero"))
+
+
+def test_gradients_that_lie_otherwise_are_brought_over(two: Ranks) -> None:
+    assert two.call(cases.partial_gradients) == [True, True]
