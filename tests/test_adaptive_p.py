@@ -193,16 +193,6 @@ def test_without_gradients_it_refuses_and_changes_nothing():
     assert (sched.state_dict(), opt.param_groups[0]["p"]) == before
 
 
-def test_a_sharded_gradient_is_refused():
-    opt = optimizer()
-    sched = AdaptiveP(opt)
-    backward(opt, 1)
-    opt.param_groups[0]["params"][0].grad.placements = ()  # what tells a DTensor
-    with pytest.raises(RuntimeError, match="sharded"):
-        sched.step()
-    assert opt.param_groups[0]["p"] == 2.0
-
-
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
 def test_a_gradient_that_has_no_density_is_passed_over(value):
     opt = optimizer()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,9 @@ from normopt._checks import check_bool
 from normopt.addons.attach import AddOn, Closure, refuse_sparse
 from normopt.engine import SteepestDescent
 from normopt.norms.base import real, working
-from normopt.stages.agr import agr
+from normopt.sharding.exchange import by_group, combined, lockstep
+from normopt.sharding.layout import layout_of, local
+from normopt.stages import agr
 
 
 class Stand(NamedTuple):
@@ -103,8 +105,8 @@ class AGR(AddOn):
         groups = [group for group in self.optimizer.param_groups if group["agr"]]
         params = [p for group in groups for p in group["params"] if p.grad is not None]
         refuse_sparse(params, "AGR")
-        for p in params:
-            new = _regularized(p.grad)
+        gradients = [p.grad for p in params]
+        for p, new in zip(params, _regularized(gradients), strict=True):
             self._stands.append(Stand(p, p.grad, new, _version(new)))
             p.grad = new
 
@@ -115,11 +117,22 @@ class AGR(AddOn):
         self._stands = []
 
 
-def _regularized(g: Tensor) -> Tensor:
-    """A new tensor that lies in memory as ``g`` does: some fused steps rely on it."""
-    new = torch.empty_like(g)
-    real(new).copy_(agr([working(real(g))])[0])
-    return new
+def _regularized(gradients: list[Tensor]) -> Iterator[Tensor]:
+    """New tensors that lie in memory as the gradients do: some fused steps rely on it."""
+    layouts = [layout_of(g) for g in gradients]
+    sums: dict[int, Tensor] = {}
+    for members in by_group(layouts):
+        if layouts[members[0]] is not None:  # those of all tensors travel together
+            here = agr.measure([working(real(local(gradients[i]))) for i in members])
+            walk = combined(here, [layouts[i] for i in members], agr.combine)
+            sums |= dict(zip(members, lockstep([walk])[0], strict=True))
+    for i, g in enumerate(gradients):
+        new = torch.empty_like(g)
+        x = [working(real(local(g)))]
+        entries = g.numel() * (2 if g.is_complex() else 1)
+        found = agr.apply(x, sums[i][None], [entries]) if i in sums else agr.agr(x)
+        real(local(new)).copy_(found[0])
+        yield new
 
 
 def _version(x: Tensor) -> int:

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 from normopt._checks import check_bool, check_choice, check_number, equals, is_low_precision, near
 from normopt.addons.attach import AddOn, Closure, refuse_sparse
+from normopt.addons.lengths import lengths
 from normopt.engine import SteepestDescent, _warn_if_stuck
 from normopt.norms.base import real, working
+from normopt.sharding.layout import layout_of, local
 from normopt.stages.decay import lp_factors
 from normopt.stages.write import scale_
 
@@ -215,18 +217,16 @@ class LpDecay(AddOn):
     @torch.no_grad()
     def _note(self, group: Mapping[str, Any], weights: list[Tensor]) -> None:
         """Keep the factors of weights as they are now, for after the step."""
-        p = _exponent_now(group)
+        p, over, heads = _exponent_now(group), group["lp_over"], group["lp_heads"]
         for w in weights:
             reach = _on(group["lr"], w) * _on(group["lp_decay"], w)
-            sizes = _sizes(working(real(w)), group["lp_over"], group["lp_heads"])
-            factor = lp_factors([sizes], p, reach)[0]
-            if group["lp_over"] == "heads":  # one a block, from there to each of its rows
-                factor = factor.repeat_interleave(len(w) // group["lp_heads"], 1).flatten(0, 1)
-            self._due.append((w, factor))
+            here = working(real(local(w)))
+            sizes = here if over == "entries" else lengths(here, layout_of(w), over, heads)
+            self._due.append((w, lp_factors([sizes], p, reach)[0]))
 
     @torch.no_grad()
     def _after(self, closure: Closure | None) -> None:
-        due = [(real(w), factor) for w, factor in self._due if closure is None or w.grad is not None]
+        due = [(real(local(w)), factor) for w, factor in self._due if closure is None or w.grad is not None]
         found_inf = getattr(self.optimizer, "found_inf", None)  # a GradScaler's, while a fused step runs
         if isinstance(found_inf, Tensor):
             due = [(w, torch.where(found_inf.reshape(()).to(w.device) == 0, factor, 1)) for w, factor in due]
@@ -289,19 +289,6 @@ def _exponent_now(group: Mapping[str, Any]) -> float:
     """p, or where its way from 2 to p is in this step of the warm-up."""
     p, s, n = float(group["lp_p"]), group["lp_step"], group["lp_warmup"]
     return p if s >= n else 2 + (p - 2) * s / n
-
-
-def _sizes(w: Tensor, over: str, heads: int | None) -> Tensor:
-    """w, or ``‖w_G‖₂`` of each group G in a shape that broadcasts to w's, or to that of its blocks of rows."""
-    if over == "entries":
-        return w
-    if over == "heads":
-        w = w.reshape(heads or 1, -1, *w.shape[1:])
-    rest = [d for d in range(w.dim()) if d != (1 if over == "columns" else 0)]
-    limits = torch.finfo(w.dtype)
-    # Relative to the largest entry, so that no square is lost or overflows.
-    top = w.abs().amax(rest, keepdim=True).clamp(limits.tiny, limits.max)
-    return top * (w / top).square().sum(rest, keepdim=True).sqrt()
 
 
 def _on(value: float | Tensor, w: Tensor) -> float | Tensor:

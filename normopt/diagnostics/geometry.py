@@ -22,6 +22,7 @@ from normopt.norms import registry
 from normopt.norms.base import Norm, real
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import check_integer
+from normopt.sharding.layout import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,12 +93,14 @@ class GeometryMonitor:
     Memory: one copy of the weights during a measured step, and of the larger gradients one at a time in float32; 80
     bytes a row.
 
+    DTensors are brought together whole in the steps that are measured, which needs a monitor with the same settings on
+    every rank, and memory for the weights and the largest group's gradients there.
+
     It has no state to save: a new one begins at step 0.
 
     Raises:
         TypeError: not an optimizer, or a norm that is none; ``every`` or ``capacity`` is no integer.
-        ValueError: the norm is unknown, or takes no parameter of such shapes; ``every`` or ``capacity`` < 1;
-            parameters are sharded (DTensor).
+        ValueError: the norm is unknown, or takes no parameter of such shapes; ``every`` or ``capacity`` < 1.
 
     Warns:
         UserWarning: in ``flush()``, once, that rows were overwritten before they were fetched.
@@ -281,7 +284,7 @@ class _Begun:
     def __init__(self, group: dict[str, Any], measure: Measure) -> None:
         self.params, self.lr, self.p = group["params"], group["lr"], group.get("p")
         self.measure = measure
-        self.weights = copied([real(p) for p in self.params])
+        self.weights = copied([real(whole(p)) for p in self.params])
         self.gradient: Tensor | None = None
 
 
@@ -297,7 +300,5 @@ def _named(norm: str | Norm) -> Norm:
 
 def _refuse(params: list[Tensor], norm: Norm | None) -> None:
     """Raise where parameters cannot be measured."""
-    if any(hasattr(p, "placements") for p in params):
-        raise ValueError("these parameters are sharded (DTensor), and GeometryMonitor measures whole ones only")
     if norm is not None:
         norm.check("unit", params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from normopt.diagnostics.sketch import Sketch
 from normopt.norms.base import real
+from normopt.sharding.exchange import summed
+from normopt.sharding.layout import layout_of, local
 
 Array = NDArray[np.float64]
 LOSS, LR = 0, 1  # the columns of what is kept of a step besides its update
@@ -37,25 +39,46 @@ class Walk:
 
 
 class Weights:
-    """Parameters as one vector in pieces, one a device, in float64 if any of them is, else in float32."""
+    """Parameters as one vector in pieces, one a device, in float64 if any of them is, else in float32.
+
+    Of DTensors each rank has the part that is here, and what all ranks have whole is the first one's alone: what is
+    summed over the vector is then summed over the ranks, by ``over_ranks``.
+    """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         # float32 holds every value of the 16-bit formats.
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
         self.dtype = torch.float64 if wide else torch.float32
+        layouts = [layout_of(p) for p in params]
+        self.cut = next((lay for lay in layouts if lay is not None), None)
+        if len({lay.group for lay in layouts if lay is not None}) > 1:
+            raise ValueError(
+                "a monitor takes parameters that are cut over one process group, but these are over several"
+            )
         self.on: dict[torch.device, list[Tensor]] = {}
-        for p in params:
-            self.on.setdefault(p.device, []).append(p)
-        self.sizes = [sum(p.numel() * (2 if p.is_complex() else 1) for p in ps) for ps in self.on.values()]
+        for p, layout in zip(params, layouts, strict=True):
+            of_device = self.on.setdefault(p.device, [])
+            if layout is not None or self.cut is None or self.cut.rank == 0:
+                of_device.append(p)
+        self.sizes = [sum(local(p).numel() * (2 if p.is_complex() else 1) for p in ps) for ps in self.on.values()]
 
     @torch.no_grad()
     def now(self) -> list[Tensor]:
         """A copy of the weights as they are."""
-        return [torch.cat([_reals(p).to(self.dtype) for p in ps]) for ps in self.on.values()]
+        return [
+            torch.cat([torch.empty(0, dtype=self.dtype, device=device), *(_reals(p).to(self.dtype) for p in ps)])
+            for device, ps in self.on.items()
+        ]
+
+    def over_ranks(self, sums: Array) -> Array:
+        """Numbers summed over all ranks that have parts of the vector."""
+        if self.cut is None:
+            return sums
+        return summed(torch.from_numpy(sums).to(next(iter(self.on))), self.cut).cpu().numpy()
 
 
 def _reals(p: Tensor) -> Tensor:
-    return real(p).detach().reshape(-1)
+    return real(local(p)).detach().reshape(-1)
 
 
 class Store(Protocol):
@@ -147,8 +170,9 @@ class Sketched:
 
     def walk(self) -> Walk:
         kept = self.kept.first(self.steps).cpu().double().numpy()
-        norms = self.squares.first(self.steps).sqrt().cpu().double().numpy()[:, 0]
-        return _walk(self._backwards(), kept, norms, self.sketch.k)
+        squares = self.squares.first(self.steps).cpu().double().numpy()[:, 0]
+        sums = self.weights.over_ranks(np.stack([*_products(self._backwards(), self.steps), squares]))
+        return _walk(sums[:-1], kept, sums[-1], self.sketch.k)
 
     def _backwards(self) -> Iterable[tuple[Array, Array]]:
         rest = np.zeros(self.sketch.k)
@@ -237,7 +261,7 @@ class OnDisk:
         self.mine = True
 
     def walk(self) -> Walk:
-        return read(self.directory)
+        return _read([self.directory], self.weights.over_ranks)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "begun": self.begun} | self.about
@@ -261,21 +285,28 @@ class OnDisk:
 
 def read(directory: str | Path) -> Walk:
     """The walk of the iterates in a directory, of as many whole steps as there are, such as after a crash."""
-    rows = _rows(Path(directory))
-    steps = max(0, len(rows) - 1)
+    directory = Path(directory)
+    return _read(sorted(directory.glob("rank-*")) or [directory], lambda sums: sums)
+
+
+def _read(parts: Sequence[Path], over_ranks: Callable[[Array], Array]) -> Walk:
+    """That of the directories of some ranks, if the others' part of every sum is put in."""
+    rows = [_rows(part) for part in parts]
+    steps = max(0, min(map(len, rows)) - 1)
     kept = np.full((steps, 2), np.nan)
-    found = np.fromfile(Path(directory) / STEPS)
+    found = np.fromfile(parts[0] / STEPS)
     found = found[: len(found) // 2 * 2].reshape(-1, 2)[:steps]
     kept[: len(found)] = found
 
-    def backwards() -> Iterable[tuple[Array, Array]]:
-        last = after = rows[-1].astype(np.float64)
+    def backwards(of: NDArray[Any]) -> Iterable[tuple[Array, Array]]:
+        last = after = of[steps].astype(np.float64)
         for t in reversed(range(steps)):
-            here = rows[t].astype(np.float64)
+            here = of[t].astype(np.float64)
             yield after - here, last - here
             after = here
 
-    return _walk(backwards() if steps else (), kept, None, None)
+    each = [_products(backwards(of), steps) for of in rows if steps]
+    return _walk(over_ranks(np.sum(each, axis=0) if each else np.zeros((4, 0))), kept, None, None)
 
 
 def _rows(directory: Path) -> NDArray[Any]:
@@ -284,35 +315,37 @@ def _rows(directory: Path) -> NDArray[Any]:
         raise ValueError(f"{directory} holds no trajectory: TrajectoryMonitor(optimizer, directory=…) writes one")
     about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
     dtype, width = np.dtype(about["dtype"]), about["weights"]
+    if width == 0:  # no part of any weight was on this rank
+        return np.empty(((directory / STEPS).stat().st_size // 16 + 1, 0), dtype)
     n = (directory / ITERATES).stat().st_size // (dtype.itemsize * width)
     if n == 0:
         return np.empty((0, width), dtype)
     return np.memmap(directory / ITERATES, dtype, "r", shape=(n, width))
 
 
-def _walk(backwards: Iterable[tuple[Array, Array]], kept: Array, norms: Array | None, k: int | None) -> Walk:
-    """From the pairs U_t and θ_T − θ_t, the last first, or from their sketches; 0/0 is NaN."""
-    steps = len(kept)
-    distance, cosine = np.zeros(steps + 1), np.full(steps, np.nan)
-    consecutive, lengths = np.full(max(0, steps - 1), np.nan), np.zeros(steps)
+def _products(backwards: Iterable[tuple[Array, Array]], steps: int) -> Array:
+    """U_t², (θ_T − θ_t)², ⟨U_t, θ_T − θ_t⟩ and ⟨U_t, U_{t+1}⟩, shape [4, T], of such pairs or their sketches, the last
+    first.
+    """
+    found = np.zeros((4, steps))
     following = None
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         for t, (u, rest) in zip(reversed(range(steps)), backwards, strict=True):
-            lengths[t], distance[t] = _norm(u), _norm(rest)
-            cosine[t] = _cosine(u, rest, lengths[t], distance[t])
+            found[:3, t] = u @ u, rest @ rest, u @ rest
             if following is not None:
-                consecutive[t] = _cosine(u, following, lengths[t], lengths[t + 1])
+                found[3, t] = u @ following
             following = u
-    exact = lengths if norms is None else norms
-    return Walk(kept[:, LOSS], kept[:, LR], distance, exact, cosine, consecutive, k)
+    return found
 
 
-def _norm(x: Array) -> float:
-    return float(np.sqrt(x @ x))
-
-
-def _cosine(x: Array, y: Array, norm_x: float, norm_y: float) -> float:
-    return float(np.clip(x @ y / np.float64(norm_x) / np.float64(norm_y), -1, 1))
+def _walk(products: Array, kept: Array, squares: Array | None, k: int | None) -> Walk:
+    """From the inner products, and from ‖U_t‖² where those are of sketches; 0/0 is NaN."""
+    lengths, rests = np.sqrt(products[:2])
+    exact = lengths if squares is None else np.sqrt(squares)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosine = np.clip(products[2] / lengths / rests, -1, 1)
+        consecutive = np.clip(products[3] / lengths / np.roll(lengths, -1), -1, 1)[:-1]
+    return Walk(kept[:, LOSS], kept[:, LR], np.append(rests, 0.0), exact, cosine, consecutive, k)
 
 
 def _check_fits(state: dict[str, Any], mine: dict[str, Any]) -> None:

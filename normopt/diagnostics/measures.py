@@ -13,6 +13,7 @@ from normopt._checks import equals
 from normopt.norms.base import Norm, real, stack, working
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import MatrixNorm
+from normopt.sharding.layout import whole
 
 # Entries up to which tensors are measured together: small ones cost a call each otherwise, and a large one
 # gains nothing but a copy of all.
@@ -34,7 +35,7 @@ def of_gradient(params: Sequence[Tensor], measure: Measure, scale: Tensor | None
 
     The gradients are those in ``.grad``, divided by a loss scale if there is one.
     """
-    grads = [p.grad for p in params if p.grad is not None]
+    grads = [whole(p.grad) for p in params if p.grad is not None]
     g = [working(real(x.to_dense() if x.is_sparse else x)) for x in grads]
     d = sum(x.numel() for x in g)
     if d == 0:
@@ -59,7 +60,7 @@ def of_gradient(params: Sequence[Tensor], measure: Measure, scale: Tensor | None
 
 def of_update(params: Sequence[Tensor], before: list[Piece], measure: Measure) -> Tensor | None:
     """update_norm, update_ratio and zeros, shape [3], of what a step has added to weights; None without entries."""
-    after = [real(p) for p in params]
+    after = [real(whole(p)) for p in params]
     d = sum(x.numel() for x in after)
     if d == 0:
         return None
@@ -81,8 +82,8 @@ def of_update(params: Sequence[Tensor], before: list[Piece], measure: Measure) -
     else:
         parts = [(which, n, x) for (which, _), (n, x) in zip(before, list(changes()), strict=True)]
         _, top, totals = sums(((n, x) for _, n, x in parts), [2.0], None)
-        whole = {i: x for which, n, y in parts for i, x in zip(which, torch.split(y, n), strict=True)}
-        size = primal_norm(norm, [whole[i].view(after[i].shape) for i in sorted(whole)], measure.whole)
+        apart = {i: x for which, n, y in parts for i, x in zip(which, torch.split(y, n), strict=True)}
+        size = primal_norm(norm, [apart[i].view(after[i].shape) for i in sorted(apart)], measure.whole)
     update = top * totals[2.0].sum().sqrt()
     _, top, totals = sums((([old.numel()], working(old)) for _, old in before), [2.0], None)
     return stack([size, update / (top * totals[2.0].sqrt()), stack(zeros).sum() / d])

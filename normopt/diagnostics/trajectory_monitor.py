@@ -53,14 +53,20 @@ class TrajectoryMonitor:
             For a ``torch.amp.GradScaler``, which does not call ``step()`` where a gradient overflowed.
             Then ``record`` must come before ``step()``, or skipped steps could not be told from others. Default False.
 
+    Of DTensors every rank watches the part that it has, with its own monitor, state and folder ``rank-<r>`` of the
+    directory, and ``result()`` puts the sums together: call it on all ranks. The losses are those that a rank
+    recorded: record the mean over the ranks if they differ. Exact results are those of whole weights, and sketched
+    ones are within the same intervals.
+
     Memory per parameter: 4 bytes for the last weights (8 if any is in float64) and 2 for the sketch; for a moment in a
     step, five times the former. Per step: 4k bytes on the device of the first parameter. With ``directory``: nothing
     is kept in memory, and a step writes 4 bytes (8) a parameter, for which the host waits. Without it neither a step
     nor ``record`` waits for the device.
 
     Raises:
-        TypeError: at construction, for what is no optimizer, or for parameters that are DTensors.
-        ValueError: for a sketch of an impossible size; at the first step, for a directory that already
+        TypeError: at construction, for what is no optimizer.
+        ValueError: at construction, for a sketch of an impossible size, or for DTensors over several process groups;
+            at the first step, for a directory that already
             holds a trajectory.
         RuntimeError: in ``record``, see there; in ``step()``, if the optimizer's parameters are no longer the
             same, or for a step without a record under ``may_skip``. The weights are then as they were.
@@ -95,14 +101,14 @@ class TrajectoryMonitor:
         self.may_skip = may_skip
         self._params = _params(optimizer)
         for p in self._params:
-            if hasattr(p, "to_local"):
-                raise TypeError("a monitor does not take DTensors, whose weights are spread over processes")
             if torch.nn.parameter.is_lazy(p):
                 raise TypeError("a parameter has no shape yet: run the model once, then make the monitor")
         weights = Weights(self._params)
-        self._store: Sketched | OnDisk = (
-            Sketched(weights, sketch, seed) if directory is None else OnDisk(weights, Path(directory))
-        )
+        if directory is None:
+            self._store: Sketched | OnDisk = Sketched(weights, sketch, seed)
+        else:
+            folder = Path(directory) if weights.cut is None else Path(directory) / f"rank-{weights.cut.rank}"
+            self._store = OnDisk(weights, folder)
         self._order: Literal["before", "after"] | None = "before" if may_skip else None
         self._stepped = self._recorded = 0
         self._moved = False  # a step was made whose update is not in the store yet

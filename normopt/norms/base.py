@@ -104,7 +104,9 @@ class Norm(ABC):
         """
 
     def numbered(self, partials: Tensor, by: list[int]) -> Tensor:
-        """Partials or scalars in which a piece's place, if a norm keeps it, is raised; as they are, if it does not.
+        """The partials or scalars with every place of a piece raised; as they are, for a norm that keeps no places.
+
+        Called where a tensor's pieces lie on several ranks, which each count their own from 0.
 
         Args:
             partials: what ``measure`` or ``combine`` gave, shape [n, w].

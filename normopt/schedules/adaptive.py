@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt._checks import check_number
-from normopt.norms.base import real, stack, working
+from normopt.norms.base import stack
 from normopt.norms.lp import Lp
 from normopt.schedules.base import PSchedule, along_the_exponent
+from normopt.sharding.exchange import as_one_vector
 
 GAUSSIAN = 2 / math.pi  # the density of a vector of independent Gaussian entries, as its length grows
 
@@ -58,7 +59,7 @@ class AdaptiveP(PSchedule):
         densities: φ̄ of each param group, None before its first measurement; empty before the first ``step()``.
 
     Cost: each ``step()`` passes over the gradients a few times, and the host waits for the device once. Under data
-    parallelism all ranks have the same gradients, and so the same p; sharded gradients (DTensor) are refused.
+    parallelism all ranks have the same gradients, and so the same p; of DTensors they put their sums together.
 
     Raises:
         ValueError: an argument out of range, or an order of 1, where 1/(p−1) has no value; no group of the optimizer
@@ -100,7 +101,7 @@ class AdaptiveP(PSchedule):
         """Measure the gradients that are there, and set every group's p by their averaged density.
 
         Raises:
-            RuntimeError: no parameter with a p has a gradient, or a gradient is sharded; nothing is changed then.
+            RuntimeError: no parameter with a p has a gradient; nothing is changed then.
         """
         self.densities = self._averaged()
         super().step()
@@ -152,9 +153,6 @@ class AdaptiveP(PSchedule):
 @torch.no_grad()
 def density(x: list[Tensor]) -> Tensor:
     """``‖x‖₁²/(d‖x‖₂²)`` of tensors as one vector, 0-d; NaN where all are zero."""
-    if any(hasattr(t, "placements") for t in x):
-        raise RuntimeError("AdaptiveP measures whole gradients, but one is sharded (DTensor): use CosineP")
-    dense = [t.to_dense() if t.is_sparse else t for t in x]
-    g = [working(real(t)) for t in dense]
-    l1, l2 = (norm.combine(norm.measure(g))[0] for norm in (Lp(math.inf), Lp(2.0)))
-    return (l1 / l2).square() / sum(t.numel() for t in g)
+    g = [t.to_dense() if t.is_sparse else t for t in x]
+    l1, l2 = (as_one_vector(norm, g) for norm in (Lp(math.inf), Lp(2.0)))
+    return (l1 / l2).square() / sum(t.numel() * (2 if t.is_complex() else 1) for t in g)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normopt.norms.base import stack
+from normopt.norms.base import Norm, real, stack, working
 from normopt.sharding.layout import Layout, layout_of, local
 
 if TYPE_CHECKING:
@@ -125,13 +125,38 @@ def swapped(parts: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) 
     return list(torch.split(got, list(sizes)))
 
 
+def by_group(layouts: Layouts) -> list[list[int]]:
+    """Which tensors can be asked for together: those that are whole or cut over the same ranks."""
+    found: dict[object, list[int]] = {}
+    for i, lay in enumerate(layouts):
+        found.setdefault(None if lay is None else lay.group, []).append(i)
+    return list(found.values())
+
+
 def nonzero(params: Sequence[Tensor]) -> list[bool]:
     """Whether each tensor has an entry that is not 0, on whatever rank."""
     layouts = [layout_of(p) for p in params]
     found: dict[int, bool] = {}
-    for group in dict.fromkeys(None if lay is None else lay.group for lay in layouts):
-        members = [i for i, lay in enumerate(layouts) if (None if lay is None else lay.group) == group]
+    for members in by_group(layouts):
         here = [local(params[i]).any().to(torch.float32) for i in members]
         walk = combined(stack(here)[:, None], [layouts[i] for i in members], lambda x: x.amax(1))
         found |= dict(zip(members, lockstep([walk])[0][:, 0].tolist(), strict=True))
     return [bool(found[i]) for i in range(len(params))]
+
+
+def summed(numbers: Tensor, layout: Layout | None) -> Tensor:
+    """The sum of numbers over the ranks of a layout, in their order."""
+    walk = combined(numbers.reshape(1, -1), [layout], lambda x: x.sum(1))
+    return lockstep([walk])[0].view_as(numbers)
+
+
+def as_one_vector(norm: Norm, xs: Sequence[Tensor]) -> Tensor:
+    """The dual norm, 0-d, of tensors as one vector; those that are cut, over the same ranks.
+
+    Args:
+        norm: one that is of partial sums: of needs "tensor".
+        xs: tensors of real floats of 32 bits or more, or parts of them.
+    """
+    layouts = [layout_of(x) for x in xs]
+    sums = norm.measure([working(real(local(x))) for x in xs])
+    return norm.combine(torch.cat(lockstep([pieces(sums, layouts)])[0]))[0]

@@ -62,6 +62,11 @@ def local(x: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, here).wait()) if hasattr(here, "wait") else here.detach()
 
 
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor, on every rank: itself, unless it is a DTensor, of which the parts are brought together."""
+    return cast(Tensor, cast(Any, x.detach()).full_tensor()) if is_dtensor(x) else x
+
+
 def spread(x: Tensor, like: Tensor) -> Tensor:
     """What `local` of a tensor that lies as ``like`` does would be, as such a tensor, sharing its memory."""
     if not is_dtensor(like):

@@ -580,13 +580,6 @@ def test_how_it_is_shown():
     assert repr(trajectory).endswith(", closed)")
 
 
-def test_sharded_weights_are_refused():
-    params = weights()
-    params[0].placements = ()  # what tells a DTensor
-    with pytest.raises(ValueError, match="sharded"):
-        GeometryMonitor(torch.optim.SGD(params, lr=0.1))
-
-
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -1,0 +1,153 @@
+"""Add-ons, monitors and schedules on shards beside the same on whole tensors, in every rank."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import normopt
+from tests.sharding.cases import error, gradient, laid, mesh_of, whole
+
+SHAPES = [(8, 3), (1, 6), (4, 5), (7,), (6, 2, 3), (3, 3)]
+
+
+def both(dim: int = 0, dtype: torch.dtype = torch.float32) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """Whole parameters, and the same as they are cut; the last one is not."""
+    torch.manual_seed(0)
+    plain = [torch.nn.Parameter(torch.randn(s, dtype=torch.float64).to(dtype)) for s in SHAPES]
+    mesh, cut = mesh_of(dist.get_world_size()), []
+    for i, x in enumerate(plain):
+        placement = Replicate() if i == len(SHAPES) - 1 or x.dim() <= dim else Shard(dim)
+        cut.append(torch.nn.Parameter(distribute_tensor(x.detach().clone(), mesh, [placement], src_data_rank=None)))
+    return plain, cut
+
+
+def give_gradients(plain: list[torch.nn.Parameter], cut: list[torch.nn.Parameter], step: int) -> None:
+    for i, (a, b) in enumerate(zip(plain, cut, strict=True)):
+        a.grad = gradient(tuple(a.shape), step, i, a.dtype)
+        b.grad = laid(a.grad, b)
+
+
+def apart(plain: list[torch.nn.Parameter], cut: list[torch.nn.Parameter]) -> float:
+    return max(error(whole(b.detach()), a.detach()) for a, b in zip(plain, cut, strict=True))
+
+
+def agr_on(optimizer: str, dim: int) -> float:
+    """The weights' largest difference over steps of an optimizer of torch's that carries AGR."""
+    plain, cut = both(dim)
+    # torch's foreach steps do not take DTensors beside tensors.
+    opts = [getattr(torch.optim, optimizer)(params, lr=0.01, foreach=False) for params in (plain, cut)]
+    for opt in opts:
+        normopt.AGR(opt)
+    found = 0.0
+    for step in range(5):
+        give_gradients(plain, cut, step)
+        before = [whole(p.grad).clone() for p in cut if p.grad is not None]
+        for opt in opts:
+            opt.step()
+        assert all(torch.equal(whole(p.grad), g) for p, g in zip(cut, before, strict=True) if p.grad is not None)
+        found = max(found, apart(plain, cut))
+        copy_over(plain, cut)
+    return found
+
+
+def copy_over(plain: list[torch.nn.Parameter], cut: list[torch.nn.Parameter]) -> None:
+    with torch.no_grad():
+        for a, b in zip(plain, cut, strict=True):
+            b.copy_(laid(a.detach(), b))
+
+
+def decay_over(over: str, dim: int, warmup: int = 0) -> float:
+    """Likewise of one that carries ℓp decay."""
+    plain, cut = both(dim)
+    how: dict[str, Any] = dict(over=over, warmup=warmup, p=0.8, weight_decay=0.5)
+    found = 0.0
+    opts = []
+    for params in (plain, cut):
+        groups = [dict(params=[params[i] for i in (0, 2)]), dict(params=[params[i] for i in (1, 3, 4, 5)])]
+        if over == "heads":
+            groups[0]["lp_heads"] = 2
+            groups[1]["lp_heads"] = 1
+        opts.append(torch.optim.SGD(groups, lr=0.1, foreach=False))
+        normopt.LpDecay(opts[-1], **how, **({"heads": 1} if over == "heads" else {}))
+    for step in range(5):
+        give_gradients(plain, cut, step)
+        for opt in opts:
+            opt.step()
+        found = max(found, apart(plain, cut))
+        copy_over(plain, cut)
+    return found
+
+
+def geometry(settings: dict[str, Any], dim: int) -> float:
+    """The largest relative difference of what the monitors say."""
+    plain, cut = both(dim)
+    rows = []
+    opts = [normopt.SteepestDescent(params, lr=0.1, **settings) for params in (plain, cut)]
+    monitors = [normopt.GeometryMonitor(opt, every=2) for opt in opts]
+    for step in range(6):
+        give_gradients(plain, cut, step)
+        for opt in opts:
+            opt.step()
+        copy_over(plain, cut)
+    rows = [monitor.rows for monitor in monitors]
+    assert len(rows[0]) == len(rows[1]) == 3
+    found = 0.0
+    for name in rows[0].dtype.names or ():
+        a, b = (np.asarray(r[name], dtype=float) for r in rows)
+        assert np.array_equal(np.isnan(a), np.isnan(b)), name
+        fine = ~np.isnan(a)
+        found = max([found, *(np.abs(a - b)[fine] / np.maximum(np.abs(a[fine]), 1e-30))])
+    return found
+
+
+def trajectory(exact: bool, dim: int) -> dict[str, float]:
+    """The largest differences of lengths, distances and cosines."""
+    plain, cut = both(dim)
+    opts = [torch.optim.SGD(params, lr=0.01, foreach=False) for params in (plain, cut)]
+    shared: list[Any] = [tempfile.mkdtemp()] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(shared)
+    mine = tempfile.mkdtemp()
+    folders: list[Any] = [mine, shared[0]] if exact else [None, None]
+    monitors = [normopt.TrajectoryMonitor(o, directory=f) for o, f in zip(opts, folders, strict=True)]
+    for step in range(12):
+        give_gradients(plain, cut, step % 3)
+        for opt, monitor in zip(opts, monitors, strict=True):
+            opt.step()
+            monitor.record(1.0 / (step + 1))
+    a, b = (monitor.result() for monitor in monitors)
+    found = {
+        name: float(np.nanmax(np.abs(getattr(a, name) - getattr(b, name)) / (scale or np.abs(getattr(a, name)).max())))
+        for name, scale in (("update_l2", None), ("distance", None), ("cosine", 1.0), ("consecutive_cosine", 1.0))
+    }
+    if exact:
+        dist.barrier()
+        read = normopt.Trajectory.load(shared[0])
+        found["load"] = float(np.abs(read.distance - b.distance).max())
+        assert sorted(p.name for p in Path(shared[0]).iterdir()) == [f"rank-{r}" for r in range(dist.get_world_size())]
+    return found
+
+
+def adaptive() -> float:
+    """The difference of the two p."""
+    plain, cut = both()
+    opts = [normopt.LPSGD(params, lr=0.1, p=8.0) for params in (plain, cut)]
+    schedules = [normopt.schedules.AdaptiveP(opt) for opt in opts]
+    for step in range(3):
+        give_gradients(plain, cut, step)
+        for schedule in schedules:
+            schedule.step()
+    a, b = (float(opt.param_groups[0]["p"]) for opt in opts)
+    assert a != 8.0
+    return abs(a - b) / a
+
+
+def summed_up(x: Tensor) -> float:
+    return float(x.sum())
