@@ -283,6 +283,21 @@ def measure_adaptive_p(
     _say_where("For the documentation", out)
 
 
+@app.command("sharding")
+def measure_sharding(
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/sharding.json"),
+) -> None:
+    """Count what 2 and 4 ranks tell each other in a step of sharded tensors, beside what arithmetic says."""
+    from benchmarks.programs import sharding  # torch.distributed, which no other command needs
+
+    with dashboard(console) as watch:
+        result = sharding.measure(counting(watch, len(sharding.RANKS)), sharding.RANKS)
+    sharding.write(result, out)
+    for line in sharding.lines(result):
+        console.print(line, soft_wrap=True)
+    console.print(f"The results: {out.resolve().as_uri()}", soft_wrap=True)
+
+
 @app.command("overhead")
 def measure_overhead(
     out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/overhead.json"),

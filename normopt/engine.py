@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast, overload
 
 import torch
@@ -18,6 +17,7 @@ from normopt.loading import check_loaded, completed, pairs
 from normopt.norms import registry, scales
 from normopt.norms.base import Norm, Scale, real, working
 from normopt.norms.scales import NormPair, over_the_group
+from normopt.params import batches, warn_if_stuck, with_gradients
 from normopt.plan import Plan, make_plan
 from normopt.settings import (
     DEFAULT_BETA2,
@@ -31,9 +31,9 @@ from normopt.settings import (
     refuse_typos,
     refuse_unknown_arguments,
 )
-from normopt.sharding.direction import direction, way_of
-from normopt.sharding.exchange import Walk, alone, combined, lockstep, nonzero
-from normopt.sharding.layout import any_dtensor, gradient_of, is_dtensor, layout_of, local, spread
+from normopt.sharding.direction import direction
+from normopt.sharding.exchange import Walk, alone, combined, lockstep
+from normopt.sharding.layout import any_dtensor, gradient_of, layout_of, local, spread
 from normopt.stages import agr
 from normopt.stages.decay import coupled, decoupled_, lp_factors
 from normopt.stages.momentum import ema, heavy, lion
@@ -102,10 +102,12 @@ class SteepestDescent(Optimizer):
         **norm_fields: ``norm_<field>=value`` for the other fields of a norm of your own.
 
     State: ``momentum_buffer``, shaped like its parameter, if momentum ≠ 0, and ``kahan_compensation``,
-    shaped and typed like it, if a 16-bit weight is rounded so; else none. Complex parameters are taken
-    as pairs of reals. 16-bit parameters are computed in float32. lr, p and weight_decay given as
-    tensors are never read on the host: changing them in place neither syncs nor recompiles. A tensor p is
-    copied into each group, where it is to be changed. The momentum of a complex parameter has its dtype.
+    shaped and typed like it, if a 16-bit weight is rounded so; else none. Complex parameters are taken as pairs of
+    reals. 16-bit parameters are computed in float32. Of DTensors, such as FSDP2's, each rank steps the part that
+    it has, by norms of the whole tensor, and the state lies as they do; all ranks must step alike. lr, p and
+    weight_decay given as tensors are never read on the host: changing them in place neither syncs nor recompiles.
+    A tensor p is copied into each group, where it is to be changed. The momentum of a complex parameter has its
+    dtype.
 
     Raises:
         ValueError: at construction and in ``add_param_group``, for a setting that is out of range,
@@ -227,7 +229,7 @@ class SteepestDescent(Optimizer):
             group["p"] = group["p"].clone()  # a schedule writes into it: no two groups may share it
         plan = make_plan(group, group["params"])
         if plan.decays == "lp" and plan.decay_p < 2:
-            _warn_if_stuck(group["params"], plan.decay_p)
+            warn_if_stuck(group["params"], plan.decay_p)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and give what an older version pickled the settings that are newer."""
@@ -321,7 +323,7 @@ class SteepestDescent(Optimizer):
             pairs: list[NormPair | None] = []
             self._measured.append((plan, pairs))
             with torch.set_grad_enabled(plan.differentiable and torch.is_grad_enabled()):
-                for j, batch in enumerate([params] if look else list(_batches(plan, params))):
+                for j, batch in enumerate([params] if look else list(batches(plan, params))):
                     fused = plan.backend == "fused"
                     walk = self._fused(plan, batch, (i, j), look) if fused else self._walk(plan, batch)
                     spread_out = look is None and any_dtensor(batch)
@@ -340,10 +342,10 @@ class SteepestDescent(Optimizer):
         look = known.look(group) if known else None
         if known is not None and look is not None:
             return known.plan, group["params"], look
-        plan, ready = make_plan(group, group["params"]), _with_gradients(group["params"])
+        plan, ready = make_plan(group, group["params"]), with_gradients(group["params"])
         self._remembered.pop(i, None)
         whole = plan.backend == "fused" and len(ready) == len(group["params"]) and not any_dtensor(ready)
-        if whole and len(list(_batches(plan, ready))) == 1:
+        if whole and len(list(batches(plan, ready))) == 1:
             self._remembered[i] = Remembered(group, plan)
         return plan, ready, None
 
@@ -475,37 +477,6 @@ class SteepestDescent(Optimizer):
         return c
 
 
-def _with_gradients(params: list[Tensor]) -> list[Tensor]:
-    """The parameters that have a gradient; a RuntimeError if one of those is sparse."""
-    ready = [p for p in params if p.grad is not None]
-    for p in ready:
-        assert p.grad is not None
-        if p.grad.is_sparse:
-            raise RuntimeError(
-                f"a gradient of shape {tuple(p.grad.shape)} is sparse, and normopt takes dense ones only: use "
-                "Embedding(sparse=False), or give these parameters to torch.optim.SparseAdam"
-            )
-    return ready
-
-
-def _batches(plan: Plan, params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The lists that are walked together: one tensor, one device and dtype, or the whole group."""
-    if not params:
-        return
-    if plan.scope == "group" and plan.backend != "fused":
-        yield params
-    elif plan.backend == "for-loop":
-        yield from ([p] for p in params)
-    else:
-        buckets: dict[object, list[Tensor]] = {}
-        for p in params:  # a kernel has nothing to do for empty ones
-            empty = plan.backend == "fused" and not p.numel()
-            layout = layout_of(p)
-            lies = layout and (layout.group, way_of(plan.norm, plan.scale, layout))
-            buckets.setdefault((p.device, p.dtype, empty, is_dtensor(p), lies), []).append(p)
-        yield from buckets.values()
-
-
 def _on_device(value: float | Tensor, device: torch.device) -> float | Tensor:
     return value.reshape(()).to(device) if isinstance(value, Tensor) else value
 
@@ -513,20 +484,3 @@ def _on_device(value: float | Tensor, device: torch.device) -> float | Tensor:
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
     """A dtype as the primitive that a param group holds: ``torch.float32`` is "float32"."""
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-
-
-def _warn_if_stuck(
-    params: list[Tensor],
-    p: float,
-    remedy: str = "weight_decay=0 in a param group of their own",
-    stacklevel: int = 3,
-) -> None:
-    decayed = [x for x in params if x.dim() >= 2 and x.numel() and not x.is_meta]
-    stuck = [tuple(x.shape) for x, alive in zip(decayed, nonzero(decayed), strict=True) if not alive]
-    if stuck:
-        warnings.warn(
-            f"ℓp decay with p = {p:g} < 2 holds a zero weight at zero, and these tensors are all zero: {stuck}. "
-            f"Initialise them away from zero, or give them {remedy}.",
-            UserWarning,
-            stacklevel=stacklevel,
-        )

@@ -185,7 +185,7 @@ def _choose_backend(
     if foreach is not None and not fused:
         return ("foreach", "foreach=True") if foreach else ("for-loop", "foreach=False")
     cuda = {p.device.type for p in params} == {"cuda"}
-    if fused or (fused is None and cuda):
+    if fused or (fused is None and cuda and not sharded):
         why_not = support.why_not(
             norm, settings["scale"], settings["scope"], differentiable, settings["state_dtype"], params
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -27,6 +28,24 @@ def run_example(name: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_sharded_example(tmp_path):
+    """Two ranks, stopped, and four that go on to what two would have come to."""
+
+    def run(ranks, folder, *words):
+        module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *module, "examples/sharded_digits.py", "--folder", str(tmp_path / folder), *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+        return re.findall(r"(\d) ranks, from epoch (\d+).*\nepoch (\d+): test accuracy (\S+) %", done.stdout)[0]
+
+    *_, straight = run(2, "straight", "--epochs", "4")
+    assert run(2, "moved", "--epochs", "4", "--stop-after", "2")[:3] == ("2", "0", "2")
+    assert run(4, "moved", "--epochs", "4") == ("4", "2", "4", straight)
+    assert float(straight) > 80
+    assert run(2, "muon", "--epochs", "1", "--optimizer", "muon")[:3] == ("2", "0", "1")
 
 
 def test_lightning_example():

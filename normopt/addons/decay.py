@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from normopt._checks import check_bool, check_choice, check_number, equals, is_low_precision, near
 from normopt.addons.attach import AddOn, Closure, refuse_sparse
 from normopt.addons.lengths import lengths
-from normopt.engine import SteepestDescent, _warn_if_stuck
+from normopt.engine import SteepestDescent
 from normopt.norms.base import real, working
+from normopt.params import warn_if_stuck
 from normopt.sharding.layout import layout_of, local
 from normopt.stages.decay import lp_factors
 from normopt.stages.write import scale_
@@ -195,7 +196,7 @@ class LpDecay(AddOn):
     def _greet(self, group: Mapping[str, Any]) -> None:
         if not equals(group["lp_decay"], 0) and _exponent_now(group) < 2:
             remedy = "lp_decay=0 in a param group of their own, or a warmup"
-            _warn_if_stuck(group["params"], group["lp_p"], remedy, stacklevel=6)
+            warn_if_stuck(group["params"], group["lp_p"], remedy, stacklevel=6)
 
     def _before(self, closure: Closure | None) -> Closure | None:
         for group in self.optimizer.param_groups:

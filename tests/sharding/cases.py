@@ -17,7 +17,12 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 import normopt
-from normopt.norms import schatten
+from normopt.norms import scales, schatten
+from normopt.norms.base import Norm, Scale
+from normopt.sharding.direction import direction
+from normopt.sharding.exchange import alone
+from normopt.sharding.layout import gradient_of, layout_of
+from normopt.sharding.matrices import gathered_whole, part_of
 
 # On 4 ranks: even, uneven, with empty parts, a stack, a vector, and three of one shape.
 SHAPES = [(8, 3), (5, 4), (1, 6), (3, 5), (6, 2, 3), (7,), (2,), (4, 6), (4, 6), (4, 6), (9, 9)]
@@ -132,11 +137,11 @@ def compare_as(optimizer: str, settings: dict[str, Any], how: dict[str, Any]) ->
     return compare(optimizer, settings, **how)
 
 
-def sharded(shapes: list[tuple[int, ...]], seed: int = 0) -> list[torch.nn.Parameter]:
-    """Parameters, cut along dim 0, with gradients."""
+def sharded(shapes: list[tuple[int, ...]], seed: int = 0, dim: int = 0) -> list[torch.nn.Parameter]:
+    """Parameters, cut along a dim, with gradients."""
     mesh = mesh_of(dist.get_world_size())
     torch.manual_seed(seed)
-    drawn = [distribute_tensor(torch.randn(s), mesh, [Shard(0)], src_data_rank=None) for s in shapes]
+    drawn = [distribute_tensor(torch.randn(s), mesh, [Shard(dim)], src_data_rank=None) for s in shapes]
     params = [torch.nn.Parameter(x) for x in drawn]
     for i, p in enumerate(params):
         p.grad = laid(gradient(tuple(p.shape), 0, i, torch.float32), p)
@@ -225,3 +230,20 @@ def partial_gradients() -> bool:
     p.grad = DTensor.from_local(torch.full((3,), 1.0 + dist.get_rank()), mesh, [Partial()])
     normopt.SGD([p], lr=1.0).step()
     return torch.equal(whole(p.detach()), torch.full((3,), 1.0 - sum(1.0 + r for r in range(dist.get_world_size()))))
+
+
+def shares_and_gathered(norm: Norm, scale: Scale, dim: int) -> bool:
+    """Whether whole matrices on the rank that owns them, and all matrices on all ranks, give the same bits."""
+    params = sharded([(5, 4), (3, 3), (5, 4), (1, 6), (9, 2)], dim=dim)
+    layouts = [layout_of(p) for p in params]
+    c = [gradient_of(p).clone() for p in params]
+    u, pair = alone(direction(norm, c, layouts, scale, False, 0.0))
+    whole = [gathered_whole(x, lay) for x, lay in zip(c, layouts, strict=True) if lay is not None]
+    expected, both = scales.direction(norm, whole, scale, False, 0.0)
+    parts = [part_of(x, lay) for x, lay in zip(expected, layouts, strict=True) if lay is not None]
+    same = all(torch.equal(a, b) for a, b in zip(u, parts, strict=True))
+    return (
+        same
+        and (pair is None) == (both is None)
+        and (pair is None or both is None or torch.equal(pair.dual, both.dual))
+    )

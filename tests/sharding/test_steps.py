@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import normopt
+from normopt.norms import Mixed, Norm, Schatten
+from normopt.norms.base import Scale
 from tests.sharding import cases
 from tests.sharding.ranks import Ranks
 
@@ -154,6 +156,16 @@ def test_two_all_to_alls_a_shape(ranks: Ranks) -> None:
     shapes = [(5, 4)] * 7 + [(3, 3)] * 4
     for settings in (dict(norm="spectral", scale="unit"), dict(norm="spectral", scale="dual", momentum=0.9)):
         assert ranks.call(cases.collectives, settings, shapes)[0] == {"all_to_all": 4}
+
+
+WHOLE: list[tuple[Norm, Scale]] = [(Schatten(3.0), scale) for scale in ("unit", "dual", "power", "matched")]
+WHOLE += [(Mixed(2.0, 2.0), scale) for scale in ("unit", "dual", "matched")]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(("norm", "scale"), WHOLE, ids=str)
+def test_shares_are_what_gathering_all_would_give(norm: Norm, scale: Scale, dim: int, ranks: Ranks) -> None:
+    assert all(ranks.call(cases.shares_and_gathered, norm, scale, dim))
 
 
 def test_every_rank_maps_its_share(four: Ranks) -> None:

@@ -1,0 +1,239 @@
+# %% [markdown]
+# # Training on many ranks
+#
+# A norm is a sum over a whole tensor, and under FSDP no rank has a whole tensor. An optimizer that takes the norm of
+# the part that it has is wrong without an error: its steps are too long, by a factor that depends on the number of
+# machines. normopt's optimizers know how a tensor lies and put the sums of its parts together, all of them in one
+# message. This page trains on several processes, stops, goes on with another number of them, and then counts what
+# they tell each other.
+#
+# [Train on many ranks](../how-to/sharded-training.md) is the reference: what works, what is refused, DDP, ZeRO.
+#
+# ## One command
+#
+# The program is `examples/sharded_digits.py` of the repository: an MLP on handwritten digits under FSDP2, which saves
+# a checkpoint after every epoch, and starts from the last one that it finds. What makes the model and its optimizer is
+# all that matters here; nothing about it is special to normopt, but for one order: the optimizer is made **after**
+# `fully_shard`, which replaces the parameters.
+
+# %%
+import inspect
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+# NORMOPT_DOCS_FAST=1 is a short run for the tests; its numbers mean nothing.
+FAST = os.environ.get("NORMOPT_DOCS_FAST") == "1"
+root = next(
+    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "examples").exists()
+)
+sys.path.insert(0, str(root))  # this page runs in a clone of the repository
+
+example = runpy.run_path(str(root / "examples/sharded_digits.py"))
+print(inspect.getsource(example["build"]))
+
+# %% [markdown]
+# On one machine `torchrun` starts the processes, one a GPU or here one a core; on many, the same command is started on
+# each of them, with an address at which they meet. In a terminal:
+#
+# ```bash
+# torchrun --nproc-per-node 2 examples/sharded_digits.py --folder run
+#
+# # on each of 4 machines with 8 GPUs, which share a folder
+# torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+#     examples/sharded_digits.py --folder /shared/run
+# ```
+#
+# Here a function runs it, and gives what it printed.
+
+# %%
+temporary = tempfile.TemporaryDirectory()
+folder = Path(temporary.name)
+EPOCHS = 2 if FAST else 12
+
+
+def torchrun(ranks, *words):
+    command = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "examples/sharded_digits.py", *words],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    return done.stdout.strip()
+
+
+if not FAST:
+    print(torchrun(2, "--folder", str(folder / "run"), "--epochs", str(EPOCHS)))
+
+# %% [markdown]
+# ## Stop, and go on with others
+#
+# The same run, stopped after some epochs on two ranks, goes on with one. Checkpoints are PyTorch's distributed ones:
+# each rank writes its parts, and whoever loads takes what belongs to it. The optimizer's state is laid out as the
+# parameters are, momentum and Kahan's compensation alike, and p stands in the param groups, with its schedule beside.
+
+# %%
+stop = str(EPOCHS // 2)
+words = ["--folder", str(folder / "moved"), "--epochs", str(EPOCHS)]
+print(torchrun(2, *words, "--stop-after", stop))
+print(torchrun(1, *words))
+
+# %% [markdown]
+# On the same number of ranks what goes on is bit for bit what would have gone on; on another number, the sums are
+# added up in another order, and it is the same to roundoff. The tests check both, 2 → 2 and 2 → 1 → 4, with momentum,
+# schedules of p and Kahan buffers. They also kill a rank: the others fail within the time-out of the process group,
+# with an error that says that the connection is lost, and the job goes on from its last checkpoint.
+#
+# ## What a norm needs
+#
+# There are four ways to a direction. Which one is taken depends on the norm, the scale, and along which dim a tensor is
+# cut; FSDP2 cuts dim 0, the rows.
+
+# %%
+from normopt.norms import Lp, Mixed, Schatten
+from normopt.sharding.direction import way_of
+from normopt.sharding.layout import Layout
+
+SAY = {
+    "local": "nothing of other ranks",
+    "sums": "sums, gathered from all ranks",
+    "rows": "nothing for its rows, which are whole",
+    "whole": "whole matrices, each on one rank",
+}
+NORMS = {
+    "SGD": (Lp(2.0), "dual"),
+    "signs": (Lp(float("inf")), "unit"),
+    "LPSGD, LPSGDM": (Lp(3.0), "power"),
+    "ℓ3, true steepest descent": (Lp(3.0), "dual"),
+    "ℓ3, as long as SGD's": (Lp(3.0), "matched"),
+    "RowNormSGD, SCALE": (Mixed(2.0, float("inf")), "unit"),
+    "columns": (Mixed(2.0, float("inf"), lines="columns"), "unit"),
+    "Muon, Scion, NucGD": (Schatten(float("inf")), "unit"),
+}
+print(f"{'':27}{'cut along dim 0':39}cut along dim 1")
+for name, (norm, scale) in NORMS.items():
+    cut = [Layout(None, 2, 0, dim, torch.Size((8, 8))) for dim in (0, 1)]
+    ways = [SAY[way_of(norm, scale, layout)] for layout in cut]
+    print(f"{name:27}{ways[0]:39}{ways[1]}")
+
+# %% [markdown]
+# AGR needs sums of every gradient before the momentum, whatever the norm. All sums of a phase, of all tensors and all
+# param groups, travel in one message, in float64, and are combined in the order of the ranks: so every rank computes
+# the same bits. Whole matrices are dealt out, the costliest first, to the rank that has the least to do: each rank is
+# sent its share, maps it, and sends the parts back. That is two messages for each shape.
+#
+# ## What it costs
+#
+# With k ranks, n tensors and P entries in matrices, a rank receives from the others in a step, in the mean:
+#
+# | what | messages | bytes |
+# |---|---|---|
+# | sums, w numbers of 8 bytes a tensor | 1 a phase | 8·w·n·(k − 1) |
+# | shares of matrices, in float32 | 2 a shape | 4·(2P/k + 2n)·(k − 1)/k |
+# | *for comparison:* every matrix to every rank | n | 4·P·(k − 1)/k |
+# | *for comparison:* FSDP's own, of N parameters | | 3·4·N·(k − 1)/k |
+#
+# In "dual" and "unit" w is 2; AGR is a phase of its own with w = 3, and "matched" a third one with w = 4. Rows send
+# one number, for the monitors. FSDP2 gathers the weights twice, in forward and in backward, and scatters the gradients
+# once, if it lets go of the weights in between, as it does unless told otherwise.
+#
+# The counts below are of real steps on 2 and 4 processes, as `python -m benchmarks sharding` made them; the last
+# column is the arithmetic above.
+
+# %%
+from benchmarks.programs import sharding
+
+kept = sharding.Sharding.model_validate_json(
+    (root / "docs/data/sharding.json").read_text(encoding="utf-8")
+)
+print(
+    f"{'':24}{'tensors':>8}{'ranks':>6}{'messages':>10}{'bytes':>9}{'on paper':>10}"
+)
+for case in kept.cases:
+    if case.width == max(c.width for c in kept.cases):
+        paper = sharding.expected(case)
+        counted = case.counted
+        print(
+            f"{case.method:24}{case.tensors:8}{case.ranks:6}{counted.collectives:10}"
+            f"{counted.received:9,.0f}{paper.received:10,.0f}"
+        )
+agree = all(case.counted == sharding.expected(case) for case in kept.cases)
+print(f"\nall {len(kept.cases)} counts are what arithmetic says: {agree}")
+
+# %% [markdown]
+# The messages of vector norms do not depend on the number of tensors or parameters, and their bytes only on the number
+# of tensors. What would 1,024 ranks receive? On paper, for a transformer of 7 billion parameters (width 4096, 32
+# blocks, feed-forward width 11,008, 32,000 tokens), against what FSDP moves anyway:
+
+# %%
+WIDTH, FORWARD, BLOCKS, TOKENS = 4096, 11008, 32, 32000
+matrices = BLOCKS * [
+    *4 * [(WIDTH, WIDTH)],
+    *2 * [(FORWARD, WIDTH)],
+    (WIDTH, FORWARD),
+]
+tensors = matrices + 2 * [(TOKENS, WIDTH)] + (2 * BLOCKS + 1) * [(WIDTH,)]
+entries = sum(torch.Size(s).numel() for s in tensors)
+print(f"{entries / 1e9:.2f} billion parameters in {len(tensors)} tensors\n")
+
+RANKS = [2**i for i in range(1, 11)]
+AGR_DUAL, MUON = (
+    sharding.METHODS[name] for name in ("ℓp, dual, AGR", "spectral, unit (Muon)")
+)
+curves = {
+    "FSDP itself": [sharding.of_fsdp(entries, k) for k in RANKS],
+    "matrices, all to all ranks": [
+        sharding.gathered_once(matrices, k).received for k in RANKS
+    ],
+    "matrices, in shares": [
+        sharding.on_paper(MUON, matrices, k).received for k in RANKS
+    ],
+    "ℓp, dual, AGR: sums": [
+        sharding.on_paper(AGR_DUAL, tensors, k).received for k in RANKS
+    ],
+}
+fig, ax = plt.subplots(figsize=(7, 3.6))
+for name, received in curves.items():
+    ax.plot(RANKS, received, marker=".", label=name)
+ax.set(xscale="log", yscale="log", xlabel="ranks", ylabel="bytes a rank and step")
+ax.set_xticks(RANKS, [f"{k:,}" for k in RANKS])
+ax.minorticks_off()
+fig.legend(loc="outside upper center", ncols=2)
+fig.alt = (
+    "Bytes that a rank receives in a step against the number of ranks: sums stay far "
+    "below FSDP's own, and shares of matrices fall with the number of ranks"
+)
+
+print(f"{'ranks':>6}" + "".join(f"{name:>28}" for name in curves))
+for i, k in enumerate(RANKS):
+    if k in (2, 8, 64, 1024):
+        row = "".join(
+            f"{received[i] / 2**20:24,.2f} MiB" for received in curves.values()
+        )
+        print(f"{k:6}{row}")
+
+# %% [markdown]
+# - **Sums** grow with the number of ranks, because each is sent to all: at 1,024 ranks a rank receives some megabytes,
+#   a ten-thousandth of what FSDP moves. A sum that is reduced on the way would not grow, but its order, and with it the
+#   last bits, would be the network's.
+# - **Shares of matrices** shrink as ranks are added, up to the number of matrices: with more ranks than matrices the
+#   mean goes on falling, but a rank that maps a matrix receives the whole of it, and the others wait.
+#   Gathering every matrix everywhere would cost a third of FSDP's own traffic, and every rank would do all the work.
+# - What is measured here is messages and bytes, on gloo and up to 4 ranks. How long they take is the network's matter,
+#   and has not been measured on one.
