@@ -33,7 +33,7 @@ from normopt.settings import (
 )
 from normopt.sharding.direction import direction
 from normopt.sharding.exchange import Walk, alone, combined, lockstep
-from normopt.sharding.layout import any_dtensor, gradient_of, layout_of, local, spread
+from normopt.sharding.layout import any_dtensor, check_parts, gradient_of, layout_of, local, spread
 from normopt.stages import agr
 from normopt.stages.decay import coupled, decoupled_, lp_factors
 from normopt.stages.momentum import ema, heavy, lion
@@ -228,6 +228,7 @@ class SteepestDescent(Optimizer):
         if isinstance(group["p"], Tensor):
             group["p"] = group["p"].clone()  # a schedule writes into it: no two groups may share it
         plan = make_plan(group, group["params"])
+        check_parts(group["params"])
         if plan.decays == "lp" and plan.decay_p < 2:
             warn_if_stuck(group["params"], plan.decay_p)
 

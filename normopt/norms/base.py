@@ -132,9 +132,14 @@ class Norm(ABC):
         return self.scaled(c, self.power_exponent, whole_group=False)[0]
 
     def needs(self, scale: Scale) -> Needs:
-        """What must be whole before the direction under a scale is known.
+        """What must be whole before the direction under a scale is known: of a tensor that lies on many ranks, too.
 
-        "none" means that the direction is elementwise; it is then the ``power`` map, whatever the scale.
+        ::
+
+            "none"     nothing: the direction is elementwise, and the ``power`` map whatever the scale
+            "tensor"   the scalars, combined from partials of any pieces of its entries, in any dim
+            "rows"     every row, of a MatrixNorm
+            "matrix"   the whole tensor
 
         Args:
             scale: "power", "dual", "unit" or "matched".

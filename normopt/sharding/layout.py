@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -83,32 +85,53 @@ def layout_of(x: Tensor) -> Layout | None:
     """How a tensor is cut; None if every rank has all of it.
 
     Raises:
-        ValueError: a DTensor that is cut along several dims of its mesh, holds partial sums, or is cut unlike
-            torch.chunk.
+        ValueError: a DTensor that is cut along several dims of its mesh, or holds partial sums.
     """
     if not is_dtensor(x):
         return None
     from torch.distributed.tensor import DTensor, Shard
 
     d = cast(DTensor, x)
-    where = f"a parameter of shape {tuple(d.shape)} lies as {d.placements} on a mesh of {tuple(d.device_mesh.shape)}"
     cut = [i for i, placement in enumerate(d.placements) if not placement.is_replicate()]
     if not cut:
         return None
     if len(cut) > 1 or type(d.placements[cut[0]]) is not Shard:
         raise ValueError(
-            f"{where}, and normopt takes tensors that one dim of the mesh cuts, by Shard, and the others replicate: "
-            "FSDP2 on one dim, HSDP, or tensor parallelism without FSDP"
+            f"{_described(d)}, and normopt takes tensors that one dim of the mesh cuts, by Shard, and the others "
+            "replicate: FSDP2 on one dim, HSDP, or tensor parallelism without FSDP"
         )
-    group = d.device_mesh.get_group(cut[0])
-    ranks, rank = d.device_mesh.size(cut[0]), d.device_mesh.get_local_rank(cut[0])
     dim = cast(Shard, d.placements[cut[0]]).dim % max(d.dim(), 1)
-    found = Layout(group, ranks, rank, dim, d.shape)
-    if list(local(d).shape) != found.shapes()[rank] or rank != torch.distributed.get_rank(group):
-        raise ValueError(
-            f"{where}, of which rank {rank} has {tuple(local(d).shape)}, not the part that torch.chunk would give it"
-        )
-    return None if ranks == 1 else found
+    # The group is part of the key: a mesh that is made anew equals the old one, whose groups are gone.
+    return _layout(d.device_mesh, d.device_mesh.get_group(cut[0]), cut[0], dim, d.shape)
+
+
+@lru_cache(maxsize=1 << 14)
+def _layout(mesh: DeviceMesh, group: ProcessGroup, of_mesh: int, dim: int, shape: torch.Size) -> Layout | None:
+    """Asking a mesh takes some ten microseconds, which a step would spend several times for every tensor."""
+    ranks = mesh.size(of_mesh)
+    return None if ranks == 1 else Layout(group, ranks, mesh.get_local_rank(of_mesh), dim, shape)
+
+
+def check_parts(params: Iterable[Tensor]) -> None:
+    """Raise unless the parts that are here are those that their layouts say.
+
+    Raises:
+        ValueError: a DTensor that is cut unlike torch.chunk, or whose mesh counts the ranks in another order.
+    """
+    for p in params:
+        layout = layout_of(p)
+        if layout is None:
+            continue
+        here = tuple(local(p).shape)
+        if list(here) != layout.shapes()[layout.rank] or layout.rank != torch.distributed.get_rank(layout.group):
+            raise ValueError(
+                f"{_described(cast('DTensor', p))}, of which rank {layout.rank} has {here}, not the part that "
+                "torch.chunk would give it: distribute it with torch.distributed.tensor.distribute_tensor"
+            )
+
+
+def _described(d: DTensor) -> str:
+    return f"a parameter of shape {tuple(d.shape)} lies as {d.placements} on a mesh of {tuple(d.device_mesh.shape)}"
 
 
 def gradient_of(p: Tensor) -> Tensor:

@@ -28,6 +28,37 @@ from normopt.sharding.matrices import gathered_whole, part_of
 SHAPES = [(8, 3), (5, 4), (1, 6), (3, 5), (6, 2, 3), (7,), (2,), (4, 6), (4, 6), (4, 6), (9, 9)]
 STEPS = 20
 
+
+@normopt.norms.register("of-a-tensor")
+class OfATensor(normopt.norms.TensorNorm):
+    """A user's: the longest row, by a dual norm and a dual map of whole tensors."""
+
+    def dual_norm(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), -1).norm(dim=1).sum()
+
+    def dual_map(self, x: Tensor) -> Tensor:
+        rows = x.reshape(len(x), -1)
+        return (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)).reshape(x.shape)
+
+
+@normopt.norms.register("of-pieces")
+class OfPieces(normopt.norms.Norm):
+    """A user's: ℓ2 by partial sums, in the simplest way."""
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x.norm()
+
+    def measure(self, c: list[Tensor]) -> Tensor:
+        return torch.stack([x.double().square().sum() for x in c])[:, None]
+
+    def combine(self, partials: Tensor) -> Tensor:
+        return partials.sum(-2).sqrt()
+
+    def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
+        norms = scalars[:, 0].clamp(min=1e-30)
+        return [(x * n ** (kappa - 1)).to(x.dtype) for x, n in zip(c, norms, strict=True)]
+
+
 _meshes: dict[object, DeviceMesh] = {}
 
 
@@ -201,6 +232,12 @@ def refused(case: str) -> str:
         params = [distribute_tensor(x, mesh, [Shard(0), Shard(1)], src_data_rank=None)]
     elif case == "partial":
         params = [DTensor.from_local(x, mesh_of(4), [Partial()])]
+    elif case == "unlike chunk":
+        params = [
+            DTensor.from_local(
+                torch.randn(1 + dist.get_rank(), 2), mesh_of(4), [Shard(0)], shape=(10, 2), stride=(2, 1)
+            )
+        ]
     elif case == "differentiable":
         params, settings = [laid(x, sharded([(4, 4)])[0])], dict(differentiable=True)
     else:

@@ -70,6 +70,9 @@ NORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rows, dual": (dict(norm="row"), {}),
     "columns": (dict(norm="column", scale="unit", norm_aspect="rows"), {}),
     "columns, transposed": (dict(norm="column", scale="unit", norm_matrix_view="transposed"), {}),
+    "a norm of one's own, of tensors": (dict(norm="of-a-tensor", scale="unit"), dict(shapes=[(5, 4), (2, 3), (9, 9)])),
+    "a norm of one's own, of pieces": (dict(norm="of-pieces", momentum=0.9), {}),
+    "a norm of one's own, matched": (dict(norm="of-pieces", scale="matched"), dict(dim=1)),
     "mixed": (dict(norm="mixed", norm_p_inner=1.5, norm_p_outer=3.0), {}),
 }
 
@@ -173,12 +176,19 @@ def test_every_rank_maps_its_share(four: Ranks) -> None:
     assert max(four.call(cases.mapped_here, [(6, 6)] * 8)) == 2
 
 
-@pytest.mark.parametrize("case", ["two cuts", "partial", "differentiable", "two meshes"])
+REFUSED = {
+    "two cuts": "HSDP",
+    "partial": "Partial",
+    "unlike chunk": "torch.chunk",
+    "differentiable": "DTensors",
+    "two meshes": "process group",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_stepped_is_refused_with_a_reason(case: str, four: Ranks) -> None:
     said = four.call(cases.refused, case)[0]
-    assert {"two cuts": "HSDP", "partial": "Partial", "differentiable": "DTensors", "two meshes": "process group"}[
-        case
-    ] in said, said
+    assert REFUSED[case] in said, said
 
 
 def test_a_tensor_that_is_zero_on_one_rank_only_is_not_called_stuck(two: Ranks) -> None:
