@@ -31,6 +31,7 @@ from normopt.settings import (
     refuse_typos,
     refuse_unknown_arguments,
 )
+from normopt.sharding.agreement import check_agreement
 from normopt.sharding.direction import direction
 from normopt.sharding.exchange import Walk, alone, combined, lockstep
 from normopt.sharding.layout import any_dtensor, check_parts, gradient_of, layout_of, local, spread
@@ -125,10 +126,12 @@ class SteepestDescent(Optimizer):
         ...                               momentum=0.9, agr=True, weight_decay=1e-3, decay="lp", decay_p=0.8)
     """
 
-    # Neither is saved: what the last step measured, and what fused steps keep of each group's tables.
+    # None is saved: what the last step measured, what fused steps keep of each group's tables, and whether the ranks
+    # were asked if they are about to make the same step: before the first, or after a change.
     _measured: list[tuple[Plan, list[NormPair | None]]]
     _remembered: dict[int, Remembered]
     _steppers: dict[tuple[int, int], Stepper]
+    _agreed: bool
 
     def __init__(
         self,
@@ -191,7 +194,7 @@ class SteepestDescent(Optimizer):
         super().__init__(params, settings)
 
     def _forget(self) -> None:
-        self._measured, self._remembered, self._steppers = [], {}, {}
+        self._measured, self._remembered, self._steppers, self._agreed = [], {}, {}, False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after checking its settings; a refused group leaves no trace.
@@ -217,6 +220,7 @@ class SteepestDescent(Optimizer):
         if "state_dtype" in group:
             group["state_dtype"] = _dtype_name(group["state_dtype"])
         refuse_typos(group, self.defaults)
+        self._agreed = False
         super().add_param_group(group)
         try:
             self._admit(self.param_groups[-1])
@@ -281,6 +285,7 @@ class SteepestDescent(Optimizer):
         finally:
             before.remove()
             after.remove()
+            self._agreed = False
 
     def backend(self) -> str:
         """What each param group does, and on which backend and why: one line a group.
@@ -309,7 +314,8 @@ class SteepestDescent(Optimizer):
         Raises:
             ValueError: a setting was made wrong since construction; nothing has been written then.
             TypeError: one was made of the wrong type; nothing has been written then.
-            RuntimeError: a gradient is sparse; nothing has been written then.
+            RuntimeError: a gradient is sparse, or the ranks of DTensors are about to make different steps, which the
+                first step checks; nothing has been written then.
         """
         loss = None
         if closure is not None:
@@ -317,6 +323,9 @@ class SteepestDescent(Optimizer):
                 loss = closure()
         # Everything that can be refused is refused before anything is written.
         work = [self._ready(i, group) for i, group in enumerate(self.param_groups)]
+        if not self._agreed and not torch.compiler.is_compiling():
+            check_agreement([(plan, params) for plan, params, _ in work])
+            self._agreed = True
         self._measured = []
         together: list[Walk[NormPair | None]] = []  # of DTensors: what they ask other ranks travels together
         places: list[tuple[int, int]] = []

@@ -199,7 +199,7 @@ def _choose_backend(
     if differentiable:
         return "for-loop", "differentiable=True"
     if sharded:
-        return "foreach", "shards share their collectives"
+        return "foreach", "shards go together"
     if norm.batches:
         return "foreach", "matrices of one shape go together"
     plain = all(type(p) in (Tensor, torch.nn.Parameter) for p in params)

@@ -220,12 +220,12 @@ fig.alt = (
     "below FSDP's own, and shares of matrices fall with the number of ranks"
 )
 
-print(f"{'ranks':>6}" + "".join(f"{name:>28}" for name in curves))
+shown = ("FSDP itself", "all to all", "in shares", "sums")
+print("MiB a rank and step")
+print(f"{'ranks':>6}" + "".join(f"{name:>14}" for name in shown))
 for i, k in enumerate(RANKS):
     if k in (2, 8, 64, 1024):
-        row = "".join(
-            f"{received[i] / 2**20:24,.2f} MiB" for received in curves.values()
-        )
+        row = "".join(f"{each[i] / 2**20:14,.2f}" for each in curves.values())
         print(f"{k:6}{row}")
 
 # %% [markdown]

@@ -92,7 +92,9 @@ def layout_of(x: Tensor) -> Layout | None:
     from torch.distributed.tensor import DTensor, Shard
 
     d = cast(DTensor, x)
-    cut = [i for i, placement in enumerate(d.placements) if not placement.is_replicate()]
+    mesh = d.device_mesh
+    # A dim of one rank cuts nothing, but partial sums are none of the whole.
+    cut = [i for i, p in enumerate(d.placements) if not p.is_replicate() and (mesh.size(i) > 1 or p.is_partial())]
     if not cut:
         return None
     if len(cut) > 1 or type(d.placements[cut[0]]) is not Shard:
@@ -102,14 +104,13 @@ def layout_of(x: Tensor) -> Layout | None:
         )
     dim = cast(Shard, d.placements[cut[0]]).dim % max(d.dim(), 1)
     # The group is part of the key: a mesh that is made anew equals the old one, whose groups are gone.
-    return _layout(d.device_mesh, d.device_mesh.get_group(cut[0]), cut[0], dim, d.shape)
+    return _layout(mesh, mesh.get_group(cut[0]), cut[0], dim, d.shape)
 
 
 @lru_cache(maxsize=1 << 14)
-def _layout(mesh: DeviceMesh, group: ProcessGroup, of_mesh: int, dim: int, shape: torch.Size) -> Layout | None:
+def _layout(mesh: DeviceMesh, group: ProcessGroup, of_mesh: int, dim: int, shape: torch.Size) -> Layout:
     """Asking a mesh takes some ten microseconds, which a step would spend several times for every tensor."""
-    ranks = mesh.size(of_mesh)
-    return None if ranks == 1 else Layout(group, ranks, mesh.get_local_rank(of_mesh), dim, shape)
+    return Layout(group, mesh.size(of_mesh), mesh.get_local_rank(of_mesh), dim, shape)
 
 
 def check_parts(params: Iterable[Tensor]) -> None:

@@ -21,7 +21,7 @@ from normopt.norms import scales, schatten
 from normopt.norms.base import Norm, Scale
 from normopt.sharding.direction import direction
 from normopt.sharding.exchange import alone
-from normopt.sharding.layout import gradient_of, layout_of
+from normopt.sharding.layout import gradient_of, layout_of, local
 from normopt.sharding.matrices import gathered_whole, part_of
 
 # On 4 ranks: even, uneven, with empty parts, a stack, a vector, and three of one shape.
@@ -267,6 +267,33 @@ def partial_gradients() -> bool:
     p.grad = DTensor.from_local(torch.full((3,), 1.0 + dist.get_rank()), mesh, [Partial()])
     normopt.SGD([p], lr=1.0).step()
     return torch.equal(whole(p.detach()), torch.full((3,), 1.0 - sum(1.0 + r for r in range(dist.get_world_size()))))
+
+
+def disagreed(case: str) -> list[str]:
+    """What is said of a rank that steps otherwise, and that nothing was written."""
+    params = sharded([(4, 4), (4, 4), (7, 2)])
+    settings: dict[str, Any] = dict(norm="lp", p=3.0, lr=0.1)
+    if dist.get_rank() == 1:
+        if case == "gradients":
+            params[0].grad = None
+        elif case == "order":
+            params = [params[2], params[0], params[1]]
+        elif case == "p":
+            settings["p"] = 4.0
+        elif case == "lr":
+            settings["lr"] = 0.2
+        elif case == "AGR":
+            settings["agr"] = True
+    before = [local(p).clone() for p in params]
+    opt = normopt.SteepestDescent(params, **settings)
+    said = []
+    for _ in range(2):  # again as long as it is so
+        try:
+            opt.step()
+        except RuntimeError as error:
+            said.append(str(error))
+    assert all(torch.equal(a, local(b)) for a, b in zip(before, params, strict=True))
+    return said
 
 
 def shares_and_gathered(norm: Norm, scale: Scale, dim: int) -> bool:

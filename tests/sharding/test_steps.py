@@ -191,6 +191,16 @@ def test_what_cannot_be_stepped_is_refused_with_a_reason(case: str, four: Ranks)
     assert REFUSED[case] in said, said
 
 
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [("gradients", "how many"), ("order", "order"), ("p", "settings"), ("lr", "settings"), ("AGR", "settings")],
+)
+def test_ranks_that_would_step_otherwise_are_told_so_all_of_them(case: str, words: str, ranks: Ranks) -> None:
+    for said in ranks.call(cases.disagreed, case):
+        assert len(said) == 2
+        assert all(words in message and "rank 1 from rank 0" in message for message in said)
+
+
 def test_a_tensor_that_is_zero_on_one_rank_only_is_not_called_stuck(two: Ranks) -> None:
     assert two.call(cases.warned, "half zero") == [[], []]
     assert all("(4, 2)" in said[0] for said in two.call(cases.warned, "all zero"))
