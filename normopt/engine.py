@@ -405,7 +405,8 @@ class SteepestDescent(Optimizer):
         """The walk of a gradient: the one place where the order of the stages stands."""
         weights, w, g = self._read(plan, params)
         layouts = [layout_of(p) for p in params]
-        # What follows could be said once, for cut and whole tensors alike, but torch.compile follows no `yield from`.
+        # What follows could be said once, for cut and whole tensors alike, but torch.compile loses what a
+        # `yield from` gives.
         cut = any(layouts)
         # What autograd keeps must not be written; without autograd nothing is kept.
         old = [x.clone() for x in w] if plan.differentiable else w

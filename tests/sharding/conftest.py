@@ -7,14 +7,14 @@ import pytest
 from tests.sharding.ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def two() -> Iterator[Ranks]:
     ranks = Ranks(2)
     yield ranks
     ranks.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def four() -> Iterator[Ranks]:
     ranks = Ranks(4)
     yield ranks

@@ -13,7 +13,7 @@ from tests.sharding.cases import error
 from tests.sharding.ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def one() -> Iterator[Ranks]:
     ranks = Ranks(1)
     yield ranks
