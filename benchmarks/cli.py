@@ -19,7 +19,7 @@ from rich.text import Text
 
 from benchmarks import doctor as doctors
 from benchmarks import listing, report
-from benchmarks.programs import adaptive, regularity, sparsity, transfer
+from benchmarks.programs import adaptive, kept, regularity, sparsity, transfer
 from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
 from benchmarks.report.words import findings
@@ -176,7 +176,7 @@ def measure_transfer(
     """Measure whether one learning rate serves models of every width and depth."""
     with dashboard(console) as watch:
         result = transfer.measure(workers or os.cpu_count() or 1, counting(watch, transfer.count()))
-    transfer.write(result, out)
+    kept.write(result, out)
     console.print(
         f"{len(result.points)} points in {result.seconds:.0f} seconds: {out.resolve().as_uri()}", soft_wrap=True
     )
@@ -190,7 +190,7 @@ def measure_sparsity(
     """Measure accuracy against size under weight decay, and how fast the networks are without their dead units."""
     with dashboard(console) as watch:
         result = sparsity.measure(workers or os.cpu_count() or 1, counting(watch, sparsity.count()))
-    sparsity.write(result, out)
+    kept.write(result, out)
     for line in sparsity.summary(result):
         console.print(line, soft_wrap=True)
     console.print(f"{len(result.runs)} runs in {result.seconds:.0f} seconds: {out.resolve().as_uri()}", soft_wrap=True)
@@ -262,7 +262,7 @@ def measure_regularity(
     """Measure whether trainings that succeed have more regular trajectories."""
     with dashboard(console) as watch:
         result = regularity.measure(workers or os.cpu_count() or 1, counting(watch, regularity.count()))
-    regularity.write(result, out)
+    kept.write(result, out)
     for line in regularity.words(result):
         console.print(line, soft_wrap=True)
     console.print(
@@ -279,7 +279,7 @@ def measure_adaptive_p(
 ) -> None:
     """Run the study of adaptive p, and keep of it what the documentation shows."""
     _run(PRESETS[adaptive.STUDY], folder, workers, None)
-    adaptive.write(adaptive.condensed(collect(_open(folder))), out)
+    kept.write(adaptive.condensed(collect(_open(folder))), out)
     _say_where("For the documentation", out)
 
 
@@ -292,7 +292,7 @@ def measure_sharding(
 
     with dashboard(console) as watch:
         result = sharding.measure(counting(watch, len(sharding.RANKS)), sharding.RANKS)
-    sharding.write(result, out)
+    kept.write(result, out)
     for line in sharding.lines(result):
         console.print(line, soft_wrap=True)
     console.print(f"The results: {out.resolve().as_uri()}", soft_wrap=True)
@@ -308,7 +308,7 @@ def measure_overhead(
 
     with dashboard(console) as watch:
         result = overhead.measure(rounds or overhead.ROUNDS, counting(watch, len(overhead.MAKERS)))
-    overhead.write(result, out)
+    kept.write(result, out)
     for line in overhead.lines(result):
         console.print(line, soft_wrap=True)
     console.print(f"The results: {out.resolve().as_uri()}", soft_wrap=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
@@ -93,15 +91,6 @@ def condensed(results: Results) -> AdaptiveStudy:
         arms=[_found(row) for row in found.rows],
         comparisons=comparisons,
     )
-
-
-def write(result: AdaptiveStudy, path: Path) -> None:
-    """As JSON, an arm and a comparison a line, so that a later measurement shows what changed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps(result.model_dump(exclude={"arms", "comparisons"}))[:-1]
-    arms = ",\n".join(arm.model_dump_json() for arm in result.arms)
-    comparisons = ",\n".join(c.model_dump_json() for c in result.comparisons)
-    path.write_text(f'{head}, "arms": [\n{arms}\n], "comparisons": [\n{comparisons}\n]}}\n', encoding="utf-8")
 
 
 def _found(row: Row) -> Found:

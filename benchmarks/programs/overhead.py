@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -109,12 +108,6 @@ def measure(rounds: int, advance: Advance) -> Overhead:
             advance("overhead", 1)
     here = machine(torch.device("cpu"), (), None)
     return Overhead(machine=here, rounds=rounds, block=BLOCK, batch=BATCH, default=DEFAULT_EVERY, costs=costs)
-
-
-def write(result: Overhead, path: Path) -> None:
-    """As JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def lines(result: Overhead) -> list[str]:

@@ -7,7 +7,6 @@ together: results are one JSON file, which the documentation draws.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -292,14 +291,6 @@ def correlate(points: list[Point]) -> list[Correlation]:
                 )
             )
     return found
-
-
-def write(result: Regularity, path: Path) -> None:
-    """As JSON, a point a line, so that a later measurement shows what changed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps(result.model_dump(exclude={"points"}), ensure_ascii=False)[:-1]
-    lines = ",\n".join(point.model_dump_json() for point in result.points)
-    path.write_text(f'{head}, "points": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def words(result: Regularity) -> list[str]:

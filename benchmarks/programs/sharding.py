@@ -202,12 +202,6 @@ def _count(step: Any, rank: int) -> list[int]:
     return counts
 
 
-def write(result: Sharding, path: Path) -> None:
-    """As JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-
 def lines(result: Sharding) -> list[str]:
     """A line for each method, model and number of ranks."""
     return [

@@ -6,11 +6,8 @@ which the documentation draws.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from statistics import mean
 from typing import Literal
 
@@ -298,23 +295,6 @@ def sparse_layer(units: int, zeros: float) -> list[Timing]:
     )
     inputs = torch.randn(max(BATCHES), units, generator=drawn)
     return [versus(dense, sparsity.to_sparse(dense), inputs[:batch]) for batch in BATCHES]
-
-
-def write(result: Sparsity, path: Path) -> None:
-    """As JSON, a record a line, so that a later measurement shows what changed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lists: dict[str, Sequence[BaseModel]] = {
-        "runs": result.runs,
-        "chosen": result.chosen,
-        "networks": result.networks,
-        "layers": result.layers,
-    }
-    head = json.dumps(result.model_dump(exclude=set(lists)), ensure_ascii=False)[:-1]
-    parts = [
-        f'"{name}": [\n' + ",\n".join(record.model_dump_json() for record in records) + "\n]"
-        for name, records in lists.items()
-    ]
-    path.write_text(f"{head}, {', '.join(parts)}}}\n", encoding="utf-8")
 
 
 def summary(result: Sparsity) -> list[str]:

@@ -6,11 +6,9 @@ weights under AdamW, is what it is held against. Results are one JSON file, whic
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import joblib
@@ -143,11 +141,3 @@ def measure(workers: int, advance: Advance) -> Transfer:
         advance("transfer", 1)
     points = [Point(size=s, optimizer=n, lr=lr, losses=losses[i]) for i, (s, n, lr) in enumerate(cells)]
     return Transfer(torch=torch.__version__, seconds=time.perf_counter() - began, settings=SETTINGS, points=points)
-
-
-def write(result: Transfer, path: Path) -> None:
-    """As JSON, a point a line, so that a later measurement shows what changed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps(result.model_dump(exclude={"points"}))[:-1]
-    lines = ",\n".join(point.model_dump_json() for point in result.points)
-    path.write_text(f'{head}, "points": [\n{lines}\n]}}\n', encoding="utf-8")

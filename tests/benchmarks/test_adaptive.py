@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.programs import adaptive, overhead
+from benchmarks.programs.kept import write
 from benchmarks.results import Results, collect
 from benchmarks.store import Store
 from benchmarks.study.clusters import connect
@@ -44,7 +45,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 def test_what_is_kept_is_what_was_found(small, tmp_path):
     kept = adaptive.condensed(small)
-    adaptive.write(kept, tmp_path / "kept.json")
+    write(kept, tmp_path / "kept.json")
     assert adaptive.AdaptiveStudy.model_validate_json((tmp_path / "kept.json").read_text(encoding="utf-8")) == kept
     rows = small.tasks["digits"].rows
     for arm, row in zip(kept.arms, rows, strict=True):
@@ -76,7 +77,7 @@ def test_the_overhead_is_measured_in_pairs(monkeypatch, tmp_path):
     ]
     assert all(c.low <= c.median <= c.high for c in result.costs)
     assert len(overhead.lines(result)) == len(result.costs)
-    overhead.write(result, tmp_path / "overhead.json")
+    write(result, tmp_path / "overhead.json")
     assert json.loads((tmp_path / "overhead.json").read_text(encoding="utf-8"))["default"] == overhead.DEFAULT_EVERY
 
 
