@@ -15,7 +15,7 @@ from normopt._checks import is_low_precision
 from normopt.kernels.fused import Look, Remembered, Stepper
 from normopt.loading import check_loaded, completed, pairs
 from normopt.norms import registry, scales
-from normopt.norms.base import Norm, Scale, real, working
+from normopt.norms.base import Norm, Scale, real, reals, working
 from normopt.norms.scales import NormPair, over_the_group
 from normopt.params import batches, warn_if_stuck, with_gradients
 from normopt.plan import Plan, make_plan
@@ -414,7 +414,7 @@ class SteepestDescent(Optimizer):
         reach = lr if plan.radius == 1 else lr * plan.radius
         if plan.agr and cut:
             sums = yield from combined(agr.measure(g), layouts, agr.combine)
-            g = agr.apply(g, sums, [p.numel() * (2 if p.is_complex() else 1) for p in params])
+            g = agr.apply(g, sums, list(map(reals, params)))
         elif plan.agr:
             g = agr.agr(g)
         if plan.decays == "coupled":

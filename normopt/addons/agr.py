@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from normopt._checks import check_bool
 from normopt.addons.attach import AddOn, Closure, refuse_sparse
 from normopt.engine import SteepestDescent
-from normopt.norms.base import real, working
-from normopt.sharding.exchange import by_group, combined, lockstep
-from normopt.sharding.layout import layout_of, local
+from normopt.norms.base import real, reals, working
+from normopt.sharding.exchange import of_each
+from normopt.sharding.layout import local
 from normopt.stages import agr
 
 
@@ -119,19 +119,10 @@ class AGR(AddOn):
 
 def _regularized(gradients: list[Tensor]) -> Iterator[Tensor]:
     """New tensors that lie in memory as the gradients do: some fused steps rely on it."""
-    layouts = [layout_of(g) for g in gradients]
-    sums: dict[int, Tensor] = {}
-    for members in by_group(layouts):
-        if layouts[members[0]] is not None:  # those of all tensors travel together
-            here = agr.measure([working(real(local(gradients[i]))) for i in members])
-            walk = combined(here, [layouts[i] for i in members], agr.combine)
-            sums |= dict(zip(members, lockstep([walk])[0], strict=True))
-    for i, g in enumerate(gradients):
+    sums = of_each(gradients, lambda g: agr.measure([working(real(g))])[0], agr.combine)
+    for g, scalars in zip(gradients, sums, strict=True):
         new = torch.empty_like(g)
-        x = [working(real(local(g)))]
-        entries = g.numel() * (2 if g.is_complex() else 1)
-        found = agr.apply(x, sums[i][None], [entries]) if i in sums else agr.agr(x)
-        real(local(new)).copy_(found[0])
+        real(local(new)).copy_(agr.apply([working(real(local(g)))], scalars[None], [reals(g)])[0])
         yield new
 
 

@@ -218,7 +218,8 @@ class LpDecay(AddOn):
     @torch.no_grad()
     def _note(self, group: Mapping[str, Any], weights: list[Tensor]) -> None:
         """Keep the factors of weights as they are now, for after the step."""
-        p, over, heads = _exponent_now(group), group["lp_over"], group["lp_heads"]
+        p, over = _exponent_now(group), group["lp_over"]
+        heads = group["lp_heads"] if over == "heads" else None
         for w in weights:
             reach = _on(group["lr"], w) * _on(group["lp_decay"], w)
             here = working(real(local(w)))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normopt.diagnostics.sketch import Sketch
-from normopt.norms.base import real
+from normopt.norms.base import real, reals
 from normopt.sharding.exchange import summed
 from normopt.sharding.layout import layout_of, local
 
@@ -60,7 +60,7 @@ class Weights:
             of_device = self.on.setdefault(p.device, [])
             if layout is not None or self.cut is None or self.cut.rank == 0:
                 of_device.append(p)
-        self.sizes = [sum(local(p).numel() * (2 if p.is_complex() else 1) for p in ps) for ps in self.on.values()]
+        self.sizes = [sum(reals(local(p)) for p in ps) for ps in self.on.values()]
 
     @torch.no_grad()
     def now(self) -> list[Tensor]:

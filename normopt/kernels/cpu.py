@@ -12,6 +12,7 @@ from torch import Tensor
 
 from normopt.kernels import numba as kernels
 from normopt.kernels import totals
+from normopt.kernels.compiling import called
 from normopt.kernels.flags import EMA, GENERAL, HEAVY, LINEAR, NONE, Flags, Numbers
 from normopt.kernels.pool import share_out
 from normopt.kernels.tables import Array, Batch, Block, Chunks
@@ -70,31 +71,34 @@ def run(
     for block, place in ready.blocks:
 
         def everywhere(kernel: kernels.Kernel, *more: object, block: Block = block) -> None:
-            share_out(lambda a, b: kernel(*tensors, a, b, *more), chunks, block.chunk, block.chunks)
+            def work(a: int, b: int) -> None:
+                kernel(*tensors, a, b, *more)
+
+            called(share_out, work, chunks, block.chunk, block.chunks, compiled=kernel)
 
         where: Places = (chunks.first, chunks.ends, block.tensor, block.tensors)
         if flags.agr:
             everywhere(ready.agr, values[kernels.UNSCALE], sums)
             if layouts:
-                totals.largest_of_each(sums, chunks.first, chunks.ends, here := np.empty((n, 2)))
+                called(totals.largest_of_each, sums, chunks.first, chunks.ends, here := np.empty((n, 2)))
                 sums, where = yield from _of_all_ranks(here, layouts)
             sizes = np.array([lay.shape.numel() for lay in layouts]) if layouts else chunks.sizes
-            totals.regularizers(sums, sizes, *where, rows)
+            called(totals.regularizers, sums, sizes, *where, rows)
         if flags.scaled:
             everywhere(ready.norms, rows, values, ready.exponent, partials, powers, place)
             exponent, how = float(numbers.exponent), SCALES[scale]
             if layouts:
                 here = np.empty((n, 4))
-                totals.merge_each(partials, chunks.first, chunks.ends, exponent, how == totals.MATCHED, here)
+                called(totals.merge_each, partials, chunks.first, chunks.ends, exponent, how == totals.MATCHED, here)
                 partials, where = yield from _of_all_ranks(here, layouts)
-            totals.duals(partials, *where, whole_group, exponent, how, ready.spared, rows, duals, factors)
+            called(totals.duals, partials, *where, whole_group, exponent, how, ready.spared, rows, duals, factors)
         everywhere(ready.update, rows, values, ready.exponent, ready.decay_exponent, int(seed), powers, place)
     return (torch.from_numpy(duals), torch.from_numpy(factors)) if flags.scaled else None
 
 
 def _of_all_ranks(here: Array, layouts: Sequence[Layout]) -> Walk[tuple[Array, Places]]:
     """The sums of each tensor from all ranks, one below the other, and where they are."""
-    found = yield Partials(torch.from_numpy(here), layouts[0].group, layouts[0].ranks)
+    found = yield Partials(torch.from_numpy(here), layouts[0])
     n, ranks = len(layouts), layouts[0].ranks
     first = np.arange(n) * ranks
     return found.reshape(n * ranks, -1).numpy(), (first, first + ranks, 0, n)

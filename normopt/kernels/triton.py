@@ -439,7 +439,7 @@ def run(
                 gradient_sums[grid](table, cuts, unscale, sums, constants["GRADIENT_TYPE"], aligned, **OPTIONS)
             if layouts:
                 here = torch.nn.functional.pad(sums, (0, 1))[padded].sum(1)
-                sums = (yield Partials(here[:, None], layouts[0].group, ranks)).flatten()
+                sums = (yield Partials(here[:, None], layouts[0])).flatten()
             regularizer[(n,)](spans, sums, regularizers, **OPTIONS)
         given = table, cuts, values, unscale, found_inf, seed if flags.rounding == choices.STOCHASTIC else None
         if flags.scaled:
@@ -451,7 +451,7 @@ def run(
                 walk[grid](*given, regularizers, None, sums, MEASURING=True, **constants)
             if layouts:
                 here = _merged(sums, padded, numbers.exponent)
-                sums = (yield Partials(here, layouts[0].group, ranks)).flatten(0, 1).contiguous()
+                sums = (yield Partials(here, layouts[0])).flatten(0, 1).contiguous()
             measure[(len(spans),)](spans, sums, values, measured, flags.matched, scale == "dual", **OPTIONS)
         if len(chunks):
             walk[grid](*given, regularizers, measured, None, MEASURING=False, **constants)
@@ -469,9 +469,8 @@ def _padded(chunks: Chunks) -> list[Array]:
 
 def _merged(sums: Tensor, padded: Tensor, exponent: float | Tensor) -> Tensor:
     """M and the sums relative to it of each tensor, shape [n, 4], from those of its chunks."""
-    none = sums.new_tensor([float(np.finfo(np.float32).tiny), 0, 0, 0])
-    tops, totals, squares, powers = torch.cat([sums, none[None]])[padded].unbind(-1)
-    top = tops.amax(1)
+    tops, totals, squares, powers = torch.nn.functional.pad(sums, (0, 0, 0, 1))[padded].unbind(-1)
+    top = tops.amax(1).clamp_min(float(np.finfo(np.float32).tiny))  # of a tensor of which nothing is here
     ratios = tops / top[:, None]
     each = totals * ratios ** (1 + exponent), squares * ratios**2, powers * ratios ** (2 * exponent)
     return torch.stack([top, *(x.sum(1) for x in each)], 1)

@@ -334,6 +334,11 @@ def real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
+def reals(x: Tensor) -> int:
+    """How many real numbers a tensor holds; all of it, if it is a DTensor."""
+    return x.numel() * (2 if x.is_complex() else 1)
+
+
 def working(x: Tensor) -> Tensor:
     """``x`` in the dtype that arithmetic is done in: float32 for 16-bit floats, else its own."""
     if not x.is_floating_point():

@@ -48,9 +48,14 @@ def direction(
     if scale == "dual":
         return u, NormPair(dual, dual)
     if scale == "unit":
-        return u, NormPair(torch.where(dual > 0, 1, dual), dual)  # 0 and NaN stay
+        return u, unit_pair(dual)
     u, factors = matched(u, c)
     return u, NormPair(factors.to(dual), dual)
+
+
+def unit_pair(dual: Tensor) -> NormPair:
+    """Of unit steps: 1, where the dual norm is neither 0 nor NaN, which stay."""
+    return NormPair(torch.where(dual > 0, 1, dual), dual)
 
 
 def over_the_group(pairs: list[NormPair | None], whole_group: bool, radius: float) -> NormPair | None:

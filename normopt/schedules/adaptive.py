@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt._checks import check_number
-from normopt.norms.base import stack
+from normopt.norms.base import reals, stack
 from normopt.norms.lp import Lp
 from normopt.schedules.base import PSchedule, along_the_exponent
 from normopt.sharding.exchange import as_one_vector
@@ -155,4 +155,4 @@ def density(x: list[Tensor]) -> Tensor:
     """``‖x‖₁²/(d‖x‖₂²)`` of tensors as one vector, 0-d; NaN where all are zero."""
     g = [t.to_dense() if t.is_sparse else t for t in x]
     l1, l2 = (as_one_vector(norm, g) for norm in (Lp(math.inf), Lp(2.0)))
-    return (l1 / l2).square() / sum(t.numel() * (2 if t.is_complex() else 1) for t in g)
+    return (l1 / l2).square() / sum(map(reals, g))

@@ -39,7 +39,7 @@ def check_agreement(work: Sequence[tuple[Plan, list[Tensor]]]) -> None:
     shapes = [[(tuple(p.shape), str(p.dtype), _cut(p)) for p in params] for _, params in work]
     settings = [(str(plan), "a tensor" if isinstance(plan.lr, Tensor) else plan.lr) for plan, _ in work]
     mine = torch.tensor([[float(count), _hash(shapes), _hash(settings)]], dtype=torch.float64)
-    asked = [Partials(mine.to(device), lay.group, lay.ranks) for lay in layouts.values()]
+    asked = [Partials(mine.to(device), lay) for lay in layouts.values()]
     for everyones in gathered(asked):
         told = everyones[0].tolist()
         for aspect, column in zip(ASPECTS, zip(*told, strict=True), strict=True):

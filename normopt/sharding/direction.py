@@ -86,7 +86,7 @@ def _of_sums(
     if scale == "dual":
         return u, NormPair(dual, dual)
     if scale == "unit":
-        return u, NormPair(torch.where(dual > 0, 1, dual), dual)
+        return u, scales.unit_pair(dual)
     l2 = Lp(2.0)
     lengths = yield from combined(l2.measure([*c, *u]), [*layouts, *layouts], l2.combine)
     ours, theirs = lengths[:, 0].tensor_split(2)
@@ -102,7 +102,7 @@ def _of_rows(norm: Norm, c: list[Tensor], layouts: Sequence[Layout]) -> Walk[tup
     sums = torch.stack([f * n for f, (n, _) in zip(factors, pairs, strict=True)])[:, None]
     dual = (yield from combined(sums, layouts, norm.combine))[:, 0]
     u = [f * d for f, (_, d) in zip(factors, pairs, strict=True)]
-    return u, NormPair(torch.where(dual > 0, 1, dual), dual)
+    return u, scales.unit_pair(dual)
 
 
 def _of_shares(

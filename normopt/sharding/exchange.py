@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normopt.norms.base import Norm, real, stack, working
+from normopt.norms.base import Norm, real, working
 from normopt.sharding.layout import Layout, layout_of, local
 
 if TYPE_CHECKING:
@@ -23,11 +23,10 @@ T = TypeVar("T")
 
 
 class Partials(NamedTuple):
-    """What a walk asks with: the partial sums of n tensors on this rank, shape [n, w], and whose others it needs."""
+    """What a walk asks with: the partial sums of n tensors on this rank, shape [n, w], and how one of them lies."""
 
     sums: Tensor
-    group: ProcessGroup
-    ranks: int
+    layout: Layout
 
 
 Walk = Generator[Partials, Tensor, T]
@@ -44,7 +43,7 @@ def pieces(sums: Tensor, layouts: Layouts) -> Walk[list[Tensor]]:
     cut = next((lay for lay in layouts if lay is not None), None)
     if cut is None:
         return list(sums[:, None])
-    found = yield Partials(sums, cut.group, cut.ranks)
+    found = yield Partials(sums, cut)
     return [x[:1] if lay is None else x for x, lay in zip(found, layouts, strict=True)]
 
 
@@ -96,18 +95,14 @@ def gathered(asked: Sequence[Partials]) -> list[Tensor]:
     They travel in float64, in which every smaller float is exact.
     """
     found: dict[int, Tensor] = {}
-    groups = {id(a.group): a.group for a in asked}
-    for key, group in groups.items():
-        of_group = [i for i, a in enumerate(asked) if id(a.group) == key]
-        sums = [asked[i].sums for i in of_group]
-        home = sums[0].device
-        mine = torch.cat([x.to(home, torch.float64).reshape(-1) for x in sums])
-        ranks = asked[of_group[0]].ranks
-        everyones = mine.new_empty(ranks, len(mine))
-        dist.all_gather(list(everyones), mine, group=group)
+    for members in by_group([a.layout for a in asked]):
+        sums, layout = [asked[i].sums for i in members], asked[members[0]].layout
+        mine = torch.cat([x.to(sums[0].device, torch.float64).reshape(-1) for x in sums])
+        everyones = mine.new_empty(layout.ranks, len(mine))
+        dist.all_gather(list(everyones), mine, group=layout.group)
         parts = torch.split(everyones, [x.numel() for x in sums], dim=1)
-        for i, x, part in zip(of_group, sums, parts, strict=True):
-            found[i] = part.reshape(ranks, *x.shape).transpose(0, 1).to(x)
+        for i, x, part in zip(members, sums, parts, strict=True):
+            found[i] = part.reshape(layout.ranks, *x.shape).transpose(0, 1).to(x)
     return [found[i] for i in range(len(asked))]
 
 
@@ -133,18 +128,27 @@ def by_group(layouts: Layouts) -> list[list[int]]:
     return list(found.values())
 
 
+def of_each(
+    xs: Sequence[Tensor], measure: Callable[[Tensor], Tensor], combine: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """What the partial sums of each tensor come to, wherever its parts lie: shape [s] each.
+
+    Args:
+        xs: tensors, of any layouts.
+        measure: the partial sums of what is here of a tensor, shape [w].
+        combine: from [n, k, w], of k ranks, to [n, s].
+    """
+    walks = [combined(measure(local(x))[None], [layout_of(x)], combine) for x in xs]
+    return [scalars[0] for scalars in lockstep(walks)]
+
+
 def nonzero(params: Sequence[Tensor]) -> list[bool]:
     """Whether each tensor has an entry that is not 0, on whatever rank."""
-    layouts = [layout_of(p) for p in params]
-    found: dict[int, bool] = {}
-    for members in by_group(layouts):
-        here = [local(params[i]).any().to(torch.float32) for i in members]
-        walk = combined(stack(here)[:, None], [layouts[i] for i in members], lambda x: x.amax(1))
-        found |= dict(zip(members, lockstep([walk])[0][:, 0].tolist(), strict=True))
-    return [bool(found[i]) for i in range(len(params))]
+    found = of_each(params, lambda x: x.any().reshape(1).to(torch.float32), lambda sums: sums.amax(1))
+    return [bool(x) for x in found]
 
 
-def summed(numbers: Tensor, layout: Layout | None) -> Tensor:
+def summed(numbers: Tensor, layout: Layout) -> Tensor:
     """The sum of numbers over the ranks of a layout, in their order."""
     walk = combined(numbers.reshape(1, -1), [layout], lambda x: x.sum(1))
     return lockstep([walk])[0].view_as(numbers)

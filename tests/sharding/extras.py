@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import normopt
@@ -147,7 +146,3 @@ def adaptive() -> float:
     a, b = (float(opt.param_groups[0]["p"]) for opt in opts)
     assert a != 8.0
     return abs(a - b) / a
-
-
-def summed_up(x: Tensor) -> float:
-    return float(x.sum())
