@@ -407,3 +407,37 @@ def test_kernels_come_from_the_cache_in_another_process(tmp_path: Path):
     assert first.count("data saved") >= 3
     assert "data saved" not in second
     assert second.count("data loaded") >= 3
+
+
+def test_processes_that_compile_at_once_take_turns(tmp_path):
+    """Four fill a cache at once in which an older source's files lie, and Numba is slow to overwrite them."""
+    code = """
+import sys, time, torch
+from numba.core import caching
+
+source, turn = map(int, sys.argv[1:])
+save = caching.IndexDataCacheFile._save_data
+caching.IndexDataCacheFile._save_data = lambda *args: (time.sleep(0.1), save(*args))
+caching._SourceFileBackedLocatorMixin.get_source_stamp = lambda self: source
+
+import normopt
+
+torch.manual_seed(0)
+ways = [(2.7, "dual"), (3.0, "matched"), (1.5, "unit"), (8.0, "power")]
+for p, scale in ways[turn:] + ways[:turn]:
+    plain, fused = ([torch.nn.Parameter(torch.linspace(-1, 1, 500))] for _ in range(2))
+    for params, how in ((plain, dict(foreach=False)), (fused, dict(fused=True))):
+        params[0].grad = torch.linspace(-3, 2, 500)
+        normopt.SteepestDescent(params, lr=0.1, norm="lp", p=p, scale=scale, agr=True, **how).step()
+    torch.testing.assert_close(fused[0], plain[0], rtol=1e-5, atol=1e-6)
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def start(source, turn):
+        command = [sys.executable, "-c", code, str(source), str(turn)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    for running in ([start(1, 0)], [start(2, turn) for turn in range(4)]):
+        for process in running:
+            _, said = process.communicate(timeout=300)
+            assert process.returncode == 0, said
