@@ -363,7 +363,8 @@ for i, (tile, (name, norm)) in enumerate(
     zip(top.subplots(1, 4), NORMS.items(), strict=True)
 ):
     D = norm.dual_map([G])[0]
-    tile.imshow(D, cmap="RdBu", clim=(-1.5 * D.abs().max(), 1.5 * D.abs().max()))
+    edge = 1.5 * D.abs().max().item()
+    tile.imshow(D.numpy(), cmap="RdBu", clim=(-edge, edge))
     tile.set(title=name, xticks=[], yticks=[])
     values = torch.linalg.svdvals(D)
     rank = int((values > 1e-5 * values[0]).sum())
