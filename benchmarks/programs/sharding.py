@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 from collections.abc import Sequence
@@ -157,12 +158,21 @@ def measure(advance: Advance, ranks: Sequence[int] = RANKS, widths: Sequence[int
 
 
 def _rank(rank: int, ranks: int, folder: str, widths: list[int]) -> None:
-    """One process: [collectives, bytes received] of every method and width."""
+    """One process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    found = _counts(rank, ranks, widths)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    gc.collect()  # sharded tensors first: a group that is taken down while they hold it can abort the process
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _counts(rank: int, ranks: int, widths: list[int]) -> list[list[int]]:
+    """[collectives, bytes received] of every method and width."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
     found = []
     for method in METHODS.values():
@@ -176,9 +186,7 @@ def _rank(rank: int, ranks: int, folder: str, widths: list[int]) -> None:
             opt = normopt.SteepestDescent(params, lr=0.1, **method.settings)
             opt.step()
             found.append(_count(opt.step, rank))
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 def _count(step: Any, rank: int) -> list[int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -103,14 +103,22 @@ def layout_of(x: Tensor) -> Layout | None:
             "replicate: FSDP2 on one dim, HSDP, or tensor parallelism without FSDP"
         )
     dim = cast(Shard, d.placements[cut[0]]).dim % max(d.dim(), 1)
-    # The group is part of the key: a mesh that is made anew equals the old one, whose groups are gone.
-    return _layout(mesh, mesh.get_group(cut[0]), cut[0], dim, d.shape)
+    ranks, rank = _place(mesh, cut[0])
+    return Layout(mesh.get_group(cut[0]), ranks, rank, dim, d.shape)
 
 
-@lru_cache(maxsize=1 << 14)
-def _layout(mesh: DeviceMesh, group: ProcessGroup, of_mesh: int, dim: int, shape: torch.Size) -> Layout:
-    """Asking a mesh takes some ten microseconds, which a step would spend several times for every tensor."""
-    return Layout(group, mesh.size(of_mesh), mesh.get_local_rank(of_mesh), dim, shape)
+# Numbers alone: what held a mesh or a group would keep it alive after it was taken down, which gloo answers by an abort
+# at the interpreter's exit.
+_places: WeakKeyDictionary[DeviceMesh, dict[tuple[int, int], tuple[int, int]]] = WeakKeyDictionary()
+
+
+def _place(mesh: DeviceMesh, of_mesh: int) -> tuple[int, int]:
+    """(how many ranks, which one this is) along a dim of a mesh, which takes ten microseconds to tell."""
+    known = _places.setdefault(mesh, {})
+    key = torch.distributed.get_rank(), of_mesh
+    if key not in known:
+        known[key] = mesh.size(of_mesh), mesh.get_local_rank(of_mesh)
+    return known[key]
 
 
 def check_parts(params: Iterable[Tensor]) -> None:
