@@ -140,7 +140,7 @@ class AddOn(ABC):
 
     @_disable_dynamo
     def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        if not self._outermost.enter():
+        if not self._outermost.enter(optimizer, args, kwargs):
             return None
         self._recover()
         self._complete_groups()

@@ -73,8 +73,9 @@ class GeometryMonitor:
     The gradient is what ``.grad`` holds when ``step()`` is called, or, if a closure is given, when that has returned
     for the last time. `AGR` and `LpDecay` act before the monitor looks, whichever was attached first: it sees the
     regularized gradient and the decayed weights. Scaled gradients that a fused step unscales itself (GradScaler) are
-    measured unscaled. A step that calls a hooked step inside is one step. A sparse gradient is measured as the dense
-    one that it means.
+    measured unscaled. A step that calls a hooked step inside is one step, and that by which
+    torch.distributed.checkpoint has an optimizer create its state is none. A sparse gradient is measured as the dense
+    one that it means. Quantized weights, of integers or of 8-bit floats, are left out.
 
     Args:
         optimizer: any torch.optim.Optimizer.
@@ -229,7 +230,7 @@ class GeometryMonitor:
         return drawn(self.rows)
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        if not self._outermost.enter():
+        if not self._outermost.enter(optimizer, args, kwargs):
             return None
         self._begun = None
         if self.steps % self.every:

@@ -38,7 +38,8 @@ class TrajectoryMonitor:
     **Call ``record(loss)`` once for every step**, always before ``step()`` or always after it (the first call of the
     two decides which), with the loss at the weights before the step: for a step with a closure, what it
     returned. Two records for one step raise; a step without one is kept, and its γ is NaN and counted in
-    `Trajectory.invalid`. A step that raises does not count, and a step within a step is part of it.
+    `Trajectory.invalid`. A step that raises does not count, a step within a step is part of it, and that by which
+    torch.distributed.checkpoint has an optimizer create its state is none.
 
     Args:
         optimizer: any; all its parameters are watched, those without a gradient too. None may be added later.
@@ -222,8 +223,8 @@ class TrajectoryMonitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _before(self, optimizer: Optimizer, *_: object) -> None:
-        if not self._outermost.enter():
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._outermost.enter(optimizer, args, kwargs):
             return
         if self.may_skip and self._recorded <= self._stepped:
             raise RuntimeError("with may_skip=True, record(loss) must be called before step(): this step has no loss")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import normopt
@@ -146,3 +147,30 @@ def adaptive() -> float:
     a, b = (float(opt.param_groups[0]["p"]) for opt in opts)
     assert a != 8.0
     return abs(a - b) / a
+
+
+def creation_of_state(optimizer: str, dim: int) -> tuple[list[int], list[int]]:
+    """How many steps are counted of one that creates state, and with one whose gradient one rank alone has."""
+    cut = both(dim)[1]
+    model = torch.nn.ParameterList(cut)
+    opt = getattr(torch.optim, optimizer)(model.parameters(), lr=torch.tensor(0.01), weight_decay=0, foreach=False)
+    geometry, trajectory = normopt.GeometryMonitor(opt, every=1), normopt.TrajectoryMonitor(opt, sketch=64)
+    normopt.LpDecay(opt, over="rows", warmup=5)
+    before = [whole(p.detach()).clone() for p in cut]
+
+    def counted() -> list[int]:
+        return [geometry.steps, trajectory._stepped, opt.param_groups[0]["lp_step"]]
+
+    get_optimizer_state_dict(model, opt)
+    created = counted()
+    assert all(torch.equal(whole(p.detach()), w) for p, w in zip(cut, before, strict=True))
+    opt.state.clear()
+    for p in cut:
+        p.grad = torch.zeros_like(p)
+    gradient = cut[0].grad
+    assert gradient is not None
+    if dist.get_rank() == 0:
+        gradient.to_local()[0, 0] = 1.0  # type: ignore[attr-defined]
+    opt.param_groups[0]["lr"] = 0.0
+    opt.step(closure=None)
+    return created, counted()

@@ -44,3 +44,11 @@ def test_sketched_trajectory(ranks: Ranks) -> None:
 
 def test_adaptive_p(ranks: Ranks) -> None:
     assert max(ranks.call(extras.adaptive)) <= 1e-6
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_step_that_creates_state_is_counted_by_no_rank(optimizer: str, dim: int, ranks: Ranks) -> None:
+    for created, warming_up in ranks.call(extras.creation_of_state, optimizer, dim):
+        assert created == [0, 0, 0]
+        assert warming_up == [1, 1, 0]  # a warm-up of the decay does not count at the number 0 as the lr
