@@ -72,11 +72,16 @@ def near(value: object, choices: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def equals(value: float | Tensor, number: float) -> bool:
+def equals(value: object, number: float) -> bool:
     """Whether a setting IS a number; a tensor never is, because its value is not to be read on the host."""
-    return not isinstance(value, Tensor) and value == number
+    return isinstance(value, numbers.Real) and value == number
 
 
 def is_low_precision(x: Tensor) -> bool:
     """Whether ``x`` is stored in fewer bits than the arithmetic is done in (float16, bfloat16)."""
     return x.dtype in (torch.float16, torch.bfloat16)
+
+
+def is_quantized(x: Tensor) -> bool:
+    """Whether ``x`` holds codes of numbers, which no gradient reaches: integers, or floats of 8 bits and fewer."""
+    return x.element_size() < 2 or not (x.is_floating_point() or x.is_complex())

@@ -14,7 +14,7 @@ from normopt.addons.attach import AddOn, Closure, refuse_sparse
 from normopt.engine import SteepestDescent
 from normopt.norms.base import real, reals, working
 from normopt.sharding.exchange import of_each
-from normopt.sharding.layout import local
+from normopt.sharding.layout import local, resolved
 from normopt.stages import agr
 
 
@@ -57,7 +57,8 @@ class AGR(AddOn):
     Raises:
         TypeError: not an optimizer, or one that wraps another and has no hooks.
         ValueError: a normopt optimizer, LBFGS, one that is ``differentiable``, or one that carries an AGR already.
-        RuntimeError: in ``step()``, for a sparse gradient, before anything is written.
+        RuntimeError: in ``step()``, before anything is written, for a gradient that is sparse, or that torch refuses
+            to be assigned, such as one whose parameter was given another shape or dtype since.
 
     Source: Adaptive Gradient Regularization, arXiv:2407.16944.
 
@@ -106,9 +107,13 @@ class AGR(AddOn):
         params = [p for group in groups for p in group["params"] if p.grad is not None]
         refuse_sparse(params, "AGR")
         gradients = [p.grad for p in params]
-        for p, new in zip(params, _regularized(gradients), strict=True):
-            self._stands.append(Stand(p, p.grad, new, _version(new)))
-            p.grad = new
+        try:
+            for p, new in zip(params, _regularized(gradients), strict=True):
+                self._stands.append(Stand(p, p.grad, new, _version(new)))
+                p.grad = new
+        except Exception:  # torch refuses it where a parameter was given a shape or dtype that its gradient has not
+            self._put_back()
+            raise
 
     def _put_back(self) -> None:
         for s in self._stands:
@@ -119,10 +124,10 @@ class AGR(AddOn):
 
 def _regularized(gradients: list[Tensor]) -> Iterator[Tensor]:
     """New tensors that lie in memory as the gradients do: some fused steps rely on it."""
-    sums = of_each(gradients, lambda g: agr.measure([working(real(g))])[0], agr.combine)
+    sums = of_each(gradients, lambda g: agr.measure([working(real(resolved(g)))])[0], agr.combine)
     for g, scalars in zip(gradients, sums, strict=True):
         new = torch.empty_like(g)
-        real(local(new)).copy_(agr.apply([working(real(local(g)))], scalars[None], [reals(g)])[0])
+        real(local(new)).copy_(agr.apply([working(real(resolved(local(g))))], scalars[None], [reals(g)])[0])
         yield new
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt._checks import check_bool, check_choice, check_number, equals, is_low_precision, near
+from normopt._checks import check_bool, check_choice, check_number, equals, is_low_precision, is_quantized, near
 from normopt.addons.attach import AddOn, Closure, refuse_sparse
 from normopt.addons.lengths import lengths
 from normopt.engine import SteepestDescent
 from normopt.norms.base import real, working
 from normopt.params import warn_if_stuck
-from normopt.sharding.layout import layout_of, local
+from normopt.sharding.layout import is_dtensor, layout_of, local
 from normopt.stages.decay import lp_factors
 from normopt.stages.write import scale_
 
@@ -196,21 +196,31 @@ class LpDecay(AddOn):
     def _greet(self, group: Mapping[str, Any]) -> None:
         if not equals(group["lp_decay"], 0) and _exponent_now(group) < 2:
             remedy = "lp_decay=0 in a param group of their own, or a warmup"
-            warn_if_stuck(group["params"], group["lp_p"], remedy, stacklevel=6)
+            dense = [w for w in group["params"] if w.layout == torch.strided]  # others are refused with a gradient
+            warn_if_stuck(dense, group["lp_p"], remedy, stacklevel=6)
 
     def _before(self, closure: Closure | None) -> Closure | None:
-        for group in self.optimizer.param_groups:
-            if not equals(group["lp_decay"], 0):
-                # Which weights a closure will give a gradient is not known yet.
-                wide = [w for w in group["params"] if w.dim() >= 2 and w.numel()]
-                self._note(group, [w for w in wide if closure is not None or w.grad is not None])
+        decayed = [
+            (group, [w for w in group["params"] if w.dim() >= 2 and w.numel() and not is_quantized(w)])
+            for group in self.optimizer.param_groups
+            if not equals(group["lp_decay"], 0)
+        ]
+
+        def refuse() -> None:
+            refuse_sparse((w for _, weights in decayed for w in weights), "LpDecay")
+
         if closure is None:
-            refuse_sparse((w for w, _ in self._due), "LpDecay")
+            refuse()
+        for group, weights in decayed:
+            # Which weights a closure will give a gradient is not known yet.
+            dense = [w for w in weights if w.layout == torch.strided]
+            self._note(group, [w for w in dense if closure is not None or w.grad is not None])
+        if closure is None:
             return None
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             loss = closure(*args, **kwargs)
-            refuse_sparse((w for w, _ in self._due), "LpDecay")
+            refuse()
             return loss
 
         return checked
@@ -222,17 +232,20 @@ class LpDecay(AddOn):
         heads = group["lp_heads"] if over == "heads" else None
         for w in weights:
             reach = _on(group["lr"], w) * _on(group["lp_decay"], w)
-            here = working(real(local(w)))
+            here = working(_reals(w))
             sizes = here if over == "entries" else lengths(here, layout_of(w), over, heads)
             self._due.append((w, lp_factors([sizes], p, reach)[0]))
 
     @torch.no_grad()
     def _after(self, closure: Closure | None) -> None:
-        due = [(real(local(w)), factor) for w, factor in self._due if closure is None or w.grad is not None]
+        stepped = [(w, factor) for w, factor in self._due if closure is None or w.grad is not None]
+        due = [(_reals(w), factor) for w, factor in stepped]
         found_inf = getattr(self.optimizer, "found_inf", None)  # a GradScaler's, while a fused step runs
         if isinstance(found_inf, Tensor):
             due = [(w, torch.where(found_inf.reshape(()).to(w.device) == 0, factor, 1)) for w, factor in due]
         scale_([w for w, _ in due], [factor for _, factor in due])
+        for w in filter(is_dtensor, (w for w, _ in stepped)):
+            torch.autograd.graph.increment_version(w)  # its part was written, of which autograd does not know
         self._due = []
         for group in self.optimizer.param_groups:
             if group["lp_step"] < group["lp_warmup"] and not equals(group.get("lr", 1), 0):
@@ -291,6 +304,12 @@ def _exponent_now(group: Mapping[str, Any]) -> float:
     """p, or where its way from 2 to p is in this step of the warm-up."""
     p, s, n = float(group["lp_p"]), group["lp_step"], group["lp_warmup"]
     return p if s >= n else 2 + (p - 2) * s / n
+
+
+def _reals(w: Tensor) -> Tensor:
+    """What is here of a weight as reals, sharing its memory, in which a lazily conjugated one is not conjugated yet."""
+    here = local(w)
+    return real(here.conj() if here.is_conj() else here)  # the sign of an imaginary part plays no role in a factor
 
 
 def _on(value: float | Tensor, w: Tensor) -> float | Tensor:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normopt.norms.base import Norm, real, working
-from normopt.sharding.layout import Layout, layout_of, local
+from normopt.sharding.layout import Layout, layout_of, local, resolved
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -162,5 +162,5 @@ def as_one_vector(norm: Norm, xs: Sequence[Tensor]) -> Tensor:
         xs: tensors of real floats of 32 bits or more, or parts of them.
     """
     layouts = [layout_of(x) for x in xs]
-    sums = norm.measure([working(real(local(x))) for x in xs])
+    sums = norm.measure([working(real(resolved(local(x)))) for x in xs])
     return norm.combine(torch.cat(lockstep([pieces(sums, layouts)])[0]))[0]
