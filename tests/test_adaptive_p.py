@@ -10,6 +10,7 @@ import torch
 
 import normopt
 from normopt.schedules import AdaptiveP, CosineP
+from normopt.schedules.adaptive import density
 
 SHAPES = ((4, 3), (7,))
 
@@ -236,3 +237,44 @@ def test_what_it_measures_stays_as_it_is():
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("what", ["conjugated", "negated", "csr", "coo", "of several dtypes"])
+def test_what_a_gradient_is_stored_as_does_not_matter(what):
+    torch.manual_seed(0)
+    z = torch.randn(4, 3, dtype=torch.complex64)
+    stored = {
+        "conjugated": [z.conj()],
+        "negated": [z.conj().imag],
+        "csr": [z.real.contiguous().to_sparse_csr()],
+        "coo": [z.real.to_sparse()],
+        "of several dtypes": [z.real.double(), z.imag.bfloat16(), z],
+    }[what]
+    dense = [g.to_dense().resolve_conj().resolve_neg() for g in stored]
+    x = np.concatenate([(torch.view_as_real(g) if g.is_complex() else g).double().numpy().ravel() for g in dense])
+    found = density(stored)
+    np.testing.assert_allclose(float(found), np.abs(x).sum() ** 2 / (x.size * (x**2).sum()), rtol=1e-6)
+
+
+def test_a_default_device_that_is_not_the_weights():
+    starts, found = [8.0, torch.tensor(8.0)], []
+    for device in ("cpu", "meta"):
+        opts = [optimizer(p=p) for p in starts]
+        for opt in opts:
+            backward(opt, seed=3, sparse=0.5)
+        with torch.device(device):
+            schedules = [AdaptiveP(opt) for opt in opts]
+            for schedule in schedules:
+                schedule.step()
+        found.append([float(opt.param_groups[0]["p"]) for opt in opts])
+    assert found[0] == found[1]
+    assert found[0][0] not in (2.0, 8.0)
+
+
+@pytest.mark.parametrize("p", [np.ones(3), [np.ones(2)], torch.ones(3), "a"], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize("make", [AdaptiveP, lambda opt: CosineP(opt, 3)], ids=["AdaptiveP", "CosineP"])
+def test_a_p_that_is_no_number_is_refused(make, p):
+    opt = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(2))], "p": p, "mine": np.ones(3)}], lr=0.1)
+    with pytest.raises((TypeError, ValueError), match="p of group 0 must be"):
+        make(opt)

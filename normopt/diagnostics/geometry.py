@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt.diagnostics.measures import Measure, copied, of_gradient, of_update
+from normopt._checks import is_quantized
+from normopt.diagnostics.measures import Measure, copied, entries, number, of_gradient, of_update
 from normopt.diagnostics.rows import METRICS, ROW, Ring, drawn
 from normopt.engine import SteepestDescent
 from normopt.hooks import OutermostStep
 from normopt.norms import registry
-from normopt.norms.base import Norm, real
+from normopt.norms.base import Norm
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import check_integer
 from normopt.sharding.layout import whole
@@ -129,7 +130,7 @@ class GeometryMonitor:
         self.steps = 0
         self.norm = None if norm is None else _named(norm)
         for group in optimizer.param_groups:
-            _refuse(group["params"], self.norm)
+            _refuse(_weights(group), self.norm)
         self._rings: dict[int, Ring] = {}
         self._kept: list[NDArray[Any]] = []  # what was flushed
         self._told = 0  # rows that a TensorBoard has
@@ -283,10 +284,15 @@ class _Begun:
     """What is known of a group before a step."""
 
     def __init__(self, group: dict[str, Any], measure: Measure) -> None:
-        self.params, self.lr, self.p = group["params"], group["lr"], group.get("p")
+        self.params, self.lr, self.p = _weights(group), number(group, "lr"), number(group, "p")
         self.measure = measure
-        self.weights = copied([real(whole(p)) for p in self.params])
+        self.weights = copied([entries(whole(p)) for p in self.params])
         self.gradient: Tensor | None = None
+
+
+def _weights(group: dict[str, Any]) -> list[Tensor]:
+    """A group's parameters but for quantized ones, whose numbers are codes."""
+    return [p for p in group["params"] if not is_quantized(p)]
 
 
 def _named(norm: str | Norm) -> Norm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from normopt.diagnostics.measures import entries
 from normopt.diagnostics.sketch import Sketch
-from normopt.norms.base import real, reals
 from normopt.sharding.exchange import summed
 from normopt.sharding.layout import layout_of, local
 
@@ -60,13 +61,30 @@ class Weights:
             of_device = self.on.setdefault(p.device, [])
             if layout is not None or self.cut is None or self.cut.rank == 0:
                 of_device.append(p)
-        self.sizes = [sum(reals(local(p)) for p in ps) for ps in self.on.values()]
+        self.shapes = [[_shape(p) for p in ps] for ps in self.on.values()]
+        self.sizes = [sum(map(math.prod, shapes)) for shapes in self.shapes]
 
     @torch.no_grad()
     def now(self) -> list[Tensor]:
-        """A copy of the weights as they are."""
+        """A copy of the weights as they are, on the devices where they were.
+
+        Raises:
+            RuntimeError: a parameter was given another shape.
+        """
+        for ps, shapes in zip(self.on.values(), self.shapes, strict=True):
+            for p, shape in zip(ps, shapes, strict=True):
+                if _shape(p) != shape:
+                    raise RuntimeError(
+                        f"a parameter has the shape {tuple(_shape(p))}, but had {tuple(shape)} when the monitor was "
+                        "made: call result() before shapes change, and make another monitor after it"
+                    )
         return [
-            torch.cat([torch.empty(0, dtype=self.dtype, device=device), *(_reals(p).to(self.dtype) for p in ps)])
+            torch.cat(
+                [
+                    torch.empty(0, dtype=self.dtype, device=device),
+                    *(entries(local(p)).reshape(-1).to(device, self.dtype) for p in ps),
+                ]
+            )
             for device, ps in self.on.items()
         ]
 
@@ -77,8 +95,10 @@ class Weights:
         return summed(torch.from_numpy(sums).to(next(iter(self.on))), self.cut).cpu().numpy()
 
 
-def _reals(p: Tensor) -> Tensor:
-    return real(local(p)).detach().reshape(-1)
+def _shape(p: Tensor) -> torch.Size:
+    """The shape of what is here of a parameter, as reals."""
+    here = local(p)
+    return torch.Size((*here.shape, 2)) if here.is_complex() else here.shape
 
 
 class Store(Protocol):

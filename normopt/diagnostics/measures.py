@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from normopt._checks import equals
 from normopt.norms.base import Norm, real, stack, working
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import MatrixNorm
-from normopt.sharding.layout import whole
+from normopt.sharding.layout import resolved, whole
 
 # Entries up to which tensors are measured together: small ones cost a call each otherwise, and a large one
 # gains nothing but a copy of all.
@@ -30,13 +31,25 @@ class Measure(NamedTuple):
     whole: bool
 
 
+def number(group: Mapping[str, Any], name: str) -> float | Tensor:
+    """A param group's setting as a number or a 0-d tensor; NaN where it has none, or something else of that name."""
+    value = group.get(name)
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()) if value.numel() == 1 and not value.is_complex() else math.nan
+    return float(value) if isinstance(value, numbers.Real) else math.nan
+
+
+def entries(x: Tensor) -> Tensor:
+    """The numbers of a tensor of any layout, dense and real, complex ones as pairs, conjugated if it is lazily so."""
+    return real(resolved(x if x.layout == torch.strided else x.to_dense()))
+
+
 def of_gradient(params: Sequence[Tensor], measure: Measure, scale: Tensor | None) -> Tensor | None:
     """grad_dual, grad_l2, density, density_q and anisotropy, shape [5]; None without entries.
 
     The gradients are those in ``.grad``, divided by a loss scale if there is one.
     """
-    grads = [whole(p.grad) for p in params if p.grad is not None]
-    g = [working(real(x.to_dense() if x.is_sparse else x)) for x in grads]
+    g = [working(entries(whole(p.grad))) for p in params if p.grad is not None]
     d = sum(x.numel() for x in g)
     if d == 0:
         return None
@@ -60,7 +73,7 @@ def of_gradient(params: Sequence[Tensor], measure: Measure, scale: Tensor | None
 
 def of_update(params: Sequence[Tensor], before: list[Piece], measure: Measure) -> Tensor | None:
     """update_norm, update_ratio and zeros, shape [3], of what a step has added to weights; None without entries."""
-    after = [real(whole(p)) for p in params]
+    after = [entries(whole(p)) for p in params]
     d = sum(x.numel() for x in after)
     if d == 0:
         return None

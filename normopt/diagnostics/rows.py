@@ -44,15 +44,15 @@ class Ring:
         self.written = self.fetched = self.lost = 0
 
     def add(
-        self, step: int, lr: float | Tensor, p: float | Tensor | None, gradient: Tensor | None, update: Tensor | None
+        self, step: int, lr: float | Tensor, p: float | Tensor, gradient: Tensor | None, update: Tensor | None
     ) -> None:
         """Write a row over the oldest; what is None is NaN."""
         at = self.written % len(self.steps)
         for i, value in enumerate((lr, p)):
             if isinstance(value, Tensor):
-                self.numbers[at, i].copy_(value.reshape(()))
+                self.numbers[at, i].copy_(value)
             else:  # a number is an argument of a kernel: as a tensor it would have to be copied, and waited for
-                self.numbers[at, i].fill_(math.nan if value is None else value)
+                self.numbers[at, i].fill_(value)
         for begin, end, values in ((GRADIENT, UPDATE, gradient), (UPDATE, len(METRICS), update)):
             if values is None:
                 self.numbers[at, begin:end].fill_(math.nan)

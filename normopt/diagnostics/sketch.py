@@ -61,12 +61,13 @@ class Sketch:
         check_size(k)
         self.k = k
         generator = torch.Generator().manual_seed(seed)
-        signs = 2.0 * torch.randint(2, (MIXED,), generator=generator) - 1
+        signs = 2.0 * torch.randint(2, (MIXED,), generator=generator, device="cpu") - 1
         self.mix = _hadamard(MIXED) * signs / math.sqrt(MIXED)  # a sum of 64 terms ±1/8: exact but for roundoff
         self.places: list[Tensor] = []
         for n, device in zip(sizes, devices, strict=True):
             # Twice as many places as buckets: the upper half is subtracted, which spares a multiplication by signs.
-            places = torch.randint(2 * k, (n + -n % MIXED,), generator=generator, dtype=torch.int16)
+            shape = (n + -n % MIXED,)
+            places = torch.randint(2 * k, shape, generator=generator, dtype=torch.int16, device="cpu")
             self.places.append(places.to(device))
 
     def __call__(self, pieces: Sequence[Tensor]) -> Tensor:
@@ -85,7 +86,7 @@ class Sketch:
 def _hadamard(n: int) -> Tensor:
     """The matrix of ±1 with orthogonal rows, for n a power of two."""
     if n == 1:
-        return torch.ones(1, 1)
+        return torch.ones(1, 1, device="cpu")
     half = _hadamard(n // 2)
     return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from normopt._checks import check_bool
 from normopt.diagnostics.iterates import LOSS, LR, OnDisk, Sketched, Weights
+from normopt.diagnostics.measures import number
 from normopt.diagnostics.sketch import check_size
 from normopt.diagnostics.trajectory import Trajectory, from_walk
 from normopt.hooks import OutermostStep
@@ -70,7 +71,8 @@ class TrajectoryMonitor:
             at the first step, for a directory that already
             holds a trajectory.
         RuntimeError: in ``record``, see there; in ``step()``, if the optimizer's parameters are no longer the
-            same, or for a step without a record under ``may_skip``. The weights are then as they were.
+            same or have other shapes, or for a step without a record under ``may_skip``. The weights are then as they
+            were.
 
     Source: as `Trajectory`; that sketches of the updates are enough: ours.
 
@@ -175,6 +177,7 @@ class TrajectoryMonitor:
         Raises:
             ValueError: no step was made yet, ``inf_loss`` is NaN, or a recorded loss lies below it.
             TypeError: ``inf_loss`` is no number.
+            RuntimeError: a parameter has another shape than at the start.
         """
         self._settle()
         if not self._store.steps:
@@ -209,13 +212,17 @@ class TrajectoryMonitor:
         self._moved = state_dict["moved"]
 
     def close(self) -> None:
-        """Detach from the optimizer, with the weights as they are as the end; `result` still works."""
-        if self._handles:
+        """Detach from the optimizer, with the weights as they are as the end; `result` still works.
+
+        Raises:
+            RuntimeError: a parameter has another shape than at the start; it is detached then, too.
+        """
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.remove()
+        if handles:
             self._settle()
             self._store.close()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
     def __enter__(self) -> Self:
         return self
@@ -268,12 +275,12 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
 
 def _single_lr(optimizer: Optimizer) -> float | Tensor:
     """The learning rate that all groups have, NaN if they have none or several; a tensor is not read."""
-    lrs = [group.get("lr", torch.nan) for group in optimizer.param_groups if group["params"]]
+    lrs = [number(group, "lr") for group in optimizer.param_groups if group["params"]]
     tensor = next((lr for lr in lrs if isinstance(lr, Tensor)), None)
     if tensor is None:
-        return float(lrs[0]) if all(lr == lrs[0] for lr in lrs) else torch.nan
+        return lrs[0] if all(lr == lrs[0] for lr in lrs) else torch.nan
     made = [
-        lr.detach().reshape(()).to(tensor.device, torch.float64)
+        lr.to(tensor.device, torch.float64)
         if isinstance(lr, Tensor)
         else torch.full((), lr, dtype=torch.float64, device=tensor.device)
         for lr in lrs

@@ -153,6 +153,6 @@ class AdaptiveP(PSchedule):
 @torch.no_grad()
 def density(x: list[Tensor]) -> Tensor:
     """``‖x‖₁²/(d‖x‖₂²)`` of tensors as one vector, 0-d; NaN where all are zero."""
-    g = [t.to_dense() if t.is_sparse else t for t in x]
+    g = [t.to_dense() if t.layout != torch.strided else t for t in x]
     l1, l2 = (as_one_vector(norm, g) for norm in (Lp(math.inf), Lp(2.0)))
     return (l1 / l2).square() / sum(map(reals, g))

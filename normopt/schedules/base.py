@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from normopt._checks import check_number
+
 
 class PSchedule(ABC):
     """What every schedule of p does: set p in the param groups, at once and after every ``step()``.
@@ -29,7 +31,7 @@ class PSchedule(ABC):
         last_step: s, 1 at first.
 
     Raises:
-        TypeError: what is given is not an optimizer.
+        TypeError: what is given is not an optimizer, or a group's p is no number.
         ValueError: no group of the optimizer has a p.
 
     Source: the paper that schedules p is arXiv:2606.02078; the habits are those of torch.optim.lr_scheduler.
@@ -40,6 +42,9 @@ class PSchedule(ABC):
             raise TypeError(f"a schedule of p takes an optimizer, but was given {type(optimizer).__name__}")
         self.optimizer = optimizer
         starts = [group.get("p") for group in optimizer.param_groups]
+        for i, p in enumerate(starts):
+            if p is not None:
+                check_number(f"p of group {i}", p, tensor=True)
         self.base_ps: list[float | None] = [None if p is None else float(p) for p in starts]
         if all(p is None for p in self.base_ps):
             raise ValueError(
