@@ -1,7 +1,7 @@
 """A fused step touches the memory that its tensors have at that moment, whatever was done to them since the last one.
 
-Each test does to a fused and to a for-loop optimizer what trainers do to parameters, gradients and state, and
-compares their weights and state step by step. What eager operations refuse is to be refused before anything is written.
+Each test does to a fused, a foreach and a for-loop optimizer what trainers do to parameters, gradients and state, and
+compares weights and state step by step. What eager operations refuse is to be refused before anything is written.
 """
 
 from __future__ import annotations
@@ -31,56 +31,57 @@ RULES = {
 }
 
 
-class Pair:
-    """The same parameters twice, one stepped fused and one by the for-loop, to both of which the same is done."""
+class Trio:
+    """The same parameters three times, stepped fused, by foreach and by the for-loop; the same is done to all."""
 
     def __init__(self, shapes=((7, 5), (40,), (3, 11)), dtype=torch.float32, **rule):
         torch.manual_seed(0)
         drawn = [torch.randn(s).to(dtype) for s in shapes]
-        self.params = [[torch.nn.Parameter(x.clone()) for x in drawn] for _ in range(2)]
-        how = ({"fused": True}, {"foreach": False})
+        how = ({"fused": True}, {"foreach": True}, {"foreach": False})
+        self.params = [[torch.nn.Parameter(x.clone()) for x in drawn] for _ in how]
         self.opts = [normopt.SteepestDescent(p, lr=1e-2, **h, **rule) for p, h in zip(self.params, how, strict=True)]
 
     def each(self, change):
-        """``change(params, opt)`` on both."""
+        """``change(params, opt)`` on all."""
         for params, opt in zip(self.params, self.opts, strict=True):
             change(params, opt)
 
     def gradients(self, missing=()):
-        for i, (p, q) in enumerate(zip(*self.params, strict=True)):
-            p.grad = None if i in missing else torch.randn_like(p)
-            q.grad = None if i in missing else p.grad.clone()
-
-    def align(self):
-        """The fused one starts from the weights and the state of the other: two free runs part at signs and powers."""
-        for p, q in zip(*self.params, strict=True):
-            with torch.no_grad():
-                p.copy_(q)
-            for key, value in self.opts[1].state.get(q, {}).items():
-                self.opts[0].state[p][key].copy_(value)
+        for i, same in enumerate(zip(*self.params, strict=True)):
+            g = torch.randn_like(same[0])
+            for p in same:
+                p.grad = None if i in missing else g.clone()
 
     def step(self, missing=()):
         self.gradients(missing)
-        before = [q.detach().clone() for q in self.params[1]]
+        self.step_with_these()
+
+    def step_with_these(self):
+        """Step, compare, and let all start from the for-loop's weights: free runs part at signs and powers."""
+        before = [q.detach().clone() for q in self.params[-1]]
         for opt in self.opts:
             opt.step()
-        self.compare(before)
-        self.align()
+        for params, opt in zip(self.params[:-1], self.opts[:-1], strict=True):
+            self.compare(params, opt, before)
+            for p, q in zip(params, self.params[-1], strict=True):
+                with torch.no_grad():
+                    p.copy_(q)
+                for key, value in self.opts[-1].state.get(q, {}).items():
+                    opt.state[p][key].copy_(value)
 
-    def compare(self, before):
-        for p, q, w in zip(*self.params, before, strict=True):
+    def compare(self, params, opt, before):
+        for p, q, w in zip(params, self.params[-1], before, strict=True):
             bits = 1e-2 if p.dtype == torch.bfloat16 else 2e-6
             size = torch.maximum(w.abs(), (q - w).abs().max()) if q.numel() else w.abs()
             assert ((p - q).abs() <= bits * size).all()
-            ours, theirs = (o.state.get(x, {}) for o, x in zip(self.opts, (p, q), strict=True))
+            ours, theirs = opt.state.get(p, {}), self.opts[-1].state.get(q, {})
             assert ours.keys() == theirs.keys()
             for key in ours:
                 assert ours[key].shape == p.shape
-                if key == BUFFER:
-                    torch.testing.assert_close(ours[key], theirs[key], rtol=bits, atol=bits)
+                torch.testing.assert_close(ours[key], theirs[key], rtol=bits, atol=bits)
 
     def refuse(self, match):
-        """Both refuse the step, and nothing is written."""
+        """All refuse the step, and nothing is written."""
         for params, opt in zip(self.params, self.opts, strict=True):
             kept = [p.detach().clone() for p in params], [s[BUFFER].clone() for s in opt.state.values()]
             versions = [p._version for p in params]
@@ -98,7 +99,7 @@ def rules(f):
 
 @rules
 def test_state_moved_away_and_back(name):
-    pair = Pair(**RULES[name])
+    trio = Trio(**RULES[name])
 
     def move(params, opt):
         states = [s[BUFFER] for s in opt.state.values()]
@@ -112,24 +113,24 @@ def test_state_moved_away_and_back(name):
         del keep
 
     for _ in range(3):
-        pair.step()
-        pair.each(move)
-    pair.step()
+        trio.step()
+        trio.each(move)
+    trio.step()
 
 
 @rules
 def test_parameters_cut_with_their_state(name):
     """A vocabulary of 50 rows is cut to 3 after a step."""
-    pair = Pair(((50, 8), (6,)), **RULES[name])
-    pair.step()
+    trio = Trio(((50, 8), (6,)), **RULES[name])
+    trio.step()
 
     def cut(params, opt):
         params[0].data = params[0].data[:3]
         opt.state[params[0]][BUFFER].data = opt.state[params[0]][BUFFER].data[:3]
 
-    pair.each(cut)
-    pair.step()
-    pair.step()
+    trio.each(cut)
+    trio.step()
+    trio.step()
 
 
 CHANGES = {
@@ -147,36 +148,36 @@ CHANGES = {
 @rules
 @pytest.mark.parametrize("change", CHANGES)
 def test_parameters_of_another_shape_than_their_state(name, change):
-    pair = Pair(((7, 5), (40,)), **RULES[name])
-    pair.step()
-    pair.gradients()
+    trio = Trio(((7, 5), (40,)), **RULES[name])
+    trio.step()
+    trio.gradients()
 
     def do(params, opt):
         params[0].data = CHANGES[change](params[0].data)
 
-    pair.each(do)
-    pair.refuse("gradient of a parameter")
-    pair.gradients()
-    pair.refuse(f"{BUFFER} of a parameter")
+    trio.each(do)
+    trio.refuse("gradient of a parameter")
+    trio.gradients()
+    trio.refuse(f"{BUFFER} of a parameter")
 
 
 @rules
 def test_a_square_transposed_in_place(name):
     """Same address, shape and size; other strides."""
-    pair = Pair(((6, 6), (40,)), **RULES[name])
-    pair.step()
-    pair.each(lambda params, opt: setattr(params[0], "data", params[0].data.t()))
-    pair.step()
-    pair.each(lambda params, opt: setattr(opt.state[params[0]][BUFFER], "data", opt.state[params[0]][BUFFER].data.t()))
-    pair.step()
+    trio = Trio(((6, 6), (40,)), **RULES[name])
+    trio.step()
+    trio.each(lambda params, opt: setattr(params[0], "data", params[0].data.t()))
+    trio.step()
+    trio.each(lambda params, opt: setattr(opt.state[params[0]][BUFFER], "data", opt.state[params[0]][BUFFER].data.t()))
+    trio.step()
 
 
 @rules
 def test_storages_swapped_between_steps(name):
-    pair = Pair(**RULES[name])
+    trio = Trio(**RULES[name])
     for _ in range(3):
-        pair.step()
-        pair.each(lambda params, opt: [setattr(p, "data", p.data.clone()) for p in params])
+        trio.step()
+        trio.each(lambda params, opt: [setattr(p, "data", p.data.clone()) for p in params])
         gc.collect()
 
 
@@ -184,10 +185,10 @@ def test_storages_swapped_between_steps(name):
 @pytest.mark.parametrize("left", [0, 1, 34])
 def test_a_storage_that_was_freed_or_shrunk_is_refused(which, left):
     """35 entries are needed. Eager operations would read past the end, so that only the fused step is asked."""
-    pair = Pair(((7, 5), (40,)), **RULES["SGD"])
-    pair.step()
-    pair.gradients()
-    params, opt = pair.params[0], pair.opts[0]
+    trio = Trio(((7, 5), (40,)), **RULES["SGD"])
+    trio.step()
+    trio.gradients()
+    params, opt = trio.params[0], trio.opts[0]
     x = {"parameter": params[0].data, "gradient": params[0].grad, BUFFER: opt.state[params[0]][BUFFER]}[which]
     x.untyped_storage().resize_(4 * left)
     other, momentum = params[1].detach().clone(), opt.state[params[1]][BUFFER].clone()
@@ -245,21 +246,17 @@ def test_gradients_of_other_dtypes_than_their_parameters(fused, scope, gradient,
 
 
 def test_the_dtype_of_one_gradient_changes_between_steps():
-    pair = Pair(**RULES["SGD"])
-    pair.step()
+    trio = Trio(**RULES["SGD"])
+    trio.step()
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        pair.gradients()
+        trio.gradients()
 
         def change(params, opt, dtype=dtype):
             params[1].grad_dtype = None
             params[1].grad = params[1].grad.to(dtype)
 
-        pair.each(change)
-        before = [q.detach().clone() for q in pair.params[1]]
-        for opt in pair.opts:
-            opt.step()
-        pair.compare(before)
-        pair.align()
+        trio.each(change)
+        trio.step_with_these()
 
 
 @rules
@@ -268,16 +265,16 @@ def test_the_dtype_of_one_gradient_changes_between_steps():
 def test_an_empty_parameter_and_a_step_without_the_other_gradients(name, empty, place):
     shapes = [(7, 5), (40,)]
     shapes.insert(place, empty)
-    pair = Pair(shapes, **RULES[name])
+    trio = Trio(shapes, **RULES[name])
     for missing in ((), {0, 1, 2} - {place}, (), {place}, {0, 1, 2}, ()):
-        pair.step(missing)
+        trio.step(missing)
 
 
 @rules
 def test_gradients_come_and_go(name):
-    pair = Pair(**RULES[name])
+    trio = Trio(**RULES[name])
     for missing in ((0,), (1,), (), (0, 1), (2,), (), ()):
-        pair.step(missing)
+        trio.step(missing)
 
 
 @rules
@@ -323,51 +320,48 @@ def test_a_gradient_with_its_negative_bit_set():
 
 
 def test_the_dtype_of_state_changed_by_data():
-    pair = Pair(**RULES["SGD"])
-    pair.step()
+    trio = Trio(**RULES["SGD"])
+    trio.step()
 
     def to(params, opt, dtype=torch.bfloat16):
         for s in opt.state.values():
             s[BUFFER].data = s[BUFFER].data.to(dtype)
 
-    pair.each(to)
-    pair.gradients()
-    before = [q.detach().clone() for q in pair.params[1]]
-    for opt in pair.opts:
-        opt.step()
-    pair.compare(before)
-    for opt in pair.opts:
+    trio.each(to)
+    trio.gradients()
+    trio.step_with_these()
+    for opt in trio.opts:
         assert {s[BUFFER].dtype for s in opt.state.values()} == {torch.float32}
 
 
 def test_parameters_of_a_group_put_in_another_order():
-    pair = Pair(((40,), (40,), (40,)), **RULES["SGD"])
-    pair.step()
-    pair.each(lambda params, opt: opt.param_groups[0]["params"].reverse())
-    pair.step()
-    pair.step()
+    trio = Trio(((40,), (40,), (40,)), **RULES["SGD"])
+    trio.step()
+    trio.each(lambda params, opt: opt.param_groups[0]["params"].reverse())
+    trio.step()
+    trio.step()
 
 
 class Handled(RuleBasedStateMachine):
-    """Random things that trainers do, between steps, to a fused and to a for-loop optimizer."""
+    """Random things that trainers do, between steps, on every backend."""
 
     @initialize(name=st.sampled_from(list(RULES)), bf16=st.booleans(), seed=st.integers(0, 2**16))
     def begin(self, name, bf16, seed):
-        self.pair = Pair(((7, 5), (40,), (6, 6), (0, 3)), torch.bfloat16 if bf16 else torch.float32, **RULES[name])
+        self.trio = Trio(((7, 5), (40,), (6, 6), (0, 3)), torch.bfloat16 if bf16 else torch.float32, **RULES[name])
         self.name = name
         torch.manual_seed(seed)
 
     def both(self, change):
-        self.pair.each(change)
+        self.trio.each(change)
 
     @rule(missing=st.sets(st.integers(0, 3)))
     def step(self, missing):
-        self.pair.step(missing)
+        self.trio.step(missing)
 
     @rule()
     def steps(self):
-        self.pair.step()
-        self.pair.step()
+        self.trio.step()
+        self.trio.step()
 
     @rule(i=st.integers(0, 2))
     def offload(self, i):
@@ -402,13 +396,13 @@ class Handled(RuleBasedStateMachine):
 
     @rule(i=st.integers(0, 2))
     def flatten_the_parameter_alone(self, i):
-        pair = self.pair
+        trio = self.trio
         if all(
-            params[i].dim() == 2 and params[i] in opt.state for params, opt in zip(pair.params, pair.opts, strict=True)
+            params[i].dim() == 2 and params[i] in opt.state for params, opt in zip(trio.params, trio.opts, strict=True)
         ):
             self.both(lambda params, opt: setattr(params[i], "data", params[i].data.reshape(-1)))
-            pair.gradients()
-            pair.refuse(f"{BUFFER} of a parameter")
+            trio.gradients()
+            trio.refuse(f"{BUFFER} of a parameter")
             self.both(lambda params, opt: opt.state.pop(params[i]))
 
     @rule(i=st.integers(0, 2))
@@ -434,22 +428,18 @@ class Handled(RuleBasedStateMachine):
 
     @rule(i=st.integers(0, 2), dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16]))
     def let_a_gradient_be_of_another_dtype(self, i, dtype):
-        self.pair.gradients()
+        self.trio.gradients()
 
         def do(params, opt):
             params[i].grad_dtype = None
             params[i].grad = params[i].grad.to(dtype)
 
         self.both(do)
-        before = [q.detach().clone() for q in self.pair.params[1]]
-        for opt in self.pair.opts:
-            opt.step()
-        self.pair.compare(before)
-        self.pair.align()
+        self.trio.step_with_these()
 
     @rule(lr=st.sampled_from([1e-2, 1e-3, 0.0]))
     def schedule(self, lr):
-        for opt in self.pair.opts:
+        for opt in self.trio.opts:
             for group in opt.param_groups:
                 group["lr"] = lr
 
@@ -460,10 +450,10 @@ class Handled(RuleBasedStateMachine):
 
         self.both(do)
 
-    @precondition(lambda self: len(self.pair.opts[0].param_groups) < 3)
+    @precondition(lambda self: len(self.trio.opts[0].param_groups) < 3)
     @rule()
     def add_a_group(self):
-        drawn = torch.randn(9, 4).to(self.pair.params[0][0].dtype)
+        drawn = torch.randn(9, 4).to(self.trio.params[0][0].dtype)
 
         def do(params, opt):
             params.append(torch.nn.Parameter(drawn.clone()))
@@ -473,7 +463,7 @@ class Handled(RuleBasedStateMachine):
 
     @rule()
     def save_and_load(self):
-        for opt in self.pair.opts:
+        for opt in self.trio.opts:
             opt.load_state_dict(opt.state_dict())
 
 
