@@ -45,17 +45,17 @@ def budgets(
 
     Args:
         model: the model.
-        claimed: its parameters.
+        claimed: its parameters; those that are frozen have no mass and no budget.
         masses: the masses that the user gives, by parameter name.
         residual_depth: the number of residual branches, None to trace the model.
 
     Raises:
         ValueError: the model cannot be traced, and no depth is declared.
     """
-    mass = {**_masses(claimed), **masses}
+    mass = {**_masses([c for c in claimed if c.param.requires_grad]), **masses}
     total = sum(mass.values())
     steep = _declared(claimed, residual_depth) if residual_depth else _traced(model, claimed)
-    return {c.name: Budget(mass[c.name] / total, steep[c.name]) for c in claimed}
+    return {name: Budget(m / total, steep[name]) for name, m in mass.items()}
 
 
 def _masses(claimed: Sequence[Claim]) -> dict[str, float]:
