@@ -541,3 +541,55 @@ def test_a_step_moves_the_output_by_no_more_than_the_learning_rate():
                         p.copy_(old)
         assert largest <= 1 + 1e-2
         assert largest > 0.05  # a bound, and not an empty one
+
+
+@pytest.mark.parametrize("backend", [dict(foreach=False), dict(foreach=True)], ids=str)
+@pytest.mark.parametrize("norm", [0.5, 1.0, 2.0])
+def test_the_bound_is_reached_at_norms_of_1_and_broken_beyond(norm, backend):
+    """A chain of multiples of the identity, all steps along it: the output moves by norm² · lr, to first order."""
+    model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(3))).double()
+    for layer in model:
+        layer.weight.data = norm * torch.eye(6, dtype=torch.float64)
+        layer.weight.grad = -torch.eye(6, dtype=torch.float64)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    x /= x.square().mean(1, keepdim=True).sqrt()
+    lr, before = 1e-6, model(x)
+    opt = normopt.SteepestDescent(normopt.param_groups(model, "modular"), lr=lr, **backend)
+    opt.step()
+    moved = (model(x) - before).square().mean(1).sqrt() / lr
+    assert moved.detach().numpy() == pytest.approx(norm**2, rel=1e-4)
+
+
+def test_a_decay_of_the_radius_keeps_norms_and_the_bound():
+    def trained(decay):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(nn.Linear(n, m, bias=False) for n, m in ((8, 16), (16, 16), (16, 16), (16, 8)))
+        ).double()
+        for p in model.parameters():  # of RMS → RMS norm 1
+            nn.init.orthogonal_(p)
+            p.data *= math.sqrt(p.shape[0] / p.shape[1])
+        groups = normopt.param_groups(model, "modular")
+        for group in groups:
+            group["weight_decay"] = group["radius"] if decay else 0.0
+        lr, norms, moves = 0.05, [], []
+        opt = normopt.SteepestDescent(groups, lr=lr, momentum=0.9, momentum_rule="ema")
+        x = torch.randn(64, 8, dtype=torch.float64)
+        x /= x.square().mean(1, keepdim=True).sqrt()
+        for _ in range(200):
+            opt.zero_grad()
+            before = model(x)
+            (before - 3 * x.flip(1)).square().mean().backward()
+            opt.step()
+            moves.append(float((model(x) - before).detach().square().mean(1).sqrt().max()) / lr)
+            weights = [p.detach() for p in model.parameters()]
+            norms += [float(torch.linalg.matrix_norm(w, 2)) * math.sqrt(w.shape[1] / w.shape[0]) for w in weights]
+        return max(norms), max(moves)
+
+    norm, move = trained(decay=True)
+    assert norm <= 1 + 1e-12
+    # Step and decay each move a weight by radius · lr at most: twice the bound of the steps alone.
+    assert 0.5 < move <= 2 * 1.03
+    norm, move = trained(decay=False)
+    assert norm > 1.2
+    assert move > 1.5

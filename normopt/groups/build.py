@@ -53,11 +53,16 @@ def param_groups(
     groups whose norm is "linf" a radius, or an lr, to match.
 
     "modular" bounds how far a step can move the model's output: every parameter has a mass m and a sensitivity s,
-    how far the output moves as its layer's does, and its radius is (m/Σm)/s. Hidden layers have a mass of 5
-    together; embeddings, output and vectors 1 each together. Sensitivities come from the model's graph (torch.fx):
-    1 along a chain of layers, summed where paths meet, times the numbers that branches are multiplied by. With
-    ``residual_depth=L`` nothing is traced: the model is taken for a stream of L residual branches that each make an
-    L-th of it, because they are multiplied by 1/L or because a norm layer at the end divides by what they add up to.
+    how far the output moves as its layer's does, and its radius is (m/Σm)/s. To first order all steps together then
+    move the output by at most lr, in RMS, as long as every weight's norm, its group's, and the RMS of what every layer
+    reads are at most 1. Nothing here keeps them so: a weight of norm 2 doubles what the steps before it do. A group's
+    weight_decay that is its radius, under the decoupled decay, keeps norms of at most 1 there.
+
+    Hidden layers have a mass of 5 together; embeddings, output and vectors 1 each together. Sensitivities come from the
+    model's graph (torch.fx): 1 along a chain of layers, summed where paths meet, times the numbers that branches are
+    multiplied by. With ``residual_depth=L`` nothing is traced: the model is taken for a stream of L residual branches
+    that each make an L-th of it, because they are multiplied by 1/L or because a norm layer at the end divides by what
+    they add up to.
 
     Frozen parameters (``requires_grad`` is False) are in no group, and "modular" gives them no mass. What is unfrozen
     later needs groups of its own: call this again for a new optimizer.

@@ -22,7 +22,8 @@ class Budget:
 
     Attributes:
         share: its part of the model's mass, in (0, 1].
-        sensitivity: how far, at most, the model's output moves as this parameter's layer's output moves by 1.
+        sensitivity: how far, at most, the model's output moves as this parameter's layer's output moves by 1, if the
+            weights behind it have norms of at most 1.
     """
 
     share: float
@@ -30,7 +31,11 @@ class Budget:
 
     @property
     def radius(self) -> float:
-        """The radius of its steps: then all steps together move the output by at most the learning rate."""
+        """The radius of its steps.
+
+        To first order, all steps together then move the output by at most the learning rate, if the norms of all
+        weights and the RMS of what every layer reads are at most 1.
+        """
         return self.share / self.sensitivity
 
 
