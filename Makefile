@@ -30,8 +30,8 @@ test: $(READY) ## Run the tests, on two workers
 conformance: $(READY) ## Ask PyTorch's questions of every optimizer; writes docs/conformance.md
 	$(BIN)/python -m pytest tests/conformance -n 2 --conformance-table docs/conformance.md
 
-fuzz: $(READY) ## The nightly fuzz test: 2,000 random lives of an optimizer
-	NORMOPT_FUZZ=2000 $(BIN)/python -m pytest tests/test_fuzz.py
+fuzz: $(READY) ## The nightly fuzz tests: 5,000 random lives of an optimizer, and of its memory
+	NORMOPT_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py tests/kernels/test_memory.py::TestHandled
 
 lint: $(READY) ## Check style and form
 	$(BIN)/ruff check

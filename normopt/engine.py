@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from normopt._checks import is_low_precision
-from normopt.kernels.fused import Look, Remembered, Stepper
+from normopt.kernels.fused import Remembered, Stepper
 from normopt.loading import check_loaded, completed, pairs
 from normopt.norms import registry, scales
 from normopt.norms.base import Norm, Scale, real, reals, working
@@ -39,7 +39,7 @@ from normopt.stages import agr
 from normopt.stages.decay import coupled, decoupled_, lp_factors
 from normopt.stages.momentum import ema, heavy, lion
 from normopt.stages.write import descend_, kahan_, nearest_, scale_, stochastic_
-from normopt.state import BUFFER, COMPENSATION, state_dtype
+from normopt.state import BUFFER, COMPENSATION, check_like, state_dtype
 
 
 class SteepestDescent(Optimizer):
@@ -114,7 +114,8 @@ class SteepestDescent(Optimizer):
         ValueError: at construction and in ``add_param_group``, for a setting that is out of range,
             unknown, or in contradiction to another; in ``step()``, for one that was made so since.
         TypeError: likewise, for a setting of the wrong type; at construction, for one that does not exist.
-        RuntimeError: in ``step()``, for a sparse gradient, before anything is written.
+        RuntimeError: in ``step()``, before anything is written: for a sparse gradient, and for a gradient or state that
+            has not the shape and device of its parameter, or whose memory was freed.
 
     Warns:
         UserWarning: a tensor that ℓp decay with p < 2 will hold at zero for ever because it starts there.
@@ -314,8 +315,9 @@ class SteepestDescent(Optimizer):
         Raises:
             ValueError: a setting was made wrong since construction; nothing has been written then.
             TypeError: one was made of the wrong type; nothing has been written then.
-            RuntimeError: a gradient is sparse, or the ranks of DTensors are about to make different steps, which the
-                first step checks; nothing has been written then.
+            RuntimeError: a gradient is sparse; a gradient or a state has not the shape or device of its parameter, or a
+                tensor has lost its memory; or the ranks of DTensors are about to make different steps, which the
+                first step checks. Nothing has been written then.
         """
         loss = None
         if closure is not None:
@@ -324,40 +326,51 @@ class SteepestDescent(Optimizer):
         # Everything that can be refused is refused before anything is written.
         work = [self._ready(i, group) for i, group in enumerate(self.param_groups)]
         if not self._agreed and not torch.compiler.is_compiling():
-            check_agreement([(plan, params) for plan, params, _ in work])
+            check_agreement([(plan, [p for params, _ in parts for p in params]) for plan, parts in work])
             self._agreed = True
         self._measured = []
         together: list[Walk[NormPair | None]] = []  # of DTensors: what they ask other ranks travels together
         places: list[tuple[int, int]] = []
-        for i, (plan, params, look) in enumerate(work):
+        for i, (plan, parts) in enumerate(work):
             pairs: list[NormPair | None] = []
             self._measured.append((plan, pairs))
             with torch.set_grad_enabled(plan.differentiable and torch.is_grad_enabled()):
-                for j, batch in enumerate([params] if look else list(batches(plan, params))):
-                    fused = plan.backend == "fused"
-                    walk = self._fused(plan, batch, (i, j), look) if fused else self._walk(plan, batch)
-                    spread_out = look is None and any_dtensor(batch)
-                    if spread_out:
+                for j, (batch, stepper) in enumerate(parts):
+                    walk = self._fused(plan, batch, stepper) if stepper else self._walk(plan, batch)
+                    sharded = bool(stepper.layouts) if stepper else any_dtensor(batch)
+                    if sharded:
                         together.append(walk)
                         places.append((i, j))
-                    pairs.append(None if spread_out else alone(walk))
+                    pairs.append(None if sharded else alone(walk))
         with torch.no_grad():
             for (i, j), pair in zip(places, lockstep(together), strict=True):
                 self._measured[i][1][j] = pair
         return loss
 
-    def _ready(self, i: int, group: dict[str, Any]) -> tuple[Plan, list[Tensor], Look | None]:
-        """A group's plan, its parameters that have gradients, and what was seen of them if the plan is the last one."""
+    def _ready(self, i: int, group: dict[str, Any]) -> tuple[Plan, list[tuple[list[Tensor], Stepper | None]]]:
+        """A group's plan, and its parameters that have gradients: batch by batch, with what steps them if it is fused.
+
+        Raises:
+            RuntimeError: a gradient or a state has not the shape of its parameter, or a tensor has lost its memory.
+        """
         known = None if torch.compiler.is_compiling() else self._remembered.get(i)
-        look = known.look(group) if known else None
-        if known is not None and look is not None:
-            return known.plan, group["params"], look
-        plan, ready = make_plan(group, group["params"]), with_gradients(group["params"])
+        if known is not None and known.holds(group, self.state):
+            return known.plan, [(group["params"], known.stepper)]
         self._remembered.pop(i, None)
-        whole = plan.backend == "fused" and len(ready) == len(group["params"]) and not any_dtensor(ready)
-        if whole and len(list(batches(plan, ready))) == 1:
-            self._remembered[i] = Remembered(group, plan)
-        return plan, ready, None
+        plan, ready = make_plan(group, group["params"]), with_gradients(group["params"])
+        if not torch.compiler.is_compiling():
+            check_like("gradient", ((cast(Tensor, p.grad), p) for p in ready))
+            for name in (BUFFER, COMPENSATION):
+                check_like(name, ((x, p) for p in ready if (x := self.state.get(p, {}).get(name)) is not None))
+        parts = list(batches(plan, ready))
+        if plan.backend != "fused":
+            return plan, [(params, None) for params in parts]
+        steppers = [self._steppers.setdefault((i, j), Stepper()) for j in range(len(parts))]
+        for params, stepper in zip(parts, steppers, strict=True):
+            stepper.look(plan, params, self.state)
+        if len(parts) == 1 and len(ready) == len(group["params"]) and not any_dtensor(ready):
+            self._remembered[i] = Remembered(group, plan, steppers[0], list(self.defaults))
+        return plan, list(zip(parts, steppers, strict=True))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -370,14 +383,11 @@ class SteepestDescent(Optimizer):
         plans = [make_plan(group, group["params"]) for group in self.param_groups]
         return all(p.backend == "fused" and not (p.momentum_rule == "heavy" and p.dampening) for p in plans)
 
-    def _fused(
-        self, plan: Plan, params: list[Tensor], place: tuple[int, int], look: Look | None
-    ) -> Walk[NormPair | None]:
+    def _fused(self, plan: Plan, params: list[Tensor], stepper: Stepper) -> Walk[NormPair | None]:
         """The walk, by fused kernels."""
         grad_scale, found_inf = (cast(Tensor | None, getattr(self, k, None)) for k in ("grad_scale", "found_inf"))
         unscale = None if grad_scale is None else 1 / grad_scale
-        stepper = self._steppers.setdefault(place, Stepper())
-        return stepper.step(plan, params, self.state, look, unscale, found_inf)
+        return stepper.step(plan, params, self.state, unscale, found_inf)
 
     def norm_pairs(self) -> list[NormPair | None]:
         """How large the last step was: of each param group, its update's norm, and the dual norm of what it is made of.

@@ -50,8 +50,8 @@ def warn_if_stuck(
     remedy: str = "weight_decay=0 in a param group of their own",
     stacklevel: int = 3,
 ) -> None:
-    """Warn of tensors that ℓp decay will hold at zero, unless ``remedy`` is taken."""
-    decayed = [x for x in params if x.dim() >= 2 and x.numel() and not x.is_meta]
+    """Warn of tensors that ℓp decay will hold at zero, unless ``remedy`` is taken; frozen ones are never stepped."""
+    decayed = [x for x in params if x.requires_grad and x.dim() >= 2 and x.numel() and not x.is_meta]
     stuck = [tuple(x.shape) for x, alive in zip(decayed, nonzero(decayed), strict=True) if not alive]
     if stuck:
         warnings.warn(

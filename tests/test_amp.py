@@ -97,3 +97,50 @@ def test_autocast_to_bfloat16_trains():
         opt.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_scale_and_found_inf_are_brought_to_each_batchs_device():
+    """A scaler's numbers are on one device; a group may span several."""
+
+    class Elsewhere:
+        """What a scaler sets, on another device."""
+
+        def __init__(self, value: float) -> None:
+            self.value = value
+            self.asked: list[torch.device] = []
+
+        def __rtruediv__(self, one: float) -> Elsewhere:
+            self.inverse = Elsewhere(one / self.value)
+            return self.inverse
+
+        def to(self, device: torch.device, non_blocking: bool) -> torch.Tensor:
+            self.asked.append(device)
+            return torch.tensor([self.value])
+
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.full((3,), 8.0)
+    opt = normopt.SGD([p], lr=0.5, fused=True)
+    opt.grad_scale, opt.found_inf = Elsewhere(4.0), Elsewhere(0.0)
+    opt.step()
+    assert opt.grad_scale.inverse.asked == opt.found_inf.asked == [torch.device("cpu")]
+    assert torch.equal(p, torch.zeros(3))  # 1 − 0.5·8/4
+    opt.found_inf = Elsewhere(1.0)
+    opt.step()
+    assert torch.equal(p, torch.zeros(3))
+
+
+def test_on_cuda_stochastic_rounding_draws_its_seed_on_the_device():
+    """A captured graph would hold a number of the host for ever; a draw of the device's generator it makes anew."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from normopt.kernels.fused import _seed
+
+    with FakeTensorMode():
+        seed = _seed(torch.device("cuda", 0))
+    assert isinstance(seed, torch.Tensor)
+    assert seed.device == torch.device("cuda", 0)
+    torch.manual_seed(3)
+    first = _seed(torch.device("cpu"))
+    torch.manual_seed(3)
+    assert isinstance(first, int)
+    assert _seed(torch.device("cpu")) == first

@@ -1,7 +1,7 @@
 """A life of an optimizer in random order, every step of it judged by the NumPy oracle.
 
 Hypothesis interleaves steps, NaN gradients, saving and loading, new groups, freezing, changes of dtype,
-LR and p schedulers. 100 sequences by default; ``NORMOPT_FUZZ=2000 python -m pytest tests/test_fuzz.py``
+LR and p schedulers. 100 sequences by default; ``make fuzz``
 is the nightly mode.
 """
 

@@ -294,6 +294,87 @@ def test_what_is_no_model_or_not_ready_is_refused():
         normopt.param_groups(nn.LazyLinear(3), "muon")
 
 
+# Frozen parameters.
+
+
+def frozen(model, *trained):
+    """All that is not of the modules ``trained``."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(trained))
+    return model
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("trained", [("head",), ("hidden.bias", "conv"), ("embed", "norm2")])
+def test_frozen_parameters_are_in_no_group_and_change_nothing_of_the_others(preset, trained):
+    whole = normopt.param_groups(Mix(), preset)
+    groups = normopt.param_groups(frozen(Mix(), *trained), preset)
+    names = {name for group in groups for name, _ in group["params"]}
+    assert names == {name for name, _ in Mix().named_parameters() if name.startswith(trained)}
+    for key in {key for group in whole for key in group} - {"params", "radius", "share"}:
+        before = by_name(whole, key)
+        assert by_name(groups, key) == {name: before[name] for name in names}
+    if preset != "modular":
+        assert by_name(groups, "radius") == {name: by_name(whole, "radius")[name] for name in names}
+    assert str(groups).startswith(f"preset {preset!r}: ")
+    model = frozen(Mix(), *trained)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    opt = normopt.SteepestDescent(normopt.param_groups(model, preset), lr=0.1)
+    nn.functional.cross_entropy(model(torch.randint(17, (64, 8, 8))), torch.randint(10, (64,))).backward()
+    opt.step()
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == names
+
+
+def test_frozen_layers_have_no_mass():
+    """A head gets what it gets alone, whatever is frozen before it."""
+    alone = by_name(normopt.param_groups(nn.Linear(20, 10), "modular"), "share")
+    shares = by_name(normopt.param_groups(frozen(Mix(), "head"), "modular"), "share")
+    assert shares == {"head.weight": alone["weight"], "head.bias": alone["bias"]} == dict.fromkeys(shares, 0.5)
+    # By hand: hidden layers 5, of which the conv is all that is left, and vectors 1, of which there are two.
+    groups = normopt.param_groups(frozen(Mix(), "hidden.bias", "conv"), "modular")
+    assert by_name(groups, "share") == pytest.approx({"conv.weight": 5 / 6, "conv.bias": 1 / 12, "hidden.bias": 1 / 12})
+    for given in ({"hidden.weight": {"mass": 7.0}}, {nn.Embedding: {"mass": 7.0}}, {"embed.*": {"kind": "linear"}}):
+        groups = normopt.param_groups(frozen(Mix(), "head"), "modular", overrides=given)
+        assert by_name(groups, "share") == shares
+    given = {"head.*": {"mass": 3.0}, "conv.*": {"mass": 9.0}}
+    groups = normopt.param_groups(frozen(Mix(), "head.weight", "norm2"), "modular", overrides=given)
+    assert by_name(groups, "share") == {"head.weight": 0.75, "norm2.weight": 0.125, "norm2.bias": 0.125}
+
+
+def test_the_output_layer_is_the_last_one_frozen_or_not():
+    assert by_name(normopt.param_groups(frozen(Mix(), "hidden"), "muon"), "kind")["hidden.weight"] == "linear"
+    assert not normopt.param_groups(frozen(Mix(), "nothing"), "muon", output="head")
+    assert "0 parameters in 0 tensors" in str(normopt.param_groups(frozen(Mix(), "nothing"), "modular"))
+
+
+def test_frozen_modules_need_no_claim_and_are_not_looked_into():
+    class Codes(nn.Module):
+        """Of no known kind, and of a graph that the modular norm cannot see through."""
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randint(9, (4, 4)), requires_grad=False)
+
+        def forward(self, x):
+            return (x @ self.table.to(x).mT).exp()
+
+    model = nn.Sequential(nn.Linear(4, 4), Codes(), nn.Linear(4, 2))
+    for preset in PRESETS:
+        names = by_name(normopt.param_groups(model, preset), "kind")
+        assert names.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert by_name(normopt.param_groups(model, "modular"), "sensitivity") == dict.fromkeys(names, 1.0)
+
+
+def test_a_declared_depth_is_that_of_frozen_branches_too():
+    before = by_name(normopt.param_groups(Stream(), "modular", residual_depth=4), "sensitivity")
+    found = by_name(normopt.param_groups(frozen(Stream(), "ln", "head"), "modular", residual_depth=4), "sensitivity")
+    assert found == {name: before[name] for name in ("ln.weight", "ln.bias", "head.weight", "head.bias")}
+    assert set(found.values()) == {1.0}
+    traced = by_name(normopt.param_groups(Stream(), "modular"), "sensitivity")
+    found = by_name(normopt.param_groups(frozen(Stream(), "blocks.0.up"), "modular"), "sensitivity")
+    assert found == {name: traced[name] for name in ("blocks.0.up.weight", "blocks.0.up.bias")}
+
+
 def test_the_table_says_who_got_what():
     lines = str(normopt.param_groups(Stream(), "scion")).splitlines()
     assert lines[0] == "preset 'scion': 1,443 parameters in 30 tensors"
@@ -460,3 +541,55 @@ def test_a_step_moves_the_output_by_no_more_than_the_learning_rate():
                         p.copy_(old)
         assert largest <= 1 + 1e-2
         assert largest > 0.05  # a bound, and not an empty one
+
+
+@pytest.mark.parametrize("backend", [dict(foreach=False), dict(foreach=True)], ids=str)
+@pytest.mark.parametrize("norm", [0.5, 1.0, 2.0])
+def test_the_bound_is_reached_at_norms_of_1_and_broken_beyond(norm, backend):
+    """A chain of multiples of the identity, all steps along it: the output moves by norm² · lr, to first order."""
+    model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(3))).double()
+    for layer in model:
+        layer.weight.data = norm * torch.eye(6, dtype=torch.float64)
+        layer.weight.grad = -torch.eye(6, dtype=torch.float64)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    x /= x.square().mean(1, keepdim=True).sqrt()
+    lr, before = 1e-6, model(x)
+    opt = normopt.SteepestDescent(normopt.param_groups(model, "modular"), lr=lr, **backend)
+    opt.step()
+    moved = (model(x) - before).square().mean(1).sqrt() / lr
+    assert moved.detach().numpy() == pytest.approx(norm**2, rel=1e-4)
+
+
+def test_a_decay_of_the_radius_keeps_norms_and_the_bound():
+    def trained(decay):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(nn.Linear(n, m, bias=False) for n, m in ((8, 16), (16, 16), (16, 16), (16, 8)))
+        ).double()
+        for p in model.parameters():  # of RMS → RMS norm 1
+            nn.init.orthogonal_(p)
+            p.data *= math.sqrt(p.shape[0] / p.shape[1])
+        groups = normopt.param_groups(model, "modular")
+        for group in groups:
+            group["weight_decay"] = group["radius"] if decay else 0.0
+        lr, norms, moves = 0.05, [], []
+        opt = normopt.SteepestDescent(groups, lr=lr, momentum=0.9, momentum_rule="ema")
+        x = torch.randn(64, 8, dtype=torch.float64)
+        x /= x.square().mean(1, keepdim=True).sqrt()
+        for _ in range(200):
+            opt.zero_grad()
+            before = model(x)
+            (before - 3 * x.flip(1)).square().mean().backward()
+            opt.step()
+            moves.append(float((model(x) - before).detach().square().mean(1).sqrt().max()) / lr)
+            weights = [p.detach() for p in model.parameters()]
+            norms += [float(torch.linalg.matrix_norm(w, 2)) * math.sqrt(w.shape[1] / w.shape[0]) for w in weights]
+        return max(norms), max(moves)
+
+    norm, move = trained(decay=True)
+    assert norm <= 1 + 1e-12
+    # Step and decay each move a weight by radius · lr at most: twice the bound of the steps alone.
+    assert 0.5 < move <= 2 * 1.03
+    norm, move = trained(decay=False)
+    assert norm > 1.2
+    assert move > 1.5

@@ -108,3 +108,15 @@ def test_a_tensor_that_decay_would_hold_at_zero_warns():
     normopt.SGD([zero], decay_p=2.0, **settings)
     normopt.SGD([torch.nn.Parameter(torch.zeros(2))], decay_p=0.8, **settings)
     normopt.SGD([zero], decay_p=0.8, decay="lp")
+
+
+@pytest.mark.parametrize("backend", [dict(foreach=False), dict(foreach=True), dict(fused=True)], ids=str)
+def test_a_frozen_tensor_is_not_warned_of(backend):
+    w, frozen = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.zeros(3, 5), requires_grad=False)
+    settings = dict(lr=0.1, weight_decay=0.1, decay="lp", decay_p=0.8, **backend)
+    w.grad = torch.ones_like(w)
+    normopt.SGD([w, frozen], **settings).step()
+    assert w.detach().numpy() == pytest.approx((1 - 0.1) / (1 + 0.1 * 0.8 * 0.1))
+    assert not frozen.any()
+    with pytest.warns(UserWarning, match=r"all zero: \[\(2, 2\)\]\."):
+        normopt.SGD([w, torch.nn.Parameter(torch.zeros(2, 2)), frozen], **settings)

@@ -129,8 +129,11 @@ for group, pair in zip(opt.param_groups, opt.norm_pairs(), strict=True):
 # ## Does one learning rate serve every size?
 #
 # The modular norm ([arXiv:2405.14813](https://arxiv.org/abs/2405.14813)) promises that a step with learning rate η
-# moves the model's output by at most about η, however wide and deep the model is. If that is what decides the best
-# learning rate, then the rate that is best for a small model is best for a large one.
+# moves the model's output by at most about η, however wide and deep the model is, as long as every weight's norm, its
+# group's, and the RMS of what every layer reads are at most 1. Nothing here keeps them there: where a weight's norm is
+# 2, the steps of all layers before it can move the output twice as far. (A `weight_decay` that is the group's radius
+# does keep norms of at most 1 there.) If the promise is what decides the best learning rate, then the rate that is best
+# for a small model is best for a large one.
 #
 # What follows draws a measurement that is kept in this repository; `python -m benchmarks transfer` makes it anew. Two
 # models, an MLP on the digits and a byte-level GPT on Python's standard library, grow in width by 8 and in depth by 4.

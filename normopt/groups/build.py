@@ -53,21 +53,30 @@ def param_groups(
     groups whose norm is "linf" a radius, or an lr, to match.
 
     "modular" bounds how far a step can move the model's output: every parameter has a mass m and a sensitivity s,
-    how far the output moves as its layer's does, and its radius is (m/Σm)/s. Hidden layers have a mass of 5
-    together; embeddings, output and vectors 1 each together. Sensitivities come from the model's graph (torch.fx):
-    1 along a chain of layers, summed where paths meet, times the numbers that branches are multiplied by. With
-    ``residual_depth=L`` nothing is traced: the model is taken for a stream of L residual branches that each make an
-    L-th of it, because they are multiplied by 1/L or because a norm layer at the end divides by what they add up to.
+    how far the output moves as its layer's does, and its radius is (m/Σm)/s. To first order all steps together then
+    move the output by at most lr, in RMS, as long as every weight's norm, its group's, and the RMS of what every layer
+    reads are at most 1. Nothing here keeps them so: a weight of norm 2 doubles what the steps before it do. A group's
+    weight_decay that is its radius, under the decoupled decay, keeps norms of at most 1 there.
+
+    Hidden layers have a mass of 5 together; embeddings, output and vectors 1 each together. Sensitivities come from the
+    model's graph (torch.fx): 1 along a chain of layers, summed where paths meet, times the numbers that branches are
+    multiplied by. With ``residual_depth=L`` nothing is traced: the model is taken for a stream of L residual branches
+    that each make an L-th of it, because they are multiplied by 1/L or because a norm layer at the end divides by what
+    they add up to.
+
+    Frozen parameters (``requires_grad`` is False) are in no group, and "modular" gives them no mass. What is unfrozen
+    later needs groups of its own: call this again for a new optimizer.
 
     Args:
-        model: any module; every parameter must be of a module that is known here, or claimed by an override.
+        model: any module; every parameter that is not frozen must be of a module that is known here, or claimed by an
+            override.
         preset: one of the above. Default "muon".
         overrides: settings for the parameters of modules, none by default: a pattern (as of a shell) of the
             parameter's or its module's name, or a module type, to a dict of settings, laid over the preset's; a later
             entry over an earlier one. A "norm" replaces the preset's with its fields and radius. "kind" says what a
             parameter is ("embedding", "linear", "conv", "output", "norm" or "bias"), and "mass" is for "modular".
         output: the name of the output layer; "last" is the last linear layer or convolution in the order of
-            definition, None is none. A weight that is tied to the embedding is the output's.
+            definition, frozen or not, None is none. A weight that is tied to the embedding is the output's.
         residual_depth: L, for "modular"; None traces the model.
 
     Returns:
@@ -102,13 +111,15 @@ def param_groups(
         check_integer("residual_depth", residual_depth, float("inf"))
         if preset != "modular":
             raise ValueError(f'residual_depth is of preset="modular", but the preset is {preset!r}: leave it out')
-    claimed = claims(model, output)
-    given = _given(claimed, overrides or {})
-    settings = [_settings(claim, preset, given[claim.name]) for claim in claimed]
+    everything = claims(model, output)
+    given = _given(everything, overrides or {})
+    every = [(claim, _settings(claim, preset, given[claim.name])) for claim in everything]
+    claimed = [claim for claim, _ in every if claim.param.requires_grad]
+    settings = [own for claim, own in every if claim.param.requires_grad]
     _refuse_unclaimed([c for c, s in zip(claimed, settings, strict=True) if "norm" not in s])
     if preset == "modular":
         masses = {c.name: s.pop("mass") for c, s in zip(claimed, settings, strict=True) if "mass" in s}
-        found = budgets(model, claimed, masses, residual_depth)
+        found = budgets(model, everything, masses, residual_depth)
         for claim, own in zip(claimed, settings, strict=True):
             budget = found[claim.name]
             own["radius"] = own.get("radius", 1.0) * budget.radius

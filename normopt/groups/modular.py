@@ -22,7 +22,8 @@ class Budget:
 
     Attributes:
         share: its part of the model's mass, in (0, 1].
-        sensitivity: how far, at most, the model's output moves as this parameter's layer's output moves by 1.
+        sensitivity: how far, at most, the model's output moves as this parameter's layer's output moves by 1, if the
+            weights behind it have norms of at most 1.
     """
 
     share: float
@@ -30,7 +31,11 @@ class Budget:
 
     @property
     def radius(self) -> float:
-        """The radius of its steps: then all steps together move the output by at most the learning rate."""
+        """The radius of its steps.
+
+        To first order, all steps together then move the output by at most the learning rate, if the norms of all
+        weights and the RMS of what every layer reads are at most 1.
+        """
         return self.share / self.sensitivity
 
 
@@ -45,17 +50,17 @@ def budgets(
 
     Args:
         model: the model.
-        claimed: its parameters.
+        claimed: its parameters; those that are frozen have no mass and no budget.
         masses: the masses that the user gives, by parameter name.
         residual_depth: the number of residual branches, None to trace the model.
 
     Raises:
         ValueError: the model cannot be traced, and no depth is declared.
     """
-    mass = {**_masses(claimed), **masses}
+    mass = {**_masses([c for c in claimed if c.param.requires_grad]), **masses}
     total = sum(mass.values())
     steep = _declared(claimed, residual_depth) if residual_depth else _traced(model, claimed)
-    return {c.name: Budget(mass[c.name] / total, steep[c.name]) for c in claimed}
+    return {name: Budget(m / total, steep[name]) for name, m in mass.items()}
 
 
 def _masses(claimed: Sequence[Claim]) -> dict[str, float]:

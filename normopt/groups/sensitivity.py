@@ -41,7 +41,8 @@ def sensitivities(model: nn.Module, layers: Iterable[str]) -> Uses:
     """How far, at most, the model's output moves in RMS as the output of a layer, or a bare parameter, moves by 1.
 
     One walk from the end of the traced graph back to its start: what a place moves is the sum over the places that
-    read it, each times how steep that one is. A layer that is used twice moves what both uses do.
+    read it, each times how steep that one is. A layer with weights is taken for 1 as steep, which is true if its
+    weight's norm is at most 1. A layer that is used twice moves what both uses do.
 
     Args:
         model: a model that torch.fx can trace.

@@ -1,4 +1,4 @@
-"""Compiled functions, called: where one has to be compiled first, by one process of the machine at a time.
+"""Call functions that Numba compiles, one process of a machine compiling or loading from the cache at a time.
 
 Numba's cache on disk is not made for processes that fill it at once, as the ranks of a job do, or test workers. It
 numbers a function's files, and writes its index before the file that the index names: another process may find a name
@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,23 @@ try:
     import fcntl
 except ImportError:  # on Windows, where processes are left to Numba
     fcntl = None  # type: ignore[assignment]
+
+
+def can_cache() -> bool:
+    """Whether Numba finds a folder for its cache; if not, warn that every process will compile anew."""
+    from numba import njit
+
+    try:
+        njit(cache=True)(can_cache)  # looks for the folder and compiles nothing
+    except (RuntimeError, OSError) as error:
+        warnings.warn(
+            f"Numba cannot cache compiled kernels on disk ({error}): each process compiles them anew, which takes "
+            "seconds. Set NUMBA_CACHE_DIR to a folder that can be written",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def called(function: Any, *args: Any, compiled: Any = None) -> Any:
@@ -26,9 +46,20 @@ def called(function: Any, *args: Any, compiled: Any = None) -> Any:
         args: its arguments.
         compiled: what it calls, if it is not compiled itself.
     """
-    if (compiled or function).signatures or fcntl is None:
+    if (compiled or function).signatures:
         return function(*args)
-    lock = Path(tempfile.gettempdir()) / f"normopt-{os.getuid()}.lock"
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # free again when it is closed, or when this process has died
+    with _alone():
         return function(*args)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hold a lock that one process of this user has at a time; where there are no locks, go on without one."""
+    with ExitStack() as stack:
+        # A closed file would not free it: a child that was forked meanwhile has it open too, for as long as it lives.
+        with suppress(OSError, AttributeError):  # another user's file, a folder without locks, Windows
+            path = Path(tempfile.gettempdir()) / f"normopt-{os.getuid()}.lock"
+            file = stack.enter_context(path.open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+            stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
+        yield

@@ -1,13 +1,14 @@
-"""The fused steps of a param group: what the kernels need is laid out, for as long as it stays, and they are run.
+"""Run the fused kernels for a param group, with what they were given last time kept for as long as it stays true.
 
-On many small tensors a step costs what looking at each of them from Python costs. So they are looked at closely only
-when something has changed: a setting, a parameter, or where in memory a tensor lies.
+A kernel reads and writes bare addresses. Tensors keep their identity, and often their address, while `.data`, a
+resize or a change of dtype puts other memory behind them. So everything that a kernel relies on is read from every
+tensor at every step (`Memory`), in a few passes that run in C; only what has changed is looked at closely.
 """
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from operator import is_, itemgetter
+from operator import eq, is_
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from normopt._checks import is_low_precision
 from normopt.kernels.flags import Flags, Numbers, flags_of, numbers_of
+from normopt.kernels.support import DTYPES
 from normopt.kernels.tables import Batch, Chunks
 from normopt.norms.scales import NormPair
 from normopt.sharding.exchange import Walk
-from normopt.sharding.layout import any_dtensor, gradient_of, layout_of, local, spread
-from normopt.state import BUFFER, COMPENSATION, state_dtype
+from normopt.sharding.layout import Layout, gradient_of, layout_of, local, spread
+from normopt.state import BUFFER, COMPENSATION, check_like, state_dtype
 
 if TYPE_CHECKING:
     from normopt.plan import Plan
@@ -28,114 +30,170 @@ if TYPE_CHECKING:
 State = MutableMapping[Tensor, dict[str, Any]]
 Group = dict[str, Any]
 
-Array = np.ndarray
-
-address, contiguous = Tensor.data_ptr, Tensor.is_contiguous
+_dtype, _grad = cast(Any, Tensor.dtype).__get__, cast(Any, Tensor.grad).__get__
 
 
-class Look(NamedTuple):
-    """A group's gradients, and where they and the weights lie."""
+class Memory(NamedTuple):
+    """The memory of n tensors, each field a list of n; ``room`` is the number of bytes of a tensor's storage.
 
-    gradients: list[Tensor]
-    gradients_at: list[int]
-    weights_at: list[int]
+    Devices are not among them: an address that is not 0 is of one device. Shapes are compared as they are read,
+    because a list of new ones at every step would set the garbage collector to work.
+    """
+
+    address: list[int]
+    contiguous: list[bool]
+    dtype: list[torch.dtype]
+    offset: list[int]
+    room: list[int]
 
 
-class Remembered:
-    """The plan of a group's last step, as long as it holds."""
+def memory_of(xs: list[Tensor]) -> Memory:
+    """Read where tensors are. Every pass is a loop in C: 40 to 100 ns a tensor."""
+    return Memory(
+        list(map(Tensor.data_ptr, xs)),
+        list(map(Tensor.is_contiguous, xs)),
+        list(map(_dtype, xs)),
+        list(map(cast(Any, Tensor.storage_offset), xs)),
+        list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, xs))),
+    )
 
-    def __init__(self, group: Group, plan: Plan) -> None:
-        self.plan = plan
-        self._settings = _settings(group)
-        self._params = list(group["params"])
-        self._at = [address(p) for p in self._params]
 
-    def look(self, group: Group) -> Look | None:
-        """None unless the plan holds: settings, parameters and their places are the same, and all gradients dense."""
-        params = group["params"]
-        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
-            return None
-        settings = _settings(group)
-        if settings.keys() != self._settings.keys():
-            return None
-        for key, value in settings.items():
-            old = self._settings[key]
-            if value is not old and (isinstance(value, Tensor) or isinstance(old, Tensor) or value != old):
-                return None
-        gradients = [p.grad for p in params]
-        try:
-            look = Look(gradients, list(map(address, gradients)), self._at)
-            moved = list(map(address, params)) != self._at
-        except (TypeError, RuntimeError):  # None has no address, and a sparse tensor has none either
-            return None
-        return None if moved else look
+class Operand:
+    """A list of tensors that the kernels read or write, and the table of their addresses."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tensors: list[Tensor] = []
+        self.memory, self.shapes = memory_of([]), list[torch.Size]()
+        self.table = np.empty(0, np.int64)
+        self._in_table: list[int] = []
+
+    def look(self, tensors: list[Tensor], as_before: bool = False) -> bool:
+        """Read the tensors' memory, and check what may have changed.
+
+        Args:
+            tensors: dense ones.
+            as_before: whether to give up if anything but addresses is not what it was.
+
+        Returns:
+            Whether nothing but addresses has changed.
+
+        Raises:
+            RuntimeError: a tensor has no memory, or less than its shape needs.
+        """
+        memory = memory_of(tensors)
+        same = memory[1:] == self.memory[1:] and all(map(eq, map(Tensor.size, tensors), self.shapes))
+        if as_before and not same:
+            return False
+        # Strides are not compared, so that what is not contiguous is checked at every step.
+        if not same or 0 in memory.address or not all(memory.contiguous):
+            for x, address, room in zip(tensors, memory.address, memory.room, strict=True):
+                if x.numel():
+                    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+                    if not address or (last + 1) * x.element_size() > room:
+                        raise RuntimeError(
+                            f"the {self.name} of shape {tuple(x.shape)} on {x.device} has no memory of its own any "
+                            f"more: its storage has {room} bytes. Bring it back before step()"
+                        )
+        self.tensors, self.memory = tensors, memory
+        if not same:
+            self.shapes = [x.shape for x in tensors]
+        return same
+
+    def flat(self) -> list[Tensor]:
+        """The tensors, or contiguous copies if some are not contiguous, whose addresses are then in the table."""
+        tensors, addresses = self.tensors, self.memory.address
+        if not all(self.memory.contiguous):
+            tensors = [x.contiguous() for x in tensors]
+            addresses = list(map(Tensor.data_ptr, tensors))
+        if addresses != self._in_table:
+            self._in_table, self.table = addresses, np.array(addresses, dtype=np.int64)
+        return tensors
 
 
 class Stepper:
-    """The fused steps of parameters of one group, device and dtype.
+    """The fused steps of parameters of one group, device and dtype, with gradients of one dtype.
 
-    Tensors that do not lie contiguously are stepped as contiguous copies, and copied back.
+    Tensors that are not contiguous are stepped as contiguous copies, and copied back.
     """
 
     def __init__(self) -> None:
-        self._at: dict[str, tuple[list[int], Array]] = {}  # the addresses of each list
-        self._momenta: list[Tensor] = []
+        self._weights, self._gradients = Operand("parameter"), Operand("gradient")
+        self._momenta, self._lost = Operand(BUFFER), Operand(COMPENSATION)
         self._plan: Plan | None = None  # of which these are the flags and the numbers
         self._flags: Flags | None = None
         self._numbers: Numbers | None = None
+        self.layouts: list[Layout] = []  # of parameters that are sharded
         self._shapes: list[torch.Size] = []
         self._chunks = Chunks([])
         self._kept: dict[str, Any] = {}
 
-    def step(
-        self,
-        plan: Plan,
-        params: list[Tensor],
-        state: State,
-        look: Look | None,
-        unscale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> Walk[NormPair | None]:
-        """The engine's walk.
+    def look(self, plan: Plan, params: list[Tensor], state: State, gradients: list[Tensor] | None = None) -> bool:
+        """Check all memory that the kernels will read or write. Nothing is written.
 
         Args:
             plan: a plan whose backend is "fused".
             params: the parameters, which have dense gradients.
-            state: the optimizer's; what is missing in it is made.
-            look: what is known of them already.
+            state: the optimizer's.
+            gradients: theirs, if the parameters are those of the last step and no DTensors; the look is then given up
+                as soon as more than addresses has changed of them.
+
+        Returns:
+            False if it was given up.
+
+        Raises:
+            RuntimeError: a tensor has no memory, or not the shape or the device of its parameter.
+        """
+        again = gradients is not None
+        weights = params if again else [local(p) for p in params]
+        gradients = gradients or [gradient_of(p) for p in params]
+        if not (self._weights.look(weights, again) and self._gradients.look(gradients, again)):
+            if again:
+                return False
+            self.layouts = [lay for p in params if (lay := layout_of(p)) is not None]
+            self._gradients.look(gradients)
+            check_like("gradient", zip(gradients, weights, strict=True))
+            # What no kernel reads, or not together with the others, is cast as the other backends cast it.
+            dtypes = set(self._gradients.memory.dtype)
+            if len(dtypes) > 1 or not dtypes <= {*DTYPES[weights[0].device.type]}:
+                self._gradients.look([g.float() for g in gradients])
+        for operand in self._states_of(plan, weights):
+            tensors = self._stored(operand, params, state, again)
+            there = [(x, w) for x, w in zip(tensors, weights, strict=True) if x is not None]
+            if not operand.look([x for x, _ in there]) or not again:
+                check_like(operand.name, there)
+        return True
+
+    def step(
+        self, plan: Plan, params: list[Tensor], state: State, unscale: Tensor | None, found_inf: Tensor | None
+    ) -> Walk[NormPair | None]:
+        """The engine's walk, of what was looked at since anything else has run.
+
+        Args:
+            plan, params, state: as in `look`; what is missing in the state is made.
             unscale: what their gradients are multiplied by, for a GradScaler.
             found_inf: where it is not 0, nothing is written.
 
         Returns:
             ``‖u‖`` and ``‖c‖⋆`` of each tensor, where the step needs them.
         """
-        # What is known already are no DTensors.
-        layouts = [] if look else [lay for p in params if (lay := layout_of(p)) is not None]
-        spread_out = look is None and any_dtensor(params)
-        if look is None:
-            self._momenta = []
-            gradients = [gradient_of(p) for p in params]
-            look = Look(gradients, list(map(address, gradients)), [address(local(p)) for p in params])
-        momenta, new = self._momenta_of(plan, params, state)
-        lost = None
-        if plan.rounding == "kahan" and is_low_precision(params[0]):
-            lost = [_kept_in(state[p], COMPENSATION, p, p.dtype)[0] for p in params]
-        if spread_out:
-            params = [local(p) for p in params]
-        if self._moved("weights", look.weights_at) and self._shapes != (shapes := [p.shape for p in params]):
+        states = self._states_of(plan, self._weights.tensors)
+        new: list[int] = []
+        for operand in states:
+            new = self._complete(operand, plan, params, state) or new
+        if self._shapes != (shapes := self._weights.shapes):
             self._shapes, self._chunks, self._kept = shapes, Chunks(shapes), {}
-        if not len(self._chunks) and not layouts:
+        if not len(self._chunks) and not self.layouts:
             return None
-        weights = self._flat("weights", params, look.weights_at)
-        # A gradient may be another tensor at an old one's address, in another order.
-        gradients = self._flat("gradients", look.gradients, look.gradients_at, always=True)
-        states = momenta and (momenta if momenta is self._momenta else self._flat("states", momenta))
-        losses = lost and self._flat("compensations", lost)
-        if weights[0].is_cuda:
+        operands = [self._weights, self._gradients, *states]
+        flat = [operand.flat() for operand in operands]
+        device = flat[0][0].device
+        if device.type == "cuda":
             from normopt.kernels.triton import run
         else:
             from normopt.kernels.cpu import run
-        dtypes = weights[0].dtype, gradients[0].dtype, (states or weights)[0].dtype
+        momentum = self._momenta if self._momenta in states else self._weights
+        dtypes = flat[0][0].dtype, flat[1][0].dtype, momentum.memory.dtype[0]
         if self._plan is not plan or self._flags is None or self._flags[-3:] != dtypes or plan.has_tensors:
             self._plan, self._flags, self._numbers = plan, flags_of(plan, *dtypes), numbers_of(plan)
         measured = yield from run(
@@ -145,75 +203,93 @@ class Stepper:
             plan.scope == "group",
             Batch(
                 self._chunks,
-                weights[0].device,
-                self._at["weights"][1],
-                self._at["gradients"][1],
-                self._at["states"][1] if states else None,
-                self._at["compensations"][1] if lost else None,
+                device,
+                self._weights.table,
+                self._gradients.table,
+                self._momenta.table if self._momenta in states else None,
+                self._lost.table if self._lost in states else None,
                 new,
                 self._kept,
             ),
-            unscale=unscale,
-            found_inf=found_inf,
-            seed=int(torch.randint(2**31, ())) if plan.rounding == "stochastic" else 0,
-            layouts=layouts,
+            unscale=unscale if unscale is None else unscale.to(device, non_blocking=True),
+            found_inf=found_inf if found_inf is None else found_inf.to(device, non_blocking=True),
+            seed=_seed(device) if plan.rounding == "stochastic" else 0,
+            layouts=self.layouts,
         )
-        self._momenta = momenta if momenta and momenta is states else []
-        for originals, copies in ((params, weights), (momenta, states), (lost, losses)):
-            if originals and copies and originals is not copies:
-                torch._foreach_copy_(originals, copies)
+        for operand, written in zip(operands, flat, strict=True):
+            if operand is not self._gradients:
+                if written is not operand.tensors:
+                    torch._foreach_copy_(operand.tensors, written)
+                # The kernels wrote behind autograd's back: a graph that still needs the old values must not use these.
+                torch.autograd.graph.increment_version(operand.tensors)
         if measured is None:
             return None
         dual, factor = measured
         return NormPair(torch.where(dual > 0, factor, dual), dual)
 
-    def _moved(self, name: str, pointers: list[int]) -> bool:
-        return name not in self._at or self._at[name][0] != pointers
+    def _states_of(self, plan: Plan, weights: list[Tensor]) -> list[Operand]:
+        """The operands that a plan keeps state in."""
+        kahan = plan.rounding == "kahan" and is_low_precision(weights[0])
+        return [x for x, is_kept in ((self._momenta, plan.momentum != 0), (self._lost, kahan)) if is_kept]
 
-    def _flat(
-        self, name: str, tensors: list[Tensor], pointers: list[int] | None = None, always: bool = False
-    ) -> list[Tensor]:
-        """The tensors, or contiguous copies if some do not lie so; notes where they lie.
+    def _stored(self, operand: Operand, params: list[Tensor], state: State, again: bool) -> list[Tensor | None]:
+        """The local state of each parameter, None where there is none yet."""
+        # A state that belongs to these parameters alone is in their order: no need to hash them.
+        if again and len(state) == len(params) == len(operand.tensors):
+            kept = [own.get(operand.name) for own in state.values()]
+            if all(map(is_, kept, operand.tensors)):
+                return kept
+        stored = [state.get(p, {}).get(operand.name) for p in params]
+        return [x if x is None else local(x) for x in stored]
 
-        They are looked at if they have moved, or ``always``.
-        """
-        pointers = pointers or list(map(address, tensors))
-        moved = self._moved(name, pointers)
-        if (moved or always) and not all(map(contiguous, tensors)):
-            tensors = [x.contiguous() for x in tensors]
-            pointers, moved = list(map(address, tensors)), True
-        if moved:
-            self._at[name] = pointers, np.array(pointers, dtype=np.int64)
-        return tensors
-
-    def _momenta_of(self, plan: Plan, params: list[Tensor], state: State) -> tuple[list[Tensor] | None, list[int]]:
-        """The momentum of each parameter, and the places of those that had to be made: they are zero."""
-        if plan.momentum == 0:
-            return None, []
-        if self._momenta:
-            # A state that is theirs alone is in their order: no need to hash them.
-            own = state.values() if len(state) == len(params) else [state[p] for p in params]
-            try:
-                if all(map(is_, map(itemgetter(BUFFER), own), self._momenta)):
-                    return self._momenta, []
-            except KeyError:  # somebody has taken one away
-                pass
-        dtype = state_dtype(plan.state_dtype, params[0])
-        made = [_kept_in(state[p], BUFFER, p, dtype) for p in params]
-        return [m for m, _ in made], [i for i, (_, new) in enumerate(made) if new]
-
-
-def _settings(group: Group) -> Group:
-    return {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    def _complete(self, operand: Operand, plan: Plan, params: list[Tensor], state: State) -> list[int]:
+        """Make the state that is missing, or was made for another dtype; the places where a momentum is new."""
+        memory = operand.memory
+        dtype = state_dtype(plan.state_dtype, params[0]) if operand is self._momenta else params[0].dtype
+        if len(memory.dtype) == memory.dtype.count(dtype) == len(params):
+            return []
+        tensors, new = [], []
+        for i, p in enumerate(params):
+            x = state[p].get(operand.name)
+            if x is None:
+                zeros = torch.zeros_like(local(p), dtype=dtype, memory_format=torch.contiguous_format)
+                state[p][operand.name] = x = spread(zeros, p)
+                new.append(i)
+            elif x.dtype != dtype:  # the parameter's has changed since
+                state[p][operand.name] = x = x.to(dtype)
+            tensors.append(local(x))
+        operand.look(tensors)
+        return new if operand is self._momenta else []
 
 
-def _kept_in(own: dict[str, Any], name: str, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """A tensor of a parameter's state, what is here of it, and whether it had to be made."""
-    x = own.get(name)
-    if x is None:
-        x = torch.zeros_like(local(p), dtype=dtype, memory_format=torch.contiguous_format)
-        own[name] = spread(x, p)
-        return x, True
-    if x.dtype != dtype:  # the parameter's has changed since
-        own[name] = x = x.to(dtype)
-    return local(x), False
+def _seed(device: torch.device) -> Tensor | int:
+    """A seed from the device's generator; a tensor on CUDA, where a captured graph draws a new one at every replay."""
+    drawn = torch.randint(2**31, (1,), device=device)
+    return drawn if device.type == "cuda" else int(drawn)
+
+
+class Remembered:
+    """The plan of a group's last step and what it was stepped by, where all of its tensors are one batch."""
+
+    def __init__(self, group: Group, plan: Plan, stepper: Stepper, names: list[str]) -> None:
+        self.plan, self.stepper = plan, stepper
+        self._names = names
+        self._settings = self._settings_of(group)
+        self._params = list(group["params"])
+
+    def holds(self, group: Group, state: State) -> bool:
+        """Whether it may be taken again: settings are the same, and tensors differ in their addresses at most."""
+        params = group["params"]
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            return False
+        for old, value in zip(self._settings, self._settings_of(group), strict=True):
+            if value is not old and (type(value) is not type(old) or isinstance(value, Tensor) or value != old):
+                return False
+        try:
+            gradients = list(map(_grad, params))
+            return not any(map(Tensor.is_neg, gradients)) and self.stepper.look(self.plan, params, state, gradients)
+        except (TypeError, RuntimeError):  # a gradient is None or sparse, or the long way has to say what is wrong
+            return False
+
+    def _settings_of(self, group: Group) -> list[Any]:
+        return [group.get(name) for name in self._names]

@@ -23,6 +23,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
+from normopt.kernels.compiling import can_cache
 from normopt.kernels.flags import (
     ABOVE,
     DECOUPLED,
@@ -67,7 +68,7 @@ class Exponent(NamedTuple):
 
 # A product and a sum may become one operation; nothing else of floating point is given away, but in sums: their terms
 # may be put in another order, once and for all when they are compiled.
-EXACT: Any = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+EXACT: Any = {"nogil": True, "cache": can_cache(), "error_model": "numpy", "fastmath": {"contract"}}
 SUMS: Any = {**EXACT, "fastmath": {"contract", "reassoc"}}
 INLINE: Any = {**EXACT, "forceinline": True}  # a loop that calls is not vectorized
 
@@ -75,6 +76,7 @@ F, J, U = np.float32, np.int32, np.uint32
 ZERO, ONE = F(0), F(1)
 NO_BITS, DENORMAL = U(0xFFFFFFFF), U(0x007FFFFF)  # the bits of 0 less 1; those of a denormal less 1 are below
 INFINITY, LARGEST, TINY = F(np.inf), F(np.finfo(F).max), F(np.finfo(F).tiny)
+LARGEST_BITS, TINY_BITS = J(0x7F7FFFFF), J(0x00800000)
 
 
 @intrinsic
@@ -249,7 +251,7 @@ def shrunk(a, mode, steep, pull, e):
         x = ONE if a == a else a  # 0⁰ = 1
     if steep:
         return ONE / (ONE + pull * x)
-    x = x if x < LARGEST else LARGEST + ZERO * x  # NaN stays, ∞/∞ would be one
+    x = LARGEST if x > LARGEST else x  # ∞/∞ would be NaN; a NaN stays
     return x / (x + pull) if pull != ZERO else ONE
 
 
@@ -295,10 +297,11 @@ def agr_kernel(gradient16: bool) -> Kernel:
 
 
 @njit(**SUMS, forceinline=True)
-def summed(n, w, g, m, k, row, numbers, exponent, powered, relative, again, flags):
+def summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, again, flags):
     """A chunk's (largest entry's bits, least entry's bits less 1, Σ(|c|/M)^q and the two of "matched").
 
-    ``flags`` are those of `norm_kernel`. If ``again`` it has been here before, and no special case is left out.
+    ``flags`` are those of `norm_kernel`, ``near`` is M and ``relative`` 1/M. If ``again`` it has been here before, and
+    no special case is left out.
     """
     mode, matched, rule, nesterov, maximize, agr, coupled, kahan, early, spared = flags
     unscale, mu, beta2, beta2_new = numbers[UNSCALE], numbers[MU], numbers[BETA2], numbers[BETA2_NEW]
@@ -330,7 +333,7 @@ def summed(n, w, g, m, k, row, numbers, exponent, powered, relative, again, flag
                 least = min(least, U(bits_of(a) - J(1)))
         else:
             largest = max(largest, size_bits(c))
-            a = F(a * relative)
+            a = F(a / near) if again else F(a * relative)
             y = power(a, mode, exponent)
         sum_q += a * y
         if matched:
@@ -343,8 +346,9 @@ def summed(n, w, g, m, k, row, numbers, exponent, powered, relative, again, flag
 def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
     """Of each chunk Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent), with M somewhere near |c|, or 1.
 
-    M is a power of two, so that no quotient is rounded. If ``early`` the momentum is c, and is stored already here; if
-    ``spared`` so is sign(c)·|c|^exponent, which the walk is spared then.
+    M is a power of two, so that no quotient is rounded, or max |c|: at p near 1 the power of what is above 1 overflows.
+    If ``early`` the momentum is c, and is stored already here; if ``spared`` so is sign(c)·|c|^exponent, which the walk
+    is spared then.
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
     matched, kahan = f.matched, f.rounding == KAHAN
@@ -389,7 +393,7 @@ def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
             # wrong, once more with the largest entry's.
             near, relative = (ONE, ONE) if spared else guessed(abs(load(g[0]) * numbers[UNSCALE] * row[NEW]))
             largest, least, sum_q, sum_2, sum_d = summed(
-                n, w, g, m, k, row, numbers, exponent, powered, relative, False, flags
+                n, w, g, m, k, row, numbers, exponent, powered, near, relative, False, flags
             )
             if spared:
                 fine = least == NO_BITS or (least >= DENORMAL and unharmed(sum_q))
@@ -398,10 +402,12 @@ def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
                 fine = sum_q > LEAST and sum_q < MOST
             if not fine:
                 if spared:
-                    largest = summed(n, w, g, m, k, row, numbers, exponent, powered, relative, True, flags)[0]
-                near, relative = scale_of(largest)
+                    largest = summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, True, flags)[0]
+                    near, relative = scale_of(largest)
+                else:
+                    near = float_of(min(max(largest, TINY_BITS), LARGEST_BITS))
                 _, _, sum_q, sum_2, sum_d = summed(
-                    n, w, g, m, k, row, numbers, exponent, powered, relative, True, flags
+                    n, w, g, m, k, row, numbers, exponent, powered, near, relative, True, flags
                 )
             partials[j, 0] = near
             partials[j, 1] = sum_q

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from collections.abc import Sequence
 from functools import cache
 
@@ -41,6 +43,8 @@ def why_not(
         compiler, source = COMPILERS[kind]
         if not _installed(compiler):
             return f"{compiler} is not installed, which {source} brings"
+        if compiler == "numba" and _jit_is_disabled():
+            return "NUMBA_DISABLE_JIT is set"
     if scope == "group" and any_dtensor(params):
         return 'scope="group" spans several ranks'
     if any(type(p) not in (Tensor, torch.nn.Parameter) and not is_dtensor(p) for p in params):
@@ -57,6 +61,13 @@ def why_not(
 @cache
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def _jit_is_disabled() -> bool:
+    """Whether Numba is told to compile nothing; it is not imported to find out."""
+    if "numba" in sys.modules:
+        return bool(sys.modules["numba"].config.DISABLE_JIT)
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
 
 
 def _name(dtype: torch.dtype) -> str:

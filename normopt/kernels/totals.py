@@ -11,9 +11,9 @@ import math
 import numpy as np
 from numba import njit
 
-from normopt.kernels.numba import AGR_INVERSE, AGR_OTHERS, AGR_SCALE, AGR_TOP, FACTOR, SIZE
+from normopt.kernels.numba import AGR_INVERSE, AGR_OTHERS, AGR_SCALE, AGR_TOP, EXACT, FACTOR, SIZE
 
-OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
+OPTIONS = {key: EXACT[key] for key in ("nogil", "cache", "error_model")}
 DUAL, UNIT, MATCHED = range(3)  # the scales that need sums
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -75,6 +75,8 @@ def duals(partials, first, ends, begin, end, whole_group, exponent, scale, spare
             some, past = (first[begin], ends[end - 1]) if whole_group else (first[t], ends[t])
             norms[t], factors[t] = summed(partials, some, past, exponent, scale)
         size = norms[t] if not norms[t] < TINY else TINY  # NaN stays
+        if exponent == 0:
+            size = 1.0  # signs do not depend on it: beside an infinite entry the others keep theirs
         rows[t, SIZE] = 1 / size
         rows[t, FACTOR] = factors[t] / size**exponent if spared else factors[t]
 

@@ -168,9 +168,10 @@ def signed(a, c):
 @triton.jit
 def shrunk(a, high, low, pull, MODE: tl.constexpr, STEEP: tl.constexpr):
     """The factor of ℓp decay for |w| = a."""
-    x = a * 0 + 1 if MODE == SIGN else power(a, high, low, MODE)  # 0⁰ is 1 here
+    one = tl.full(a.shape, 1.0, tl.float32)
+    x = tl.where(a == a, one, a) if MODE == SIGN else power(a, high, low, MODE)  # 0⁰ and ∞⁰ are 1 here
     if STEEP:
-        factor = tl.div_rn(a * 0 + 1, 1 + pull * x)
+        factor = tl.div_rn(one, 1 + pull * x)
     else:
         x = tl.where(x > LARGEST, LARGEST, x)  # ∞/∞ would be NaN
         factor = tl.where(pull == 0, 1.0, tl.div_rn(x, x + pull))
@@ -231,8 +232,8 @@ def walk(
             if MAXIMIZE:
                 x = -x
             if AGR:
-                # x times the part that the other entries have in Σ|g|. The sum comes scaled by a power of two and in
-                # two floats, because it is next to nothing more than |x| where one entry dominates.
+                # x times the part that the other entries have in Σ|g|. The largest comes apart from the rest, all
+                # scaled by a power of two: where x is the largest, their difference is exactly 0.
                 scale, top = tl.load(regularizers + 4 * t), tl.load(regularizers + 4 * t + 1)
                 rest, inverse = tl.load(regularizers + 4 * t + 2), tl.load(regularizers + 4 * t + 3)
                 x *= ((top - tl.abs(x) * scale) + rest) * inverse
@@ -307,7 +308,7 @@ def walk(
 
 @triton.jit
 def gradient_sums(table, chunks, unscale, sums, GRADIENT_TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Σ|g| of each chunk, in float64: what is left of it beside a dominant entry must not be rounding."""
+    """The largest |g| of each chunk, and the sum of the others: what is beside a dominant entry must not be lost."""
     j = tl.program_id(0)
     t = tl.load(chunks + j * CHUNKS + OF)
     begin = tl.multiple_of(tl.load(chunks + j * CHUNKS + BEGIN), BLOCK)
@@ -318,32 +319,46 @@ def gradient_sums(table, chunks, unscale, sums, GRADIENT_TYPE: tl.constexpr, ALI
             x = tl.load(entries(table, t, GRADIENT, begin, GRADIENT_TYPE, ALIGNED), mask, other=0).to(tl.float32)
             if unscale is not None:
                 x *= tl.load(unscale).to(tl.float32)
-            tl.store(sums + j, tl.sum(tl.abs(x).to(tl.float64), 0))
+            a = tl.abs(x)
+            top = tl.max(a, 0)
+            is_top = (a == top) & mask
+            equals = tl.sum(is_top.to(tl.int32), 0) - 1
+            others = tl.sum(tl.where(is_top, 0.0, a).to(tl.float64), 0)
+            tl.store(sums + 2 * j, top.to(tl.float64))
+            tl.store(sums + 2 * j + 1, others + tl.where(equals > 0, equals * top.to(tl.float64), 0.0))
 
 
 @triton.jit
 def regularizer(spans, sums, regularizers):
-    """Of Σ|g| = S of each tensor: a power of two near 1/S, S times it in two floats, and 1 over that.
+    """Of each tensor: a power of two near 1/Σ|g|, by which the largest |g| and the sum of the others come, and 1/Σ|g|.
 
     Where AGR leaves the tensor alone they are such that its factor is 1.
     """
     t = tl.program_id(0)
     first, many = tl.load(spans + t * SPAN + FIRST), tl.load(spans + t * SPAN + MANY)
-    totals = tl.zeros([SUMMED], tl.float64)
+    tops = tl.zeros([SUMMED], tl.float64)
+    others = tl.zeros([SUMMED], tl.float64)
     for i in range(0, many, SUMMED):
         k = i + tl.arange(0, SUMMED)
-        totals += tl.load(sums + first + k, k < many, other=0)
-    total = tl.sum(totals, 0)
+        a = tl.load(sums + 2 * (first + k), k < many, other=0)
+        larger = a > tops
+        # The smaller of two candidates joins the others; a NaN is in a chunk's others already.
+        others += tl.where(larger, tops, a) + tl.load(sums + 2 * (first + k) + 1, k < many, other=0)
+        tops = tl.where(larger, a, tops)
+    top = tl.max(tops, 0)
+    is_top = tops == top
+    equals = tl.sum(is_top.to(tl.int32), 0) - 1
+    rest = tl.sum(others, 0) + tl.sum(tl.where(is_top, 0.0, tops), 0) + tl.where(equals > 0, equals * top, 0.0)
+    total = top + rest
     idle = (total == 0) | (tl.load(spans + t * SPAN + SIZE) == 1)
     e = ((total.to(tl.int64, bitcast=True) >> 52) - 1022).to(tl.int32)
     e = tl.minimum(tl.maximum(e, -126), 126)  # where a float32 has both the power and its inverse
-    scale = ((127 - e) << 23).to(tl.float32, bitcast=True)
-    total = tl.where(idle, 1.0, total * scale.to(tl.float64))
-    high = total.to(tl.float32)
+    scale = tl.where(total < INFINITY, ((127 - e) << 23).to(tl.float32, bitcast=True), 1.0)
+    wide = scale.to(tl.float64)
     tl.store(regularizers + 4 * t, tl.where(idle, 0.0, scale))
-    tl.store(regularizers + 4 * t + 1, high)
-    tl.store(regularizers + 4 * t + 2, (total - high.to(tl.float64)).to(tl.float32))
-    tl.store(regularizers + 4 * t + 3, (1 / total).to(tl.float32))
+    tl.store(regularizers + 4 * t + 1, tl.where(idle, 1.0, top * wide).to(tl.float32))
+    tl.store(regularizers + 4 * t + 2, tl.where(idle, 0.0, rest * wide).to(tl.float32))
+    tl.store(regularizers + 4 * t + 3, tl.where(idle, 1.0, 1 / (total * wide)).to(tl.float32))
 
 
 @triton.jit
@@ -371,12 +386,12 @@ def measure(spans, sums, numbers, measured, MATCHED: tl.constexpr, DUAL_SCALE: t
             squares += tl.load(mine + 2, k < many, other=0) * ratio * ratio
             powers += tl.load(mine + 3, k < many, other=0) * tl.exp2(2 * exponent * log)
     norm = top * tl.exp2(tl.log2(tl.sum(totals, 0)) / q)
-    factor = norm * 0 + 1
+    factor = tl.where(norm == norm, 1.0, norm)
     if DUAL_SCALE:
         factor = norm
     if MATCHED:
         ours = top * tl.sqrt(tl.sum(squares, 0))
-        theirs = tl.exp2(exponent * tl.log2(top / norm)) * tl.sqrt(tl.sum(powers, 0))
+        theirs = tl.where(exponent == 0, 1.0, tl.exp2(exponent * tl.log2(top / norm))) * tl.sqrt(tl.sum(powers, 0))
         factor = tl.where(norm == 0, norm, ours / theirs)
     # A tensor p may be at an end: at ∞ a direction is the signs, whatever the size, and at 2 that of "dual" is c.
     itself = (exponent == 1) & DUAL_SCALE
@@ -433,13 +448,13 @@ def run(
         padded = tables.constant("padded", *_padded(chunks))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if flags.agr:
-            sums = torch.empty(len(chunks), dtype=torch.float64, device=device)
+            sums = torch.empty(len(chunks), 2, dtype=torch.float64, device=device)
             regularizers = torch.empty(n, 4, dtype=torch.float32, device=device)
             if len(chunks):
                 gradient_sums[grid](table, cuts, unscale, sums, constants["GRADIENT_TYPE"], aligned, **OPTIONS)
             if layouts:
-                here = torch.nn.functional.pad(sums, (0, 1))[padded].sum(1)
-                sums = (yield Partials(here[:, None], layouts[0])).flatten()
+                here = _largest_and_others(torch.nn.functional.pad(sums, (0, 0, 0, 1))[padded])
+                sums = (yield Partials(here, layouts[0])).flatten(0, 1).contiguous()
             regularizer[(n,)](spans, sums, regularizers, **OPTIONS)
         given = table, cuts, values, unscale, found_inf, seed if flags.rounding == choices.STOCHASTIC else None
         if flags.scaled:
@@ -465,6 +480,13 @@ def _padded(chunks: Chunks) -> list[Array]:
     """Columns of a table of each tensor's chunks, filled up with the number of one that is not there."""
     counts = chunks.ends - chunks.first
     return [np.where(j < counts, chunks.first + j, len(chunks)) for j in range(max(1, int(counts.max())))]
+
+
+def _largest_and_others(sums: Tensor) -> Tensor:
+    """The largest |g| and the sum of the others of each tensor, shape [n, 2], from those of its chunks, [n, k, 2]."""
+    tops, others = sums.unbind(-1)
+    first = tops.argmax(1, keepdim=True)
+    return torch.stack([tops.gather(1, first)[:, 0], others.sum(1) + tops.scatter(1, first, 0).sum(1)], 1)
 
 
 def _merged(sums: Tensor, padded: Tensor, exponent: float | Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from normopt.norms.matrices import inverse_power, largest
 
 Coefficients = tuple[float, float, float]
 
-# Keller Jordan, "Muon", 2024: steepest at zero, at the price of singular values that end in about [0.7, 1.2].
+# Keller Jordan, "Muon", 2024: steepest at zero, at the price of singular values that end in [0.68, 1.21], and of
+# those below 1.5e-3 of the Frobenius norm that five steps multiply by 485 at most.
 NEWTON_SCHULZ: Coefficients = (3.4445, -4.7750, 2.0315)
 
 # Amsel et al., "The Polar Express", arXiv:2505.16932, Algorithm 1: the best polynomial for each step in turn.

@@ -43,9 +43,10 @@ class Schatten(MatrixNorm):
 
     Args:
         p: the order, 1 ≤ p ≤ ∞.
-        method: Default "svd", which is exact. "newton-schulz" (Keller Jordan's polynomial: singular values end within
-            about 0.3 of 1) and "polar-express" (the error falls with the steps: at 8 it is at roundoff of
-            ``dtype`` unless σ is below 1e-3·‖G‖_F) are matrix products only, for p = ∞. "lanczos", for
+        method: Default "svd", which is exact. "newton-schulz" (Keller Jordan's polynomial: 5 steps bring σ from
+            1.5e-3·‖G‖_F up to between 0.68 and 1.21, and multiply smaller ones by 485/‖G‖_F at most, so that large
+            square Gaussian matrices keep some near 0) and "polar-express" (the error falls with the steps: at 8 it is
+            at roundoff of ``dtype`` unless σ is below 1e-3·‖G‖_F) are matrix products only, for p = ∞. "lanczos", for
             p = 1, is products with vectors only, two a step: on Gaussian matrices of 256 × 256 the dual norm
             is within 0.3 % at 24, and from min(rows, columns) steps on it is as exact as "svd".
         steps: of the iteration. Default 5, which is for p = ∞; give "lanczos" 24 or so.

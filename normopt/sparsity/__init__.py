@@ -1,7 +1,7 @@
 """Sparsity that pays: count what is zero, set what is small to zero, take dead units out, store the rest sparsely.
 
-Imports run one way: pruning → counting → weights → layouts; shrinking → removal → chain. Nothing here knows an
-optimizer.
+Imports run one way: pruning → counting → weights → layouts; shrinking → removal → chain, shrinking → layouts. Nothing
+here knows an optimizer.
 """
 
 from normopt.sparsity.counting import Report, WeightCount, report

@@ -32,6 +32,7 @@ ACTIVATIONS = (
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 AT_THE_END = (nn.Softmax, nn.LogSoftmax)
 KNOWN = (nn.Linear, *DIMS, *ACTIVATIONS, *NOTHING, nn.Flatten, nn.Unflatten, *AT_THE_END)
+TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 SUPPORTED = (
     "shrink takes nn.Sequential, nested ones too, of nn.Linear, Conv1d to Conv3d (groups=1 or depthwise), BatchNorm1d "
     "to 3d, Max, Avg and adaptive pooling, elementwise activations, Dropout, Identity and Flatten, of Unflatten before "
@@ -148,6 +149,8 @@ def modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     if module._forward_hooks or module._forward_pre_hooks:
         raise _refusal(name, module, "has forward hooks, which may change what it computes: remove them first")
+    if "forward" in vars(module):
+        raise _refusal(name, module, "has a forward() set on the instance: remove it first")
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for own, child in module._modules.items():
             if child is not None:
@@ -159,6 +162,10 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         raise _refusal(name, module, "has no running statistics, so that what it does depends on the batch")
     if getattr(module, "return_indices", False):
         raise _refusal(name, module, "puts out indices too")
+    if more := {*module._parameters, *module._buffers, *module._modules} - TENSORS:
+        raise _refusal(
+            name, module, f"has {', '.join(sorted(more))} besides, which shrink cannot cut: remove that first"
+        )
     yield name, module
 
 
@@ -205,7 +212,7 @@ def constants(stage: Stage) -> Constants:
     layer = stage.layer
     known = (layer.weight.flatten(1) == 0).all(1)
     values = layer.weight.new_zeros(len(known)) if layer.bias is None else layer.bias.clone()
-    units = torch.arange(len(known))
+    units = torch.arange(len(known), device=known.device)
     unmoved = known.clone()
     for step in stage.between:
         if isinstance(step, Spread):
@@ -225,7 +232,7 @@ def constants(stage: Stage) -> Constants:
 
 def every(features: Tensor, units: Tensor, n: int) -> Tensor:
     """Of which of n units every feature is true."""
-    result = torch.ones(n, dtype=torch.bool)
+    result = torch.ones(n, dtype=torch.bool, device=features.device)
     result[units[~features]] = False
     return result
 

@@ -121,8 +121,12 @@ def report(model: nn.Module, threshold: float = 1e-13) -> Report:
         dead rows    = #{ o : W[o, :] = 0 }           dead columns = #{ i : W[:, i] = 0 }
 
     Weight tensors are parameters of two dims or more: biases and the gains of norm layers are left out, as they are
-    from ℓp decay. Rows are what comes into an output unit, columns what goes out of an input unit; of convolutions,
-    transposed and grouped ones too, these are channels. A tensor that several modules share counts once.
+    from ℓp decay, and so are integers and 8-bit floats, the codes of quantized layers. Rows are what comes into an
+    output unit, columns what goes out of an input unit; of convolutions, transposed and grouped ones too, these are
+    channels. A tensor that several modules share counts once.
+
+    The weights may be DTensors, as under FSDP2 or tensor parallelism: the counts are those of the whole tensors, the
+    same on every rank. Every rank must call it, and holds one whole weight at a time.
 
     Args:
         model: any module, made sparse by `to_sparse` or not.
@@ -153,7 +157,7 @@ def report(model: nn.Module, threshold: float = 1e-13) -> Report:
 
 @torch.no_grad()
 def _count(weight: Weight, threshold: float) -> WeightCount:
-    units = weight.units
+    units = weight.units()
     zero = units == 0
     groups, outs, ins = units.shape[:3]
     return WeightCount(

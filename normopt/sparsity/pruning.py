@@ -45,6 +45,9 @@ def prune_(
     of different widths takes more from the narrow ones. What is zero already counts as the smallest. The weights
     go on training: what is to stay zero must be kept there, as ℓp decay does for p < 2.
 
+    The weights may be DTensors, as under FSDP2 or tensor parallelism: thresholds, norms and fractions are those of the
+    whole tensors, and every rank must call it.
+
     Args:
         model: any module with dense weights.
         threshold: > 0. After training with ℓp decay, any size between what it has left and what it has taken away.
@@ -59,9 +62,10 @@ def prune_(
     Raises:
         TypeError: ``model`` is no module, or a setting of the wrong type.
         ValueError: both or none of ``threshold`` and ``fraction``, one out of range, an unknown ``over``, a name in
-            ``exclude`` that fits no weight, or a model with sparse layers. Nothing has been changed then.
+            ``exclude`` that fits no weight, a model with sparse layers, or a DTensor that holds partial sums. Nothing
+            has been changed then.
 
-    Memory: one number for each entry, row or column while it runs.
+    Memory: one number for each entry, row or column while it runs, on every rank.
 
     Source: ours.
 
@@ -86,7 +90,7 @@ def prune_(
     sizes = [_sizes(w, over) for w in chosen]
     small = [s < threshold for s in sizes] if threshold is not None else _smallest(sizes, fraction or 0.0)
     for weight, mask in zip(chosen, small, strict=True):
-        weight.units.masked_fill_(mask, 0)
+        weight.zero_(mask)
     return report(model)
 
 
@@ -95,6 +99,11 @@ def _chosen(model: nn.Module, exclude: Iterable[str]) -> list[Weight]:
     found = weights(model)
     if sparse := [name for name, m in model.named_modules() if isinstance(m, SparseLinear)]:
         raise ValueError(f"{sparse[0] or 'the model'} is sparse: prune before to_sparse, or after to_dense")
+    if partial := [w.name for w in found if any(p.is_partial() for p in getattr(w.tensor, "placements", ()))]:
+        raise ValueError(
+            f"{partial[0]} is a DTensor of partial sums, which has no entries to set to zero: redistribute it to "
+            "Replicate or Shard"
+        )
     if isinstance(exclude, str):
         raise TypeError(f"exclude must be several names, but is {exclude!r}: write [{exclude!r}]")
     patterns = list(exclude)
@@ -110,14 +119,13 @@ def _chosen(model: nn.Module, exclude: Iterable[str]) -> list[Weight]:
 
 def _sizes(weight: Weight, over: Over) -> Tensor:
     """|w|, or the norms of rows or columns, in a shape that broadcasts to the weight's units."""
-    if over == "entries":
-        return weight.units.abs()
+    sizes = weight.units().abs()
+    if over == "entries" or not sizes.numel():
+        return sizes
     dims = weight.rows if over == "rows" else weight.columns
-    if not weight.units.numel():
-        return weight.units.abs()
     # Relative to the largest entry, so that no square is lost or overflows.
-    top = weight.units.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(weight.units.dtype).tiny)
-    return top * (weight.units / top).square().sum(dims, keepdim=True).sqrt()
+    top = sizes.amax(dims, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
+    return top * (sizes / top).square().sum(dims, keepdim=True).sqrt()
 
 
 def _smallest(sizes: list[Tensor], fraction: float) -> list[Tensor]:

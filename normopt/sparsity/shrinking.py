@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normopt._checks import check_number
 from normopt.sparsity.chain import modules, stages
+from normopt.sparsity.layouts import check_whole
 from normopt.sparsity.removal import remove_dead_units
 
 
@@ -97,8 +98,8 @@ def shrink(model: nn.Module, example_inputs: Tensor, tolerance: float = 1e-6) ->
 
     Raises:
         TypeError: ``model`` is no module, ``example_inputs`` no tensor of floats.
-        ValueError: a module that is not supported, which is named; inputs of which there are no outputs; a tolerance
-            that is negative or infinite.
+        ValueError: a module that is not supported, which is named; a model with DTensors; inputs of which there are no
+            outputs; a tolerance that is negative or infinite.
         RuntimeError: outputs differ by more than the tolerance, or are not finite. The arithmetic is in float64, so
             that this is what rounding to the model's own dtype costs: for 16-bit weights give a larger tolerance.
 
@@ -123,8 +124,7 @@ def shrink(model: nn.Module, example_inputs: Tensor, tolerance: float = 1e-6) ->
     if not isinstance(example_inputs, Tensor) or not example_inputs.is_floating_point():
         kind = example_inputs.dtype if isinstance(example_inputs, Tensor) else type(example_inputs).__name__
         raise TypeError(f"example_inputs must be a tensor of floats, a batch as the model takes it, but is {kind}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"shrink takes a torch.nn.Module, but was given {type(model).__name__}")
+    check_whole(model)
     modules(model)  # refused before anything is copied, which some modules cannot be
     reference, small = (copy.deepcopy(model).to("cpu", torch.float64).eval() for _ in range(2))
     inputs = example_inputs.detach().to("cpu", torch.float64, copy=True)

@@ -1,13 +1,19 @@
-"""The weight tensors of a model, each seen as groups × output units × input units × the rest."""
+"""The weight tensors of a model, each seen as groups × output units × input units × the rest; sharded ones whole."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from normopt.sparsity.layouts import SparseLinear
+from normopt.sharding.layout import is_dtensor, whole
+from normopt.sparsity.layouts import SparseLinear, check_module, reshard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -20,37 +26,62 @@ class Weight:
     Args:
         name: its name in the model.
         tensor: the tensor itself.
-        units: a view of it as [groups, output units of a group, input units of a group, …]; groups is 1 but for
-            grouped convolutions, whose input units differ from group to group.
+        groups: 1, except for grouped convolutions, whose input units differ from group to group.
+        transposed: whether dim 0 holds the input units.
     """
 
     name: str
     tensor: Tensor
-    units: Tensor
+    groups: int
+    transposed: bool
+
+    def units(self) -> Tensor:
+        """A view as [groups, output units of a group, input units of a group, …]; of a DTensor, of all ranks' shards.
+
+        All ranks of a DTensor must call it.
+        """
+        return self._units(whole(self.tensor))
+
+    def _units(self, w: Tensor) -> Tensor:
+        units = torch.unflatten(w, 0, (self.groups, len(w) // self.groups)) if len(w) else w[None]
+        return units.transpose(1, 2) if self.transposed else units
+
+    def zero_(self, mask: Tensor) -> None:
+        """Set to zero, in place, the ``units()`` that a mask has, whose shape broadcasts to theirs."""
+        w = whole(self.tensor)
+        self._units(w).masked_fill_(mask, 0)
+        if is_dtensor(self.tensor):
+            from torch.distributed.tensor import DTensor, Replicate
+
+            place = cast("DTensor", self.tensor)
+            everywhere = [Replicate()] * place.device_mesh.ndim
+            here = DTensor.from_local(w, place.device_mesh, everywhere, run_check=False)
+            self.tensor.copy_(here.redistribute(placements=place.placements))
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The dims of ``units`` that make up one row: all that comes into an output unit."""
-        return tuple(range(2, self.units.dim()))
+        """The dims of ``units()`` that make up one row: all that comes into an output unit."""
+        return tuple(range(2, self.tensor.dim() + 1))
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """The dims of ``units`` that make up one column: all that goes out of an input unit."""
-        return (1, *range(3, self.units.dim()))
+        """The dims of ``units()`` that make up one column: all that goes out of an input unit."""
+        return (1, *range(3, self.tensor.dim() + 1))
 
 
 def weights(model: nn.Module) -> list[Weight]:
     """Every weight tensor once, in the order of definition, under the first of its names.
 
     Rows are dim 0 and columns dim 1, but for transposed convolutions, which store them the other way round. What has
-    fewer than two dims is a bias or a gain and no weight.
+    fewer than two dims is a bias or a gain and no weight; integers and 8-bit floats are the codes of a quantized layer
+    and no weight either. FSDP2 modules are resharded.
 
     Raises:
         TypeError: ``model`` is no module.
         ValueError: a weight of a lazy module that has no shape yet.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"a torch.nn.Module is needed, but was given {type(model).__name__}")
+    check_module(model)
+    reshard(model)
     found: list[Weight] = []
     seen: set[int] = set()
     for place, module in model.named_modules():
@@ -61,10 +92,10 @@ def weights(model: nn.Module) -> list[Weight]:
             name = f"{place}.{own}".lstrip(".")
             if isinstance(w, UninitializedParameter):
                 raise ValueError(f"{name} has no shape yet: run the model once, so that its lazy modules get theirs")
-            if w.dim() < 2 or id(w) in seen:
+            is_code = not (w.is_floating_point() or w.is_complex()) or w.element_size() < 2
+            if w.dim() < 2 or is_code or id(w) in seen:
                 continue
             seen.add(id(w))
             groups = module.groups if isinstance(module, CONVOLUTIONS) and own == "weight" else 1
-            units = w.unflatten(0, (groups, len(w) // groups)) if len(w) else w[None]
-            found.append(Weight(name, w, units.transpose(1, 2) if isinstance(module, TRANSPOSED) else units))
+            found.append(Weight(name, w, groups, isinstance(module, TRANSPOSED)))
     return found

@@ -232,6 +232,8 @@ def test_a_group_added_later_is_warned_of_once():
     with pytest.warns(UserWarning, match="holds a zero weight"):
         opt.step()
     opt.step()
+    frozen = torch.nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+    LpDecay(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2)), frozen]))
     for allowed in (dict(p=2.0), dict(weight_decay=0.0), dict(warmup=1)):
         LpDecay(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, 2))]), **allowed)
 

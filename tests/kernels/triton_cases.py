@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -315,11 +314,49 @@ def test_zero_nan_and_infinity(p, scale):
                 assert run.weights[1].isnan().all()
 
 
+@pytest.mark.parametrize("scale", ["power", "dual", "unit", "matched"])
+@pytest.mark.parametrize("p", [1.005, 2.7, math.inf])
+def test_the_for_loop_entry_by_entry_at_the_ends(p, scale):
+    """Which entries are ∞, −∞ and NaN, and the value of all others: beside ∞, NaN, huge and denormal ones."""
+
+    def class_of(x):
+        return x.isnan() * 3 + (x == math.inf) * 1 + (x == -math.inf) * 2
+
+    for regularized in (False, True):
+        for odd in ([math.inf], [math.inf, -math.inf], [math.inf, math.nan], [3e38], [3e38, 3e38], [1e-42], [0.0] * 49):
+            torch.manual_seed(0)
+            ws, gs = ([torch.randn(50), torch.randn(20, 2)] for _ in range(2))
+            gs[0][1 : 1 + len(odd)] = torch.tensor(odd)
+            run = Stepped(ws, lr=0.01, p=p, scale=scale, agr=regularized)
+            run.step(gs)
+            params = [torch.nn.Parameter(w.clone()) for w in ws]
+            for q, g in zip(params, gs, strict=True):
+                q.grad = g.clone()
+            normopt.SteepestDescent(params, lr=0.01, norm="lp", p=p, scale=scale, agr=regularized, foreach=False).step()
+            for ours, theirs in zip(run.weights, params, strict=True):
+                a, b = ours.cpu(), theirs.detach()
+                assert torch.equal(class_of(a), class_of(b))
+                fine = b.isfinite()
+                if fine.any():
+                    assert ((a - b).abs() <= 2e-4 * torch.maximum(b.abs(), b[fine].abs().max() * 1e-3))[fine].all()
+
+
+def test_infinite_weights_under_every_lp_decay():
+    w = torch.tensor([[1e25, -3e38, math.inf, -math.inf, math.nan, 1.0]])
+    for p in (0.3, 1.0, 1.5, 2.0, 3.0, 4.0):
+        settings = dict(lr=0.01, scale="unit", weight_decay=0.1, decay="lp", decay_p=p)
+        run = Stepped([w], p=math.inf, **settings)
+        run.step([torch.ones_like(w)])
+        q = torch.nn.Parameter(w.clone())
+        q.grad = torch.ones_like(w)
+        normopt.SteepestDescent([q], norm="linf", foreach=False, **settings).step()
+        torch.testing.assert_close(run.weights[0].cpu(), q.detach(), equal_nan=True, rtol=2e-6, atol=0)
+
+
 def test_a_weight_of_zero_under_every_lp_decay():
     for p in (0.8, 1.0, 2.0, 3.0):
         run = Stepped([np.zeros((2, 2))], lr=0.1, p=2.0, scale="power", weight_decay=0.5, decay="lp", decay_p=p)
-        with pytest.warns(UserWarning, match="zero") if p < 2 else nullcontext():
-            run.step([np.ones((2, 2))])
+        run.step([np.ones((2, 2))])
         expected = -0.1 * lp_decay_factor(np.zeros((2, 2)), p, 0.05)
         np.testing.assert_allclose(numbers(run.weights[0]), expected, rtol=1e-6)
 

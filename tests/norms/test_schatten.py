@@ -185,6 +185,28 @@ def test_fast_paths_keep_their_stated_error(method, steps, dtype, error):
     assert fast.dual_map(torch.full((4, 3), math.nan)).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_five_steps_of_newton_schulz_leave_singular_values_where_they_are_stated(dtype):
+    torch.manual_seed(0)
+    fast = Schatten(math.inf, method="newton-schulz", dtype=dtype)
+    u, v = (torch.linalg.qr(torch.randn(n, 64, dtype=torch.float64))[0] for n in (128, 64))
+    s = torch.logspace(-5, 0, 64, dtype=torch.float64)
+    s /= s.norm()
+    found = (u.T @ fast.dual_map(((u * s) @ v.T).float()).double() @ v).diagonal()
+    large = s >= 1.5e-3
+    assert 0.675 < found[large].min() < 0.7
+    assert 1.15 < found[large].max() < 1.21
+    if dtype == "float32":  # bfloat16 rounds smaller ones away
+        assert (found[~large] / s[~large]).max() < 486
+        expected = s
+        for _ in range(5):
+            expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+        torch.testing.assert_close(found, expected, rtol=5e-3, atol=0)
+    square = torch.linalg.svdvals(fast.dual_map(torch.randn(256, 256)).double())
+    assert square.min() < 0.2
+    assert square.max() < 1.21
+
+
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_lanczos_with_as_many_steps_as_rows_or_columns_is_the_svd(dtype, tol):
     n = Schatten(1.0, method="lanczos", steps=11)

@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import normopt
+from normopt.sharding.layout import is_dtensor
+from normopt.sparsity import dense_state_dict, prune_, report, shrink, sparse_state_dict, to_dense, to_sparse
 from tests.sharding.cases import error, gradient, laid, mesh_of, whole
 
 SHAPES = [(8, 3), (1, 6), (4, 5), (7,), (6, 2, 3), (3, 3)]
@@ -174,3 +178,97 @@ def creation_of_state(optimizer: str, dim: int) -> tuple[list[int], list[int]]:
     opt.param_groups[0]["lr"] = 0.0
     opt.step(closure=None)
     return created, counted()
+
+
+def sparse_network() -> nn.Sequential:
+    """Every kind of weight, with zeros, dead rows and dead columns, other ones in each rank's shard."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, groups=2),
+        nn.ConvTranspose2d(6, 4, 2, groups=2),
+        nn.Flatten(),
+        nn.Linear(100, 9),
+        nn.BatchNorm1d(9),
+        nn.Linear(9, 3, bias=False),
+        nn.Linear(3, 1),
+    ).eval()
+    with torch.no_grad():
+        for i, p in enumerate(p for p in model.parameters() if p.dim() > 1):
+            p.mul_(torch.rand(p.shape) < 0.7)
+            p[-1 - i % 2 :] = 0
+            p[:, i % p.shape[1]] = 0
+            p.view(-1)[1] = 1e-20
+    return model
+
+
+def sharded_network(how: str) -> nn.Module:
+    """The same over ranks: by FSDP2, also with the whole copies of a forward pass, or by tensor parallelism."""
+    model = sparse_network()
+    if how.startswith("FSDP2"):
+        for layer in model:
+            if any(True for _ in layer.parameters()):
+                fully_shard(layer, mesh=mesh_of(dist.get_world_size()))
+        fully_shard(model, mesh=mesh_of(dist.get_world_size()))
+        if how.endswith("forward"):
+            for layer in model:
+                if isinstance(layer, FSDPModule):
+                    layer.set_reshard_after_forward(False)
+            with torch.no_grad():
+                model(torch.randn(2, 2, 6, 6))
+            assert not any(is_dtensor(p) for p in model.parameters())
+        return model
+    mesh = mesh_of(2, 2) if how == "two dims" else mesh_of(dist.get_world_size())
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            last = Shard(p.dim() - 1)
+            places = {"dim 0": [Shard(0)], "dim 1": [last], "copies": [Replicate()], "two dims": [Shard(0), last]}
+            setattr(module, name, nn.Parameter(distribute_tensor(p.detach(), mesh, places[how], src_data_rank=None)))
+    return model
+
+
+def sparse_report(how: str) -> tuple[Any, Any]:
+    return report(sharded_network(how), threshold=0.1), report(sparse_network(), threshold=0.1)
+
+
+def pruned(how: str, settings: dict[str, Any]) -> None:
+    """The same entries go as of whole weights, from what the optimizer steps and what the model computes with."""
+    plain, model = sparse_network(), sharded_network(how)
+    assert prune_(model, **settings) == prune_(plain, **settings)
+    assert any(p.any() for p in plain.parameters() if p.dim() > 1)
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert is_dtensor(b)
+        assert torch.equal(whole(b.detach()), a.detach())
+    if how.startswith("FSDP2"):
+        x = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert torch.equal(model(x), plain(x))
+
+
+def stored_sparsely(how: str, layout: Any) -> None:
+    plain, got = sparse_network().state_dict(), sparse_state_dict(sharded_network(how), layout)
+    back = dense_state_dict(got)
+    assert got["3.weight"].layout == getattr(torch, f"sparse_{layout}")
+    assert list(back) == list(plain)
+    assert all(type(x) is torch.Tensor and torch.equal(x, plain[name]) for name, x in back.items())
+
+
+def refused_sparsity(what: str, how: str) -> str:
+    model = sharded_network(how)
+    before = [whole(p.detach()).clone() for p in model.parameters()]
+    if what == "prune_":
+        mesh = mesh_of(dist.get_world_size())
+        model[5].weight = nn.Parameter(DTensor.from_local(torch.ones(3, 9), mesh, [Partial()]))
+        before = before[:6]
+    calls = dict(
+        to_sparse=to_sparse,
+        to_dense=to_dense,
+        shrink=lambda m: shrink(m, torch.randn(2, 2, 6, 6)),
+        prune_=lambda m: prune_(m, fraction=0.5),
+    )
+    try:
+        calls[what](model)
+    except ValueError as error:
+        for p, old in zip(model.parameters(), before, strict=False):
+            assert torch.equal(whole(p.detach()), old)
+        return str(error)
+    return ""

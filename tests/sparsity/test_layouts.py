@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from normopt.sparsity import SparseLinear, dense_state_dict, prune_, sparse_state_dict, to_dense, to_sparse
 
@@ -101,6 +102,118 @@ def test_a_single_layer_a_shared_layer_and_none():
         pass
 
     assert type(to_sparse(nn.Sequential(Own(2, 2)))[0]) is Own
+
+
+class Seen:
+    """Hooks that change or note what they see."""
+
+    def __init__(self):
+        self.grads = []
+
+    def doubled(self, module, args, output):
+        return 2 * output
+
+    def shifted(self, module, args, kwargs):
+        return (args[0] + 1,), kwargs
+
+    def noted(self, module, grads, _):
+        self.grads.append((type(module), grads[0].clone()))
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def hooked(seen):
+    model = sparse_net().eval()
+    for layer in (model[2][0], model[3]):
+        layer.register_forward_hook(seen.doubled)
+        layer.register_forward_pre_hook(seen.shifted, with_kwargs=True)
+    model[3].register_full_backward_hook(seen.noted)
+    return model
+
+
+@pytest.mark.parametrize("there_and_back", [False, True])
+def test_hooks_stay_where_they_are(there_and_back):
+    seen = Seen()
+    model = hooked(seen)
+    changed = to_dense(to_sparse(model)) if there_and_back else to_sparse(model)
+    plain = sparse_net().eval()
+    x = torch.randn(5, 1, 4, 4)
+    inside = 2 * plain[2][0](plain[1](plain[0](x)) + 1)
+    expected = plain[4](2 * plain[3](torch.tanh(inside) + 1))
+    assert (expected - plain(x)).abs().max() > 0.1
+    for m in (model, changed):
+        torch.testing.assert_close(m(x), expected)
+        m(x.requires_grad_()).square().sum().backward()
+    (kind, theirs), (new, ours) = seen.grads
+    assert (kind, new) == (nn.Linear, nn.Linear if there_and_back else SparseLinear)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_modes_attributes_and_what_is_frozen_stay_too():
+    model = sparse_net()
+    model[3].train(False)
+    model[3].is_head = True
+    model[2][0].weight.requires_grad_(False)
+    codes = nn.Linear(2, 2, bias=False)
+    codes.weight = nn.Parameter(torch.tensor([[0, 3], [1, 0]], dtype=torch.int8), requires_grad=False)
+    model.append(codes)
+    sparse = to_sparse(model)
+    dense = to_dense(sparse)
+    assert [m[3].training for m in (sparse, dense)] == [False, False]
+    assert [m[2][0].training for m in (sparse, dense)] == [True, True]
+    assert sparse[3].is_head
+    assert dense[3].is_head
+    assert [p.requires_grad for p in dense.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert vars(dense[3]).keys() == vars(model[3]).keys()
+    model[3].is_head = False
+    assert dense[3].is_head
+    assert torch.equal(dense[5].weight, codes.weight)
+    dense[3].weight.requires_grad_(False)
+    assert not to_dense(to_sparse(dense))[3].weight.requires_grad
+
+
+def test_a_layer_with_a_parametrization_stays_dense():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    x = torch.randn(4, 3)
+    assert torch.equal(to_sparse(model)[0](x), model[0](x))
+    assert nn.utils.parametrize.is_parametrized(to_sparse(model)[0])
+
+
+LOST = {
+    "weight_mask": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "weight_orig": nn.utils.spectral_norm,
+    "counts": lambda layer: layer.register_buffer("counts", torch.zeros(2)),
+    "scale": lambda layer: layer.register_parameter("scale", nn.Parameter(torch.ones(2))),
+    "adapter": lambda layer: layer.add_module("adapter", nn.Linear(3, 2)),
+    "a forward": lambda layer: setattr(layer, "forward", torch.zeros_like),
+    "state dict hooks": lambda layer: layer.register_state_dict_post_hook(lambda *_: None),
+    "state dict hooks ": lambda layer: layer.register_state_dict_pre_hook(lambda *_: None),
+    "state dict hooks  ": lambda layer: layer.register_load_state_dict_pre_hook(lambda *_: None),
+    "state dict hooks   ": lambda layer: layer.register_load_state_dict_post_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_what_would_be_lost_is_refused(what):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 2)))
+    LOST[what](model[1][0])
+    with pytest.raises(ValueError, match=rf"^1\.0 \(Linear\) differs .*{what.strip()}.*remove that first"):
+        to_sparse(model)
+    if "weight" not in what:
+        sparse = to_sparse(nn.Linear(3, 2))
+        LOST[what](sparse)
+        with pytest.raises(ValueError, match=rf"^the model \(SparseLinear\) .*{what.strip()}.*remove that first"):
+            to_dense(sparse)
+
+
+def test_weights_stay_on_their_device_under_another_default():
+    model = sparse_net().eval()
+    x = torch.randn(5, 1, 4, 4)
+    with torch.device("meta"):
+        torch.testing.assert_close(to_sparse(model)(x), model(x))
+        torch.testing.assert_close(to_dense(to_sparse(model))(x), model(x))
+        assert {v.device.type for v in sparse_state_dict(model, "coo").values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("layout", ["csr", "csc", "coo"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import re
@@ -194,6 +195,42 @@ def test_pruning_keeps_the_memory_format_and_reaches_through_it():
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
     prune_(conv, fraction=0.5, over="rows")
     assert (conv.weight.flatten(1) == 0).all(1).sum() == 2
+
+
+@pytest.mark.parametrize("over", ["entries", "rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_the_codes_of_quantized_layers_are_neither_counted_nor_pruned(dtype, over):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    plain = copy.deepcopy(model)
+    codes = torch.tensor([[0, 1], [1, 0], [0, 0]]).to(dtype)
+    model[1].codes = nn.Parameter(codes.clone(), requires_grad=False)
+    assert report(model) == report(plain)
+    for settings in (dict(fraction=0.4), dict(threshold=0.3)):
+        assert prune_(model, over=over, **settings) == prune_(plain, over=over, **settings)
+    assert report(plain).total.zeros > 0
+    assert torch.equal(model[1].codes.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(model[0].weight, plain[0].weight)
+
+
+@pytest.mark.parametrize("over", ["rows", "columns"])
+def test_norms_of_complex_rows_are_of_their_sizes(over):
+    w = torch.tensor([[3 + 4j, 0], [1j, 1], [1.5j, 1.5]])
+    model = nn.Linear(2, 3, bias=False, dtype=torch.complex64)
+    model.weight.data.copy_(w)
+    # Norms of the rows 5, √2 and √4.5; of the columns √28.25 and √3.25.
+    prune_(model, threshold=2.0, over=over)
+    gone = [[False], [True], [False]] if over == "rows" else [[False, True]]
+    assert torch.equal(model.weight, w.masked_fill(torch.tensor(gone), 0))
+
+
+def test_counts_and_pruning_stay_on_their_device_under_another_default():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Linear(6, 3))
+    expected = prune_(copy.deepcopy(model), fraction=0.4, over="rows")
+    with torch.device("meta"):
+        assert prune_(model, fraction=0.4, over="rows") == expected
+    assert expected.total.dead_rows == 2
 
 
 @pytest.mark.parametrize(

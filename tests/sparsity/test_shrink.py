@@ -293,6 +293,35 @@ def test_modes_and_frozen_weights_are_kept():
     assert small[2].weight.grad is not None
 
 
+def test_backward_and_state_dict_hooks_and_attributes_are_kept():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].weight.data[0] = 0
+    seen = []
+    model[0].register_full_backward_hook(lambda module, _, grads: seen.append(grads[0].shape))
+    model[2].register_state_dict_post_hook(lambda module, state, prefix, _: state.update(seen=True))
+    model[2].is_head = True
+    small = shrink(model, torch.randn(5, 3)).model
+    small(torch.randn(5, 3, requires_grad=True)).sum().backward()
+    assert seen == [(5, 3)]
+    assert small.state_dict()["seen"]
+    assert small[2].is_head
+
+
+def test_everything_is_on_its_own_device_under_another_default():
+    """What is made without a device is on meta then, and cannot be computed with."""
+    torch.manual_seed(0)
+    model = cnn(np.random.default_rng(0), torch.float64)
+    linear = mlp(np.random.default_rng(2), torch.float64)
+    for network, x in ((model, torch.randn(4, 1, 8, 8).double()), (linear, torch.randn(16, 3).double())):
+        expected = shrink(network, x)
+        assert expected.parameters_after < expected.parameters_before
+        with torch.device("meta"):
+            found = shrink(network, x)
+        assert found.parameters_after == expected.parameters_after
+        assert {v.device.type for v in found.model.state_dict().values()} == {"cpu"}
+        assert all(torch.equal(v, expected.model.state_dict()[k]) for k, v in found.model.state_dict().items())
+
+
 def test_the_table_tells_what_went():
     model = nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Linear(40, 2))
     model[0].weight.data[5:] = 0
@@ -350,6 +379,13 @@ def hooked():
     return layer
 
 
+def changed(**attributes):
+    layer = nn.Linear(4, 4)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return nn.Sequential(layer, nn.ReLU(), nn.Linear(4, 2))
+
+
 def shared():
     layer = nn.Linear(4, 4)
     return nn.Sequential(layer, nn.ReLU(), layer)
@@ -375,6 +411,10 @@ IMAGE = torch.randn(2, 4, 6, 6)
         (nn.Sequential(nn.Linear(4, 4), nn.PReLU()), None, "PReLU"),
         (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), None, "ParametrizedLinear"),
         (nn.Sequential(hooked()), None, "forward hooks"),
+        (changed(forward=torch.zeros_like), None, r"'0' \(Linear\) has a forward\(\) set on the instance"),
+        (changed(adapter=nn.Linear(4, 4)), None, "has adapter besides"),
+        (changed(scores=nn.Parameter(torch.ones(4))), None, "has scores besides"),
+        (changed(counts=nn.Buffer(torch.ones(4))), None, "has counts besides"),
         (shared(), None, "shares a tensor with '0'"),
         (tied(), None, "shares a tensor with '0'"),
         (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)), None, "running statistics"),

@@ -1,0 +1,508 @@
+"""A fused step touches the memory that its tensors have at that moment, whatever was done to them since the last one.
+
+Each test does to a fused, a foreach and a for-loop optimizer what trainers do to parameters, gradients and state, and
+compares weights and state step by step. What eager operations refuse is to be refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+import normopt
+from normopt.state import BUFFER, COMPENSATION
+
+RULES = {
+    "SGD": dict(norm="l2", momentum=0.9),
+    "Lion": dict(norm="linf", scale="unit", momentum=0.9, momentum_rule="lion"),
+    "LPSGDM": dict(norm="lp", p=3.0, scale="power", momentum=0.9, momentum_rule="ema"),
+    "dual": dict(norm="lp", p=2.7, scale="dual", momentum=0.9, agr=True, weight_decay=1e-2, decay="lp", decay_p=0.8),
+}
+
+
+class Trio:
+    """The same parameters three times, stepped fused, by foreach and by the for-loop; the same is done to all."""
+
+    def __init__(self, shapes=((7, 5), (40,), (3, 11)), dtype=torch.float32, **rule):
+        torch.manual_seed(0)
+        drawn = [torch.randn(s).to(dtype) for s in shapes]
+        how = ({"fused": True}, {"foreach": True}, {"foreach": False})
+        self.params = [[torch.nn.Parameter(x.clone()) for x in drawn] for _ in how]
+        self.opts = [normopt.SteepestDescent(p, lr=1e-2, **h, **rule) for p, h in zip(self.params, how, strict=True)]
+
+    def each(self, change):
+        """``change(params, opt)`` on all."""
+        for params, opt in zip(self.params, self.opts, strict=True):
+            change(params, opt)
+
+    def gradients(self, missing=()):
+        for i, same in enumerate(zip(*self.params, strict=True)):
+            g = torch.randn_like(same[0])
+            for p in same:
+                p.grad = None if i in missing else g.clone()
+
+    def step(self, missing=()):
+        self.gradients(missing)
+        self.step_with_these()
+
+    def step_with_these(self):
+        """Step, compare, and let all start from the for-loop's weights: free runs part at signs and powers."""
+        before = [q.detach().clone() for q in self.params[-1]]
+        for opt in self.opts:
+            opt.step()
+        for params, opt in zip(self.params[:-1], self.opts[:-1], strict=True):
+            self.compare(params, opt, before)
+            for p, q in zip(params, self.params[-1], strict=True):
+                with torch.no_grad():
+                    p.copy_(q)
+                for key, value in self.opts[-1].state.get(q, {}).items():
+                    opt.state[p][key].copy_(value)
+
+    def compare(self, params, opt, before):
+        for p, q, w in zip(params, self.params[-1], before, strict=True):
+            bits = 1e-2 if p.dtype == torch.bfloat16 else 2e-6
+            size = torch.maximum(w.abs(), (q - w).abs().max()) if q.numel() else w.abs()
+            assert ((p - q).abs() <= bits * size).all()
+            ours, theirs = opt.state.get(p, {}), self.opts[-1].state.get(q, {})
+            assert ours.keys() == theirs.keys()
+            for key in ours:
+                assert ours[key].shape == p.shape
+                torch.testing.assert_close(ours[key], theirs[key], rtol=bits, atol=bits)
+
+    def refuse(self, match):
+        """All refuse the step, and nothing is written."""
+        for params, opt in zip(self.params, self.opts, strict=True):
+            kept = [p.detach().clone() for p in params], [s[BUFFER].clone() for s in opt.state.values()]
+            versions = [p._version for p in params]
+            with pytest.raises(RuntimeError, match=match):
+                opt.step()
+            now = [p.detach() for p in params], [s[BUFFER] for s in opt.state.values()]
+            for old, new in zip(kept, now, strict=True):
+                assert all(map(torch.equal, old, new))
+            assert versions == [p._version for p in params]
+
+
+def rules(f):
+    return pytest.mark.parametrize("name", RULES)(f)
+
+
+@rules
+def test_state_moved_away_and_back(name):
+    trio = Trio(**RULES[name])
+
+    def move(params, opt):
+        states = [s[BUFFER] for s in opt.state.values()]
+        away = [x.data.clone() for x in states]
+        for x in states:
+            x.data = torch.empty(0)
+        gc.collect()
+        keep = [torch.full((64,), float("nan")) for _ in range(50)]  # what was freed becomes others'
+        for x, y in zip(states, away, strict=True):
+            x.data = y.clone()
+        del keep
+
+    for _ in range(3):
+        trio.step()
+        trio.each(move)
+    trio.step()
+
+
+@rules
+def test_parameters_cut_with_their_state(name):
+    """A vocabulary of 50 rows is cut to 3 after a step."""
+    trio = Trio(((50, 8), (6,)), **RULES[name])
+    trio.step()
+
+    def cut(params, opt):
+        params[0].data = params[0].data[:3]
+        opt.state[params[0]][BUFFER].data = opt.state[params[0]][BUFFER].data[:3]
+
+    trio.each(cut)
+    trio.step()
+    trio.step()
+
+
+CHANGES = {
+    "cut": lambda x: x[:3],
+    "cut and moved": lambda x: x[:3].clone(),
+    "transposed": lambda x: x.t(),
+    "transposed and moved": lambda x: x.t().contiguous(),
+    "flattened": lambda x: x.view(-1),
+    "reshaped": lambda x: x.view(5, 7),
+    "grown": lambda x: torch.cat([x, x]),
+    "one more dim": lambda x: x[None],
+}
+
+
+@rules
+@pytest.mark.parametrize("change", CHANGES)
+def test_parameters_of_another_shape_than_their_state(name, change):
+    trio = Trio(((7, 5), (40,)), **RULES[name])
+    trio.step()
+    trio.gradients()
+
+    def do(params, opt):
+        params[0].data = CHANGES[change](params[0].data)
+
+    trio.each(do)
+    trio.refuse("gradient of a parameter")
+    trio.gradients()
+    trio.refuse(f"{BUFFER} of a parameter")
+
+
+@rules
+def test_a_square_transposed_in_place(name):
+    """Same address, shape and size; other strides."""
+    trio = Trio(((6, 6), (40,)), **RULES[name])
+    trio.step()
+    trio.each(lambda params, opt: setattr(params[0], "data", params[0].data.t()))
+    trio.step()
+    trio.each(lambda params, opt: setattr(opt.state[params[0]][BUFFER], "data", opt.state[params[0]][BUFFER].data.t()))
+    trio.step()
+
+
+@rules
+def test_storages_swapped_between_steps(name):
+    trio = Trio(**RULES[name])
+    for _ in range(3):
+        trio.step()
+        trio.each(lambda params, opt: [setattr(p, "data", p.data.clone()) for p in params])
+        gc.collect()
+
+
+@pytest.mark.parametrize("which", ["parameter", "gradient", BUFFER])
+@pytest.mark.parametrize("left", [0, 1, 34])
+def test_a_storage_that_was_freed_or_shrunk_is_refused(which, left):
+    """35 entries are needed. Eager operations would read past the end, so that only the fused step is asked."""
+    trio = Trio(((7, 5), (40,)), **RULES["SGD"])
+    trio.step()
+    trio.gradients()
+    params, opt = trio.params[0], trio.opts[0]
+    x = {"parameter": params[0].data, "gradient": params[0].grad, BUFFER: opt.state[params[0]][BUFFER]}[which]
+    x.untyped_storage().resize_(4 * left)
+    other, momentum = params[1].detach().clone(), opt.state[params[1]][BUFFER].clone()
+    with pytest.raises(RuntimeError, match=rf"{which} of shape \(7, 5\) on cpu has no memory of its own"):
+        opt.step()
+    assert torch.equal(params[1], other)
+    assert torch.equal(opt.state[params[1]][BUFFER], momentum)
+    x.untyped_storage().resize_(4 * 35)
+    with torch.no_grad():
+        x.zero_()
+    opt.step()
+
+
+def test_a_storage_shrunk_under_a_tensor_that_keeps_its_address():
+    """The tensor lies in a larger storage, of which only the end is taken away: FSDP and caches do so."""
+    whole = torch.randn(100)
+    p = torch.nn.Parameter(whole[20:60])
+    opt = normopt.SGD([p], lr=0.1, momentum=0.9, fused=True)
+    p.grad = torch.ones(40)
+    opt.step()
+    whole.untyped_storage().resize_(4 * 59)
+    with pytest.raises(RuntimeError, match="has no memory of its own"):
+        opt.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("scope", ["tensor", "group"])
+@pytest.mark.parametrize("gradient", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_other_dtypes_than_their_parameters(fused, scope, gradient, dtype):
+    torch.manual_seed(0)
+    values = [torch.randn(33).to(dtype) for _ in range(3)]
+    grads = [torch.randn(33).to(d) for d in (dtype, gradient, gradient)]
+    ours, theirs = ([torch.nn.Parameter(v.clone()) for v in values] for _ in range(2))
+    for params in (ours, theirs):
+        for p, g in zip(params, grads, strict=True):
+            p.grad_dtype = None
+            p.grad = g.clone()
+    rule = dict(lr=0.1, norm="lp", p=2.7, scale="unit", scope=scope)
+    for _ in range(2):
+        normopt.SteepestDescent(ours, fused=fused, foreach=None if fused else True, **rule).step()
+        for q in theirs:  # as float32, which holds all of them but the float64, which is rounded to it
+            q.grad = q.grad.float()
+        with torch.no_grad():
+            wide = [torch.nn.Parameter(q.detach().double()) for q in theirs]
+            for w, q in zip(wide, theirs, strict=True):
+                w.grad = q.grad.double()
+            normopt.SteepestDescent(wide, foreach=False, **rule).step()
+            for q, w in zip(theirs, wide, strict=True):
+                q.copy_(w)
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=8e-3 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
+            with torch.no_grad():
+                p.copy_(q)
+
+
+def test_the_dtype_of_one_gradient_changes_between_steps():
+    trio = Trio(**RULES["SGD"])
+    trio.step()
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        trio.gradients()
+
+        def change(params, opt, dtype=dtype):
+            params[1].grad_dtype = None
+            params[1].grad = params[1].grad.to(dtype)
+
+        trio.each(change)
+        trio.step_with_these()
+
+
+@rules
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("empty", [(0,), (0, 3)])
+def test_an_empty_parameter_and_a_step_without_the_other_gradients(name, empty, place):
+    shapes = [(7, 5), (40,)]
+    shapes.insert(place, empty)
+    trio = Trio(shapes, **RULES[name])
+    for missing in ((), {0, 1, 2} - {place}, (), {place}, {0, 1, 2}, ()):
+        trio.step(missing)
+
+
+@rules
+def test_gradients_come_and_go(name):
+    trio = Trio(**RULES[name])
+    for missing in ((0,), (1,), (), (0, 1), (2,), (), ()):
+        trio.step(missing)
+
+
+@rules
+def test_a_second_backward_after_a_step_raises(name):
+    """The graph has kept a weight that the step has changed: eager operations and kernels must both say so."""
+    for how in ({"fused": True}, {"foreach": False}):
+        p = torch.nn.Parameter(torch.randn(4, 4))
+        opt = normopt.SteepestDescent([p], lr=0.1, **how, **RULES[name])
+        loss = (p * p).sum()
+        loss.backward(retain_graph=True)
+        for _ in range(2):
+            opt.step()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward(retain_graph=True)
+            loss = (p * p).sum()
+            loss.backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "kahan", "stochastic"])
+def test_versions_of_weights_and_state_are_bumped(rounding):
+    p = torch.nn.Parameter(torch.randn(9).bfloat16())
+    opt = normopt.SGD([p], lr=0.1, momentum=0.9, rounding=rounding, fused=True)
+    for _ in range(3):
+        p.grad = torch.randn(9).bfloat16()
+        kept = [p, *opt.state.get(p, {}).values()]
+        versions = [x._version for x in kept]
+        gradient = p.grad._version
+        opt.step()
+        assert all(x._version > v for x, v in zip(kept, versions, strict=True))
+        assert p.grad._version == gradient
+    assert (COMPENSATION in opt.state[p]) == (rounding == "kahan")
+
+
+def test_a_gradient_with_its_negative_bit_set():
+    for how in ({"fused": True}, {"foreach": False}, {"foreach": True}):
+        p = torch.nn.Parameter(torch.zeros(5))
+        opt = normopt.SGD([p], lr=1.0, **how)
+        for sign in (1, -1, 1):
+            p.grad = torch._neg_view(torch.full((5,), -float(sign)))
+            before = p.detach().clone()
+            opt.step()
+            assert torch.equal(p, before - sign)
+
+
+def test_the_dtype_of_state_changed_by_data():
+    trio = Trio(**RULES["SGD"])
+    trio.step()
+
+    def to(params, opt, dtype=torch.bfloat16):
+        for s in opt.state.values():
+            s[BUFFER].data = s[BUFFER].data.to(dtype)
+
+    trio.each(to)
+    trio.gradients()
+    trio.step_with_these()
+    for opt in trio.opts:
+        assert {s[BUFFER].dtype for s in opt.state.values()} == {torch.float32}
+
+
+def test_parameters_of_a_group_put_in_another_order():
+    trio = Trio(((40,), (40,), (40,)), **RULES["SGD"])
+    trio.step()
+    trio.each(lambda params, opt: opt.param_groups[0]["params"].reverse())
+    trio.step()
+    trio.step()
+
+
+class Handled(RuleBasedStateMachine):
+    """Random things that trainers do, between steps, on every backend."""
+
+    @initialize(name=st.sampled_from(list(RULES)), bf16=st.booleans(), seed=st.integers(0, 2**16))
+    def begin(self, name, bf16, seed):
+        self.trio = Trio(((7, 5), (40,), (6, 6), (0, 3)), torch.bfloat16 if bf16 else torch.float32, **RULES[name])
+        self.name = name
+        torch.manual_seed(seed)
+
+    def both(self, change):
+        self.trio.each(change)
+
+    @rule(missing=st.sets(st.integers(0, 3)))
+    def step(self, missing):
+        self.trio.step(missing)
+
+    @rule()
+    def steps(self):
+        self.trio.step()
+        self.trio.step()
+
+    @rule(i=st.integers(0, 2))
+    def offload(self, i):
+        def move(params, opt):
+            for x in (params[i], *opt.state.get(params[i], {}).values()):
+                away = x.data.clone()
+                x.data = torch.empty(0, dtype=x.dtype)
+                x.data = away.clone()
+
+        self.both(move)
+
+    @rule(i=st.integers(0, 2))
+    def cut(self, i):
+        def do(params, opt):
+            if params[i].dim() and params[i].shape[0] > 1:
+                k = params[i].shape[0] - 1
+                for x in (params[i], *opt.state.get(params[i], {}).values()):
+                    x.data = x.data[:k]
+                params[i].grad = None
+
+        self.both(do)
+
+    @rule(i=st.integers(0, 2), moved=st.booleans())
+    def transpose(self, i, moved):
+        def do(params, opt):
+            if params[i].dim() == 2:
+                for x in (params[i], *opt.state.get(params[i], {}).values()):
+                    x.data = x.data.t().contiguous() if moved else x.data.t()
+                params[i].grad = None
+
+        self.both(do)
+
+    @rule(i=st.integers(0, 2))
+    def flatten_the_parameter_alone(self, i):
+        trio = self.trio
+        if all(
+            params[i].dim() == 2 and params[i] in opt.state for params, opt in zip(trio.params, trio.opts, strict=True)
+        ):
+            self.both(lambda params, opt: setattr(params[i], "data", params[i].data.reshape(-1)))
+            trio.gradients()
+            trio.refuse(f"{BUFFER} of a parameter")
+            self.both(lambda params, opt: opt.state.pop(params[i]))
+
+    @rule(i=st.integers(0, 2))
+    def swap_the_state(self, i):
+        def do(params, opt):
+            if params[i] in opt.state:
+                opt.state[params[i]][BUFFER] = opt.state[params[i]][BUFFER].clone()
+
+        self.both(do)
+
+    @rule(i=st.integers(0, 2))
+    def lose_the_state(self, i):
+        self.both(lambda params, opt: opt.state.pop(params[i], None))
+
+    @rule()
+    def change_the_dtype(self):
+        def do(params, opt):
+            for p in params:
+                p.data = p.data.to(torch.float32 if p.dtype == torch.bfloat16 else torch.bfloat16)
+                p.grad = None
+
+        self.both(do)
+
+    @rule(i=st.integers(0, 2), dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16]))
+    def let_a_gradient_be_of_another_dtype(self, i, dtype):
+        self.trio.gradients()
+
+        def do(params, opt):
+            params[i].grad_dtype = None
+            params[i].grad = params[i].grad.to(dtype)
+
+        self.both(do)
+        self.trio.step_with_these()
+
+    @rule(lr=st.sampled_from([1e-2, 1e-3, 0.0]))
+    def schedule(self, lr):
+        for opt in self.trio.opts:
+            for group in opt.param_groups:
+                group["lr"] = lr
+
+    @rule(i=st.integers(0, 2))
+    def freeze(self, i):
+        def do(params, opt):
+            params[i].requires_grad_(not params[i].requires_grad)
+
+        self.both(do)
+
+    @precondition(lambda self: len(self.trio.opts[0].param_groups) < 3)
+    @rule()
+    def add_a_group(self):
+        drawn = torch.randn(9, 4).to(self.trio.params[0][0].dtype)
+
+        def do(params, opt):
+            params.append(torch.nn.Parameter(drawn.clone()))
+            opt.add_param_group({"params": [params[-1]]})
+
+        self.both(do)
+
+    @rule()
+    def save_and_load(self):
+        for opt in self.trio.opts:
+            opt.load_state_dict(opt.state_dict())
+
+
+TestHandled = Handled.TestCase
+TestHandled.settings = settings(
+    max_examples=int(os.environ.get("NORMOPT_FUZZ", "300")),
+    stateful_step_count=12,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+PARTS = 8  # of the combinations, so that processes can share them
+
+
+def guard_pages(*arguments, **environment):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.guard_pages", *map(str, arguments)]
+    root = Path(__file__).parents[2]
+    given = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYTEST_"))} | environment
+    done = subprocess.run(command, env=given, capture_output=True, text=True, cwd=root)
+    return done.returncode, f"{shlex.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_numba_kernels_between_guard_pages(part):
+    """Every pair of settings, sizes round every length of a vector and of a chunk, one and two threads."""
+    code, said = guard_pages("numba", part, PARTS)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_triton_kernels_between_guard_pages(part):
+    pytest.importorskip("triton", reason="triton is for Linux")
+    if torch.cuda.is_available():
+        pytest.skip("guard pages are in the memory of the host")
+    code, said = guard_pages("triton", part, PARTS, TRITON_INTERPRET="1")
+    assert code == 0, said
+
+
+def test_guard_pages_end_a_kernel_that_reads_one_entry_too_far():
+    code, said = guard_pages("overrun")
+    assert code == -signal.SIGSEGV, said
