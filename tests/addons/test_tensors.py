@@ -78,6 +78,30 @@ def test_data_that_changes_between_steps(kind, change, path):
     check_step(kind, opt, params)
 
 
+@pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.parametrize("change", [c for c in CHANGES if c not in ("every second column", "a transposed view")])
+def test_data_that_changes_between_steps_of_normopts_own(change, path):
+    if change == "float64" and path.get("fused"):
+        pytest.skip("the fused kernels of a CPU take no float64")
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(5, 4)) for _ in range(2)]
+    opt = normopt.LPSGD(params, lr=LR, p=3.0, **path)
+    LpDecay(opt, p=P, weight_decay=LAM, over="rows")
+    for step in range(4):
+        if step == 2:
+            params[0].data = CHANGES[change](params[0].data)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        before = [(numbers(p), numbers(p.grad)) for p in params]
+        opt.step()
+        for p, (w, g) in zip(params, before, strict=True):
+            stepped = w - LR * np.sign(g) * np.sqrt(np.abs(g))
+            if w.ndim > 1:
+                x = np.linalg.norm(w, axis=1, keepdims=True) ** (2 - P)
+                stepped *= x / (x + P * LR * LAM)
+            np.testing.assert_allclose(numbers(p), stepped, rtol=2e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("with_closure", [False, True])
 @pytest.mark.parametrize("change", ["cut", "transposed", "float64"])
 def test_a_gradient_that_its_parameter_cannot_have_is_refused_and_all_are_put_back(change, with_closure):
