@@ -294,4 +294,4 @@ def _exponent_now(group: Mapping[str, Any]) -> float:
 
 
 def _on(value: float | Tensor, w: Tensor) -> float | Tensor:
-    return value.reshape(()).to(w.device) if isinstance(value, Tensor) else value
+    return value.reshape(()).to(w.device) if isinstance(value, Tensor) else float(value)

@@ -143,6 +143,11 @@ def _described(d: DTensor) -> str:
     return f"a parameter of shape {tuple(d.shape)} lies as {d.placements} on a mesh of {tuple(d.device_mesh.shape)}"
 
 
+def resolved(x: Tensor) -> Tensor:
+    """Return a tensor whose memory holds its values: a copy, if a conjugation or a negation is pending (lazy views)."""
+    return x.resolve_conj().resolve_neg()
+
+
 def gradient_of(p: Tensor) -> Tensor:
     """The part of the gradient that belongs to the part of the parameter that is here."""
     grad = cast(Tensor, p.grad)
@@ -150,4 +155,4 @@ def gradient_of(p: Tensor) -> Tensor:
         place, given = cast("DTensor", p), cast("DTensor", grad)
         if place.placements != given.placements:  # such as partial sums, under tensor parallelism
             grad = given.redistribute(placements=place.placements)
-    return local(grad)
+    return resolved(local(grad))
