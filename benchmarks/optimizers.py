@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,7 +187,10 @@ def _ours(entry: Entry, settings: dict[str, Any], model: nn.Module, task: Task) 
     if not settings.get("fused"):
         settings = {"foreach": True} | settings
     preset = settings.pop("preset", entry.preset)
-    return entry.cls(_params(preset, model, task), **settings, **entry.fixed)
+    with warnings.catch_warnings():
+        # Without a preset all layers step alike, as meant.
+        warnings.filterwarnings("ignore", r"\w+ steps matrices, but some parameters are vectors")
+        return entry.cls(_params(preset, model, task), **settings, **entry.fixed)
 
 
 def _params(preset: str | None, model: nn.Module, task: Task) -> Any:

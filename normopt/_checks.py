@@ -5,10 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Iterable
+from types import FrameType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def check_number(
@@ -41,14 +47,30 @@ def check_number(
             given = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
             raise ValueError(f"Tensor {name} must be 1-element and of floats, but is {given}")
         return
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        hint = f": pass float({name})" if isinstance(value, numbers.Real) and not isinstance(value, bool) else ""
-        raise TypeError(f"{name} must be {kind}, but is {value!r} ({type(value).__name__}){hint}")
+        raise TypeError(f"{name} must be {kind}, but is {value!r} ({type(value).__name__})")
     below = value <= low if open_low else value < low
     above = value >= high if open_high else value > high
     if math.isnan(value) or below or above:
         left, right = "(" if open_low else "[", ")" if open_high else "]"
         raise ValueError(f"{name} must lie in {left}{low:g}, {high:g}{right}, but is {value!r}")
+
+
+def plain(value: T) -> T | int | float:
+    """Return a number of another library, such as ``np.float32``, as Python's own; anything else as it is."""
+    if type(value) in (float, int, bool, str) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def warn(message: str) -> None:
+    """Issue a UserWarning at the user's line: the nearest that is neither normopt's nor torch's."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("normopt", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, cast, overload
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from normopt._checks import is_low_precision
+from normopt._checks import is_low_precision, plain
 from normopt.kernels.fused import Remembered, Stepper
-from normopt.loading import check_loaded, completed, pairs
+from normopt.loading import checked, pairs
 from normopt.norms import registry, scales
 from normopt.norms.base import Norm, Scale, real, reals, working
 from normopt.norms.scales import NormPair, over_the_group
-from normopt.params import batches, warn_if_stuck, with_gradients
+from normopt.params import batches, check_admissible, warn_if_stuck, with_gradients
 from normopt.plan import Plan, make_plan
 from normopt.settings import (
     DEFAULT_BETA2,
@@ -30,11 +30,12 @@ from normopt.settings import (
     refuse_idle,
     refuse_typos,
     refuse_unknown_arguments,
+    warn_of_vectors,
 )
 from normopt.sharding.agreement import check_agreement
 from normopt.sharding.direction import direction
 from normopt.sharding.exchange import Walk, alone, combined, lockstep
-from normopt.sharding.layout import any_dtensor, check_parts, gradient_of, layout_of, local, spread
+from normopt.sharding.layout import any_dtensor, check_parts, gradient_of, layout_of, local, resolved, spread
 from normopt.stages import agr
 from normopt.stages.decay import coupled, decoupled_, lp_factors
 from normopt.stages.momentum import ema, heavy, lion
@@ -106,19 +107,23 @@ class SteepestDescent(Optimizer):
     shaped and typed like it, if a 16-bit weight is rounded so; else none. Complex parameters are taken as pairs of
     reals. 16-bit parameters are computed in float32. Of DTensors, such as FSDP2's, each rank steps the part that
     it has, by norms of the whole tensor, and the state lies as they do; all ranks must step alike. lr, p and
-    weight_decay given as tensors are never read on the host: changing them in place neither syncs nor recompiles.
-    A tensor p is copied into each group, where it is to be changed. The momentum of a complex parameter has its
-    dtype.
+    weight_decay given as tensors are never read on the host. Each group has its own copies, as ``group["lr"]``:
+    changing those in place neither syncs nor recompiles, and changing the tensor that was given does nothing. One that
+    requires a gradient is not copied. The momentum of a complex parameter has its dtype.
 
     Raises:
         ValueError: at construction and in ``add_param_group``, for a setting that is out of range,
-            unknown, or in contradiction to another; in ``step()``, for one that was made so since.
+            unknown, or in contradiction to another; in ``step()``, for one that was made so since. At construction
+            also for one that does nothing in any group, such as decay="lp" without weight_decay, and for a parameter
+            that has no shape yet (a lazy module's).
         TypeError: likewise, for a setting of the wrong type; at construction, for one that does not exist.
-        RuntimeError: in ``step()``, before anything is written: for a sparse gradient, and for a gradient or state that
-            has not the shape and device of its parameter, or whose memory was freed.
+        RuntimeError: in ``step()``, before anything is written: for a gradient that is not dense, and for a gradient or
+            state that has not the shape and device of its parameter, or whose memory was freed.
 
     Warns:
-        UserWarning: a tensor that ℓp decay with p < 2 will hold at zero for ever because it starts there.
+        UserWarning: a tensor that ℓp decay with p < 2 will hold at zero for ever because it starts there; vectors
+            under a norm of matrices that their group does not name; a setting that does nothing unless a schedule
+            moves the momentum or p: dampening or state_dtype without momentum, eps at p = 2.
 
     Source: the frame is Bernstein and Newhouse, "Old Optimizer, New Norm", arXiv:2409.20325.
 
@@ -126,6 +131,11 @@ class SteepestDescent(Optimizer):
         >>> opt = normopt.SteepestDescent(model.parameters(), lr=0.01, norm="lp", p=3.0, scale="dual",
         ...                               momentum=0.9, agr=True, weight_decay=1e-3, decay="lp", decay_p=0.8)
     """
+
+    # What makes a class another optimizer: the fields of its norm that its constructor gives of its own accord, and
+    # whether it fixes the momentum at 0.
+    _usual_fields: ClassVar[Mapping[str, Any]] = {}
+    _no_momentum: ClassVar[bool] = False
 
     # None is saved: what the last step measured, what fused steps keep of each group's tables, and whether the ranks
     # were asked if they are about to make the same step: before the first, or after a change.
@@ -189,10 +199,11 @@ class SteepestDescent(Optimizer):
         )
         refuse_unknown_arguments(type(self).__name__, norm, norm_fields, settings)
         settings |= registry.flatten(norm, settings)
+        settings = {key: plain(value) for key, value in settings.items()}
         check_settings(settings)  # refuse before the base class has touched anything
-        refuse_idle(settings)
         self._forget()
         super().__init__(params, settings)
+        refuse_idle(settings, self.param_groups, self._usual_fields, self._no_momentum)
 
     def _forget(self) -> None:
         self._measured, self._remembered, self._steppers, self._agreed = [], {}, {}, False
@@ -205,11 +216,12 @@ class SteepestDescent(Optimizer):
 
         Raises:
             ValueError: a setting is out of range, in contradiction to another, or misspelt; a parameter is in another
-                group already, or the norm does not take its shape or dtype.
+                group already or has no shape yet, or the norm does not take its shape or dtype.
             TypeError: the group is no dict, or a setting of the wrong type.
 
         Warns:
-            UserWarning: a tensor that ℓp decay with p < 2 will hold at zero for ever because it starts there.
+            UserWarning: a tensor that ℓp decay with p < 2 will hold at zero for ever because it starts there; vectors
+                under a norm of matrices that the group does not name.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, but is a {type(param_group).__name__}")
@@ -221,21 +233,37 @@ class SteepestDescent(Optimizer):
         if "state_dtype" in group:
             group["state_dtype"] = _dtype_name(group["state_dtype"])
         refuse_typos(group, self.defaults)
+        # The other keys are the user's own.
+        ours = {key: plain(v) for key, v in group.items() if key in self.defaults or key.startswith("norm_")}
         self._agreed = False
-        super().add_param_group(group)
+        super().add_param_group(group | ours)
         try:
-            self._admit(self.param_groups[-1])
+            self._admit(self.param_groups[-1], chosen="norm" in group)
         except Exception:
             self.param_groups.pop()
             raise
 
-    def _admit(self, group: dict[str, Any]) -> None:
-        if isinstance(group["p"], Tensor):
-            group["p"] = group["p"].clone()  # a schedule writes into it: no two groups may share it
-        plan = make_plan(group, group["params"])
+    def _admit(self, group: dict[str, Any], chosen: bool) -> None:
+        """Check a new group, of which ``chosen`` says whether it names its norm itself."""
+        check_admissible(group["params"])
+        _unshare(group)
+        plan = self._plan(group, group["params"])
         check_parts(group["params"])
         if plan.decays == "lp" and plan.decay_p < 2:
             warn_if_stuck(group["params"], plan.decay_p)
+        if not chosen:
+            warn_of_vectors(type(self).__name__, plan.norm, group["params"])
+
+    def _plan(self, settings: Mapping[str, Any], params: list[Tensor]) -> Plan:
+        """The plan of a group's settings, which are checked against those that the optimizer fixes, too."""
+        plan = make_plan(settings, params)
+        if self._no_momentum and plan.momentum != 0:
+            raise ValueError(
+                f"{type(self).__name__} fixes momentum = 0, but a param group has {plan.momentum:g}. OneCycleLR and "
+                "CyclicLR set it unless they are given cycle_momentum=False; for a rule with momentum, use another "
+                "optimizer, such as normopt.SteepestDescent"
+            )
+        return plan
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and give what an older version pickled the settings that are newer."""
@@ -245,6 +273,7 @@ class SteepestDescent(Optimizer):
         self.defaults = {k: v.default for k, v in newer if v.default is not v.empty} | self.defaults
         for group in self.param_groups:
             group.update({**self.defaults, **group})
+            _unshare(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict()`` gave, the momentum in the group's ``state_dtype``.
@@ -258,25 +287,28 @@ class SteepestDescent(Optimizer):
 
         Raises:
             ValueError: a momentum has not the shape of its parameter, a setting is refused, or there are other groups;
-                nothing is changed then.
+                the checkpoint is another optimizer's: it has another norm, scale or momentum rule, or was not written
+                by normopt and has state that no stage here reads. Nothing is changed then.
             TypeError: a setting is of the wrong type; nothing is changed then.
 
         Warns:
-            UserWarning: the checkpoint is of an optimizer with another norm, scale or momentum rule (those
-                are loaded too), or has state that no stage here reads.
+            UserWarning: a checkpoint of normopt has state that no stage here reads, such as your own; it is loaded.
         """
         seen: list[dict[str, Any]] = []
 
         def complete(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-            seen.append(completed(self.param_groups, state))
-            check_loaded(type(self).__name__, self.param_groups, seen[0], read=(BUFFER, COMPENSATION))
+            name, read = type(self).__name__, (BUFFER, COMPENSATION)
+            seen.append(checked(name, self.param_groups, state, read, self._plan))
             return seen[0]
 
         def restore(_: Optimizer) -> None:
+            for group in self.param_groups:
+                _unshare(group)
             for group, i, p in pairs(self.param_groups, seen[0]):
                 buffer = seen[0]["state"].get(i, {}).get(BUFFER)
                 if buffer is not None:
-                    self.state[p][BUFFER] = buffer.to(device=p.device, dtype=state_dtype(group["state_dtype"], p))
+                    dtype = state_dtype(group["state_dtype"], p)
+                    self.state[p][BUFFER] = resolved(buffer.to(device=p.device, dtype=dtype))
 
         # After the user's own pre-hooks, which may rewrite the state, and before their post-hooks.
         before = self.register_load_state_dict_pre_hook(complete)
@@ -295,7 +327,7 @@ class SteepestDescent(Optimizer):
             ValueError: a setting was made wrong since construction; the next ``step()`` would refuse it, too.
             TypeError: one was made of the wrong type.
         """
-        plans = (make_plan(group, group["params"]) for group in self.param_groups)
+        plans = (self._plan(group, group["params"]) for group in self.param_groups)
         return "\n".join(f"group {i}: {plan}" for i, plan in enumerate(plans))
 
     @overload
@@ -315,7 +347,7 @@ class SteepestDescent(Optimizer):
         Raises:
             ValueError: a setting was made wrong since construction; nothing has been written then.
             TypeError: one was made of the wrong type; nothing has been written then.
-            RuntimeError: a gradient is sparse; a gradient or a state has not the shape or device of its parameter, or a
+            RuntimeError: a gradient is not dense; a gradient or a state has not the shape or device of its parameter, or a
                 tensor has lost its memory; or the ranks of DTensors are about to make different steps, which the
                 first step checks. Nothing has been written then.
         """
@@ -357,7 +389,7 @@ class SteepestDescent(Optimizer):
         if known is not None and known.holds(group, self.state):
             return known.plan, [(group["params"], known.stepper)]
         self._remembered.pop(i, None)
-        plan, ready = make_plan(group, group["params"]), with_gradients(group["params"])
+        plan, ready = self._plan(group, group["params"]), with_gradients(group["params"])
         if not torch.compiler.is_compiling():
             check_like("gradient", ((cast(Tensor, p.grad), p) for p in ready))
             for name in (BUFFER, COMPENSATION):
@@ -380,7 +412,7 @@ class SteepestDescent(Optimizer):
         """
         if any(any_dtensor(group["params"]) for group in self.param_groups):
             return False  # ranks would not skip the same steps
-        plans = [make_plan(group, group["params"]) for group in self.param_groups]
+        plans = [self._plan(group, group["params"]) for group in self.param_groups]
         return all(p.backend == "fused" and not (p.momentum_rule == "heavy" and p.dampening) for p in plans)
 
     def _fused(self, plan: Plan, params: list[Tensor], stepper: Stepper) -> Walk[NormPair | None]:
@@ -505,3 +537,10 @@ def _on_device(value: float | Tensor, device: torch.device) -> float | Tensor:
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
     """A dtype as the primitive that a param group holds: ``torch.float32`` is "float32"."""
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+def _unshare(group: dict[str, Any]) -> None:
+    """Give a group tensors of its own: a schedule writes into them, and would move those of other groups as well."""
+    for key in ("lr", "p", "weight_decay"):
+        if isinstance(group[key], Tensor) and not group[key].requires_grad:
+            group[key] = group[key].clone()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from normopt.plan import make_plan
+from normopt._checks import warn
+from normopt.settings import SYNONYMS
 
 Groups = list[dict[str, Any]]
 
@@ -19,22 +19,27 @@ def pairs(param_groups: Groups, state_dict: dict[str, Any]) -> list[tuple[dict[s
     return [(ours, i, p) for ours, saved in groups for i, p in zip(saved["params"], ours["params"], strict=False)]
 
 
-def completed(param_groups: Groups, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint, with the settings that it lacks taken from the groups that it is loaded into."""
-    kept = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in param_groups]
-    saved = state_dict["param_groups"]
-    groups = [{**(kept[i] if i < len(kept) else {}), **group} for i, group in enumerate(saved)]
-    return {**state_dict, "param_groups": groups}
-
-
-def check_loaded(name: str, param_groups: Groups, state_dict: dict[str, Any], read: Collection[str]) -> None:
-    """Refuse state of another shape and settings that are none; warn of state or settings that are another optimizer's.
+def checked(
+    name: str,
+    param_groups: Groups,
+    state_dict: dict[str, Any],
+    read: Collection[str],
+    plan: Callable[[Mapping[str, Any], list[Tensor]], object],
+) -> dict[str, Any]:
+    """Return a checkpoint with the settings that it lacks taken from the groups that it is loaded into.
 
     Args:
         name: the loading optimizer's name, for the messages.
         param_groups: its groups.
         state_dict: what is about to be loaded.
         read: the keys of state that the optimizer reads.
+        plan: checks the settings of a group with its parameters.
+
+    Raises:
+        ValueError: state of another shape, settings that are none, or state or settings of another optimizer.
+
+    Warns:
+        UserWarning: a checkpoint of normopt's has state beside what is read.
     """
     for _, i, p in pairs(param_groups, state_dict):
         for key, value in state_dict["state"].get(i, {}).items():
@@ -43,17 +48,25 @@ def check_loaded(name: str, param_groups: Groups, state_dict: dict[str, Any], re
                     f"the checkpoint's {key} of parameter {i} has the shape {tuple(value.shape)}, but the parameter "
                     f"has {tuple(p.shape)}: load it into an optimizer of the same parameters in the same order"
                 )
-    foreign = sorted({key for state in state_dict["state"].values() for key in state} - set(read))
+    foreign = {key for state in state_dict["state"].values() for key in state} - set(read)
+    groups = state_dict["param_groups"]
+    of_normopt = all("norm" in group for group in groups)
+    if not of_normopt:
+        foreign |= {key for group in groups for key in group} & SYNONYMS.keys()
     if foreign:
-        _warn(f"the checkpoint has {', '.join(foreign)}, which {name} does not read: is it another optimizer's?")
-    for ours, saved in zip(param_groups, state_dict["param_groups"], strict=False):
-        make_plan(saved, ours["params"])
-        other = {k: saved[k] for k in ("norm", "scale", "momentum_rule") if saved.get(k, ours[k]) != ours[k]}
-        if other:
-            _warn(
-                f"the checkpoint makes {name} another optimizer: {other} instead of { ({k: ours[k] for k in other}) }"
+        found = f"the checkpoint has {', '.join(sorted(foreign))}, which {name} does not read"
+        if not of_normopt:
+            raise ValueError(f"{found}: it is another optimizer's. To load the rest of it, remove these first")
+        warn(f"{found}, but keeps")
+    kept = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in param_groups]
+    kept += [{}] * (len(groups) - len(kept))  # a mismatch in number is torch's to report
+    complete = [{**own, **group} for own, group in zip(kept, groups, strict=False)]
+    for ours, saved in zip(param_groups, complete, strict=False):
+        plan(saved, ours["params"])
+        if other := {k: saved[k] for k in ("norm", "scale", "momentum_rule") if saved[k] != ours[k]}:
+            raise ValueError(
+                f"the checkpoint would make {name} another optimizer: {other} instead of "
+                f"{ {k: ours[k] for k in other} }. Load it into one that is made with these settings, or remove them "
+                "from the checkpoint's param_groups (with norm: p and norm_… too) to keep this one's"
             )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=5)  # at the user's load_state_dict
+    return {**state_dict, "param_groups": complete}

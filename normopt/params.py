@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from normopt.plan import Plan
 from normopt.sharding.direction import way_of
@@ -13,15 +15,27 @@ from normopt.sharding.exchange import nonzero
 from normopt.sharding.layout import is_dtensor, layout_of
 
 
+def check_admissible(params: list[Tensor]) -> None:
+    """Raise a ValueError if a parameter cannot be stepped in place: one without a shape, or a lazy view."""
+    for p in params:
+        if is_lazy(p):
+            raise ValueError("a parameter has no shape yet, because its module is lazy: run a batch through it first")
+        if p.is_conj() or p.is_neg():
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is a lazy conjugate or negative of another tensor's memory: "
+                "make it of x.resolve_conj().resolve_neg()"
+            )
+
+
 def with_gradients(params: list[Tensor]) -> list[Tensor]:
-    """The parameters that have a gradient; a RuntimeError if one of those is sparse."""
+    """The parameters that have a gradient; a RuntimeError if one of those is not dense."""
     ready = [p for p in params if p.grad is not None]
     for p in ready:
         assert p.grad is not None
-        if p.grad.is_sparse:
+        if p.grad.layout != torch.strided:
             raise RuntimeError(
-                f"a gradient of shape {tuple(p.grad.shape)} is sparse, and normopt takes dense ones only: use "
-                "Embedding(sparse=False), or give these parameters to torch.optim.SparseAdam"
+                f"a gradient of shape {tuple(p.grad.shape)} has the layout {p.grad.layout}, and normopt takes dense "
+                "ones only: use Embedding(sparse=False), or give these parameters to torch.optim.SparseAdam"
             )
     return ready
 

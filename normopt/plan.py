@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from normopt._checks import equals
+from normopt._checks import equals, plain
 from normopt.kernels import support
 from normopt.norms import registry
 from normopt.norms.base import Norm, Scale
@@ -131,6 +131,7 @@ def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Pla
         ValueError: a setting is out of range, unknown, or contradicts another; the message names it.
         TypeError: a setting is of the wrong type; the message names it.
     """
+    settings = {name: plain(value) for name, value in settings.items()}  # a scheduler may write np.float32
     check_settings(settings)
     norm = registry.build(settings)
     params = list(params)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-from normopt._checks import check_bool, check_choice, check_number, near
+from normopt._checks import check_bool, check_choice, check_number, equals, near, warn
 from normopt.norms import registry
 from normopt.norms.base import Norm
+from normopt.norms.matrices import MatrixNorm
 
 Scope = Literal["tensor", "group"]
 MomentumRule = Literal["heavy", "ema", "lion"]
@@ -131,17 +132,56 @@ def check_combinations(s: Mapping[str, Any], norm: Norm) -> None:
         raise ValueError(f'dampening belongs to momentum_rule="heavy", not {s["momentum_rule"]!r}: set dampening=0')
 
 
-def refuse_idle(settings: Mapping[str, Any]) -> None:
-    """Refuse, of an optimizer's own arguments, those that would do nothing; a group may inherit what it does not use.
+def refuse_idle(
+    settings: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], usual: Mapping[str, Any], no_momentum: bool
+) -> None:
+    """Refuse, of an optimizer's own arguments, those that do nothing in any of its groups; a group may inherit them.
+
+    Where a schedule may turn them on, warn instead: of the momentum, or of a p that the groups hold.
+
+    Args:
+        settings: the arguments.
+        groups: the param groups that were made with them.
+        usual: the fields of the norm that a constructor gives of its own accord, unless its user gives others.
+        no_momentum: whether the momentum is fixed at 0.
 
     Raises:
-        ValueError: ``decay_p`` without ``decay="lp"``, or ``beta2`` without ``momentum_rule="lion"``.
+        ValueError: an argument does nothing, and no schedule changes that.
+
+    Warns:
+        UserWarning: an argument does nothing until a schedule moves p or the momentum.
     """
-    if settings["decay_p"] != DEFAULT_DECAY_P and settings["decay"] != "lp":
-        raise ValueError(f'decay_p = {settings["decay_p"]} is of decay="lp", but decay = {settings["decay"]!r}')
-    if settings["beta2"] != DEFAULT_BETA2 and settings["momentum_rule"] != "lion":
-        rule = settings["momentum_rule"]
-        raise ValueError(f'beta2 = {settings["beta2"]} is of momentum_rule="lion", but momentum_rule = {rule!r}')
+    s, norms = settings, [registry.build(group) for group in groups]
+    unread = [getattr(norm, "unread", ()) for norm in norms]
+    runs = [group["momentum"] != 0 for group in groups]
+    decays = [not equals(group["weight_decay"], 0) for group in groups]
+    p_is_fixed = all(group["p"] is None for group in groups)
+    # An argument, whether it was given, which groups use it, where it does nothing, and whether that is so for good.
+    cases = [
+        ("decay_p", s["decay_p"] != DEFAULT_DECAY_P, [g["decay"] == "lp" for g in groups], 'without decay="lp"', True),
+        ("decay", s["decay"] == "lp", decays, "at weight_decay = 0 (unless that is a tensor, for a schedule)", True),
+        (
+            "beta2",
+            s["beta2"] != DEFAULT_BETA2,
+            [g["momentum_rule"] == "lion" for g in groups],
+            'without momentum_rule="lion"',
+            True,
+        ),
+        ("dampening", s["dampening"] != 0, runs, "at momentum = 0", no_momentum),
+        ("state_dtype", s["state_dtype"] is not None, runs, "at momentum = 0", no_momentum),
+        ("eps", s["eps"] != 0, [not n.is_identity("power") for n in norms], "at p = 2", p_is_fixed),
+    ]
+    for field, default in registry.lookup(s["norm"]).fields.items():
+        if any(field in fields for fields in unread):
+            key = registry.setting_key(field)
+            used = [hasattr(n, field) and field not in fields for n, fields in zip(norms, unread, strict=True)]
+            cases.append((key, s[key] != usual.get(key, default), used, "under this norm_method", True))
+    for name, given, used, where, for_good in cases:
+        if given and not any(used):
+            message = f"{name} = {s[name]!r} does nothing {where}: leave it out, "
+            if for_good:
+                raise ValueError(message + "or set what it needs as well")
+            warn(message + "unless a schedule is going to change that")
 
 
 def refuse_unknown_arguments(
@@ -167,3 +207,19 @@ def refuse_typos(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         if meant or key in SYNONYMS:
             hint = f"did you mean {meant[0]!r}?" if meant else SYNONYMS[key]
             raise ValueError(f"a param group has {key!r}, which is no setting: {hint}")
+
+
+def warn_of_vectors(name: str, norm: Norm, params: Sequence[Tensor]) -> None:
+    """Warn of vectors that are given a matrix norm which their group did not ask for, as of a whole model's parameters.
+
+    A Frobenius norm is no reason: it takes every tensor as one vector.
+    """
+    vectors = [p for p in params if p.dim() <= 1 and p.requires_grad]
+    if vectors and isinstance(norm, MatrixNorm) and getattr(norm, "p", None) != 2:
+        warn(
+            f"{name} steps matrices, but some parameters are vectors or scalars, such as biases and the gains of norm "
+            f"layers: it takes each as a matrix of one column under {norm!r}. Embeddings and output layers, if there "
+            "are any, it takes as hidden layers, from which their shapes do not tell them. "
+            "normopt.param_groups(model) gives each kind of layer its own norm; a norm named in a param group is taken "
+            "as meant"
+        )

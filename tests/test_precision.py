@@ -75,15 +75,24 @@ def test_stochastic_repeats_from_the_same_seed():
     assert torch.equal(*(hundred_small_steps(torch.bfloat16, "stochastic")[0] for _ in range(2)))
 
 
-@pytest.mark.parametrize("name", normopt.list_optimizers())
-@pytest.mark.parametrize("state_dtype", [None, "float32", torch.bfloat16])
+STATELESS = {"lpsgd", "signsgd"}  # which fix the momentum at 0
+
+
+@pytest.mark.parametrize(
+    ("name", "state_dtype"),
+    [
+        (name, state_dtype)
+        for name in normopt.list_optimizers()
+        for state_dtype in ([None] if name in STATELESS else [None, "float32", torch.bfloat16])
+    ],
+)
 def test_state_dtype_is_kept_by_load_state_dict(name, state_dtype, tmp_path):
     def make():
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(4, 3, dtype=d)) for d in (torch.bfloat16, torch.float32)]
-        opt = normopt.get_optimizer(name)(
-            params, lr=0.1, state_dtype=state_dtype, rounding="kahan", weight_decay=0.1, decay="lp", agr=True
-        )
+        settings = dict(rounding="kahan", weight_decay=0.1, decay="lp", agr=True)
+        settings |= {} if name in STATELESS else dict(momentum=0.9, state_dtype=state_dtype)
+        opt = normopt.get_optimizer(name)(params, lr=0.1, **settings)
         return params, opt
 
     def step(params, opt, seed):

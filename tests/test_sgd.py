@@ -34,6 +34,7 @@ def train(make_optimizer, dtype, steps=50):
     return history
 
 
+@pytest.mark.filterwarnings("ignore:dampening = 0.3 does nothing:UserWarning")  # as torch's does without momentum
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("settings", COMBINATIONS, ids=str)
 def test_bitwise_torch_sgd_over_50_steps(settings, dtype):

@@ -107,7 +107,8 @@ def test_a_tensor_that_decay_would_hold_at_zero_warns():
         normopt.SGD([zero], decay_p=0.8, **settings)
     normopt.SGD([zero], decay_p=2.0, **settings)
     normopt.SGD([torch.nn.Parameter(torch.zeros(2))], decay_p=0.8, **settings)
-    normopt.SGD([zero], decay_p=0.8, decay="lp")
+    other = torch.nn.Parameter(torch.ones(2, 2))
+    normopt.SGD([{"params": [zero]}, {"params": [other], "weight_decay": 0.1}], decay_p=0.8, decay="lp")
 
 
 @pytest.mark.parametrize("backend", [dict(foreach=False), dict(foreach=True), dict(fused=True)], ids=str)

@@ -313,4 +313,4 @@ def _reals(w: Tensor) -> Tensor:
 
 
 def _on(value: float | Tensor, w: Tensor) -> float | Tensor:
-    return value.reshape(()).to(w.device) if isinstance(value, Tensor) else value
+    return value.reshape(()).to(w.device) if isinstance(value, Tensor) else float(value)

@@ -241,7 +241,9 @@ def _gather(claimed: list[Claim], settings: list[dict[str, Any]], preset: str) -
     """One group for all parameters with the same settings; groups in the order of the kinds."""
     gathered: dict[str, dict[str, Any]] = {}
     for claim, own in zip(claimed, settings, strict=True):
-        key = repr(sorted(own.items(), key=lambda item: item[0]))
+        # A repr of an array or a tensor leaves entries or digits out.
+        plain = {k: v if isinstance(v, int | float | str | None) else id(v) for k, v in own.items()}
+        key = repr(sorted(plain.items(), key=lambda item: item[0]))
         gathered.setdefault(key, {"params": [], **own})["params"].append((claim.name, claim.param))
     groups = ParamGroups(
         sorted(gathered.values(), key=lambda g: KINDS.index(g["kind"]) if g["kind"] in KINDS else len(KINDS))

@@ -97,6 +97,11 @@ class Schatten(MatrixNorm):
             )
 
     @property
+    def unread(self) -> tuple[str, ...]:
+        """The fields that the method does not read."""
+        return {"svd": ("steps", "dtype"), "lanczos": ("dtype",)}.get(self.method, ())
+
+    @property
     def power_exponent(self) -> float | None:
         """The power of the singular values under the power scale; None at p = 1, where it diverges."""
         if self.exponent is not None:

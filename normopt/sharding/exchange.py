@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import is_fake
 
 from normopt.norms.base import Norm, real, working
 from normopt.sharding.layout import Layout, layout_of, local, resolved
@@ -143,7 +145,9 @@ def of_each(
 
 
 def nonzero(params: Sequence[Tensor]) -> list[bool]:
-    """Whether each tensor has an entry that is not 0, on whatever rank."""
+    """Whether each tensor has an entry that is not 0, on whatever rank; True where fake tensors have no values."""
+    if detect_fake_mode() is not None or any(map(is_fake, params)):
+        return [True] * len(params)
     found = of_each(params, lambda x: x.any().reshape(1).to(torch.float32), lambda sums: sums.amax(1))
     return [bool(x) for x in found]
 

@@ -155,4 +155,4 @@ def gradient_of(p: Tensor) -> Tensor:
         place, given = cast("DTensor", p), cast("DTensor", grad)
         if place.placements != given.placements:  # such as partial sums, under tensor parallelism
             grad = given.redistribute(placements=place.placements)
-    return local(grad)
+    return resolved(local(grad))

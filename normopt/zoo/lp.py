@@ -121,6 +121,8 @@ class SignSGD(SteepestDescent):
     Source: Bernstein et al., "signSGD", arXiv:1802.04434.
     """
 
+    _no_momentum = True
+
     def __init__(self, params: ParamsT, lr: float | Tensor = 1e-4, **settings: Unpack[Settings]) -> None:
         super().__init__(params, lr, **face("SignSGD", settings, norm="linf", scale="unit", momentum=0.0))
 
@@ -268,6 +270,8 @@ class LPSGD(SteepestDescent):
     Source: Xu and Yang, "Beyond ℓ2-norm and ℓ∞-norm: A Curvature-Inspired ℓp-Norm Scheme for Deep
     Neural Networks", arXiv:2606.02078.
     """
+
+    _no_momentum = True
 
     def __init__(
         self,

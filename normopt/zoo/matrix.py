@@ -6,7 +6,7 @@ norms and biases to another optimizer, or param groups of their own norm here.
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -53,6 +53,8 @@ class Muon(SteepestDescent):
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the frame is
     arXiv:2409.20325; "match_rms_adamw" is arXiv:2502.16982.
     """
+
+    _usual_fields: ClassVar = {"norm_dtype": "bfloat16"}
 
     def __init__(
         self,
@@ -142,6 +144,8 @@ class NucGD(SteepestDescent):
 
     Source: the nuclear norm's member of the frame of arXiv:2409.20325; see also arXiv:2512.09678.
     """
+
+    _usual_fields: ClassVar = {"norm_steps": 24}
 
     def __init__(
         self,
@@ -239,6 +243,8 @@ class Scion(SteepestDescent):
 
     Source: Pethick et al., "Training Deep Learning Models with Norm-Constrained LMOs", arXiv:2502.07529.
     """
+
+    _usual_fields: ClassVar = {"norm_dtype": "bfloat16"}
 
     def __init__(
         self,
