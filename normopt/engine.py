@@ -347,8 +347,8 @@ class SteepestDescent(Optimizer):
         Raises:
             ValueError: a setting was made wrong since construction; nothing has been written then.
             TypeError: one was made of the wrong type; nothing has been written then.
-            RuntimeError: a gradient is not dense; a gradient or a state has not the shape or device of its parameter, or a
-                tensor has lost its memory; or the ranks of DTensors are about to make different steps, which the
+            RuntimeError: a gradient is not dense; a gradient or a state has not the shape or device of its parameter,
+                or a tensor has lost its memory; or the ranks of DTensors are about to make different steps, which the
                 first step checks. Nothing has been written then.
         """
         loss = None
