@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast, overload
@@ -15,7 +16,7 @@ from normopt._checks import is_low_precision, plain
 from normopt.kernels.fused import Remembered, Stepper
 from normopt.loading import checked, pairs
 from normopt.norms import registry, scales
-from normopt.norms.base import Norm, Scale, real, reals, working
+from normopt.norms.base import Norm, Scale, real, reals, without_autocast, working
 from normopt.norms.scales import NormPair, over_the_group
 from normopt.params import batches, check_admissible, warn_if_stuck, with_gradients
 from normopt.plan import Plan, make_plan
@@ -360,6 +361,12 @@ class SteepestDescent(Optimizer):
         if not self._agreed and not torch.compiler.is_compiling():
             check_agreement([(plan, [p for params, _ in parts for p in params]) for plan, parts in work])
             self._agreed = True
+        kinds = {p.device.type for _, parts in work for params, stepper in parts if stepper is None for p in params}
+        without_autocast(kinds, self._step_all, work)
+        return loss
+
+    def _step_all(self, work: list[tuple[Plan, list[tuple[list[Tensor], Stepper | None]]]]) -> None:
+        """Step every group, given what `_ready` says of each."""
         self._measured = []
         together: list[Walk[NormPair | None]] = []  # of DTensors: what they ask other ranks travels together
         places: list[tuple[int, int]] = []
@@ -377,7 +384,6 @@ class SteepestDescent(Optimizer):
         with torch.no_grad():
             for (i, j), pair in zip(places, lockstep(together), strict=True):
                 self._measured[i][1][j] = pair
-        return loss
 
     def _ready(self, i: int, group: dict[str, Any]) -> tuple[Plan, list[tuple[list[Tensor], Stepper | None]]]:
         """A group's plan, and its parameters that have gradients: batch by batch, with what steps them if it is fused.
@@ -452,7 +458,7 @@ class SteepestDescent(Optimizer):
         cut = any(layouts)
         # What autograd keeps must not be written; without autograd nothing is kept.
         old = [x.clone() for x in w] if plan.differentiable else w
-        lr, weight_decay = (_on_device(x, w[0].device) for x in (plan.lr, plan.weight_decay))
+        lr, weight_decay = (_like(x, w) for x in (plan.lr, plan.weight_decay))
         reach = lr if plan.radius == 1 else lr * plan.radius
         if plan.agr and cut:
             sums = yield from combined(agr.measure(g), layouts, agr.combine)
@@ -530,8 +536,11 @@ class SteepestDescent(Optimizer):
         return c
 
 
-def _on_device(value: float | Tensor, device: torch.device) -> float | Tensor:
-    return value.reshape(()).to(device) if isinstance(value, Tensor) else value
+def _like(value: float | Tensor, w: list[Tensor]) -> float | Tensor:
+    """A number as it is; a tensor on the device and in the widest dtype of w, in which 1 − ηλ loses nothing."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.reshape(()).to(w[0].device, functools.reduce(torch.promote_types, [x.dtype for x in w]))
 
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:

@@ -9,6 +9,17 @@ import pytest
 import torch
 
 import normopt
+from normopt.norms import Mixed, Schatten, TensorNorm, register
+from normopt.norms.base import without_autocast
+
+MEMBERS = [
+    *((name, {}) for name in normopt.list_optimizers()),
+    ("muon", dict(dtype="float32")),
+    ("muon", dict(method="svd")),
+    ("freon", dict(c=0.3)),
+    ("nucgd", dict(method="svd")),
+    ("spectralsgd", dict(scope="group", agr=True, weight_decay=0.1, decay="lp")),
+]
 
 
 @pytest.mark.parametrize("name", normopt.list_optimizers())
@@ -144,3 +155,92 @@ def test_on_cuda_stochastic_rounding_draws_its_seed_on_the_device():
     torch.manual_seed(3)
     assert isinstance(first, int)
     assert _seed(torch.device("cpu")) == first
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings", "path"),
+    [
+        *((*member, dict(foreach=foreach)) for member in MEMBERS for foreach in (False, True)),
+        *((name, {}, dict(fused=True)) for name in ("sgd", "normalizedsgd", "lion", "lpsgd", "lpsgdm")),
+    ],
+    ids=str,
+)
+def test_a_step_inside_autocast_is_the_step_outside(name, settings, path, low):
+    def run(dtype, inside):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in ((20, 30), (30, 20), (20, 30), (7,))]
+        opt = normopt.get_optimizer(name)(params, lr=0.1, **settings, **path)
+
+        def closure():
+            assert torch.is_autocast_enabled("cpu") == inside
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (low if inside else torch.float32)
+            for p in params:
+                p.grad = torch.randn(p.shape).to(dtype)
+            return 0.0
+
+        with torch.autocast("cpu", dtype=low, enabled=inside):
+            for _ in range(3):
+                opt.step(closure)
+                assert torch.is_autocast_enabled("cpu") == inside
+        return params
+
+    for dtype in (torch.float32, torch.bfloat16, *([] if "fused" in path else [torch.float64])):
+        for a, b in zip(run(dtype, True), run(dtype, False), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_norm_of_the_users_is_stepped_outside_autocast_too():
+    @register("by-products")
+    class Products(TensorNorm):
+        def dual_norm(self, x):
+            return (x.reshape(1, -1) @ x.reshape(-1, 1)).sqrt().reshape(())
+
+        def dual_map(self, x):
+            return x / self.dual_norm(x)
+
+    w = torch.nn.Parameter(torch.zeros(300, dtype=torch.float32))
+    w.grad = torch.linspace(-1, 1, 300)
+    opt = normopt.SteepestDescent([w], lr=1.0, norm="by-products", scale="unit")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        opt.step()
+    torch.testing.assert_close(-w.detach(), w.grad / w.grad.norm())
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        *(Schatten(p) for p in (1.0, 2.0, 3.0, math.inf)),
+        Schatten(math.inf, method="newton-schulz"),
+        Schatten(math.inf, method="polar-express"),
+        Schatten(1.0, method="lanczos", steps=8),
+        Schatten(math.inf, exponent=0.3),
+        Mixed(2.0, 3.0),
+    ],
+    ids=repr,
+)
+def test_the_methods_of_a_norm_give_inside_autocast_what_they_give_outside(norm):
+    def found():
+        x = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+        made = [norm.dual_map(x), norm.dual_norm(x), norm.norm(x), *norm.scaled([x], 1, False)[0], norm.measure([x])]
+        return made + (norm.power([x]) if norm.power_exponent is not None else [])
+
+    outside = found()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = found()
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_is_switched_off_on_every_type_of_device():
+    def states():
+        return [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch.autocast("cpu"):
+            assert without_autocast(["cpu", "cuda", "meta"], states) == [False, False]
+            assert without_autocast(["cuda"], states) == [True, False]
+            assert states() == [True, True]
+    finally:
+        torch.set_autocast_enabled("cuda", False)

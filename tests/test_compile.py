@@ -62,6 +62,22 @@ def test_one_graph_that_schedules_do_not_recompile(name, settings):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+def test_a_step_compiled_inside_autocast_is_one_graph_and_the_step_outside():
+    torch._dynamo.reset()
+    (eager_params, eager), (params, opt) = (make("spectralsgd", {}, 8.0) for _ in range(2))
+    counter = CompileCounter()
+    compiled = torch.compile(opt.step, backend=counter, fullgraph=True)
+    for i in range(3):
+        for ps in (eager_params, params):
+            set_grads(ps, i)
+        eager.step()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            compiled()
+    assert counter.frame_count == 1
+    for a, b in zip(eager_params, params, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_tensor_settings_equal_numbers():
     def run(wrap):
         torch.manual_seed(0)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, overload
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from normopt._checks import equals, is_low_precision
 
+T = TypeVar("T")
 Needs = Literal["none", "tensor", "rows", "matrix"]
 Scale = Literal["power", "dual", "unit", "matched"]
 
@@ -326,7 +328,7 @@ class TensorNorm(Norm):
             if not isinstance(u, Tensor) or u.shape != x.shape:
                 got = f"one of shape {tuple(u.shape)}" if isinstance(u, Tensor) else repr(u)
                 raise TypeError(f"{self!r}.dual_map must return a tensor of shape {tuple(x.shape)}, but returned {got}")
-        return d if equals(kappa, 0) else [u * n.to(u) ** kappa for u, n in zip(d, scalars[:, 0], strict=True)]
+        return d if equals(kappa, 0) else [u * n.to(u) for u, n in zip(d, scalars[:, 0] ** kappa, strict=True)]
 
 
 def real(x: Tensor) -> Tensor:
@@ -349,3 +351,12 @@ def working(x: Tensor) -> Tensor:
 def stack(scalars: list[Tensor]) -> Tensor:
     """0-d or 1-d tensors, on whatever devices, stacked on the device of the first."""
     return torch.stack([s.to(scalars[0].device) for s in scalars])
+
+
+def without_autocast(kinds: Iterable[str], function: Callable[..., T], *args: Any) -> T:
+    """``function(*args)`` with autocast off on these types of devices: it would make matrix products in 16 bits."""
+    for kind in kinds:
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return without_autocast(kinds, function, *args)
+    return function(*args)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from normopt.norms.matrices import rescaled
+from normopt.norms.matrices import raised, rescaled
 
 
 def top_pair(y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def top_pair(y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
             b[:, j, j + 1], v = extension(vs[:, : j + 1], u @ g)
     u = torch.linalg.svd(b)[0][..., :1].mT @ us
     sigma, v = extension(vs[:, :0], u @ g)
-    sigma = torch.where(fine[:, 0, 0], torch.ldexp(sigma, power[:, 0, 0]), math.nan)
+    sigma = torch.where(fine[:, 0, 0], raised(sigma, power[:, 0, 0]), math.nan)
     return sigma, torch.where(fine, u, math.nan).mT @ v
 
 

@@ -30,14 +30,14 @@ class Lp(Norm):
         power = sign(g) · |g|^(1/(p−1))                p = 2: g          p = ∞: sign(g)
               = g · (|g| + ε)^(−ρ) for ε > 0,          ρ = 1 − 1/(p−1)
 
-    q − 1 = 1/(p−1) is the one exponent of all three. Every sum is taken relative to the largest entry,
-    so that entries from 1e-30 to 1e30 neither over- nor underflow in float32. NaN in gives NaN out
-    (torch.sign alone would turn it into 0).
+    q − 1 = 1/(p−1) is the one exponent of all three. Every sum is taken relative to the largest entry, and
+    the map is right where the norm itself over- or underflows; entries below 1e-38·‖g‖_q (in float32)
+    count as 0 in it. NaN in gives NaN out (torch.sign alone would turn it into 0).
 
     Args:
         p: the norm's order, 1 ≤ p ≤ ∞. A one-element tensor (1 < p ≤ ∞, never read on the host) keeps a
             compiled or captured step valid while p changes; p = 2 and ∞ are as exact as with a float, but
-            for "matched", which is SGD to roundoff then. Give it in float64 for float64 gradients.
+            for "matched", which is SGD to roundoff then. Its dtype only rounds p itself.
 
     Raises:
         ValueError: p < 1 (no norm: the triangle inequality fails) or NaN; a tensor of more than one element, or of
@@ -74,7 +74,10 @@ class Lp(Norm):
 
     @property
     def _exponent(self) -> float | Tensor:
-        return math.inf if equals(self.p, 1) else 1 / (self.p - 1)
+        p = self.p
+        if isinstance(p, Tensor):  # in float64, as a number's; MPS has none
+            p = p.to(torch.float32 if p.device.type == "mps" else torch.float64)
+        return math.inf if equals(p, 1) else 1 / (p - 1)
 
     @property
     def power_exponent(self) -> float | Tensor | None:
@@ -118,7 +121,7 @@ class Lp(Norm):
         return relative_sums(c, self.q)
 
     def combine(self, partials: Tensor) -> Tensor:
-        """The dual norm ‖c‖_q, shape [..., 1].
+        """The dual norm n = ‖c‖_q, n·s and s, shape [..., 3]; s is the `shift` that keeps n·s a normal number.
 
         At p = 1 the shape is [..., 2]: the largest entry, and the place of the tensor that has it.
 
@@ -128,7 +131,7 @@ class Lp(Norm):
         if equals(self.p, 1):
             winner = partials[..., 0].argmax(-1, keepdim=True)  # the first of equals
             return partials.gather(-2, winner[..., None].expand(*winner.shape, 2))[..., 0, :]
-        return size(partials, self.q)[..., None]
+        return torch.stack(shifted(*top_and_root(partials, self.q)), -1)
 
     def numbered(self, partials: Tensor, by: list[int]) -> Tensor:
         """At p = 1 the places are raised.
@@ -146,13 +149,11 @@ class Lp(Norm):
             return [x.clone() for x in c]
         if equals(self.p, 1):
             d = [one_hot(x, s[1] == i) for i, (x, s) in enumerate(zip(c, scalars, strict=True))]
-        elif equals(self.p, math.inf):
-            d = signed_power(c, 0)
-        else:
-            d = signed_power(self._or_exact(math.inf, c, divide(c, scalars[:, 0])), self._exponent)
-        if equals(kappa, 0):
-            return d
-        return self._or_exact(2, c, [x * n.to(x) ** kappa for x, n in zip(d, scalars[:, 0], strict=True)])
+            return d if equals(kappa, 0) else lengthen(d, scalars[:, 0], torch.ones_like(scalars[:, 0]), kappa)
+        _, norms, shifts = scalars.unbind(-1)
+        d = c if equals(self.p, math.inf) else self._or_exact(math.inf, c, divide(c, norms, shifts))
+        d = d if equals(self.p, 2) else signed_power(d, self._exponent)
+        return d if equals(kappa, 0) else self._or_exact(2, c, lengthen(d, norms, shifts, kappa))
 
     def _or_exact(self, end: float, c: list[Tensor], u: list[Tensor]) -> list[Tensor]:
         """u, but for a tensor p that is at an end: c, as on the path that a float p takes there."""
@@ -179,7 +180,12 @@ class Lp(Norm):
         if eps == 0:
             return signed_power(c, self._exponent)
         rho = 1 - self._exponent  # never (p−2)/(p−1), which is NaN at p = ∞
-        return [x * (x.abs() + eps).pow(-rho) for x in c]
+        return [x * (x.abs() + eps).pow(like(-rho, x)) for x in c]
+
+
+def like(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number as it is, a tensor in the dtype of x: 0-d tensors of two dtypes would make one of the wider."""
+    return value.to(x.dtype) if isinstance(value, Tensor) else value
 
 
 def signed_power(c: list[Tensor], exponent: float | Tensor) -> list[Tensor]:
@@ -193,7 +199,7 @@ def signed_power(c: list[Tensor], exponent: float | Tensor) -> list[Tensor]:
         return list(torch._foreach_mul(c, magnitude))
     if isinstance(exponent, Tensor):
         ends = zip(signed_power(c, 0), c, magnitude, strict=True)
-        general = [(sign, x, a.pow(exponent).copysign(x)) for sign, x, a in ends]
+        general = [(sign, x, a.pow(like(exponent, x)).copysign(x)) for sign, x, a in ends]
         return [torch.where(exponent == 0, s, torch.where(exponent == 1, x, u)) for s, x, u in general]
     # p = 3 is a square root, which costs a tenth of a general power.
     power = torch._foreach_sqrt(magnitude) if exponent == 0.5 else torch._foreach_pow(magnitude, exponent)
@@ -217,36 +223,85 @@ def relative_sum(x: Tensor, q: float | Tensor) -> tuple[Tensor, Tensor]:
     """The largest |entry| M and Σ(|x|/M)^q, both along the last dim: what every finite ℓq here is made of.
 
     |x|/M ≤ 1, so that no power of it overflows, and one term is 1, so that the sum never vanishes. M is
-    kept off 0 and ∞, under which 0/0 and ∞/∞ would make NaN of them.
+    kept off ∞, under which ∞/∞ would make NaN of it.
     """
     a = x.abs()
-    limits = torch.finfo(a.dtype)
-    top = a.amax(-1).clamp(limits.tiny, limits.max)
-    return top, (a / top[..., None]).pow(q).sum(-1)
+    top = a.amax(-1).clamp(max=torch.finfo(a.dtype).max)
+    return top, (a / nonzero(top)[..., None]).pow(like(q, a)).sum(-1)
 
 
-def sizes(x: Tensor, q: float) -> Tensor:
-    """‖·‖_q along the last dim."""
+def nonzero(x: Tensor) -> Tensor:
+    """x with 1 instead of 0, so that 0/0 is 0."""
+    return x + (x == 0)
+
+
+def top_and_root(partials: Tensor, q: float | Tensor) -> tuple[Tensor, Tensor]:
+    """M and (Σ(|x|/M)^q)^(1/q), whose product is ‖x‖_q, from the relative sums of the k pieces of x, [..., k, 2]."""
+    tops, sums = partials.unbind(-1)
+    top = tops.amax(-1)
+    if equals(q, math.inf):
+        return top, torch.ones_like(top)
+    if sums.shape[-1] == 1:
+        total = sums[..., 0]
+    else:
+        total = (sums * (tops / nonzero(top)[..., None]).pow(like(q, sums))).sum(-1)
+    return top, total.pow(like(1 / q, total))
+
+
+def along_lines(x: Tensor, q: float) -> tuple[Tensor, Tensor]:
+    """The same of each line of the last dim."""
     if q == math.inf:
-        return x.abs().amax(-1)
+        top = x.abs().amax(-1)
+        return top, torch.ones_like(top)
     top, total = relative_sum(x, q)
-    return top * total.pow(1 / q)
+    return top, total.pow(1 / q)
 
 
 def size(partials: Tensor, q: float | Tensor) -> Tensor:
     """‖·‖_q from the relative sums of the k pieces of a vector: shape [..., k, 2] to [...]."""
-    tops, sums = partials.unbind(-1)
-    top = tops.amax(-1)
-    if equals(q, math.inf):
-        return top
-    total = sums[..., 0] if sums.shape[-1] == 1 else (sums * (tops / top[..., None]).pow(q)).sum(-1)
-    return top * total.pow(1 / q)
+    top, root = top_and_root(partials, q)
+    return top * root
 
 
-def divide(c: list[Tensor], norms: Tensor) -> list[Tensor]:
-    """Each tensor by its norm, n of them; a tensor of norm 0 stays 0, as D(0) = 0 asks."""
-    safe = norms.clamp_min(torch.finfo(norms.dtype).tiny)
-    return [x / n.to(x) for x, n in zip(c, safe, strict=True)]
+def sizes(x: Tensor, q: float) -> Tensor:
+    """‖·‖_q along the last dim."""
+    top, root = along_lines(x, q)
+    return top * root
+
+
+def shift(norms: Tensor) -> Tensor:
+    """For each norm n a power of two s, 1 where n is a normal number of float32: else n·s, computed from c·s, is."""
+    limits = torch.finfo(torch.float32)
+    ones = torch.ones_like(norms)
+    return ones.masked_fill_(norms < limits.tiny, 2.0**64).masked_fill_(norms > limits.max, 2.0**-64)
+
+
+def shifted(top: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm n = top·root, n·s and its `shift` s."""
+    norms = top * root
+    s = shift(norms)
+    return norms, top * s * root, s
+
+
+def divide(c: list[Tensor], norms: Tensor, shifts: Tensor | None = None) -> list[Tensor]:
+    """Each tensor by its norm n, given n·s and s (1 if None); a tensor of norm 0 stays 0, as D(0) = 0 asks."""
+    safe = norms.clamp_min(max(torch.finfo(x.dtype).tiny for x in c))  # 0 in no dtype
+    u = torch._foreach_div(c, like_each(safe, c))
+    if shifts is not None:
+        torch._foreach_mul_(u, like_each(shifts, c))
+    return list(u)
+
+
+def lengthen(d: list[Tensor], norms: Tensor, shifts: Tensor, kappa: float | Tensor) -> list[Tensor]:
+    """Each tensor by n^kappa, given n·s and s."""
+    u = torch._foreach_mul(d, like_each(norms**kappa, d))
+    torch._foreach_div_(u, like_each(shifts**kappa, d))
+    return list(u)
+
+
+def like_each(numbers: Tensor, xs: list[Tensor]) -> list[Tensor]:
+    """A vector of n numbers as a list of 0-d ones, each where and of what dtype its tensor is."""
+    return [n.to(x) for n, x in zip(numbers.unbind(), xs, strict=True)]
 
 
 def one_hot(x: Tensor, here: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from normopt._checks import check_choice, check_number
 from normopt.norms.base import Norm, Scale, stack
+from normopt.norms.lp import lengthen, shift
 
 MATRIX_VIEWS = ("flatten", "batch", "transposed")
 
@@ -65,8 +66,8 @@ def rescaled(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     top = largest(y)
     fine = top.isfinite()
-    scale, power = inverse_power(torch.where(fine, top, 0))
-    return torch.where(fine, y * scale, 0), power, fine
+    power = torch.frexp(torch.where(fine, top, 0)).exponent
+    return torch.where(fine, raised(y, -power), 0), power, fine
 
 
 def largest(y: Tensor) -> Tensor:
@@ -74,13 +75,13 @@ def largest(y: Tensor) -> Tensor:
     return torch.maximum(y.amax((-2, -1), keepdim=True), -y.amin((-2, -1), keepdim=True))
 
 
-def inverse_power(top: Tensor) -> tuple[Tensor, Tensor]:
-    """(2^−e, e) with top·2^−e in [½, 1), or as near to it as a finite 2^−e leads. A product with it loses no bit.
+def raised(x: Tensor, power: Tensor) -> Tensor:
+    """x·2^power, at the cost of no bit, in two steps because 2^power alone may over- or underflow.
 
     torch.ldexp of all entries would do the same, in five times the time.
     """
-    power = torch.frexp(top).exponent.clamp(min=-math.frexp(torch.finfo(top.dtype).max)[1] + 2)
-    return torch.ldexp(torch.ones_like(top), -power), power
+    one, half = torch.ones_like(power, dtype=x.dtype), power // 2
+    return (x * torch.ldexp(one, half)).mul_(torch.ldexp(one, power - half))
 
 
 def check_matrix(shape: torch.Size, view: str, blocks: int) -> None:
@@ -221,7 +222,11 @@ class MatrixNorm(Norm):
         totals = norms.sum().expand(len(c)) if whole_group else norms
         if kappa == 0:
             return maps, totals
-        return [d * n.to(d) ** kappa for d, n in zip(maps, totals, strict=True)], totals
+        shifts = shift(totals)
+        inner = [torch.dot((x * s.to(x)).reshape(-1), d.reshape(-1)) for x, d, s in zip(c, maps, shifts, strict=True)]
+        norms = torch.where(shifts == 1, norms, stack(inner))
+        norms = norms.sum().expand(len(c)) if whole_group else norms
+        return lengthen(maps, norms, shifts, kappa), norms / shifts
 
 
 def check_integer(name: str, value: object, high: float) -> None:

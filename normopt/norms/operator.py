@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normopt._checks import check_choice, check_number
 from normopt.norms.base import Needs, Scale, working
-from normopt.norms.lp import signed_power, sizes
+from normopt.norms.lp import along_lines, shift, shifted, signed_power, sizes
 from normopt.norms.matrices import MatrixNorm, from_matrices, to_matrices
 from normopt.norms.registry import register
 
@@ -100,11 +100,16 @@ class Mixed(MatrixNorm):
         y = self._lines_of(x)
         if y.numel() == 0:
             return x.new_zeros(()), torch.zeros_like(x)
-        r = sizes(y, conjugate(self.p_inner))
-        totals = sizes(r, conjugate(self.p_outer))
-        d = dual_map(y, r, self.p_inner) * dual_map(r, totals, self.p_outer)[..., None]
+        top, root = along_lines(y, conjugate(self.p_inner))
+        r, s = top * root, None
+        if self.p_outer < math.inf:  # where it is ∞, r is asked for signs, which a shift of the largest could lose
+            s = shift(r.amax(-1, keepdim=True))
+            r = top * s * root
+        outer = along_lines(r, conjugate(self.p_outer))
+        d = dual_map(y, top, root, self.p_inner) * dual_map(r, *outer, self.p_outer)[..., None]
         d = d.mT if self.lines == "columns" else d
-        f = self.factor(x.shape)
+        f, totals = self.factor(x.shape), outer[0] * outer[1]
+        totals = totals if s is None else totals / s[..., 0]
         return f * totals.sum(), f * from_matrices(d, x, self.matrix_view)
 
 
@@ -113,11 +118,13 @@ def conjugate(p: float) -> float:
     return math.inf if p == 1 else 1 + 1 / (p - 1)
 
 
-def dual_map(x: Tensor, norms: Tensor, p: float) -> Tensor:
-    """ℓp's dual map along the last dim, given the dual norms of the lines."""
+def dual_map(x: Tensor, top: Tensor, root: Tensor, p: float) -> Tensor:
+    """ℓp's dual map along the last dim, given the dual norms top·root of the lines."""
     if p == 1:
         first = x.abs().argmax(-1, keepdim=True)  # the first of equals
         return torch.zeros_like(x).scatter(-1, first, signed_power([x.gather(-1, first)], 0)[0])
     if p == math.inf:
         return signed_power([x], 0)[0]
-    return signed_power([x / norms.clamp_min(torch.finfo(x.dtype).tiny)[..., None]], 1 / (p - 1))[0]
+    _, norms, s = shifted(top, root)
+    safe = norms.clamp_min(torch.finfo(x.dtype).tiny)
+    return signed_power([x / safe[..., None] * s[..., None]], 1 / (p - 1))[0]

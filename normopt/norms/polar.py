@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normopt.norms.matrices import inverse_power, largest
+from normopt.norms.matrices import largest, raised
 
 Coefficients = tuple[float, float, float]
 
@@ -40,9 +40,9 @@ def polar(x: Tensor, method: str, steps: int, dtype: torch.dtype) -> Tensor:
     """About UVᵀ of each matrix of a stack, shape [stack, rows, columns], in ``dtype``; 0 for a zero matrix.
 
     The operations and their order are those of torch.optim.Muon. The matrix is scaled by a power of two
-    before, which changes no bit of the result but lets every magnitude through that ``dtype`` holds in full.
+    before, which changes no bit of the result but lets every magnitude through.
     """
-    y = x.to(dtype) * inverse_power(largest(x))[0].to(dtype)
+    y = raised(x, -torch.frexp(largest(x)).exponent).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     y = y.mT if tall else y
     norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normopt.norms.base import Norm, Scale
-from normopt.norms.lp import Lp, divide
+from normopt.norms.lp import Lp, divide, like_each
 
 
 class NormPair(NamedTuple):
@@ -71,10 +71,12 @@ def over_the_group(pairs: list[NormPair | None], whole_group: bool, radius: floa
 def matched(d: list[Tensor], c: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Each d at the length of its c, ``d · ‖c‖₂/‖d‖₂``, 0 where d is 0; and the factors ``‖c‖₂/‖d‖₂``, shape [n]."""
     l2 = Lp(2.0)
-    return lengthened(d, *l2.combine(l2.measure([*c, *d])[:, None])[:, 0].tensor_split(2))
+    return lengthened(d, *l2.combine(l2.measure([*c, *d])[:, None]).tensor_split(2))
 
 
 def lengthened(d: list[Tensor], ours: Tensor, theirs: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Each d, whose lengths are ``theirs``, at the length ``ours``; and the factors. Shapes [n]."""
-    u = [x * n.to(x) for x, n in zip(divide(d, theirs), ours, strict=True)]
-    return u, ours / theirs.clamp_min(torch.finfo(theirs.dtype).tiny)
+    """Each d, whose lengths are ``theirs``, at the length ``ours``; and the factors: scalars of l2, shape [n, 3]."""
+    _, lengths, shifts = ours.unbind(-1)
+    own = theirs[:, 0] * shifts
+    u = torch._foreach_mul(divide(d, own), like_each(lengths, d))
+    return list(u), lengths / own.clamp_min(torch.finfo(own.dtype).tiny)

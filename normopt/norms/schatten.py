@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_choice, check_number
-from normopt.norms.base import Needs, Scale, working
+from normopt.norms.base import Needs, Scale, without_autocast, working
 from normopt.norms.lanczos import top_pair
-from normopt.norms.lp import sizes
-from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, rescaled, to_matrices
+from normopt.norms.lp import along_lines, nonzero, shift, shifted, sizes
+from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, raised, rescaled, to_matrices
 from normopt.norms.polar import polar
 from normopt.norms.registry import register
 
@@ -164,15 +164,14 @@ class Schatten(MatrixNorm):
             return top_pair(y, self.steps)
         if self.method != "svd":
             return None, polar(y, self.method, self.steps, getattr(torch, self.dtype))
-        u, s, vt = singular(y)
+        u, s, vt, power = singular(y)
         if p == 1:
             top = (s[:, :1] > 0).to(s)[:, :, None]
-            return s[:, 0], u[:, :, :1] * top * vt[:, :1]
+            return raised(s, power)[:, 0], u[:, :, :1] * top * vt[:, :1]
         q = 1 if p == math.inf else p / (p - 1)
-        norms = sizes(s, q)
-        safe = norms.clamp_min(torch.finfo(s.dtype).tiny)[:, None]
-        r = (s > 0).to(s) if p == math.inf else (s / safe).pow(q - 1)
-        return norms, (u * r[:, None]) @ vt
+        norms = sizes(s, q)[:, None]
+        r = (s > 0).to(s) if p == math.inf else (s / nonzero(norms)).pow(q - 1)
+        return raised(norms, power)[:, 0], (u * r[:, None]) @ vt
 
     def _map(
         self, c: list[Tensor], function: Callable[[Tensor, bool], tuple[Tensor | None, Tensor]]
@@ -190,7 +189,8 @@ class Schatten(MatrixNorm):
             else:
                 found[i] = found[i][0], torch.zeros_like(x)
         for (vectors, _), members in batches.items():
-            n, d = function(torch.cat([views[i] for i in members]), vectors)
+            y = torch.cat([views[i] for i in members])
+            n, d = without_autocast([y.device.type], function, y, vectors)
             counts = [len(views[i]) for i in members]
             sums = None if n is None else torch.split(n, counts)
             for j, (i, part) in enumerate(zip(members, torch.split(d, counts), strict=True)):
@@ -204,20 +204,25 @@ class Schatten(MatrixNorm):
 
 def normalized(y: Tensor) -> tuple[Tensor, Tensor]:
     """(‖y‖₂, y/‖y‖₂) of each matrix; 0 stays 0."""
-    norms = sizes(y.flatten(1), 2.0)
-    return norms, y / norms.clamp_min(torch.finfo(y.dtype).tiny)[:, None, None]
+    norms, safe, s = (x[:, None, None] for x in shifted(*along_lines(y.flatten(1), 2.0)))
+    return norms[:, 0, 0], y / safe.clamp_min(torch.finfo(y.dtype).tiny) * s
 
 
-def singular(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, σ, Vᵀ of each matrix, σ that are rounding set to 0; all NaN where the matrix is not finite."""
+def singular(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U, σ·2^−e, Vᵀ, e of each matrix, σ that are rounding set to 0; all NaN where the matrix is not finite.
+
+    e has the shape [stack, 1].
+    """
     x, power, fine = rescaled(y)
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     s = torch.where(s > torch.finfo(s.dtype).eps * max(y.shape[-2:]) * s[:, :1], s, 0)
-    s = torch.where(fine[:, 0], torch.ldexp(s, power[:, 0]), math.nan)
-    return torch.where(fine, u, math.nan), s, torch.where(fine, vt, math.nan)
+    s = torch.where(fine[:, 0], s, math.nan)
+    return torch.where(fine, u, math.nan), s, torch.where(fine, vt, math.nan), power[:, 0]
 
 
 def powers(y: Tensor, exponent: float) -> Tensor:
     """``U diag(σ^exponent) Vᵀ`` of each matrix, 0 where σ is 0."""
-    u, s, vt = singular(y)
-    return (u * torch.where(s == 0, 0, s.pow(exponent))[:, None]) @ vt
+    u, s, vt, power = singular(y)
+    t = shift(raised(s, power)[:, :1])  # σ₁ may over- or underflow where its power does not
+    s = raised(s, power + torch.frexp(t).exponent - 1)
+    return (u * torch.where(s == 0, 0, s.pow(exponent))[:, None]) @ vt * t.pow(-exponent)[:, None]

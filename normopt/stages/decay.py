@@ -11,7 +11,8 @@ Number = float | Tensor
 def coupled(g: list[Tensor], w: list[Tensor], weight_decay: Number) -> list[Tensor]:
     """``g ← g + λw``, before the momentum. Source: torch.optim.SGD."""
     if isinstance(weight_decay, Tensor):
-        return list(torch._foreach_add(g, torch._foreach_mul(w, weight_decay)))
+        decayed = zip(torch._foreach_mul(w, weight_decay), g, strict=True)
+        return list(torch._foreach_add(g, [x.to(y.dtype) for x, y in decayed]))  # a 0-d one may have become wider
     return list(torch._foreach_add(g, w, alpha=weight_decay))
 
 
