@@ -9,12 +9,10 @@ import sys
 import warnings
 from collections.abc import Iterable
 from types import FrameType
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 def check_number(
@@ -57,9 +55,9 @@ def check_number(
         raise ValueError(f"{name} must lie in {left}{low:g}, {high:g}{right}, but is {value!r}")
 
 
-def plain(value: T) -> T | int | float:
+def plain(value: Any) -> Any:
     """Return a number of another library, such as ``np.float32``, as Python's own; anything else as it is."""
-    if type(value) in (float, int, bool, str) or not isinstance(value, numbers.Real):
+    if value is None or type(value) in (float, bool, str, int) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 

@@ -125,13 +125,13 @@ def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Pla
             Default: none.
 
     Returns:
-        The plan, which holds the settings as they are; it does not change when they do.
+        The plan, which holds the settings, numbers of other libraries such as ``np.float32`` as Python's; it does not
+        change when they do.
 
     Raises:
         ValueError: a setting is out of range, unknown, or contradicts another; the message names it.
         TypeError: a setting is of the wrong type; the message names it.
     """
-    settings = {name: plain(value) for name, value in settings.items()}  # a scheduler may write np.float32
     check_settings(settings)
     norm = registry.build(settings)
     params = list(params)
@@ -141,7 +141,7 @@ def make_plan(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Pla
     sharded = _check_shards(settings, params)
     norm.check(settings["scale"], params)
     backend, why = _choose_backend(settings, norm, params, sharded)
-    return Plan(norm=norm, backend=backend, why=why, **{name: settings[name] for name in _TAKEN_AS_THEY_ARE})
+    return Plan(norm=norm, backend=backend, why=why, **{name: plain(settings[name]) for name in _TAKEN_AS_THEY_ARE})
 
 
 def _check_rounding(rounding: Rounding, params: list[Tensor]) -> None:

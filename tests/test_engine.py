@@ -530,16 +530,10 @@ def test_keys_of_other_tools_pass_in_a_group():
     assert opt.param_groups[0]["lr_scale"] == 0.5
 
 
-def test_a_checkpoint_of_something_else_warns_and_of_another_shape_is_refused():
-    params = make_params()
-    lion, adamw = normopt.Lion(params), torch.optim.AdamW(make_params())
-    for opt in (lion, adamw):
-        set_grads(opt.param_groups[0]["params"], 0)
-        opt.step()
-    with pytest.warns(UserWarning, match="makes LPSGDM another optimizer"):
-        normopt.LPSGDM(make_params()).load_state_dict(lion.state_dict())
-    with pytest.warns(UserWarning, match="exp_avg, exp_avg_sq, step"):
-        normopt.LPSGDM(make_params()).load_state_dict(adamw.state_dict())
+def test_a_checkpoint_of_another_shape_is_refused():
+    lion = normopt.Lion(make_params())
+    set_grads(lion.param_groups[0]["params"], 0)
+    lion.step()
     other = normopt.Lion(make_params()[::-1])
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match="has the shape"):

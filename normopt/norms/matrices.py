@@ -222,9 +222,11 @@ class MatrixNorm(Norm):
         totals = norms.sum().expand(len(c)) if whole_group else norms
         if kappa == 0:
             return maps, totals
-        shifts = shift(totals)
+        # Where a norm over- or underflows, ⟨c, D(c)⟩ is it as well; that is NaN for gradients that are not finite.
+        shifts = shift(totals.nan_to_num(math.inf, math.inf))
         inner = [torch.dot((x * s.to(x)).reshape(-1), d.reshape(-1)) for x, d, s in zip(c, maps, shifts, strict=True)]
-        norms = torch.where(shifts == 1, norms, stack(inner))
+        products = stack(inner)
+        norms = torch.where((shifts == 1) | products.isnan(), norms, products)
         norms = norms.sum().expand(len(c)) if whole_group else norms
         return lengthen(maps, norms, shifts, kappa), norms / shifts
 

@@ -183,6 +183,7 @@ def test_every_dtype(kinds):
     check([(3, 5)], weight, gradient=torch.float32, p=2.0, scale="power", **MOMENTA["ema"])
 
 
+@pytest.mark.filterwarnings("ignore:eps = 0.001 does nothing at p = 2:UserWarning")
 def test_the_radius_and_eps():
     check(p=3.0, scale="dual", radius=0.3, weight_decay=0.3)
     for p in (1.5, 2.0, 3.0, math.inf):

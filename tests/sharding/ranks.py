@@ -76,6 +76,7 @@ def _serve(rank: int, k: int, port: int, group_timeout: float, pipe: Connection)
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch.*")
+    warnings.filterwarnings("ignore", r"\w+ steps matrices, but some parameters are vectors")  # as in pyproject.toml
     dist.init_process_group("gloo", timeout=timedelta(seconds=group_timeout))
     while True:
         try:
