@@ -288,7 +288,8 @@ class Remembered:
         try:
             gradients = list(map(_grad, params))
             return not any(map(Tensor.is_neg, gradients)) and self.stepper.look(self.plan, params, state, gradients)
-        except (TypeError, RuntimeError):  # a gradient is None or sparse, or the long way has to say what is wrong
+        # A gradient is None or sparse, a state is no dict, or something is wrong, which the long way says.
+        except (TypeError, AttributeError, RuntimeError):
             return False
 
     def _settings_of(self, group: Group) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -33,14 +33,28 @@ def share_out(work: Callable[[int, int], None], chunks: Chunks, begin: int = 0, 
         work(begin, end)
         return
     mine, *others = chunks.shared(threads, begin, end)
-    waiting = [_executor(threads - 1).submit(work, *part) for part in others]
+    waiting: list[Future[None]] = []
     try:
+        for part in others:
+            waiting.append(_executor(threads - 1).submit(work, *part))
         work(*mine)
     finally:
-        errors = [future.exception() for future in waiting]
-    for error in errors:
-        if error is not None:
-            raise error
+        _finish(waiting)
+    for future in waiting:
+        future.result()
+
+
+def _finish(waiting: list[Future[None]]) -> None:
+    """Wait for all, through interrupts too: who caught one would free or change memory that is still written."""
+    interrupt = None
+    while True:
+        try:
+            wait(waiting)
+            break
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _executor(threads: int) -> ThreadPoolExecutor:

@@ -342,6 +342,21 @@ def test_parameters_of_a_group_put_in_another_order():
     trio.step()
 
 
+def test_a_states_key_that_is_no_parameter():
+    """As many entries as parameters, but one of them is a trainer's own."""
+    trio = Trio(((40,), (40,)), **RULES["SGD"])
+    trio.step()
+    trio.step()
+
+    def change(params, opt):
+        opt.state["global_step"] = 7
+        del opt.state[params[1]]
+
+    trio.each(change)
+    trio.step()
+    trio.step()
+
+
 class Handled(RuleBasedStateMachine):
     """Random things that trainers do, between steps, on every backend."""
 

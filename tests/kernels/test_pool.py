@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 import threading
+import time
 from unittest import mock
 
 import numpy as np
@@ -43,6 +45,31 @@ def test_several_threads_step_at_once(two_threads):
         w.join(120)
     assert sorted(out) == [0, 1, 2, 3]
     assert all(torch.equal(out[i], out[0]) for i in range(4))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no timers that interrupt")
+def test_an_interrupted_step_ends_after_all_of_its_threads(two_threads):
+    """What is raised before they have ended leaves them writing into memory that its receiver may free."""
+    ended = threading.Event()
+
+    def work(begin, end):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.5)
+            ended.set()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)  # again and again
+        with pytest.raises(KeyboardInterrupt):
+            pool.share_out(work, Chunks([torch.Size([1 << 20])]))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert ended.is_set()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Stepping(torch.utils.data.Dataset):
