@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test conformance fuzz lint types docs docs-serve clean
+.PHONY: help demo test test-all conformance fuzz lint types docs docs-serve clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -24,11 +24,14 @@ $(READY): pyproject.toml
 demo: $(READY) ## Run a quick ablation of the optimizers
 	$(BIN)/python -m benchmarks run quick
 
-test: $(READY) ## Run the tests, on two workers
+test: $(READY) ## Run the tests, on two workers: enough cases that every value of every parameter occurs
 	$(BIN)/python -m pytest -n 2
 
+test-all: $(READY) ## Run every case of every test
+	$(BIN)/python -m pytest -n 2 --all
+
 conformance: $(READY) ## Ask PyTorch's questions of every optimizer; writes docs/conformance.md
-	$(BIN)/python -m pytest tests/conformance -n 2 --conformance-table docs/conformance.md
+	$(BIN)/python -m pytest tests/conformance -n 2 --all --conformance-table docs/conformance.md
 
 fuzz: $(READY) ## The nightly fuzz tests: 5,000 random lives of an optimizer, and of its memory
 	NORMOPT_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py tests/kernels/test_memory.py::TestHandled

@@ -1,7 +1,13 @@
-"""The conformance table: what tests/conformance found, as a page of the docs."""
+"""Which cases run, and the conformance table: what tests/conformance found, as a page of the docs.
+
+`make test` is for every change and takes minutes. Of a test with many cases it runs enough that every value of every
+parameter occurs, and it leaves out what is marked `exhaustive`. `make test-all`, which is pytest with ``--all``, runs
+everything; so does naming a test by its id. A test whose parameters matter in pairs is marked `pairs`.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,12 +40,44 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run every case of every test, and the exhaustive tests")
     parser.addoption("--conformance-table", help="write what tests/conformance finds to this Markdown file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if path := config.getoption("--conformance-table"):
         config.pluginmanager.register(Table(Path(path)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all") or any("::" in argument for argument in config.args):
+        return
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("exhaustive") is None:
+            tests[item.nodeid.split("[")[0]].append(item)
+    kept = {id(item) for cases in tests.values() for item in enough_of(cases)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
+def enough_of(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """The cases of one test in which every value of every parameter occurs, or, if it is marked so, every pair."""
+    together = 2 if cases[0].get_closest_marker("pairs") else 1
+    values = [
+        set(itertools.combinations(sorted((k, repr(v)) for k, v in parameters_of(case).items()), together))
+        for case in cases
+    ]
+    missing = set().union(*values)
+    kept = [] if missing else [0]
+    while missing:
+        kept.append(max(range(len(cases)), key=lambda i: len(values[i] & missing)))
+        missing -= values[kept[-1]]
+    return [cases[i] for i in kept]
+
+
+def parameters_of(case: pytest.Item) -> dict[str, object]:
+    return case.callspec.params if isinstance(case, pytest.Function) and hasattr(case, "callspec") else {}
 
 
 class Table:

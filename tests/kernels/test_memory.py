@@ -492,6 +492,7 @@ TestHandled.settings = settings(
 
 
 PARTS = 8  # of the combinations, so that processes can share them
+PART = [part if part == 0 else pytest.param(part, marks=pytest.mark.exhaustive) for part in range(PARTS)]
 
 
 def guard_pages(*arguments, **environment):
@@ -502,14 +503,14 @@ def guard_pages(*arguments, **environment):
     return done.returncode, f"{shlex.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", PART)
 def test_numba_kernels_between_guard_pages(part):
     """Every pair of settings, sizes round every length of a vector and of a chunk, one and two threads."""
     code, said = guard_pages("numba", part, PARTS)
     assert code == 0, said
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", PART)
 def test_triton_kernels_between_guard_pages(part):
     pytest.importorskip("triton", reason="triton is for Linux")
     if torch.cuda.is_available():
