@@ -356,6 +356,8 @@ class SteepestDescent(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for i in [i for i in self._remembered if i >= len(self.param_groups)]:  # of a group that was taken away
+            del self._remembered[i]
         # Everything that can be refused is refused before anything is written.
         work = [self._ready(i, group) for i, group in enumerate(self.param_groups)]
         if not self._agreed and not torch.compiler.is_compiling():

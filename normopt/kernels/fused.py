@@ -41,7 +41,9 @@ class Memory(NamedTuple):
     """
 
     address: list[int]
+    kind: list[type]
     contiguous: list[bool]
+    negative: list[bool]
     dtype: list[torch.dtype]
     offset: list[int]
     room: list[int]
@@ -51,7 +53,9 @@ def memory_of(xs: list[Tensor]) -> Memory:
     """Read where tensors are. Every pass is a loop in C: 40 to 100 ns a tensor."""
     return Memory(
         list(map(Tensor.data_ptr, xs)),
+        list(map(type, xs)),
         list(map(Tensor.is_contiguous, xs)),
+        list(map(Tensor.is_neg, xs)),
         list(map(_dtype, xs)),
         list(map(cast(Any, Tensor.storage_offset), xs)),
         list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, xs))),
@@ -87,13 +91,20 @@ class Operand:
             return False
         # Strides are not compared, so that what is not contiguous is checked at every step.
         if not same or 0 in memory.address or not all(memory.contiguous):
-            for x, address, room in zip(tensors, memory.address, memory.room, strict=True):
+            for x, room in zip(tensors, memory.room, strict=True):
                 if x.numel():
                     last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-                    if not address or (last + 1) * x.element_size() > room:
+                    # A wrapper subclass has no memory either, but an address that is not 0 if it has an offset.
+                    if not x.untyped_storage().data_ptr() or (last + 1) * x.element_size() > room:
                         raise RuntimeError(
                             f"the {self.name} of shape {tuple(x.shape)} on {x.device} has no memory of its own any "
                             f"more: its storage has {room} bytes. Bring it back before step()"
+                        )
+                    is_expanded = any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True))
+                    if self.name != "gradient" and (is_expanded or x.is_neg()):
+                        raise RuntimeError(
+                            f"the {self.name} of shape {tuple(x.shape)} cannot be written entry by entry: it is "
+                            "expanded or negated lazily. Give it memory of its own by clone() or resolve_neg()"
                         )
         self.tensors, self.memory = tensors, memory
         if not same:
@@ -155,6 +166,8 @@ class Stepper:
             check_like("gradient", zip(gradients, weights, strict=True))
             # What no kernel reads, or not together with the others, is cast as the other backends cast it.
             dtypes = set(self._gradients.memory.dtype)
+            if any(g.is_complex() for g in gradients):
+                raise RuntimeError("a gradient is complex, but its parameter is real: take its real part")
             if len(dtypes) > 1 or not dtypes <= {*DTYPES[weights[0].device.type]}:
                 self._gradients.look([g.float() for g in gradients])
         for operand in self._states_of(plan, weights):
@@ -222,6 +235,7 @@ class Stepper:
                     torch._foreach_copy_(operand.tensors, written)
                 # The kernels wrote behind autograd's back: a graph that still needs the old values must not use these.
                 torch.autograd.graph.increment_version(operand.tensors)
+            operand.tensors = []  # theirs to free
         if measured is None:
             return None
         dual, factor = measured
@@ -234,11 +248,9 @@ class Stepper:
 
     def _stored(self, operand: Operand, params: list[Tensor], state: State, again: bool) -> list[Tensor | None]:
         """The local state of each parameter, None where there is none yet."""
-        # A state that belongs to these parameters alone is in their order: no need to hash them.
-        if again and len(state) == len(params) == len(operand.tensors):
-            kept = [own.get(operand.name) for own in state.values()]
-            if all(map(is_, kept, operand.tensors)):
-                return kept
+        # A state that belongs to these parameters alone, in their order: no need to hash them.
+        if again and len(state) == len(params) and all(map(is_, state, params)):
+            return [own.get(operand.name) for own in state.values()]
         stored = [state.get(p, {}).get(operand.name) for p in params]
         return [x if x is None else local(x) for x in stored]
 
@@ -287,7 +299,7 @@ class Remembered:
                 return False
         try:
             gradients = list(map(_grad, params))
-            return not any(map(Tensor.is_neg, gradients)) and self.stepper.look(self.plan, params, state, gradients)
+            return self.stepper.look(self.plan, params, state, gradients)
         # A gradient is None or sparse, a state is no dict, or something is wrong, which the long way says.
         except (TypeError, AttributeError, RuntimeError):
             return False

@@ -36,7 +36,10 @@ def share_out(work: Callable[[int, int], None], chunks: Chunks, begin: int = 0, 
     waiting: list[Future[None]] = []
     try:
         for part in others:
-            waiting.append(_executor(threads - 1).submit(work, *part))
+            try:
+                waiting.append(_executor(threads - 1).submit(work, *part))
+            except RuntimeError:  # the interpreter is going down, and starts no more threads
+                work(*part)
         work(*mine)
     finally:
         _finish(waiting)

@@ -155,4 +155,5 @@ def gradient_of(p: Tensor) -> Tensor:
         place, given = cast("DTensor", p), cast("DTensor", grad)
         if place.placements != given.placements:  # such as partial sums, under tensor parallelism
             grad = given.redistribute(placements=place.placements)
-    return resolved(local(grad))
+    grad = local(grad)
+    return resolved(cast(Any, grad).wait() if hasattr(grad, "wait") else grad)  # of a collective that is under way

@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -355,6 +356,78 @@ def test_a_states_key_that_is_no_parameter():
     trio.each(change)
     trio.step()
     trio.step()
+
+
+@rules
+def test_states_exchanged_between_parameters(name):
+    trio = Trio(((40,), (40,)), **RULES[name])
+    trio.step()
+    trio.step()
+
+    def exchange(params, opt):
+        first, second = (opt.state.pop(p) for p in params)
+        opt.state[params[1]] = first
+        opt.state[params[0]] = second
+
+    trio.each(exchange)
+    trio.step()
+
+
+def test_nothing_of_the_users_is_kept_alive():
+    """Gradients that are set to None, state that is cleared and groups that are taken away are free at once."""
+    params = [torch.nn.Parameter(torch.randn(40)) for _ in range(2)]
+    opt = normopt.SGD([{"params": [p]} for p in params], lr=0.1, momentum=0.9, fused=True)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn(40)
+        opt.step()
+    gone = [weakref.ref(x) for p in params for x in (p.grad, opt.state[p][BUFFER])] + [weakref.ref(params[1])]
+    opt.zero_grad()
+    opt.state.clear()
+    opt.param_groups.pop()
+    del params[1], p
+    params[0].grad = torch.randn(40)
+    opt.step()
+    gc.collect()
+    assert [x() for x in gone] == [None] * 5
+
+
+@pytest.mark.parametrize("which", ["parameter", BUFFER])
+def test_what_cannot_be_written_entry_by_entry_is_refused(which):
+    for change in (lambda x: x[:1].expand(40), lambda x: torch._neg_view(x)):
+        trio = Trio(((40,), (7, 5)), **RULES["SGD"])
+        trio.step()
+        trio.gradients()
+        params, opt = trio.params[0], trio.opts[0]
+        x = params[0] if which == "parameter" else opt.state[params[0]][BUFFER]
+        x.data = change(x.data)
+        other = params[1].detach().clone()
+        with pytest.raises(RuntimeError, match=f"{which} of shape .* cannot be written entry by entry"):
+            opt.step()
+        assert torch.equal(params[1], other)
+
+
+def test_a_complex_gradient_of_a_real_parameter_is_refused():
+    p = torch.nn.Parameter(torch.ones(5))
+    p.grad_dtype = None
+    p.grad = torch.ones(5, dtype=torch.complex64)
+    with pytest.raises(RuntimeError, match="a gradient is complex"):
+        normopt.SGD([p], lr=0.1, fused=True).step()
+
+
+def test_a_gradient_that_a_collective_is_still_bringing():
+    """A wrapper subclass: it has an address only by its offset, and no memory."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    for how in ({"fused": True}, {"foreach": False}):
+        p = torch.nn.Parameter(torch.zeros(6))
+        opt = normopt.SGD([p], lr=1.0, **how)
+        for begin in (6, 0, 6):
+            p.grad = torch.ones(6)
+            opt.step()
+            p.grad = AsyncCollectiveTensor(torch.ones(12)[begin : begin + 6])
+            opt.step()
+        assert torch.equal(p, torch.full((6,), -6.0))
 
 
 class Handled(RuleBasedStateMachine):
