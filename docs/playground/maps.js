@@ -18,11 +18,15 @@ export function exponent(p) {
   return 1 / (p - 1);
 }
 
+/** The largest |entry|, finite, or 1 where that is 0: what entries are divided by. */
+function size(x) {
+  return Math.min(Math.max(0, ...x.map(Math.abs)), MAX) || 1;
+}
+
 /** ‖x‖_p, relative to the largest entry, so that no power over- or underflows. */
 export function norm(x, p) {
-  const largest = Math.max(0, ...x.map(Math.abs));
-  if (p === Infinity) return largest;
-  const top = Math.min(Math.max(largest, TINY), MAX);
+  if (p === Infinity) return Math.max(0, ...x.map(Math.abs));
+  const top = size(x);
   const sum = x.reduce((total, value) => total + (Math.abs(value) / top) ** p, 0);
   return top * sum ** (1 / p);
 }
@@ -36,7 +40,8 @@ export function dualNorm(c, p) {
 export function dualMap(c, p) {
   if (p === 1) return oneHot(c);
   if (p === Infinity) return signedPower(c, 0);
-  return signedPower(divide(c, dualNorm(c, p)), exponent(p));
+  const relative = c.map((x) => x / size(c)); // of which no norm over- or underflows
+  return signedPower(divide(relative, dualNorm(relative, p)), exponent(p));
 }
 
 /**
