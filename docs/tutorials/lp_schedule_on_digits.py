@@ -350,7 +350,8 @@ def sparsity(model: nn.Module) -> float:
 
 
 def with_decay(strength: float) -> Maker:
-    return lpsgdm(8.0, weight_decay=strength, decay="lp", decay_p=0.8)
+    decay = dict(weight_decay=strength, decay="lp", decay_p=0.8) if strength else {}
+    return lpsgdm(8.0, **decay)
 
 
 print(
