@@ -173,17 +173,22 @@ def run_triton(c: dict[str, Any]) -> None:
     more |= dict(eps=1e-3) if c["scale"] == "smoothed" else {}
     more |= MOMENTA[c["momentum"]] | DECAYS[c["decay"]]
     weight, gradient, state = c["dtypes"]
-    for end in (True, False):
-        at_end = end
+    shapes = [(1,), (17,), (3, 5), (CHUNK + 1,)]
+
+    def stepped_by(kind: type[Stepped]) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        shapes = [(1,), (17,), (3, 5), (CHUNK + 1,)]
-        opt = Guarded(
+        opt = kind(
             [torch.randn(s) for s in shapes], weight, gradient=gradient, state=state, p=c["p"], scale=scale,
             agr=c["agr"], maximize=c["maximize"], rounding=c["rounding"], lr=0.3, **more,
         )  # fmt: skip
-        before = [w.clone() for w in opt.weights]
         opt.step([torch.randn(s) for s in shapes])
-        assert not torch.equal(opt.weights[-1], before[-1])
+        return opt.weights
+
+    expected = stepped_by(Stepped)
+    for end in (True, False):
+        at_end = end
+        for p, q in zip(stepped_by(Guarded), expected, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=0, equal_nan=True)
 
 
 def guard_numpy() -> None:
