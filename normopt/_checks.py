@@ -103,5 +103,5 @@ def is_low_precision(x: Tensor) -> bool:
 
 
 def is_quantized(x: Tensor) -> bool:
-    """Whether ``x`` holds codes of numbers, which no gradient reaches: integers, or floats of 8 bits and fewer."""
+    """Return whether x is quantized: integers, or floats of 8 bits and fewer, which have no gradient."""
     return x.element_size() < 2 or not (x.is_floating_point() or x.is_complex())

@@ -17,6 +17,7 @@ from normopt.kernels.fused import Remembered, Stepper
 from normopt.loading import checked, pairs
 from normopt.norms import registry, scales
 from normopt.norms.base import Norm, Scale, real, reals, without_autocast, working
+from normopt.norms.lp import Lp
 from normopt.norms.scales import NormPair, over_the_group
 from normopt.params import batches, check_admissible, warn_if_stuck, with_gradients
 from normopt.plan import Plan, make_plan
@@ -363,7 +364,8 @@ class SteepestDescent(Optimizer):
         if not self._agreed and not torch.compiler.is_compiling():
             check_agreement([(plan, [p for params, _ in parts for p in params]) for plan, parts in work])
             self._agreed = True
-        kinds = {p.device.type for _, parts in work for params, stepper in parts if stepper is None for p in params}
+        # ℓp norms have no products of matrices, which are all that autocast changes of a step.
+        kinds = {p.device.type for plan, parts in work if not isinstance(plan.norm, Lp) for ps, _ in parts for p in ps}
         without_autocast(kinds, self._step_all, work)
         return loss
 

@@ -62,7 +62,7 @@ class OutermostStep:
 
 @torch.no_grad()
 def _creates_state(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a step is there to create state alone: it was given None, finds no state, and can move nothing.
+    """Return whether a step only creates state: its closure is None, there is no state, and it cannot move a weight.
 
     A step of a training may have an lr of 0, as a warm-up begins, and zero gradients, but hardly both at its start.
     Values are read last and only where None was given: an ordinary step waits for no device.

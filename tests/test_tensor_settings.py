@@ -102,3 +102,11 @@ def test_a_group_of_mixed_dtypes_without_a_gradient_that_is_not_zero(scale, p, f
         opt.step()
         assert torch.all(low == 1)
         assert high.isfinite().all()
+
+
+@every_dtype
+@pytest.mark.parametrize("decay", ["coupled", "decoupled", "lp"])
+@pytest.mark.parametrize("scale", ["power", "dual", "unit", "matched"])
+def test_fused(scale, decay, given):
+    tensors = {k: torch.tensor(v, dtype=given) for k, v in dict(p=2.7, lr=0.013, weight_decay=0.0123).items()}
+    assert_same_steps([torch.float32], tensors, norm="lp", scale=scale, decay=decay, momentum=0.9, fused=True)

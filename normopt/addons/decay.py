@@ -307,7 +307,7 @@ def _exponent_now(group: Mapping[str, Any]) -> float:
 
 
 def _reals(w: Tensor) -> Tensor:
-    """What is here of a weight as reals, sharing its memory, in which a lazily conjugated one is not conjugated yet."""
+    """Return the local shard of a weight as reals, sharing its memory; a lazy conjugation is undone."""
     here = local(w)
     return real(here.conj() if here.is_conj() else here)  # the sign of an imaginary part plays no role in a factor
 

@@ -22,7 +22,7 @@ except ImportError:  # on Windows, where processes are left to Numba
 
 
 def can_cache() -> bool:
-    """Whether Numba finds a folder for its cache; if not, warn that every process will compile anew."""
+    """Return whether Numba can write its cache to disk; warn if it cannot, because every process then compiles."""
     from numba import njit
 
     try:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from normopt._checks import equals
 from normopt.norms.lp import Lp
 
 if TYPE_CHECKING:
@@ -131,17 +130,23 @@ def numbers_of(plan: Plan) -> Numbers:
     """The numbers of a plan whose norm is an Lp."""
     norm = plan.norm
     assert isinstance(norm, Lp)
-    exponent = 1 / (norm.p - 1) if not equals(norm.p, 1) else math.inf
+    # Tensors too are computed with in float64, of whatever dtype they are: 1 − ηλ is 1 in 16 bits.
+    lr, weight_decay = _wide(plan.lr), _wide(plan.weight_decay)
+    exponent = math.inf if norm.power_exponent is None else norm.power_exponent
     new = 1 - (plan.dampening if plan.momentum_rule == "heavy" else plan.momentum)
     return Numbers(
-        reach=plan.lr * plan.radius,
+        reach=lr * plan.radius,
         mu=plan.momentum,
         new=new,
         beta2=plan.beta2,
-        coupled=plan.weight_decay,
-        shrink=1 - plan.lr * plan.weight_decay,
-        pull=plan.decay_p * plan.lr * plan.weight_decay,
+        coupled=weight_decay,
+        shrink=1 - lr * weight_decay,
+        pull=plan.decay_p * lr * weight_decay,
         exponent=exponent - 1 if plan.scale == "power" and plan.eps != 0 else exponent,
         eps=plan.eps,
         decay_exponent=abs(2 - plan.decay_p),
     )
+
+
+def _wide(value: Number) -> Number:
+    return value.double() if isinstance(value, Tensor) else value

@@ -180,7 +180,7 @@ class Stepper:
     def step(
         self, plan: Plan, params: list[Tensor], state: State, unscale: Tensor | None, found_inf: Tensor | None
     ) -> Walk[NormPair | None]:
-        """The engine's walk, of what was looked at since anything else has run.
+        """Run the kernels on the tensors that `look` has just checked.
 
         Args:
             plan, params, state: as in `look`; what is missing in the state is made.
@@ -290,7 +290,7 @@ class Remembered:
         self._params = list(group["params"])
 
     def holds(self, group: Group, state: State) -> bool:
-        """Whether it may be taken again: settings are the same, and tensors differ in their addresses at most."""
+        """Return whether the plan is still valid: the settings are equal, and of the tensors only addresses differ."""
         params = group["params"]
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False

@@ -64,7 +64,7 @@ def _installed(package: str) -> bool:
 
 
 def _jit_is_disabled() -> bool:
-    """Whether Numba is told to compile nothing; it is not imported to find out."""
+    """Return whether NUMBA_DISABLE_JIT is set, without importing Numba."""
     if "numba" in sys.modules:
         return bool(sys.modules["numba"].config.DISABLE_JIT)
     return os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")

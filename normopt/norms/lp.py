@@ -223,11 +223,14 @@ def relative_sum(x: Tensor, q: float | Tensor) -> tuple[Tensor, Tensor]:
     """The largest |entry| M and Σ(|x|/M)^q, both along the last dim: what every finite ℓq here is made of.
 
     |x|/M ≤ 1, so that no power of it overflows, and one term is 1, so that the sum never vanishes. M is
-    kept off ∞, under which ∞/∞ would make NaN of it.
+    kept off 0 and ∞, under which 0/0 and ∞/∞ would make NaN of them. Relative to the smallest normal number
+    a subnormal is 2^−23 or more, of which a small power is no subnormal; a large one needs the true M.
     """
     a = x.abs()
-    top = a.amax(-1).clamp(max=torch.finfo(a.dtype).max)
-    return top, (a / nonzero(top)[..., None]).pow(like(q, a)).sum(-1)
+    limits = torch.finfo(a.dtype)
+    small = not isinstance(q, Tensor) and q <= 4
+    top = a.amax(-1).clamp(limits.tiny if small else 0, limits.max)
+    return top, (a / (top if small else nonzero(top))[..., None]).pow(like(q, a)).sum(-1)
 
 
 def nonzero(x: Tensor) -> Tensor:

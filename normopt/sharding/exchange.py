@@ -145,7 +145,7 @@ def of_each(
 
 
 def nonzero(params: Sequence[Tensor]) -> list[bool]:
-    """Whether each tensor has an entry that is not 0, on whatever rank; True where fake tensors have no values."""
+    """Return for each tensor whether an entry on any rank is not 0; True for fake tensors, which have no values."""
     if detect_fake_mode() is not None or any(map(is_fake, params)):
         return [True] * len(params)
     found = of_each(params, lambda x: x.any().reshape(1).to(torch.float32), lambda sums: sums.amax(1))

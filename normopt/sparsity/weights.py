@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from normopt._checks import is_quantized
 from normopt.sharding.layout import is_dtensor, whole
 from normopt.sparsity.layouts import SparseLinear, check_module, reshard
 
@@ -92,8 +93,7 @@ def weights(model: nn.Module) -> list[Weight]:
             name = f"{place}.{own}".lstrip(".")
             if isinstance(w, UninitializedParameter):
                 raise ValueError(f"{name} has no shape yet: run the model once, so that its lazy modules get theirs")
-            is_code = not (w.is_floating_point() or w.is_complex()) or w.element_size() < 2
-            if w.dim() < 2 or is_code or id(w) in seen:
+            if w.dim() < 2 or is_quantized(w) or id(w) in seen:
                 continue
             seen.add(id(w))
             groups = module.groups if isinstance(module, CONVOLUTIONS) and own == "weight" else 1
