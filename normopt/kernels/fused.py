@@ -171,10 +171,11 @@ class Stepper:
             if len(dtypes) > 1 or not dtypes <= {*DTYPES[weights[0].device.type]}:
                 self._gradients.look([g.float() for g in gradients])
         for operand in self._states_of(plan, weights):
-            tensors = self._stored(operand, params, state, again)
-            there = [(x, w) for x, w in zip(tensors, weights, strict=True) if x is not None]
-            if not operand.look([x for x, _ in there]) or not again:
-                check_like(operand.name, there)
+            stored = self._stored(operand, params, state, again)
+            tensors = [x for x in stored if x is not None]
+            if not operand.look(tensors) or not again:
+                like = (w for w, x in zip(weights, stored, strict=True) if x is not None)
+                check_like(operand.name, zip(tensors, like, strict=True))
         return True
 
     def step(
