@@ -42,7 +42,7 @@ from normopt.stages import agr
 from normopt.stages.decay import coupled, decoupled_, lp_factors
 from normopt.stages.momentum import ema, heavy, lion
 from normopt.stages.write import descend_, kahan_, nearest_, scale_, stochastic_
-from normopt.state import BUFFER, COMPENSATION, check_like, state_dtype
+from normopt.state import BUFFER, COMPENSATION, check_like, check_writable, state_dtype
 
 
 class SteepestDescent(Optimizer):
@@ -402,17 +402,31 @@ class SteepestDescent(Optimizer):
         plan, ready = self._plan(group, group["params"]), with_gradients(group["params"])
         if not torch.compiler.is_compiling():
             check_like("gradient", ((cast(Tensor, p.grad), p) for p in ready))
+            check_writable("parameter", ready)
             for name in (BUFFER, COMPENSATION):
-                check_like(name, ((x, p) for p in ready if (x := self.state.get(p, {}).get(name)) is not None))
-        parts = list(batches(plan, ready))
+                kept = [(x, p) for p in ready if (x := self.state.get(p, {}).get(name)) is not None]
+                check_like(name, kept)
+                check_writable(name, (x for x, _ in kept))
         if plan.backend != "fused":
-            return plan, [(params, None) for params in parts]
-        steppers = [self._steppers.setdefault((i, j), Stepper()) for j in range(len(parts))]
-        for params, stepper in zip(parts, steppers, strict=True):
+            return plan, [(params, None) for params in batches(plan, ready)]
+        parts: list[tuple[list[Tensor], Stepper | None]] = []
+        waiting = list(batches(plan, ready))
+        while waiting:
+            params, stepper = waiting.pop(0), self._steppers.setdefault((i, len(parts)), Stepper())
             stepper.look(plan, params, self.state)
+            if not stepper.overlaps or any_dtensor(params):
+                parts.append((params, stepper))
+            # Those that share memory are stepped one after the other, as by the for-loop.
+            elif len(params) > 1 and plan.scope != "group":
+                waiting = [[p] for p in params] + waiting
+            else:
+                raise RuntimeError(
+                    "parameters or states share memory that a fused step would write at once: give each its own, or "
+                    "set fused=False"
+                )
         if len(parts) == 1 and len(ready) == len(group["params"]) and not any_dtensor(ready):
-            self._remembered[i] = Remembered(group, plan, steppers[0], list(self.defaults))
-        return plan, list(zip(parts, steppers, strict=True))
+            self._remembered[i] = Remembered(group, plan, cast(Stepper, parts[0][1]), list(self.defaults))
+        return plan, parts
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

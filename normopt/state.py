@@ -17,6 +17,30 @@ def state_dtype(asked: str | None, p: Tensor) -> torch.dtype:
     return p.dtype if asked is None or p.is_complex() else cast(torch.dtype, getattr(torch, asked))
 
 
+def check_writable(name: str, tensors: Iterable[Tensor]) -> None:
+    """Refuse what cannot be written entry by entry, or not here.
+
+    Args:
+        name: what they are called.
+        tensors: what a step is going to write.
+
+    Raises:
+        RuntimeError: one is expanded or negated lazily, or was made in inference mode, which this is not.
+    """
+    for x in tensors:
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"the {name} of shape {tuple(x.shape)} was made in inference mode, and cannot be written outside of "
+                "it: replace it by its clone()"
+            )
+        is_expanded = not x.is_contiguous() and any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True))
+        if is_expanded or x.is_neg():
+            raise RuntimeError(
+                f"the {name} of shape {tuple(x.shape)} cannot be written entry by entry: it is expanded or negated "
+                "lazily. Give it memory of its own by clone() or resolve_neg()"
+            )
+
+
 def check_like(name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Refuse what has not the shape and the device of its parameter: it was made before ``.data`` became another.
 

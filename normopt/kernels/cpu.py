@@ -84,6 +84,7 @@ def run(
                 sums, where = yield from _of_all_ranks(here, layouts)
             sizes = np.array([lay.shape.numel() for lay in layouts]) if layouts else chunks.sizes
             called(totals.regularizers, sums, sizes, *where, rows)
+        spared = ready.spared
         if flags.scaled:
             everywhere(ready.norms, rows, values, ready.exponent, partials, powers, place)
             exponent, how = float(numbers.exponent), SCALES[scale]
@@ -91,8 +92,10 @@ def run(
                 here = np.empty((n, 4))
                 called(totals.merge_each, partials, chunks.first, chunks.ends, exponent, how == totals.MATCHED, here)
                 partials, where = yield from _of_all_ranks(here, layouts)
-            called(totals.duals, partials, *where, whole_group, exponent, how, ready.spared, rows, duals, factors)
-        everywhere(ready.update, rows, values, ready.exponent, ready.decay_exponent, int(seed), powers, place)
+            known = whole_group, exponent, how, ready.spared, rows, duals, factors
+            spared = called(totals.duals, partials, *where, *known)
+        update = ready.update if spared == ready.spared else ready.unspared
+        everywhere(update, rows, values, ready.exponent, ready.decay_exponent, int(seed), powers, place)
     return (torch.from_numpy(duals), torch.from_numpy(factors)) if flags.scaled else None
 
 
@@ -133,7 +136,9 @@ class _Ready:
         self.agr = kernels.agr_kernel(flags.gradient == torch.bfloat16)
         undecayed = flags._replace(decay=NONE, decay_mode=LINEAR, decay_steep=False)
         self.norms = kernels.norm_kernel(undecayed, early, self.spared)
-        self.update = kernels.update_kernel(flags._replace(matched=False), early, self.spared)
+        self.update, self.unspared = (
+            kernels.update_kernel(flags._replace(matched=False), early, spared) for spared in (self.spared, False)
+        )
 
 
 def _values(numbers: Numbers, unscale: float) -> Array:

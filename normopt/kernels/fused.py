@@ -18,11 +18,11 @@ from torch import Tensor
 from normopt._checks import is_low_precision
 from normopt.kernels.flags import Flags, Numbers, flags_of, numbers_of
 from normopt.kernels.support import DTYPES
-from normopt.kernels.tables import Batch, Chunks
+from normopt.kernels.tables import Array, Batch, Chunks
 from normopt.norms.scales import NormPair
 from normopt.sharding.exchange import Walk
 from normopt.sharding.layout import Layout, gradient_of, layout_of, local, spread
-from normopt.state import BUFFER, COMPENSATION, check_like, state_dtype
+from normopt.state import BUFFER, COMPENSATION, check_like, check_writable, state_dtype
 
 if TYPE_CHECKING:
     from normopt.plan import Plan
@@ -69,7 +69,9 @@ class Operand:
         self.name = name
         self.tensors: list[Tensor] = []
         self.memory, self.shapes = memory_of([]), list[torch.Size]()
-        self.table = np.empty(0, np.int64)
+        self.table = self._bytes = np.empty(0, np.int64)
+        self.has_moved = True  # or changed its shape, since somebody set this to False
+        self._inference = False
         self._in_table: list[int] = []
 
     def look(self, tensors: list[Tensor], as_before: bool = False) -> bool:
@@ -83,7 +85,7 @@ class Operand:
             Whether nothing but addresses has changed.
 
         Raises:
-            RuntimeError: a tensor has no memory, or less than its shape needs.
+            RuntimeError: a tensor has no memory, or less than its shape needs, or cannot be written.
         """
         memory = memory_of(tensors)
         same = memory[1:] == self.memory[1:] and all(map(eq, map(Tensor.size, tensors), self.shapes))
@@ -100,16 +102,25 @@ class Operand:
                             f"the {self.name} of shape {tuple(x.shape)} on {x.device} has no memory of its own any "
                             f"more: its storage has {room} bytes. Bring it back before step()"
                         )
-                    is_expanded = any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True))
-                    if self.name != "gradient" and (is_expanded or x.is_neg()):
-                        raise RuntimeError(
-                            f"the {self.name} of shape {tuple(x.shape)} cannot be written entry by entry: it is "
-                            "expanded or negated lazily. Give it memory of its own by clone() or resolve_neg()"
-                        )
+        self.has_moved |= not same or memory.address != self.memory.address
+        if self.name != "gradient" and (self.has_moved or self._inference or not all(memory.contiguous)):
+            check_writable(self.name, tensors)
+            self._inference = any(map(Tensor.is_inference, tensors))
         self.tensors, self.memory = tensors, memory
         if not same:
             self.shapes = [x.shape for x in tensors]
+            self._bytes = np.array([x.numel() * x.element_size() for x in tensors], dtype=np.int64)
         return same
+
+    def extents(self) -> tuple[Array, Array]:
+        """The first address of each tensor and the one after its last, shape [n] each; both 0 of an empty one."""
+        sizes = self._bytes
+        if not all(self.memory.contiguous):
+            last = (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) for x in self.tensors)
+            spans = [(1 + k) * x.element_size() for k, x in zip(last, self.tensors, strict=True)]
+            sizes = np.where(sizes > 0, spans, 0)
+        begins = np.array(self.memory.address, dtype=np.int64) * (sizes > 0)
+        return begins, begins + sizes
 
     def flat(self) -> list[Tensor]:
         """The tensors, or contiguous copies if some are not contiguous, whose addresses are then in the table."""
@@ -138,6 +149,8 @@ class Stepper:
         self._shapes: list[torch.Size] = []
         self._chunks = Chunks([])
         self._kept: dict[str, Any] = {}
+        self.overlaps = False  # what is written lies in part in the same memory
+        self._written = np.empty(0, np.int64), np.empty(0, np.int64)  # where it begins and ends, in order
 
     def look(self, plan: Plan, params: list[Tensor], state: State, gradients: list[Tensor] | None = None) -> bool:
         """Check all memory that the kernels will read or write. Nothing is written.
@@ -176,7 +189,39 @@ class Stepper:
             if not operand.look(tensors) or not again:
                 like = (w for w, x in zip(weights, stored, strict=True) if x is not None)
                 check_like(operand.name, zip(tensors, like, strict=True))
+        shared = self._shared(self._states_of(plan, weights))
+        if again and (self.overlaps or len(shared)):
+            return False
+        if len(shared):  # gradients are what they were before anything was written
+            known = self._gradients.tensors
+            self._gradients.look([g.clone() if i in shared else g for i, g in enumerate(known)])
         return True
+
+    def _shared(self, states: list[Operand]) -> list[int]:
+        """Find out whether what is written overlaps, and which gradients lie where something is written.
+
+        One that is its weight, entry by entry, is not among them.
+        """
+        written, gradients = [self._weights, *states], self._gradients
+        if not any(operand.has_moved for operand in (*written, gradients)):
+            return []
+        if any(operand.has_moved for operand in written):
+            begins, ends = (np.concatenate(x) for x in zip(*(operand.extents() for operand in written), strict=True))
+            order = np.argsort(begins, kind="stable")
+            self._written = begins[order], np.maximum.accumulate(ends[order])
+            self.overlaps = bool((self._written[0][1:] < self._written[1][:-1]).any())
+        begins, ends = gradients.extents()
+        first, last = self._written
+        there = np.searchsorted(last, begins, side="right")  # of what is written, the first that ends after they begin
+        hit = (there < len(first)) & (first[np.minimum(there, len(first) - 1)] < ends)
+        for operand in (*written, gradients):
+            operand.has_moved = False
+        if not hit.any():
+            return []
+        same = [w.is_set_to(g) for w, g in zip(self._weights.tensors, gradients.tensors, strict=True)]
+        shared: list[int] = np.flatnonzero(hit & ~np.array(same)).tolist()
+        gradients.has_moved = bool(shared)  # look again at the next step
+        return shared
 
     def step(
         self, plan: Plan, params: list[Tensor], state: State, unscale: Tensor | None, found_inf: Tensor | None

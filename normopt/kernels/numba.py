@@ -43,9 +43,10 @@ from normopt.kernels.tables import CHUNK
 
 Kernel = Callable[..., None]
 
-# Columns of the table of what is a tensor's own: AGR's four, what |c| is multiplied by and its power too, the
-# weights of the old momentum and of the gradient, and whether ℓp decay acts on it.
-AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, KEPT, NEW, WIDE = range(9)
+# Columns of the table of what is a tensor's own: AGR's four, what |c| is multiplied by and its power too, powers of two
+# for both where float32 does not have the number, the weights of the old momentum and of the gradient, and whether ℓp
+# decay acts on it.
+AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, SHIFT, LIFT, KEPT, NEW, WIDE = range(11)
 # Places in the table of the numbers that all tensors share.
 UNSCALE, REACH, MU, BETA2, BETA2_NEW, COUPLED, SHRINK, PULL, EPS = range(9)
 
@@ -76,7 +77,7 @@ F, J, U = np.float32, np.int32, np.uint32
 ZERO, ONE = F(0), F(1)
 NO_BITS, DENORMAL = U(0xFFFFFFFF), U(0x007FFFFF)  # the bits of 0 less 1; those of a denormal less 1 are below
 INFINITY, LARGEST, TINY = F(np.inf), F(np.finfo(F).max), F(np.finfo(F).tiny)
-LARGEST_BITS, TINY_BITS = J(0x7F7FFFFF), J(0x00800000)
+LARGEST_BITS, SMALLEST_BITS = J(0x7F7FFFFF), J(1)
 
 
 @intrinsic
@@ -405,7 +406,7 @@ def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
                     largest = summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, True, flags)[0]
                     near, relative = scale_of(largest)
                 else:
-                    near = float_of(min(max(largest, TINY_BITS), LARGEST_BITS))
+                    near = float_of(min(max(largest, SMALLEST_BITS), LARGEST_BITS))
                 _, _, sum_q, sum_2, sum_d = summed(
                     n, w, g, m, k, row, numbers, exponent, powered, near, relative, True, flags
                 )
@@ -457,6 +458,7 @@ def update_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
             scale, agr_top = rows[t, AGR_SCALE], rows[t, AGR_TOP]
             agr_others, inverse = rows[t, AGR_OTHERS], rows[t, AGR_INVERSE]
             kept, new, size, factor = rows[t, KEPT], rows[t, NEW], rows[t, SIZE], rows[t, FACTOR]
+            shift, lift = rows[t, SHIFT], rows[t, LIFT]
             pulled = pull if rows[t, WIDE] != ZERO else ZERO
             if weight16:
                 w = carray(pointer(weights[t] + 2 * s), (n,), np.uint16)
@@ -492,7 +494,8 @@ def update_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
                     a = F(abs(c) + eps)
                     u = F(c / a) if mode == SIGN else F(c * raised(a, exponent, False, False))
                 elif scaled:
-                    u = F(signed(power(F(abs(c) * size), mode, exponent), c) * factor)
+                    u = F(signed(power(F(F(abs(c) * shift) * size), mode, exponent), c) * factor)
+                    u = F(u * lift)
                 else:
                     u = signed(power(abs(c), mode, exponent), c)
                 after = F((shrink * old if decoupled else old) - reach * u)

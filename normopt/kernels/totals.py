@@ -11,11 +11,11 @@ import math
 import numpy as np
 from numba import njit
 
-from normopt.kernels.numba import AGR_INVERSE, AGR_OTHERS, AGR_SCALE, AGR_TOP, EXACT, FACTOR, SIZE
+from normopt.kernels.numba import AGR_INVERSE, AGR_OTHERS, AGR_SCALE, AGR_TOP, EXACT, FACTOR, LIFT, SHIFT, SIZE
 
 OPTIONS = {key: EXACT[key] for key in ("nogil", "cache", "error_model")}
 DUAL, UNIT, MATCHED = range(3)  # the scales that need sums
-TINY = float(np.finfo(np.float32).tiny)
+TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @njit(**OPTIONS)
@@ -66,7 +66,8 @@ def duals(partials, first, ends, begin, end, whole_group, exponent, scale, spare
     """The dual norm of the tensors ``begin`` to ``end``, by what their D(c) is multiplied, and both in ``rows``.
 
     ``partials`` has each chunk's M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent). If
-    ``whole_group`` all of them are one vector; if ``spared`` the powers at hand are those of |c|, not of |c|/‖c‖⋆.
+    ``whole_group`` all of them are one vector. Returns whether the powers at hand, if ``spared``, serve all of them:
+    they are those of |c|, not of |c|/‖c‖⋆, and of a norm that is no normal float32 they may be none either.
     """
     for t in range(begin, end):
         if t > begin and whole_group:
@@ -74,11 +75,24 @@ def duals(partials, first, ends, begin, end, whole_group, exponent, scale, spare
         else:
             some, past = (first[begin], ends[end - 1]) if whole_group else (first[t], ends[t])
             norms[t], factors[t] = summed(partials, some, past, exponent, scale)
-        size = norms[t] if not norms[t] < TINY else TINY  # NaN stays
-        if exponent == 0:
-            size = 1.0  # signs do not depend on it: beside an infinite entry the others keep theirs
-        rows[t, SIZE] = 1 / size
-        rows[t, FACTOR] = factors[t] / size**exponent if spared else factors[t]
+        spared = spared and within(norms[t]) == 1
+    for t in range(begin, end):
+        # Signs do not depend on the size: beside an infinite entry the others keep theirs.
+        size = 1.0 if exponent == 0 or norms[t] == 0 else norms[t]
+        factor = factors[t] / size**exponent if spared else factors[t]
+        rows[t, SHIFT] = within(size)
+        rows[t, SIZE] = 1 / (size * within(size))
+        rows[t, FACTOR] = factor * within(factor)
+        rows[t, LIFT] = 1 / within(factor)
+    return spared
+
+
+@njit(**OPTIONS)
+def within(x):
+    """A power of two by which x > 0 becomes a normal float32; 1 for one, and for 0, ∞ and NaN."""
+    if 0 < x < TINY:
+        return 2.0**64
+    return 2.0**-64 if LARGEST < x < np.inf else 1.0
 
 
 @njit(**OPTIONS)

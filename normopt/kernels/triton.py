@@ -44,6 +44,7 @@ DECOUPLED, LP = tl.constexpr(choices.DECOUPLED), tl.constexpr(choices.LP)
 STOCHASTIC, KAHAN = tl.constexpr(choices.STOCHASTIC), tl.constexpr(choices.KAHAN)
 INFINITY = tl.constexpr(math.inf)
 LARGEST, TINY = tl.constexpr(float(np.finfo(np.float32).max)), tl.constexpr(float(np.finfo(np.float32).tiny))
+SMALLEST = tl.constexpr(2.0**-149)  # above 0
 
 # Columns of the tables, which are int64: of tensors, of chunks, and of the chunks that a sum is over.
 WEIGHT, GRADIENT, STATE, COMPENSATION, FRESH, TENSOR = (tl.constexpr(i) for i in range(6))  # the last is their number
@@ -54,8 +55,8 @@ REACH, MU, NEW, BETA2, DECAY, SHRINK, PULL, EXPONENT, EPS, DECAY_EXPONENT = (
     tl.constexpr(i) for i in range(len(Numbers._fields))
 )
 # What is known of each vector that a norm is over, float64: the dual norm, the factor of D(c), and what an entry of c
-# is divided by before its power, and that multiplied by.
-DUAL, FACTOR, DIVISOR, MULTIPLIER, MEASURED = (tl.constexpr(i) for i in range(5))
+# is divided by before its power, and that multiplied by; both in two parts, the first a power of two.
+DUAL, FACTOR, SHIFT, DIVISOR, LIFT, MULTIPLIER, MEASURED = (tl.constexpr(i) for i in range(7))
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -267,7 +268,7 @@ def walk(
 
             if MEASURING:
                 a = tl.abs(c)
-                top = tl.minimum(tl.maximum(tl.max(a, 0), TINY), LARGEST)  # off 0 and ∞, for 0/0 and ∞/∞ are NaN
+                top = tl.minimum(tl.maximum(tl.max(a, 0), SMALLEST), LARGEST)  # off 0 and ∞, for 0/0 and ∞/∞ are NaN
                 r = tl.div_rn(a, tl.broadcast_to(top, [BLOCK]))
                 y = power(r, high, low, MODE)
                 tl.store(sums + 4 * j, top.to(tl.float64))
@@ -280,8 +281,9 @@ def walk(
                     u = c * raised(tl.abs(c) + number(numbers, EPS), high, low)
                 elif SCALED:
                     known = measured + (0 if WHOLE_GROUP else t) * MEASURED
-                    r = tl.div_rn(tl.abs(c), tl.broadcast_to(number(known, DIVISOR), [BLOCK]))
-                    u = signed(power(r, high, low, MODE), c) * number(known, MULTIPLIER)
+                    a = tl.abs(c) * number(known, SHIFT)
+                    r = tl.div_rn(a, tl.broadcast_to(number(known, DIVISOR), [BLOCK]))
+                    u = signed(power(r, high, low, MODE), c) * number(known, MULTIPLIER) * number(known, LIFT)
                 else:
                     u = signed(power(tl.abs(c), high, low, MODE), c)
 
@@ -362,16 +364,23 @@ def regularizer(spans, sums, regularizers):
 
 
 @triton.jit
+def within(x):
+    """A power of two by which x > 0 becomes a normal float32; 1 for one, and for 0, ∞ and NaN."""
+    large = tl.where((x > LARGEST) & (x < INFINITY), 2.0**-64, 1.0)
+    return tl.where((x > 0) & (x < TINY), 2.0**64, large).to(tl.float64)
+
+
+@triton.jit
 def measure(spans, sums, numbers, measured, MATCHED: tl.constexpr, DUAL_SCALE: tl.constexpr):
     """The dual norm of each vector and how its direction is made, from the sums of its chunks."""
     v = tl.program_id(0)
     first, many = tl.load(spans + v * SPAN + FIRST), tl.load(spans + v * SPAN + MANY)
     exponent = tl.load(numbers + EXPONENT)
     q = 1 + exponent
-    tops = tl.full([SUMMED], TINY, tl.float64)
+    tops = tl.full([SUMMED], SMALLEST, tl.float64)
     for i in range(0, many, SUMMED):
         k = i + tl.arange(0, SUMMED)
-        tops = tl.maximum(tops, tl.load(sums + 4 * (first + k), k < many, other=TINY))
+        tops = tl.maximum(tops, tl.load(sums + 4 * (first + k), k < many, other=SMALLEST))
     top = tl.max(tops, 0)
     totals = tl.zeros([SUMMED], tl.float64)
     squares = tl.zeros([SUMMED], tl.float64)
@@ -379,7 +388,7 @@ def measure(spans, sums, numbers, measured, MATCHED: tl.constexpr, DUAL_SCALE: t
     for i in range(0, many, SUMMED):
         k = i + tl.arange(0, SUMMED)
         mine = sums + 4 * (first + k)
-        ratio = tl.load(mine, k < many, other=TINY) / top
+        ratio = tl.load(mine, k < many, other=SMALLEST) / top
         log = tl.log2(ratio)
         totals += tl.load(mine + 1, k < many, other=0) * tl.exp2(q * log)
         if MATCHED:
@@ -398,8 +407,12 @@ def measure(spans, sums, numbers, measured, MATCHED: tl.constexpr, DUAL_SCALE: t
     known = measured + v * MEASURED
     tl.store(known + DUAL, norm)
     tl.store(known + FACTOR, factor)
-    tl.store(known + DIVISOR, tl.where((exponent == 0) | itself, 1.0, tl.where(norm < TINY, TINY, norm)))
-    tl.store(known + MULTIPLIER, tl.where(itself, 1.0, factor))
+    divisor = tl.where((exponent == 0) | itself | (norm == 0), 1.0, norm)
+    multiplier = tl.where(itself, 1.0, factor)
+    tl.store(known + SHIFT, within(divisor))
+    tl.store(known + DIVISOR, divisor * within(divisor))
+    tl.store(known + LIFT, 1 / within(multiplier))
+    tl.store(known + MULTIPLIER, multiplier * within(multiplier))
 
 
 def run(
@@ -472,7 +485,7 @@ def run(
             walk[grid](*given, regularizers, measured, None, MEASURING=False, **constants)
     if measured is None:
         return None
-    dual, factor = measured[:, : DIVISOR.value].expand(n, -1).unbind(1)
+    dual, factor = measured[:, : SHIFT.value].expand(n, -1).unbind(1)
     return dual, factor
 
 
@@ -492,7 +505,7 @@ def _largest_and_others(sums: Tensor) -> Tensor:
 def _merged(sums: Tensor, padded: Tensor, exponent: float | Tensor) -> Tensor:
     """M and the sums relative to it of each tensor, shape [n, 4], from those of its chunks."""
     tops, totals, squares, powers = torch.nn.functional.pad(sums, (0, 0, 0, 1))[padded].unbind(-1)
-    top = tops.amax(1).clamp_min(float(np.finfo(np.float32).tiny))  # of a tensor of which nothing is here
+    top = tops.amax(1).clamp_min(SMALLEST.value)  # of a tensor of which nothing is here
     ratios = tops / top[:, None]
     each = totals * ratios ** (1 + exponent), squares * ratios**2, powers * ratios ** (2 * exponent)
     return torch.stack([top, *(x.sum(1) for x in each)], 1)

@@ -43,6 +43,7 @@ ODD = {
     "inf and -inf": [math.inf, -math.inf],
     "inf and nan": [math.inf, math.nan],
     "3e38": [3e38],
+    "3e38 twice": [3e38, 3e38],
     "1e-42": [1e-42],
     "zeros": None,
 }

@@ -35,6 +35,8 @@ RULES = {
 class Trio:
     """The same parameters three times, stepped fused, by foreach and by the for-loop; the same is done to all."""
 
+    bits = 2e-6  # relative; the power of a momentum near 0 has more of it
+
     def __init__(self, shapes=((7, 5), (40,), (3, 11)), dtype=torch.float32, **rule):
         torch.manual_seed(0)
         drawn = [torch.randn(s).to(dtype) for s in shapes]
@@ -72,7 +74,7 @@ class Trio:
 
     def compare(self, params, opt, before):
         for p, q, w in zip(params, self.params[-1], before, strict=True):
-            bits = 1e-2 if p.dtype == torch.bfloat16 else 2e-6
+            bits = 1e-2 if p.dtype == torch.bfloat16 else self.bits
             size = torch.maximum(w.abs(), (q - w).abs().max()) if q.numel() else w.abs()
             assert ((p - q).abs() <= bits * size).all()
             ours, theirs = opt.state.get(p, {}), self.opts[-1].state.get(q, {})
@@ -395,16 +397,130 @@ def test_nothing_of_the_users_is_kept_alive():
 @pytest.mark.parametrize("which", ["parameter", BUFFER])
 def test_what_cannot_be_written_entry_by_entry_is_refused(which):
     for change in (lambda x: x[:1].expand(40), lambda x: torch._neg_view(x)):
-        trio = Trio(((40,), (7, 5)), **RULES["SGD"])
+        trio = Trio(((7, 5), (40,)), **RULES["SGD"])
         trio.step()
         trio.gradients()
-        params, opt = trio.params[0], trio.opts[0]
-        x = params[0] if which == "parameter" else opt.state[params[0]][BUFFER]
-        x.data = change(x.data)
-        other = params[1].detach().clone()
-        with pytest.raises(RuntimeError, match=f"{which} of shape .* cannot be written entry by entry"):
+
+        def put(params, opt, change=change):
+            x = params[1] if which == "parameter" else opt.state[params[1]][BUFFER]
+            x.data = change(x.data)
+
+        trio.each(put)
+        trio.refuse(f"{which} of shape .* cannot be written entry by entry")
+
+
+def test_what_was_made_in_inference_mode_is_written_there_alone():
+    trio = Trio(**RULES["SGD"])
+    for _ in range(2):
+        with torch.inference_mode():
+            trio.step()
+        trio.gradients()
+        for params, opt in zip(trio.params, trio.opts, strict=True):
+            before = [p.detach().clone() for p in params]
+            with pytest.raises(RuntimeError, match=r"momentum_buffer of shape .* was made in inference mode"):
+                opt.step()
+            assert all(map(torch.equal, before, params))
+    trio.each(lambda _, opt: [own.update({BUFFER: own[BUFFER].clone()}) for own in opt.state.values()])
+    trio.step()
+    with torch.inference_mode():
+        made = torch.ones(3)
+    trio.each(lambda _, opt: opt.add_param_group({"params": made.clone().requires_grad_()}))
+    for params, opt in zip(trio.params, trio.opts, strict=True):
+        (opt.param_groups[1]["params"][0],) = (made,)
+        made.grad = torch.ones(3)
+        before = [p.detach().clone() for p in params]
+        with pytest.raises(RuntimeError, match=r"parameter of shape .* was made in inference mode"):
             opt.step()
-        assert torch.equal(params[1], other)
+        assert all(map(torch.equal, before, params))
+        assert made.sum() == 3
+
+
+SHARED = {
+    "the same": lambda x: [x[:300_000], x[:300_000]],
+    "in part": lambda x: [x[:300_000], x[100_000:]],
+    "three": lambda x: [x[:200_000], x[300_000:], x[100_000:350_000]],
+    "one of another shape": lambda x: [x[:300_000].view(3, -1), x[299_999:].view(-1)],
+    "turn and turn about": lambda x: [x.view(-1, 2)[:, 0], x.view(-1, 2)[:, 1]],
+}
+
+
+@rules
+@pytest.mark.parametrize("part", SHARED)
+def test_parameters_that_share_memory_are_stepped_one_after_the_other(name, part):
+    """As by the for-loop. foreach reads all of them before it writes one."""
+    trio = Trio([(400_000,), (7, 5)], **RULES[name])
+    trio.bits = 3e-5
+    del trio.params[1], trio.opts[1]
+    trio.step()
+
+    def share(params, opt):
+        views = [torch.nn.Parameter(x) for x in SHARED[part](params[0].data)]
+        opt.state.clear()
+        params[:] = [*views, params[1]]
+        opt.param_groups[0]["params"] = list(params)
+
+    def look(params, opt):
+        assert len({p.untyped_storage().data_ptr() for p in params}) == 2
+
+    trio.each(share)
+    for _ in range(3):
+        trio.step_with_these()
+        trio.each(look)
+        trio.gradients()
+
+
+def test_a_state_in_the_memory_of_another():
+    trio = Trio([(300_000,), (300_000,)], **RULES["SGD"])
+    del trio.params[1], trio.opts[1]
+    trio.step()
+    trio.each(lambda params, opt: opt.state[params[1]].update({BUFFER: opt.state[params[0]][BUFFER]}))
+    trio.step()
+    trio.step()
+    params, opt = trio.params[0], trio.opts[0]
+    opt.state[params[0]][BUFFER] = params[0].detach()
+    with pytest.raises(RuntimeError, match="share memory"):
+        opt.step()
+
+
+def test_parameters_that_share_memory_under_one_norm_are_refused():
+    x = torch.randn(400_000)
+    params = [torch.nn.Parameter(x[:300_000]), torch.nn.Parameter(x[100_000:])]
+    opt = normopt.SteepestDescent(params, lr=0.1, norm="lp", p=3.0, scope="group", fused=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = x.clone()
+    with pytest.raises(RuntimeError, match="share memory that a fused step would write at once"):
+        opt.step()
+    assert torch.equal(x, before)
+
+
+@rules
+def test_a_gradient_in_memory_that_is_written(name):
+    """Its entries are those from before the step; eager operations that would read some later refuse them."""
+    torch.manual_seed(0)
+    x, y = torch.randn(400_000), torch.randn(400_000)
+    found = []
+    for how in (dict(fused=True), dict(foreach=False)):
+        own, theirs = x.clone(), y.clone()
+        a, b, c = (torch.nn.Parameter(v) for v in (own[:300_000], own[300_000:], theirs))
+        opt = normopt.SteepestDescent([a, b, c], lr=1e-2, **how, **RULES[name])
+        for where in (own[100_000:], theirs[:300_000], own[:300_000]):
+            a.grad = where if "fused" in how else where.clone()
+            b.grad, c.grad = torch.ones_like(b), torch.ones_like(c)
+            opt.step()
+        found.append(torch.cat([own, theirs]))
+    torch.testing.assert_close(*found, rtol=2e-4, atol=2e-5)
+
+
+def test_steps_go_back_to_one_batch_when_memory_is_shared_no_longer():
+    trio = Trio([(40,), (40,)], **RULES["SGD"])
+    trio.each(lambda params, _: setattr(params[1], "data", params[0].data))
+    trio.step()
+    assert not trio.opts[0]._remembered
+    trio.each(lambda params, _: setattr(params[1], "data", params[0].data.clone()))
+    trio.step()
+    trio.step()
+    assert trio.opts[0]._remembered
 
 
 def test_a_complex_gradient_of_a_real_parameter_is_refused():

@@ -324,7 +324,7 @@ def test_the_for_loop_entry_by_entry_at_the_ends(p, scale):
         return x.isnan() * 3 + (x == math.inf) * 1 + (x == -math.inf) * 2
 
     for regularized in (False, True):
-        for odd in ([math.inf], [math.inf, -math.inf], [math.inf, math.nan], [3e38], [1e-42], [0.0] * 49):
+        for odd in ([math.inf], [math.inf, -math.inf], [math.inf, math.nan], [3e38], [3e38, 3e38], [1e-42], [0.0] * 49):
             torch.manual_seed(0)
             ws, gs = ([torch.randn(50), torch.randn(20, 2)] for _ in range(2))
             gs[0][1 : 1 + len(odd)] = torch.tensor(odd)
