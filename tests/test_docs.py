@@ -14,6 +14,8 @@ import pytest
 import normopt
 import normopt.integrations.timm
 import normopt.plan
+from tests.forked import run_file
+from tests.patience import patience
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,7 +37,7 @@ def run_python(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience(60),
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,9 +61,7 @@ def python_of(page: Path) -> str:
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     code = tmp_path / page.with_suffix(".py").name
     code.write_text(python_of(page), encoding="utf-8")
-    # torch's own, where it imports its ZeroRedundancyOptimizer.
-    theirs = "ignore::DeprecationWarning:torch.jit._script"
-    printed = run_python("-W", "error", "-W", theirs, str(code), cwd=tmp_path)
+    printed = run_file(code, tmp_path)
     for output in re.findall(r"```python\n[^`]*```\n\n```text\n([^`]*)```", page.read_text(encoding="utf-8")):
         assert output in printed
 
@@ -91,34 +91,6 @@ def test_every_public_symbol_has_a_docstring(name: str) -> None:
     # The class's own: inspect.getdoc alone would be content with an inherited one.
     assert thing.__doc__ is not None
     assert len(inspect.cleandoc(thing.__doc__)) > 20
-
-
-def test_the_site_builds_and_needs_no_other_host(tmp_path: Path) -> None:
-    """The strict build, with the tutorials run short: a dead link or an error in a tutorial fails it."""
-    site = tmp_path / "site"
-    run_python(
-        *("-m", "mkdocs", "build", "--strict", "--site-dir", str(site)),
-        NORMOPT_DOCS_FAST="1",
-        NO_MKDOCS_2_WARNING="1",
-    )
-    html = {p: p.read_text(encoding="utf-8") for p in site.rglob("*.html")}
-    host = r"""["']?(?:https?:)?//"""
-    loads = rf"<(?:script|img|iframe|source)\b[^>]*\bsrc={host}"
-    links = rf"<link\b[^>]*rel=\W?(?:stylesheet|preconnect|icon)\b[^>]*href={host}"
-    for path, text in html.items():
-        assert re.findall(f"{loads}|{links}", text) == [], path
-    everything = "".join(html.values())
-    for name in PUBLIC:
-        assert f'id="{name}"' in everything, f"no anchor for {name}"
-    assert (site / "search/search_index.json").stat().st_size > 10_000
-    tutorial = html[site / "tutorials/lp_schedule_on_digits/index.html"]
-    pictures = re.findall(r'<img alt="([^"]+)" src="\.\./(\w+\.svg)"', tutorial)
-    assert len(pictures) == 4
-    for alt, name in pictures:
-        assert alt
-        assert (site / "tutorials" / name).read_text(encoding="utf-8").rstrip().endswith("</svg>")
-    for source in ("hooks", "tutorials/lp_schedule_on_digits.py"):
-        assert not (site / source).exists()
 
 
 def test_an_error_in_a_tutorial_is_an_error_at_its_line(tmp_path: Path) -> None:

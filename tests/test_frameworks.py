@@ -15,6 +15,7 @@ import torch
 
 import normopt
 from normopt.integrations import timm as timm_integration
+from tests.patience import patience
 
 NAMES = normopt.list_optimizers()
 ROOT = Path(__file__).parent.parent
@@ -25,11 +26,12 @@ def run_example(name: str) -> str:
         "from benchmarks.vision import allow_torchvision_import as allow; allow(); import runpy; "
         f"runpy.run_path('examples/{name}', run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=patience(60))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+@pytest.mark.exhaustive
 def test_sharded_example(tmp_path):
     """Two ranks, stopped, and four that go on to what two would have come to."""
 
@@ -37,7 +39,7 @@ def test_sharded_example(tmp_path):
         module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [sys.executable, *module, "examples/sharded_digits.py", "--folder", str(tmp_path / folder), *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience(60), env=environment)
         assert done.returncode == 0, done.stderr
         return re.findall(r"(\d) ranks, from epoch (\d+).*\nepoch (\d+): test accuracy (\S+) %", done.stdout)[0]
 

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 import normopt
+from tests.patience import patience
 
 ROOT = Path(__file__).parents[1]
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site", "results")
 
 
 def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=patience(100), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

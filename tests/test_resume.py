@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import signal
 
@@ -12,20 +11,15 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import normopt
-from tests import crash_worker
+from tests import crash_worker, forked
 from tests.crash_worker import PLACES, SAVE_EVERY, TOTAL, make_run
 
 NAMES = normopt.list_optimizers()
 CRASHES_EACH = 4
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "normopt"])
 
 
 def run(*args) -> int | None:
-    process = context.Process(target=crash_worker.train, args=args)
-    process.start()
-    process.join(120)
-    return process.exitcode
+    return forked.run(crash_worker.train, *args)
 
 
 def assert_same_end(first, second):

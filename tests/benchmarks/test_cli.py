@@ -23,6 +23,7 @@ from benchmarks.tasks import TASKS
 from tests.benchmarks.study import mini
 from tests.benchmarks.study.mini import STUDY
 from tests.benchmarks.test_store import filled
+from tests.patience import patience
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
@@ -72,7 +73,7 @@ def finished(tmp_path_factory) -> Path:
     )
     command = ("run", str(folder / "small.toml"), "--out", str(folder / "out"), "--workers", "2")
     process = program(*command, env=os.environ | {"PYTHONPATH": str(folder)})
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=patience(30))
     assert (process.returncode, errors) == (0, "")
     assert "100 %: 12 of 12 runs" in output
     assert "The report: file://" in output
@@ -100,18 +101,19 @@ def test_a_finished_study_is_listed_and_reported_again(finished, monkeypatch):
     assert (out / "report.html").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
 def test_what_is_interrupted_says_so_and_is_resumed(tmp_path, finished):
     (tmp_path / "small.toml").write_text(SMALL.replace("seeds = 2", "seeds = 20"))
     out = tmp_path / "out"
     process = program("run", str(tmp_path / "small.toml"), "--out", str(out), "--workers", "1")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience(20)
     while sum(path.read_bytes().count(b'{"run"') for path in out.glob("*.jsonl")) < 3:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=patience(10))
     assert process.returncode == 130
     assert "runs stored" in errors
     assert "resume" in errors
@@ -121,7 +123,7 @@ def test_what_is_interrupted_says_so_and_is_resumed(tmp_path, finished):
     assert len(Store(out).runs) >= done
     assert f"{len(Store(out).runs)}/44" in said("list", str(out))
     process = program("resume", str(out), "--workers", "1")
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=patience(30))
     assert (process.returncode, errors) == (0, "")
     assert len(Store(out).runs) == 44
 
@@ -144,7 +146,7 @@ def test_failures_are_named_and_are_the_exit_code(tmp_path, monkeypatch):
     study = ("--task", "digits", "--arm", "sgd lr=0.1", "--optimizer", "broken_of_test:Broken")
     less = ("--trials", "1", "--seeds", "2", "--budget", "0.1", "--workers", "1")
     process = program("run", *study, *less, "--out", str(out))
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=patience(30))
     assert process.returncode == 1
     assert "3 runs failed:" in errors
     assert "broken_of_test:Broken on digits, seed 1000" in errors

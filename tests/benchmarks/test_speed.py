@@ -457,6 +457,7 @@ def test_the_command_refuses(arguments, said, tmp_path):
     assert said in done.output
 
 
+@pytest.mark.exhaustive
 def test_a_first_step_of_a_fresh_process():
     found = startup.startup("normopt p = 3", CPU)
     assert (found.rule, found.compiler) == ("normopt p = 3", "numba")

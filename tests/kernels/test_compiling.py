@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from normopt.kernels import compiling
+from tests.patience import patience
 
 STEP = """
 import torch, normopt
@@ -21,9 +22,11 @@ assert torch.equal(w, torch.full((5,), 0.75)), w
 """
 
 
-def run(code, *, timeout=120, **environment):
+def run(code, *, timeout=40, **environment):
     given = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=given, capture_output=True, text=True, timeout=patience(timeout)
+    )
 
 
 FORKING = """
@@ -51,7 +54,7 @@ def test_a_child_forked_during_a_compile_does_not_keep_the_lock(tmp_path):
         first.stdout.close()
     waiting = "from normopt.kernels.compiling import called\nimport types\n"
     waiting += "called(print, 'mine', compiled=types.SimpleNamespace(signatures=[]))"
-    assert run(waiting, TMPDIR=str(tmp_path), timeout=40).stdout == "mine\n"
+    assert run(waiting, TMPDIR=str(tmp_path), timeout=13).stdout == "mine\n"
 
 
 def test_the_lock_is_free_again_after_an_error():

@@ -21,6 +21,7 @@ from normopt.kernels.cpu import exponent_of
 from normopt.kernels.numba import raised
 from normopt.kernels.tables import CHUNK, Chunks
 from tests.oracle import Rule, agr, direction
+from tests.patience import patience
 from tests.test_oracle import FIXED, MOMENTA, PS, REGULARIZERS, SCALES, check, recorded  # noqa: F401 (a fixture)
 
 NAMES = sorted(MOMENTA)
@@ -391,6 +392,7 @@ def test_chunks_cover_every_entry_once():
         assert [i for a, b in chunks.shared(parts, 0, len(chunks)) for i in range(a, b)] == list(range(len(chunks)))
 
 
+@pytest.mark.exhaustive
 def test_kernels_come_from_the_cache_in_another_process(tmp_path: Path):
     code = (
         "import torch, normopt\n"
@@ -400,7 +402,12 @@ def test_kernels_come_from_the_cache_in_another_process(tmp_path: Path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DEBUG_CACHE": "1"}
     first, second = (
         subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=patience(40),
+            check=True,
         ).stdout
         for _ in range(2)
     )
@@ -409,6 +416,7 @@ def test_kernels_come_from_the_cache_in_another_process(tmp_path: Path):
     assert second.count("data loaded") >= 3
 
 
+@pytest.mark.exhaustive
 def test_processes_that_compile_at_once_take_turns(tmp_path):
     """Four fill a cache at once in which an older source's files lie, and Numba is slow to overwrite them."""
     code = """
@@ -439,5 +447,5 @@ for p, scale in ways[turn:] + ways[:turn]:
 
     for running in ([start(1, 0)], [start(2, turn) for turn in range(4)]):
         for process in running:
-            _, said = process.communicate(timeout=300)
+            _, said = process.communicate(timeout=patience(100))
             assert process.returncode == 0, said

@@ -16,6 +16,7 @@ import normopt
 from normopt.engine import BUFFER
 from normopt.kernels import pool
 from normopt.kernels.tables import Chunks
+from tests.patience import patience
 
 
 @pytest.fixture
@@ -90,7 +91,9 @@ class Stepping(torch.utils.data.Dataset):
 def test_forked_data_loaders(two_threads):
     p = torch.nn.Parameter(torch.ones(400, 400))
     opt = normopt.SteepestDescent([p], lr=0.5, norm="linf", scale="unit", fused=True)
-    loader = torch.utils.data.DataLoader(Stepping(), num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = torch.utils.data.DataLoader(
+        Stepping(), num_workers=2, multiprocessing_context="fork", timeout=patience(20)
+    )
     for _ in range(2):  # by the second time the pool has threads here
         for item in loader:
             p.grad = torch.ones_like(p)

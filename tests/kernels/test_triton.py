@@ -22,10 +22,23 @@ POINTERS |= dict(regularizers="*fp32", measured="*fp64", sums="*fp64", spans="*i
 
 
 @pytest.mark.parametrize("half", ["-k every_momentum or launches", "-k not (every_momentum or launches)"])
-def test_results(half):
+def test_results(half, request):
     """In a process of their own: triton has to be imported as an interpreter, or not."""
+    every = ["--all"] if request.config.getoption("--all") else []
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES), half]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        *every,
+        str(CASES),
+        half,
+    ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYTEST_"))} | interpret
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[2])
     assert done.returncode == 0, done.stdout + done.stderr

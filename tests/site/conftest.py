@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from tests.patience import patience
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ("docs/**/*", "normopt/**/*.py", "mkdocs.yml")
 
@@ -47,7 +49,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 env={**os.environ, "NORMOPT_DOCS_FAST": "1", "NO_MKDOCS_2_WARNING": "1"},
                 capture_output=True,
                 text=True,
-                timeout=300,
+                timeout=patience(100),
                 check=False,
             )
             assert done.returncode == 0, done.stdout + done.stderr
@@ -104,6 +106,7 @@ class Visit:
 
     def __init__(self, page: Any, address: str) -> None:
         self.page = page
+        page.set_default_timeout(1000 * patience(10))
         self.address = address
         self.troubles: list[str] = []
         page.on("console", lambda m: self.troubles.append(f"console: {m.text}") if m.type == "error" else None)

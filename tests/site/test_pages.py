@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urldefrag, urlsplit
@@ -9,31 +10,78 @@ from urllib.parse import urldefrag, urlsplit
 import pytest
 
 from tests.site.conftest import Visit
+from tests.test_docs import PUBLIC
 
 REPORT = "results-report.html"  # not made by MkDocs, and heavy: plotly is in it
+# One of every kind: home, the table, an optimizer, a guide, theory, a tutorial, the results, a list of symbols.
+KINDS = (
+    "",
+    "optimizers/",
+    "optimizers/lpsgdm/",
+    "how-to/compile/",
+    "theory/",
+    "theory/scales/",
+    "tutorials/lp_schedule_on_digits/",
+    "results/",
+    "api/norms/",
+)
 
 
+def test_the_site_is_whole_and_needs_no_other_host(site: Path) -> None:
+    """The strict build: a dead link or an error in a tutorial fails it."""
+    html = {p: p.read_text(encoding="utf-8") for p in site.rglob("*.html")}
+    host = r"""["']?(?:https?:)?//"""
+    loads = rf"<(?:script|img|iframe|source)\b[^>]*\bsrc={host}"
+    links = rf"<link\b[^>]*rel=\W?(?:stylesheet|preconnect|icon)\b[^>]*href={host}"
+    for path, text in html.items():
+        assert re.findall(f"{loads}|{links}", text) == [], path
+    everything = "".join(html.values())
+    for name in PUBLIC:
+        assert f'id="{name}"' in everything, f"no anchor for {name}"
+    assert (site / "search/search_index.json").stat().st_size > 10_000
+    tutorial = html[site / "tutorials/lp_schedule_on_digits/index.html"]
+    pictures = re.findall(r'<img alt="([^"]+)" src="\.\./(\w+\.svg)"', tutorial)
+    assert len(pictures) == 4
+    for alt, name in pictures:
+        assert alt
+        assert (site / "tutorials" / name).read_text(encoding="utf-8").rstrip().endswith("</svg>")
+    for source in ("hooks", "tutorials/lp_schedule_on_digits.py"):
+        assert not (site / source).exists()
+
+
+def test_a_page_of_every_kind_loads(visit: Any) -> None:
+    one = visit()
+    drawn = [load(one, path) for path in KINDS]
+    assert sum(formulas for formulas, _ in drawn) > 10
+    assert sum(diagrams for _, diagrams in drawn) > 0
+
+
+def load(one: Visit, path: str) -> tuple[int, int]:
+    """Go to a page and look at all that it loads: its formulas and diagrams, counted."""
+    one.goto(path)
+    sent = "[...performance.getEntries()].reduce((sum, e) => sum + (e.encodedBodySize ?? 0), 0)"
+    assert 10_000 < one.page.evaluate(sent) <= 1_500_000, path  # with all that it loads, as it was sent
+    broken = "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+    assert one.page.evaluate(broken) == [], path
+    return set_in_type(one, ".arithmatex", ".katex", path), set_in_type(one, ".diagram", "svg", path)
+
+
+@pytest.mark.exhaustive
 def test_every_page_loads_and_every_link_holds(visit: Any, site: Path) -> None:
     one = visit()
     pages = sorted(str(p.relative_to(site)).removesuffix("index.html") for p in site.rglob("*.html"))
     pages.remove(REPORT)
-    assert len(pages) > 15
-    formulas = diagrams = 0
+    assert set(KINDS) < set(pages)
     ids: dict[str, set[str]] = {}
     links: dict[str, set[str]] = {}
+    drawn = []
     for path in pages:
-        one.goto(path)
+        drawn.append(load(one, path))
         url = one.address + path
         ids[url] = set(one.page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
         links[url] = set(one.page.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)"))
-        sent = "[...performance.getEntries()].reduce((sum, e) => sum + (e.encodedBodySize ?? 0), 0)"
-        assert 10_000 < one.page.evaluate(sent) <= 1_500_000, path  # with all that it loads, as it was sent
-        formulas += set_in_type(one, ".arithmatex", ".katex", path)
-        diagrams += set_in_type(one, ".diagram", "svg", path)
-        broken = "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
-        assert one.page.evaluate(broken) == [], path
-    assert formulas > 50
-    assert diagrams > 0
+    assert sum(formulas for formulas, _ in drawn) > 50
+    assert sum(diagrams for _, diagrams in drawn) > 0
     dead = set()
     for page, targets in links.items():
         for target in targets:

@@ -18,6 +18,7 @@ from normopt.norms.base import Scale
 from normopt.norms.lp import Lp
 from normopt.norms.scales import direction
 from normopt.stages.momentum import ema
+from tests.patience import patience
 
 MAPS = Path(__file__).parents[2] / "docs/playground/maps.js"
 
@@ -140,7 +141,7 @@ def test_the_maps_are_those_of_normopt(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     done = subprocess.run(
-        [node, str(main)], input=question(), capture_output=True, encoding="utf-8", timeout=60, check=False
+        [node, str(main)], input=question(), capture_output=True, encoding="utf-8", timeout=patience(20), check=False
     )
     assert done.returncode == 0, done.stderr
     check(done.stdout)
