@@ -57,6 +57,7 @@ def test_every_optimizer_wears_every_regularizer(name, regularizer, dtype, recor
         dict(momentum=0.9, momentum_rule="ema", nesterov=True),
         dict(momentum=0.5, momentum_rule="lion", beta2=0.9, maximize=True),
         dict(weight_decay=0.1, decay="lp", decay_p=1.5),
+        dict(momentum=0.9, maximize=True, agr=True, weight_decay=0.1, decay="coupled"),
         dict(weight_decay=0.1, decay="lp", decay_p=2.0),
         dict(weight_decay=0.1, decay="lp", decay_p=4.0),
     ],
@@ -128,6 +129,19 @@ def test_signs_are_bitwise_the_for_loops():
         for p, q in zip(weights(ours), weights(theirs), strict=True):
             assert torch.equal(p, q)
         align(ours, theirs)
+
+
+def test_bfloat16_is_rounded_to_nearest_and_ties_to_even():
+    """Every normal bfloat16, half and a quarter of a unit in the last place added."""
+    w = torch.arange(0x0480, 0x7F00, dtype=torch.int16).view(torch.bfloat16)
+    w = torch.cat([w, -w])
+    unit = torch.exp2(torch.floor(torch.log2(w.double().abs())) - 7)
+    for part in (0.5, 0.25, 0.75, -0.5, -0.75):
+        g = (-part * unit).bfloat16()
+        p = torch.nn.Parameter(w.clone())
+        p.grad = g
+        normopt.SteepestDescent([p], lr=1.0, norm="l2", fused=True).step()
+        assert torch.equal(p.detach(), (w.double() - g.double()).float().bfloat16())
 
 
 def test_bfloat16_differs_by_one_unit_in_the_last_place_at_most():
