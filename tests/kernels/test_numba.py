@@ -172,6 +172,34 @@ def test_kahan_keeps_what_the_weights_lose():
     assert torch.equal(both[0].state[p]["kahan_compensation"], both[1].state[q]["kahan_compensation"])
 
 
+def test_kahan_keeps_nothing_of_what_overflows():
+    both = twins([(3,)], torch.bfloat16, lr=1.0, norm="l2", rounding="kahan")
+    for opt in both:
+        (p,) = weights(opt)
+        p.data.copy_(torch.tensor([3.3e38, -3.3e38, 1.0]))
+        for _ in range(2):
+            p.grad = torch.tensor([-3e38, 3e38, 1e-3]).bfloat16()
+            opt.step()
+        assert p.tolist()[:2] == [math.inf, -math.inf]
+        assert opt.state[p]["kahan_compensation"].tolist()[:2] == [0, 0]
+    assert torch.equal(*(weights(opt)[0] for opt in both))
+
+
+def test_noise_differs_from_chunk_to_chunk_and_step_to_step():
+    p = torch.nn.Parameter(torch.ones(3 * 4096, dtype=torch.bfloat16))
+    opt = normopt.SGD([p], lr=2.0**-9, rounding="stochastic", fused=True)
+    rounded = []
+    for _ in range(2):
+        p.data.fill_(1.0)
+        p.grad = -torch.ones_like(p)
+        opt.step()
+        rounded += list((p.detach() > 1).view(3, -1))
+    for i, a in enumerate(rounded):
+        assert 0.2 < a.float().mean() < 0.3
+        for b in rounded[:i]:
+            assert 0.55 < (a == b).float().mean() < 0.7  # 5/8, of independent draws
+
+
 def test_stochastic_rounding_is_right_on_average_and_reproducible():
     ends = []
     for _ in range(2):
