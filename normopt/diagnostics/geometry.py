@@ -154,7 +154,7 @@ class GeometryMonitor:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._begun = [], None
-        self._outermost.forget()
+        self._outermost.reset()
 
     def __enter__(self) -> Self:
         return self
