@@ -77,7 +77,7 @@ class Watched:
         """All that the observer holds, what it has put into the groups, and the weights."""
         seen = self.seen
         if isinstance(seen, GeometryMonitor):
-            held = [seen.steps, seen._begun, seen.rows.tobytes()]
+            held = [seen.steps, seen._snapshots, seen.rows.tobytes()]
         elif isinstance(seen, TrajectoryMonitor):
             state = seen.state_dict()
             store = {k: v.tolist() if isinstance(v, torch.Tensor) else str(v) for k, v in state.pop("store").items()}

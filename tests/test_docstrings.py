@@ -35,8 +35,8 @@ CANNOT = {
     "normopt.norms.lp.Lp.on": {"TypeError", "ValueError"},  # a p that was checked when the norm was made
     "normopt.schedules.adaptive.AdaptiveP.step": {"TypeError", "ValueError"},  # gradients are floats; so are starts
 }
-# What a summary starts with that is itself the name of what a method gives.
-NAMES_IT = re.compile(r"(The|An?|Every|Everything|Whether|What|This norm|One step|‖|D\(|``|\(|p |f )")
+# Openings of a summary that name the returned value, so that no Returns section is needed.
+NAMES_IT = re.compile(r"(Return|The|An?|Every|Everything|Whether|What|This norm|One step|‖|D\(|``|\(|p |f )")
 
 
 def thing_of(name: str) -> Any:

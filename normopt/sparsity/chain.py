@@ -29,9 +29,9 @@ ACTIVATIONS = (
     *(nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold),
 )
 # In eval mode they all do nothing.
-NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-AT_THE_END = (nn.Softmax, nn.LogSoftmax)
-KNOWN = (nn.Linear, *DIMS, *ACTIVATIONS, *NOTHING, nn.Flatten, nn.Unflatten, *AT_THE_END)
+NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+FINAL = (nn.Softmax, nn.LogSoftmax)
+KNOWN = (nn.Linear, *DIMS, *ACTIVATIONS, *NO_OPS, nn.Flatten, nn.Unflatten, *FINAL)
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 SUPPORTED = (
     "shrink takes nn.Sequential, nested ones too, of nn.Linear, Conv1d to Conv3d (groups=1 or depthwise), BatchNorm1d "
@@ -41,7 +41,7 @@ SUPPORTED = (
 
 
 @dataclass(frozen=True)
-class Spread:
+class FlattenMap:
     """What a Flatten does with channels: of each it makes ``outer`` × ``inner`` features, those of c at [:, c, :].
 
     The features of one channel are neighbours behind a convolution (inner), and apart behind a linear layer that was
@@ -67,7 +67,7 @@ class Stage:
 
     name: str
     layer: Layer
-    between: list[nn.Module | Spread] = field(default_factory=list)
+    between: list[nn.Module | FlattenMap] = field(default_factory=list)
 
 
 def is_depthwise(conv: Conv) -> bool:
@@ -80,7 +80,7 @@ def pads_with_zeros(conv: Conv) -> bool:
     return conv.padding_mode == "zeros" and any(conv._reversed_padding_repeated_twice)
 
 
-def stages(model: nn.Module, x: Tensor) -> list[Stage]:
+def trace_chain(model: nn.Module, x: Tensor) -> list[Stage]:
     """The chain of a model in eval mode, followed along an input.
 
     Raises:
@@ -89,48 +89,48 @@ def stages(model: nn.Module, x: Tensor) -> list[Stage]:
     found: list[Stage] = []
     axis = 0  # that of the channels of the last layer, counted from the end
     end: str | None = None
-    for name, module in modules(model):
+    for name, module in leaf_modules(model):
         kind = type(module)
         if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and not (
             isinstance(module, CONVOLUTIONS) and is_depthwise(module)
         ):
             own = -1 if isinstance(module, nn.Linear) else -1 - DIMS[kind]
             if isinstance(module, CONVOLUTIONS) and module.groups != 1:
-                raise _refusal(name, module, f"has {module.groups} groups")
+                raise _unsupported(name, module, f"has {module.groups} groups")
             if end is not None:
-                raise _refusal(name, module, f"stands behind {end}, which mixes units")
+                raise _unsupported(name, module, f"stands behind {end}, which mixes units")
             if found and own != axis:
                 hint = ": put a Flatten between" if own == -1 else ""
-                raise _refusal(name, module, f"reads another dim than that of the units of {found[-1].name!r}{hint}")
+                raise _unsupported(name, module, f"reads another dim than that of the units of {found[-1].name!r}{hint}")
             found.append(Stage(name, module))
             axis = own
         elif found:
-            step = _between(name, module, x, axis)
-            if isinstance(module, AT_THE_END):
+            step = _check_between(name, module, x, axis)
+            if isinstance(module, FINAL):
                 end = end or f"{name!r} ({kind.__name__})"
             found[-1].between.append(step)
-            axis = -1 if isinstance(step, Spread) else axis
+            axis = -1 if isinstance(step, FlattenMap) else axis
         x = module(x)
     return found
 
 
-def _between(name: str, module: nn.Module, x: Tensor, axis: int) -> nn.Module | Spread:
+def _check_between(name: str, module: nn.Module, x: Tensor, axis: int) -> nn.Module | FlattenMap:
     """What a module that follows a layer does to its units, which x [..., units, …] has at ``axis``."""
     if isinstance(module, nn.Unflatten):
-        raise _refusal(name, module, "takes apart what a layer has put out")
+        raise _unsupported(name, module, "takes apart what a layer has put out")
     if isinstance(module, nn.Flatten):
         first, channels = module.start_dim % x.dim(), axis % x.dim()
         if first != 1 or module.end_dim % x.dim() != x.dim() - 1 or channels < 1:
-            raise _refusal(name, module, "must flatten all but the first dim, which is the batch")
-        return Spread(outer=x.shape[1:channels].numel(), inner=x.shape[channels + 1 :].numel())
+            raise _unsupported(name, module, "must flatten all but the first dim, which is the batch")
+        return FlattenMap(outer=x.shape[1:channels].numel(), inner=x.shape[channels + 1 :].numel())
     if type(module) in DIMS and not isinstance(module, BATCH_NORMS) and axis != -1 - DIMS[type(module)]:
-        raise _refusal(name, module, "mixes the units of the layer before it")
+        raise _unsupported(name, module, "mixes the units of the layer before it")
     if isinstance(module, BATCH_NORMS) and axis % x.dim() != 1:
-        raise _refusal(name, module, "does not have the units of the layer before it as its channels")
+        raise _unsupported(name, module, "does not have the units of the layer before it as its channels")
     return module
 
 
-def modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def leaf_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules of nested nn.Sequential in the order in which they run, with their names.
 
     Raises:
@@ -141,35 +141,35 @@ def modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for name, module in leaves:
         for tensor in chain(module.parameters(), module.buffers()):
             if id(tensor) in owners:
-                raise _refusal(name, module, f"shares a tensor with {owners[id(tensor)]!r}")
+                raise _unsupported(name, module, f"shares a tensor with {owners[id(tensor)]!r}")
             owners[id(tensor)] = name
     return leaves
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     if module._forward_hooks or module._forward_pre_hooks:
-        raise _refusal(name, module, "has forward hooks, which may change what it computes: remove them first")
+        raise _unsupported(name, module, "has forward hooks, which may change what it computes: remove them first")
     if "forward" in vars(module):
-        raise _refusal(name, module, "has a forward() set on the instance: remove it first")
+        raise _unsupported(name, module, "has a forward() set on the instance: remove it first")
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for own, child in module._modules.items():
             if child is not None:
                 yield from _leaves(child, f"{name}.{own}".lstrip("."))
         return
     if type(module) not in KNOWN:
-        raise _refusal(name, module, f"is not known{_hint(module)}")
+        raise _unsupported(name, module, f"is not known{_hint(module)}")
     if isinstance(module, BATCH_NORMS) and module.running_mean is None:
-        raise _refusal(name, module, "has no running statistics, so that what it does depends on the batch")
+        raise _unsupported(name, module, "has no running statistics, so that what it does depends on the batch")
     if getattr(module, "return_indices", False):
-        raise _refusal(name, module, "puts out indices too")
+        raise _unsupported(name, module, "puts out indices too")
     if more := {*module._parameters, *module._buffers, *module._modules} - TENSORS:
-        raise _refusal(
+        raise _unsupported(
             name, module, f"has {', '.join(sorted(more))} besides, which shrink cannot cut: remove that first"
         )
     yield name, module
 
 
-def _refusal(name: str, module: nn.Module, why: str) -> ValueError:
+def _unsupported(name: str, module: nn.Module, why: str) -> ValueError:
     where = f"{name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
     return ValueError(f"{where} {why}. {SUPPORTED}")
 
@@ -199,7 +199,7 @@ class Constants:
     known: Tensor
     values: Tensor
     units: Tensor
-    unmoved: Tensor
+    input_free: Tensor
 
 
 @torch.no_grad()
@@ -213,31 +213,31 @@ def constants(stage: Stage) -> Constants:
     known = (layer.weight.flatten(1) == 0).all(1)
     values = layer.weight.new_zeros(len(known)) if layer.bias is None else layer.bias.clone()
     units = torch.arange(len(known), device=known.device)
-    unmoved = known.clone()
+    input_free = known.clone()
     for step in stage.between:
-        if isinstance(step, Spread):
+        if isinstance(step, FlattenMap):
             known, values, units = step(known), step(values), step(units)
         elif isinstance(step, BATCH_NORMS):
-            known, values = _normalized(step, known, values)
+            known, values = _through_batch_norm(step, known, values)
         elif isinstance(step, CONVOLUTIONS):
-            known, values = _filtered(step, known, values)
+            known, values = _through_depthwise(step, known, values)
         elif isinstance(step, POOLS):
-            known = known & (_keeps_constants(step) | (values == 0))
+            known = known & (_preserves_constants(step) | (values == 0))
         elif isinstance(step, ACTIVATIONS):
             values = step(values.clone())
         values = torch.where(known, values, 0)
-        unmoved = unmoved | every(known, units, len(unmoved))
-    return Constants(known, values, units, unmoved)
+        input_free = input_free | all_per_unit(known, units, len(input_free))
+    return Constants(known, values, units, input_free)
 
 
-def every(features: Tensor, units: Tensor, n: int) -> Tensor:
+def all_per_unit(features: Tensor, units: Tensor, n: int) -> Tensor:
     """Of which of n units every feature is true."""
     result = torch.ones(n, dtype=torch.bool, device=features.device)
     result[units[~features]] = False
     return result
 
 
-def _normalized(norm: nn.Module, known: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _through_batch_norm(norm: nn.Module, known: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     assert isinstance(norm, BATCH_NORMS)
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -248,14 +248,14 @@ def _normalized(norm: nn.Module, known: Tensor, values: Tensor) -> tuple[Tensor,
     return known, values
 
 
-def _filtered(conv: Conv, known: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _through_depthwise(conv: Conv, known: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     kernels = conv.weight.flatten(1)
     known = (kernels == 0).all(1) | (known & ((values == 0) | (not pads_with_zeros(conv))))
     values = values * kernels.sum(1)
     return known, values if conv.bias is None else values + conv.bias
 
 
-def _keeps_constants(pool: nn.Module) -> bool:
+def _preserves_constants(pool: nn.Module) -> bool:
     """Maxima and true means do; a mean over a border of zeros or with a divisor of its own does not."""
     if not isinstance(pool, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
         return True

@@ -23,7 +23,7 @@ _STATE_HOOKS = (
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 # What a layer holds tensors in, and what else is not for its replacement.
-_CONTENT = ("_parameters", "_buffers", "_modules", "trainable")
+_NOT_COPIED = ("_parameters", "_buffers", "_modules", "trainable")
 
 
 class SparseLinear(nn.Module):
@@ -63,7 +63,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.trainable = linear.weight.requires_grad, linear.bias is not None and linear.bias.requires_grad
-        weight = _sparse(linear.weight.detach(), "csr")
+        weight = _to_layout(linear.weight.detach(), "csr")
         self.register_buffer("values", weight.values())
         self.register_buffer("columns", weight.col_indices())
         self.register_buffer("row_ends", weight.crow_indices())
@@ -75,7 +75,7 @@ class SparseLinear(nn.Module):
         return self._weight(check=False)
 
     def _weight(self, check: bool) -> Tensor:
-        _hear_warning_once()
+        _suppress_beta_warning()
         size = (self.out_features, self.in_features)
         return torch.sparse_csr_tensor(
             self.row_ends, self.columns, self.values, size, device=self.values.device, check_invariants=check
@@ -148,7 +148,7 @@ def to_sparse(model: nn.Module) -> nn.Module:
         >>> sparse(torch.tensor([1.0, 10.0, 100.0]))
         tensor([20.,  1.])
     """
-    return _replaced(model, nn.Linear, SparseLinear)
+    return _replace_layers(model, nn.Linear, SparseLinear)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -166,7 +166,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is no module.
         ValueError: as of `to_sparse`.
     """
-    return _replaced(model, SparseLinear, _linear)
+    return _replace_layers(model, SparseLinear, _linear)
 
 
 def sparse_state_dict(model: nn.Module, layout: Layout = "csr") -> dict[str, Any]:
@@ -202,7 +202,7 @@ def sparse_state_dict(model: nn.Module, layout: Layout = "csr") -> dict[str, Any
         if not isinstance(value, Tensor):
             return value
         w = whole(value)
-        return _sparse(w, layout) if w.dim() == 2 or (w.dim() > 2 and layout == "coo") else w
+        return _to_layout(w, layout) if w.dim() == 2 or (w.dim() > 2 and layout == "coo") else w
 
     return {name: stored(value) for name, value in model.state_dict().items()}
 
@@ -221,9 +221,9 @@ def dense_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _replaced(model: nn.Module, old: type[nn.Module], new: Any) -> nn.Module:
+def _replace_layers(model: nn.Module, old: type[nn.Module], new: Any) -> nn.Module:
     """A copy with every module of exactly the type ``old`` replaced by ``new`` of it; a shared one stays shared."""
-    check_whole(model)
+    check_unsharded(model)
     for name, module in model.named_modules():
         if type(module) is old:
             _check_replaceable(name, module)
@@ -236,7 +236,7 @@ def _replaced(model: nn.Module, old: type[nn.Module], new: Any) -> nn.Module:
         if id(module) not in made:
             made[id(module)] = new(module)
             # Hooks, mode and attributes that a user has set.
-            vars(made[id(module)]).update({k: v for k, v in vars(module).items() if k not in _CONTENT})
+            vars(made[id(module)]).update({k: v for k, v in vars(module).items() if k not in _NOT_COPIED})
         return made[id(module)]
 
     for parent in list(model.modules()):
@@ -271,13 +271,13 @@ def _linear(sparse: SparseLinear) -> nn.Linear:
     return linear
 
 
-def _sparse(w: Tensor, layout: Layout) -> Tensor:
-    _hear_warning_once()
+def _to_layout(w: Tensor, layout: Layout) -> Tensor:
+    _suppress_beta_warning()
     return w.to_sparse(layout=_LAYOUTS[layout])
 
 
 @cache
-def _hear_warning_once() -> None:
+def _suppress_beta_warning() -> None:
     """Swallow torch's warning that compressed layouts are in beta, which it gives once a process.
 
     Not in every step, because Python's filters of warnings belong to all threads.
@@ -298,7 +298,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def check_whole(model: nn.Module) -> None:
+def check_unsharded(model: nn.Module) -> None:
     """Refuse what is no module, and a module with DTensors."""
     check_module(model)
     reshard(model)

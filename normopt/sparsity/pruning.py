@@ -86,15 +86,15 @@ def prune_(
     if fraction is not None:
         check_number("fraction", fraction, low=0, high=1)
     check_choice("over", over, ("entries", "rows", "columns"))
-    chosen = _chosen(model, exclude)
-    sizes = [_sizes(w, over) for w in chosen]
-    small = [s < threshold for s in sizes] if threshold is not None else _smallest(sizes, fraction or 0.0)
+    chosen = _select_weights(model, exclude)
+    sizes = [_magnitudes(w, over) for w in chosen]
+    small = [s < threshold for s in sizes] if threshold is not None else _smallest_masks(sizes, fraction or 0.0)
     for weight, mask in zip(chosen, small, strict=True):
         weight.zero_(mask)
     return report(model)
 
 
-def _chosen(model: nn.Module, exclude: Iterable[str]) -> list[Weight]:
+def _select_weights(model: nn.Module, exclude: Iterable[str]) -> list[Weight]:
     """The weights to prune; refused before anything is written."""
     found = weights(model)
     if sparse := [name for name, m in model.named_modules() if isinstance(m, SparseLinear)]:
@@ -117,7 +117,7 @@ def _chosen(model: nn.Module, exclude: Iterable[str]) -> list[Weight]:
     return [w for w in found if not any(fnmatch.fnmatchcase(w.name, pattern) for pattern in patterns)]
 
 
-def _sizes(weight: Weight, over: Over) -> Tensor:
+def _magnitudes(weight: Weight, over: Over) -> Tensor:
     """|w|, or the norms of rows or columns, in a shape that broadcasts to the weight's units."""
     sizes = weight.units().abs()
     if over == "entries" or not sizes.numel():
@@ -128,7 +128,7 @@ def _sizes(weight: Weight, over: Over) -> Tensor:
     return top * (sizes / top).square().sum(dims, keepdim=True).sqrt()
 
 
-def _smallest(sizes: list[Tensor], fraction: float) -> list[Tensor]:
+def _smallest_masks(sizes: list[Tensor], fraction: float) -> list[Tensor]:
     """Masks of the smallest ⌊fraction · n⌋ of all; of equal ones, those that come first."""
     if not sizes:
         return []

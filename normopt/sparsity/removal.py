@@ -11,10 +11,10 @@ from normopt.sparsity.chain import (
     BATCH_NORMS,
     CONVOLUTIONS,
     Layer,
-    Spread,
+    FlattenMap,
     Stage,
     constants,
-    every,
+    all_per_unit,
     pads_with_zeros,
 )
 
@@ -39,9 +39,9 @@ def _remove(stage: Stage, reader: Layer) -> bool:
     if pads:
         _merge(reader, known, values)
     unread = (reader.weight.transpose(0, 1).flatten(1) == 0).all(1)
-    dead = every(unread | (known & ((values == 0) | (not pads))), units, len(layer.weight))
+    dead = all_per_unit(unread | (known & ((values == 0) | (not pads))), units, len(layer.weight))
     # What these read does not matter, so that units before them may be dead, too.
-    idle = dead | found.unmoved
+    idle = dead | found.input_free
     changed = bool((layer.weight[idle] != 0).any())
     layer.weight[idle] = 0
     gone = dead[units]
@@ -98,7 +98,7 @@ def _keep_outputs(stage: Stage, keep: Tensor) -> None:
     else:
         layer.out_channels = count
     for step in stage.between:
-        if isinstance(step, Spread):
+        if isinstance(step, FlattenMap):
             keep = step(keep)
             count = int(keep.sum())
         elif isinstance(step, BATCH_NORMS):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from normopt._checks import check_number
-from normopt.sparsity.chain import modules, stages
-from normopt.sparsity.layouts import check_whole
+from normopt.sparsity.chain import leaf_modules, trace_chain
+from normopt.sparsity.layouts import check_unsharded
 from normopt.sparsity.removal import remove_dead_units
 
 
@@ -124,11 +124,11 @@ def shrink(model: nn.Module, example_inputs: Tensor, tolerance: float = 1e-6) ->
     if not isinstance(example_inputs, Tensor) or not example_inputs.is_floating_point():
         kind = example_inputs.dtype if isinstance(example_inputs, Tensor) else type(example_inputs).__name__
         raise TypeError(f"example_inputs must be a tensor of floats, a batch as the model takes it, but is {kind}")
-    check_whole(model)
-    modules(model)  # refused before anything is copied, which some modules cannot be
+    check_unsharded(model)
+    leaf_modules(model)  # refused before anything is copied, which some modules cannot be
     reference, small = (copy.deepcopy(model).to("cpu", torch.float64).eval() for _ in range(2))
     inputs = example_inputs.detach().to("cpu", torch.float64, copy=True)
-    chain = stages(small, inputs.clone())
+    chain = trace_chain(small, inputs.clone())
     before = [len(stage.layer.weight) for stage in chain]
     remove_dead_units(chain)
     _restore(small, model)
