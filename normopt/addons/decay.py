@@ -204,11 +204,11 @@ class LpDecay(AddOn):
             if not equals(group["lp_decay"], 0)
         ]
 
-        def refuse() -> None:
+        def check_grads() -> None:
             check_dense_grads((w for _, weights in decayed for w in weights), "LpDecay")
 
         if closure is None:
-            refuse()
+            check_grads()
         for group, weights in decayed:
             # With a closure, it is not known yet which weights will have a gradient.
             dense = [w for w in weights if w.layout == torch.strided]
@@ -218,7 +218,7 @@ class LpDecay(AddOn):
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             loss = closure(*args, **kwargs)
-            refuse()
+            check_grads()
             return loss
 
         return checked

@@ -88,8 +88,8 @@ class GeometryMonitor:
         optimizer: any torch.optim.Optimizer.
         every: interval between rows, in steps. Default 50, which costs a few per cent of a small model's steps; the
             tutorial "Can the gradient choose p?" has the measurement.
-        capacity: rows per group between two flushes; older rows are overwritten, and counted in ``lost``. Default
-            1000.
+        capacity: rows per group between two flushes; older rows are overwritten, and counted in ``lost``.
+            Default 1000.
         norm: a registered name or a Norm, to measure all groups in. Default: each group's own, or ℓ2.
 
     Attributes:
