@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from normopt._checks import is_low_precision, plain
 from normopt.kernels.fused import Remembered, Stepper
-from normopt.loading import checked, pairs
+from normopt.loading import match_params, prepare_state_dict
 from normopt.norms import registry, scales
 from normopt.norms.base import Norm, Scale, real, reals, without_autocast, working
 from normopt.norms.lp import Lp
@@ -29,10 +29,10 @@ from normopt.settings import (
     Rounding,
     Scope,
     check_settings,
-    refuse_idle,
-    refuse_typos,
-    refuse_unknown_arguments,
-    warn_of_vectors,
+    check_unknown_arguments,
+    check_unknown_keys,
+    check_unused,
+    warn_vectors,
 )
 from normopt.sharding.agreement import check_agreement
 from normopt.sharding.direction import direction
@@ -199,13 +199,13 @@ class SteepestDescent(Optimizer):
             differentiable=differentiable,
             **norm_fields,
         )
-        refuse_unknown_arguments(type(self).__name__, norm, norm_fields, settings)
+        check_unknown_arguments(type(self).__name__, norm, norm_fields, settings)
         settings |= registry.flatten(norm, settings)
         settings = {key: plain(value) for key, value in settings.items()}
         check_settings(settings)  # refuse before the base class has touched anything
         self._forget()
         super().__init__(params, settings)
-        refuse_idle(settings, self.param_groups, self._usual_fields, self._no_momentum)
+        check_unused(settings, self.param_groups, self._usual_fields, self._no_momentum)
 
     def _forget(self) -> None:
         self._measured, self._remembered, self._steppers, self._agreed = [], {}, {}, False
@@ -234,7 +234,7 @@ class SteepestDescent(Optimizer):
             group |= registry.flatten(group["norm"], {**self.defaults, **group} if own else group)
         if "state_dtype" in group:
             group["state_dtype"] = _dtype_name(group["state_dtype"])
-        refuse_typos(group, self.defaults)
+        check_unknown_keys(group, self.defaults)
         # The other keys are the user's own.
         ours = {key: plain(v) for key, v in group.items() if key in self.defaults or key.startswith("norm_")}
         self._agreed = False
@@ -254,7 +254,7 @@ class SteepestDescent(Optimizer):
         if plan.decays == "lp" and plan.decay_p < 2:
             warn_if_stuck(group["params"], plan.decay_p)
         if not chosen:
-            warn_of_vectors(type(self).__name__, plan.norm, group["params"])
+            warn_vectors(type(self).__name__, plan.norm, group["params"])
 
     def _plan(self, settings: Mapping[str, Any], params: list[Tensor]) -> Plan:
         """The plan of a group's settings, which are checked against those that the optimizer fixes, too."""
@@ -300,13 +300,13 @@ class SteepestDescent(Optimizer):
 
         def complete(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
             name, read = type(self).__name__, (BUFFER, COMPENSATION)
-            seen.append(checked(name, self.param_groups, state, read, self._plan))
+            seen.append(prepare_state_dict(name, self.param_groups, state, read, self._plan))
             return seen[0]
 
         def restore(_: Optimizer) -> None:
             for group in self.param_groups:
                 _unshare(group)
-            for group, i, p in pairs(self.param_groups, seen[0]):
+            for group, i, p in match_params(self.param_groups, seen[0]):
                 buffer = seen[0]["state"].get(i, {}).get(BUFFER)
                 if buffer is not None:
                     dtype = state_dtype(group["state_dtype"], p)

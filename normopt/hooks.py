@@ -1,4 +1,4 @@
-"""Step hooks of any torch.optim optimizer, of which only the outermost act."""
+"""Step hooks for any torch.optim optimizer that act once per training step, however steps are nested."""
 
 from __future__ import annotations
 
@@ -13,59 +13,58 @@ from torch.optim import Optimizer
 
 from normopt.sharding.layout import whole
 
-_TORCHS_FILE = Optimizer.profile_hook_step.__code__.co_filename
+_TORCH_FILE = Optimizer.profile_hook_step.__code__.co_filename
 
 
 class OutermostStep:
-    """Tells the hooks of a step from those of a step within it, and of one that is there to create state alone.
+    """Decide whether a step hook acts: only in the outermost step, and not in one that only creates state.
 
-    A ``step`` that calls the hooked ``step`` of its base class runs the hooks twice, one pair within the other; the
-    outer pair is to act. A step that raised never ran its post-hook: it is known by its frame, which is no longer on
-    the stack, because a count alone would stay wrong from then on.
+    A ``step`` that calls the hooked ``step`` of its base class runs the hooks twice, nested; only the outer pair acts.
+    A step that raised never ran its post-hook, so a counter alone would stay wrong. Such a step is recognized because
+    its frame is no longer on the stack.
 
-    Before it saves or loads an optimizer without state, torch.distributed.checkpoint calls its ``step(closure=None)``
-    with zero gradients and an lr of 0. That is no step of the training: no hook acts in it.
+    Before it saves or loads an optimizer without state, torch.distributed.checkpoint calls ``step(closure=None)`` with
+    zero gradients and an lr of 0. That is not a training step: no hook acts in it.
     """
 
     def __init__(self) -> None:
         self._frame: FrameType | None = None
         self._depth = 0
-        self._acts = True
+        self._active = True
 
     def enter(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """For a step pre-hook: whether it is to act. Not in a part of a step that was entered already.
+        """Return whether a step pre-hook should act: True unless the step is nested or only creates state.
 
         Args:
-            optimizer, args, kwargs: what the hook was given.
+            optimizer, args, kwargs: the hook's arguments.
         """
-        if self._frame is not None and _on_the_stack(self._frame):
+        if self._frame is not None and _is_on_stack(self._frame):
             self._depth += 1
             return False
         self._frame, self._depth = _step_frame(), 1
-        self._acts = not _creates_state(optimizer, args, kwargs)
-        return self._acts
+        self._active = not _creates_state(optimizer, args, kwargs)
+        return self._active
 
     def leave(self) -> bool:
-        """For a step post-hook: whether it is to act: at the end of the step that was entered, if that was to."""
+        """Return whether a step post-hook should act: at the end of the outermost step, if its pre-hook acted."""
         self._depth -= 1
-        # A step within may have raised and been caught, which leaves the depth wrong; a compiler may have cut the step
-        # in two, which leaves the frame another.
+        # The depth is wrong if a nested step raised and was caught; the frame differs if a graph break split the step.
         if self._depth != 0 and _step_frame() is not self._frame:
             return False
         self._frame = None
-        return self._acts
+        return self._active
 
-    def forget(self) -> None:
-        """No step was entered."""
+    def reset(self) -> None:
+        """Forget any step in progress."""
         self._frame, self._depth = None, 0
 
 
 @torch.no_grad()
 def _creates_state(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a step only creates state: its closure is None, there is no state, and it cannot move a weight.
+    """Return whether a step only creates state: closure=None was passed, state is empty, lr and gradients are zero.
 
-    A step of a training may have an lr of 0, as a warm-up begins, and zero gradients, but hardly both at its start.
-    Values are read last and only where None was given: an ordinary step waits for no device.
+    A training step may have an lr of 0 (start of a warm-up) or zero gradients, but hardly both in the first step.
+    Tensor values are read last, and only if None was passed, so that an ordinary step never syncs with the device.
     """
     given = [*args[1:], *kwargs.values()]
     if len(given) != 1 or given[0] is not None or optimizer.state:
@@ -75,7 +74,7 @@ def _creates_state(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[st
         return False
     if not all(_is_zero(group.get("lr", 0)) for group in optimizer.param_groups):
         return False
-    # Of DTensors all ranks must decide alike, and of a sum of magnitudes every layout knows the whole.
+    # With DTensors all ranks must agree: a sum of magnitudes reduces correctly under every placement.
     return all(float(whole(torch.linalg.vector_norm(p.grad, 1))) == 0 for p in params)
 
 
@@ -84,15 +83,15 @@ def _is_zero(lr: object) -> bool:
 
 
 def _step_frame() -> FrameType | None:
-    """The frame of torch.optim's wrapper of ``step`` that calls this hook."""
+    """Return the frame of torch.optim's ``step`` wrapper that called this hook, if any."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != _TORCHS_FILE:
+    while frame is not None and frame.f_code.co_filename != _TORCH_FILE:
         frame = frame.f_back
     return frame
 
 
-def _on_the_stack(wanted: FrameType) -> bool:
+def _is_on_stack(target: FrameType) -> bool:
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame is not wanted:
+    while frame is not None and frame is not target:
         frame = frame.f_back
     return frame is not None

@@ -1,4 +1,4 @@
-"""What can be set: the names and types of a param group's settings, and everything that is refused of them."""
+"""Names, types and validation of param group settings."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ STATE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class Common(TypedDict, total=False):
-    """The settings that every optimizer of the zoo takes and none of them names; see `SteepestDescent`.
+    """Settings that every optimizer accepts as ``**settings``; see `SteepestDescent`.
 
     Attributes:
         agr: adaptive gradient regularization. Default False.
-        decay_p: p of the ℓp decay, p > 0; for decay="lp" alone. Default 1.
-        state_dtype: the dtype of the momentum; None (the default) is the parameter's own.
-        rounding: how 16-bit weights take a step: "nearest" (the default), "stochastic" or "kahan".
-        maximize: walk uphill. Default False.
-        foreach: multi-tensor operations; None (the default) leaves the choice to the optimizer.
-        fused: fused kernels; None (the default) takes them on CUDA wherever they work.
-        differentiable: let autograd see the step. Default False.
+        decay_p: p > 0 of the ℓp decay; only for decay="lp". Default 1.
+        state_dtype: the momentum's dtype; None (the default) is the parameter's own.
+        rounding: how updates of 16-bit weights are rounded: "nearest" (the default), "stochastic" or "kahan".
+        maximize: maximize the objective. Default False.
+        foreach: use multi-tensor operations; None (the default) lets the optimizer choose.
+        fused: use fused kernels; None (the default) uses them on CUDA where supported.
+        differentiable: let autograd differentiate through the step. Default False.
     """
 
     agr: bool
@@ -56,7 +56,7 @@ class Common(TypedDict, total=False):
 
 
 class Settings(Common, total=False):
-    """`Common` and the weight decay, for the optimizers that do not name theirs.
+    """`Common` plus weight decay, for optimizers without explicit weight-decay arguments.
 
     Attributes:
         weight_decay: λ ≥ 0, a float or a one-element tensor. Default 0.
@@ -76,7 +76,7 @@ SYNONYMS = {
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Check each setting by itself."""
+    """Check the type and range of each setting on its own."""
     s = settings
     check_number("lr", s["lr"], low=0, open_high=True, tensor=True)
     check_number("radius", s["radius"], low=0, open_low=True, open_high=True)
@@ -100,7 +100,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def check_combinations(s: Mapping[str, Any], norm: Norm) -> None:
-    """Check the settings against each other and against the norm."""
+    """Check that the settings fit each other and the norm."""
     if s["scale"] == "power" and norm.power_exponent is None:
         raise ValueError(
             f'scale="power" is not defined for {norm}: its exponent 1/(p−1) diverges or does not exist; '
@@ -111,14 +111,14 @@ def check_combinations(s: Mapping[str, Any], norm: Norm) -> None:
     if s["eps"] != 0 and not norm.power_takes_eps:
         raise ValueError(f"eps = {s['eps']} has no meaning for {norm!r}: set eps=0")
     if s["scope"] == "group" and not norm.spans_groups:
-        raise ValueError(f'{norm!r} knows one tensor at a time: use scope="tensor"')
+        raise ValueError(f'{norm!r} does not support scope="group": use scope="tensor"')
     if s["differentiable"] and not norm.differentiable:
-        raise ValueError(f"{norm!r} promises no derivative: set differentiable=False")
+        raise ValueError(f"{norm!r} is not differentiable (it has no derivative): set differentiable=False")
     if s["differentiable"] and s["rounding"] == "stochastic":
         raise ValueError('rounding="stochastic" has no derivative: use "nearest" or "kahan" with differentiable=True')
     if s["scope"] == "group" and s["scale"] in ("power", "matched"):
         raise ValueError(
-            f'scope="group" needs scale="dual" or "unit": "{s["scale"]}" takes no norm over the group; '
+            f'scope="group" needs scale="dual" or "unit", not "{s["scale"]}", which uses no norm over the group: '
             'use scope="tensor"'
         )
     if s["nesterov"] and s["momentum_rule"] == "lion":
@@ -132,31 +132,31 @@ def check_combinations(s: Mapping[str, Any], norm: Norm) -> None:
         raise ValueError(f'dampening belongs to momentum_rule="heavy", not {s["momentum_rule"]!r}: set dampening=0')
 
 
-def refuse_idle(
+def check_unused(
     settings: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], usual: Mapping[str, Any], no_momentum: bool
 ) -> None:
-    """Refuse, of an optimizer's own arguments, those that do nothing in any of its groups; a group may inherit them.
+    """Raise if a constructor argument has no effect in any param group.
 
-    Where a schedule may turn them on, warn instead: of the momentum, or of a p that the groups hold.
+    Warn instead if a schedule of the momentum or of p could give it an effect.
 
     Args:
-        settings: the arguments.
-        groups: the param groups that were made with them.
-        usual: the fields of the norm that a constructor gives of its own accord, unless its user gives others.
+        settings: the constructor's arguments.
+        groups: the param groups made from them.
+        usual: norm fields that the constructor sets by default.
         no_momentum: whether the momentum is fixed at 0.
 
     Raises:
-        ValueError: an argument does nothing, and no schedule changes that.
+        ValueError: an argument has no effect, and no schedule can change that.
 
     Warns:
-        UserWarning: an argument does nothing until a schedule moves p or the momentum.
+        UserWarning: an argument has no effect until a schedule changes p or the momentum.
     """
     s, norms = settings, [registry.build(group) for group in groups]
     unread = [getattr(norm, "unread", ()) for norm in norms]
     runs = [group["momentum"] != 0 for group in groups]
     decays = [not equals(group["weight_decay"], 0) for group in groups]
     p_is_fixed = all(group["p"] is None for group in groups)
-    # An argument, whether it was given, which groups use it, where it does nothing, and whether that is so for good.
+    # (argument, whether it was given, which groups use it, where it has no effect, whether no schedule changes that)
     cases = [
         ("decay_p", s["decay_p"] != DEFAULT_DECAY_P, [g["decay"] == "lp" for g in groups], 'without decay="lp"', True),
         ("decay", s["decay"] == "lp", decays, "at weight_decay = 0 (unless that is a tensor, for a schedule)", True),
@@ -184,10 +184,10 @@ def refuse_idle(
             warn(message + "unless a schedule is going to change that")
 
 
-def refuse_unknown_arguments(
+def check_unknown_arguments(
     name: str, norm: str | Norm, arguments: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    """Refuse what an optimizer called ``name`` was given beside its settings, unless it is a field of the norm."""
+    """Raise a TypeError for an argument that is neither a setting of the optimizer ``name`` nor a norm field."""
     fields = {registry.setting_key(f) for f in registry.entry_of(norm).fields} - {"p"}
     for key in arguments.keys() - fields:
         takes = f"; the norm {norm!r} takes {', '.join(sorted(fields))}" if key.startswith("norm_") and fields else ""
@@ -195,8 +195,8 @@ def refuse_unknown_arguments(
         raise TypeError(f"{name} got an unexpected argument {key!r}{hint}{takes}")
 
 
-def refuse_typos(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse the key of a param group that is nearly a setting; others are the user's own, as in torch."""
+def check_unknown_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise if a param group key looks like a misspelt setting; other unknown keys are allowed, as in torch."""
     norm = group.get("norm", defaults["norm"])
     fields = registry.entry_of(norm).fields
     known = {*defaults, *(registry.setting_key(f) for f in fields)}
@@ -206,20 +206,19 @@ def refuse_typos(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         meant = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
         if meant or key in SYNONYMS:
             hint = f"did you mean {meant[0]!r}?" if meant else SYNONYMS[key]
-            raise ValueError(f"a param group has {key!r}, which is no setting: {hint}")
+            raise ValueError(f"a param group has {key!r}, which is not a setting: {hint}")
 
 
-def warn_of_vectors(name: str, norm: Norm, params: Sequence[Tensor]) -> None:
-    """Warn of vectors that are given a matrix norm which their group did not ask for, as of a whole model's parameters.
+def warn_vectors(name: str, norm: Norm, params: Sequence[Tensor]) -> None:
+    """Warn if vectors get a matrix norm by default, as when a whole model's parameters are passed as one group.
 
-    A Frobenius norm is no reason: it takes every tensor as one vector.
+    The Frobenius norm is exempt: it treats every tensor as one vector.
     """
     vectors = [p for p in params if p.dim() <= 1 and p.requires_grad]
     if vectors and isinstance(norm, MatrixNorm) and getattr(norm, "p", None) != 2:
         warn(
             f"{name} steps matrices, but some parameters are vectors or scalars, such as biases and the gains of norm "
-            f"layers: it takes each as a matrix of one column under {norm!r}. Embeddings and output layers, if there "
-            "are any, it takes as hidden layers, from which their shapes do not tell them. "
-            "normopt.param_groups(model) gives each kind of layer its own norm; a norm named in a param group is taken "
-            "as meant"
+            f"layers: each is treated as a matrix of one column under {norm!r}. Embeddings and output layers, if any, "
+            "are treated as hidden layers, because their shapes look the same. Use normopt.param_groups(model) to give "
+            "each kind of layer its own norm, or name a norm in the param group to silence this"
         )

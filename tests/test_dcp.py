@@ -77,7 +77,7 @@ class Watched:
         """All that the observer holds, what it has put into the groups, and the weights."""
         seen = self.seen
         if isinstance(seen, GeometryMonitor):
-            held = [seen.steps, seen._begun, seen.rows.tobytes()]
+            held = [seen.steps, seen._snapshots, seen.rows.tobytes()]
         elif isinstance(seen, TrajectoryMonitor):
             state = seen.state_dict()
             store = {k: v.tolist() if isinstance(v, torch.Tensor) else str(v) for k, v in state.pop("store").items()}
@@ -85,7 +85,7 @@ class Watched:
         elif isinstance(seen, normopt.schedules.AdaptiveP):
             held = [str(seen.state_dict())]
         else:
-            held = [len(seen._stands if isinstance(seen, AGR) else seen._due)]
+            held = [len(seen._swapped if isinstance(seen, AGR) else seen._pending)]
         groups = [{k: str(v) for k, v in g.items() if k != "params"} for g in self.opt.param_groups]
         weights = [p.tolist() for p in self.model.parameters()]
         entered = seen._outermost._frame if hasattr(seen, "_outermost") else None

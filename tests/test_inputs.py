@@ -615,6 +615,6 @@ class TestCheckpointsOfOthers:
         for state in opt.state.values():
             state["mine"] = torch.ones(2)
         other = normopt.LPSGDM([param(4, 3), param(3, 4, seed=1)])
-        with pytest.warns(UserWarning, match="mine, which LPSGDM does not read, but keeps"):
+        with pytest.warns(UserWarning, match="mine, which LPSGDM does not read; they are kept"):
             other.load_state_dict(opt.state_dict())
         assert [state["mine"].tolist() for state in other.state.values()] == [[1.0, 1.0]] * 2

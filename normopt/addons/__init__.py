@@ -1,7 +1,7 @@
-"""AGR and ℓp decay for any torch.optim.Optimizer, of PyTorch's or of anyone else's.
+"""AGR and ℓp decay as add-ons for any torch.optim.Optimizer.
 
-An add-on hangs on an optimizer by its step hooks. The optimizer stays the object it was, so that schedulers,
-GradScaler and trainers go on with it, and what the add-on is set to lives in its param groups.
+An add-on registers step hooks and stores its settings in the param groups. The optimizer object stays the same, so
+schedulers, GradScaler and trainers keep working.
 """
 
 from normopt.addons.agr import AGR

@@ -1,4 +1,4 @@
-"""AGR on any optimizer: what it reads as its gradients is regularized, and put back after the step."""
+"""AGR for any optimizer: replace the gradients by regularized ones for a step, then restore them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt._checks import check_bool
-from normopt.addons.attach import AddOn, Closure, refuse_sparse
+from normopt.addons.attach import AddOn, Closure, check_dense_grads
 from normopt.engine import SteepestDescent
 from normopt.norms.base import real, reals, working
 from normopt.sharding.exchange import of_each
@@ -18,47 +18,47 @@ from normopt.sharding.layout import local, resolved
 from normopt.stages import agr
 
 
-class Stand(NamedTuple):
-    """A gradient, what stands in for it during a step, and how often that had been written then."""
+class SwappedGrad(NamedTuple):
+    """Original gradient, its temporary replacement, and the replacement's version counter."""
 
     param: Tensor
     gradient: Tensor
-    stand_in: Tensor
+    temporary: Tensor
     version: int
 
 
 class AGR(AddOn):
-    """Adaptive gradient regularization on any optimizer: the entries that dominate a gradient are held back the most.
+    """Adaptive gradient regularization for any optimizer: shrink a gradient's entries, the dominant ones the most.
 
     ::
 
         step(g)  becomes  step(g·(1 − |g|/Σ|g|))                  Σ over each tensor
 
-    before the moments, so that all an optimizer keeps is made of it: Adan's previous gradient too, as in the paper.
-    Its weight decay is not, unless it is one that is added to the gradient later. An all-zero tensor stays zero, and a
-    tensor of one element is left alone, which the formula would erase; see `normopt.stages.agr`.
+    AGR acts before the moments, so that all of the optimizer's state is built from regularized gradients (including
+    Adan's previous gradient, as in the paper). Weight decay is not regularized, unless the optimizer adds it to the
+    gradient later. An all-zero tensor stays zero. A one-element tensor, which the formula would erase, is left alone;
+    see `normopt.stages.agr`.
 
-    After the step every ``.grad`` is the tensor that it was before, and holds what it held. With a closure, each
-    call of it is followed by AGR and preceded by putting its own gradients back; gradients from before the closure
-    are not regularized. If a step raises, the gradients are put back at the latest by the next step or ``detach()``,
-    unless you have replaced or written them since.
+    After the step every ``.grad`` is the same tensor as before, with the same values. With a closure, the original
+    gradients are restored before each call and regularized after it; gradients from before the closure are not
+    regularized. If a step raises, the next step or ``detach()`` restores the gradients, unless you have replaced or
+    written them since.
 
-    AGR commutes with a positive factor, so that it may act on gradients that a GradScaler has not unscaled yet, as
-    under its fused steps. ``detach()`` takes it off. `torch.compile` of the step breaks its graph here, and goes on
-    after it.
+    AGR commutes with a positive factor, so it may act on gradients that a GradScaler has not unscaled yet, as in fused
+    steps. ``detach()`` removes it. Under `torch.compile` it causes a graph break.
 
     Args:
-        optimizer: any optimizer but normopt's own, which have the setting ``agr=True``, and torch.optim.LBFGS.
+        optimizer: any optimizer but torch.optim.LBFGS and normopt's own, which have the setting ``agr=True``.
 
-    Settings of a param group: ``agr``, True unless the group says otherwise.
+    Settings of a param group: ``agr``, True by default.
 
-    Memory: one number per parameter, while the step runs. 16-bit gradients are computed in float32.
+    Memory: one number per parameter during the step. 16-bit gradients are computed in float32.
 
     Raises:
-        TypeError: not an optimizer, or one that wraps another and has no hooks.
-        ValueError: a normopt optimizer, LBFGS, one that is ``differentiable``, or one that carries an AGR already.
-        RuntimeError: in ``step()``, before anything is written, for a gradient that is sparse, or that torch refuses
-            to be assigned, such as one whose parameter was given another shape or dtype since.
+        TypeError: not an optimizer, or a wrapper around one that has no hooks.
+        ValueError: a normopt optimizer, LBFGS, one that is ``differentiable``, or one that already has an AGR.
+        RuntimeError: in ``step()``, before anything is written, for a sparse gradient, or one that torch refuses to
+            assign, such as when its parameter's shape or dtype has changed.
 
     Source: Adaptive Gradient Regularization, arXiv:2407.16944.
 
@@ -68,62 +68,62 @@ class AGR(AddOn):
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._stands: list[Stand] = []
+        self._swapped: list[SwappedGrad] = []
         super().__init__(optimizer, {"agr": True})
 
-    def _refuse(self, optimizer: object, settings: Mapping[str, Any]) -> None:
+    def _check_optimizer(self, optimizer: object, settings: Mapping[str, Any]) -> None:
         if isinstance(optimizer, SteepestDescent):
             name = type(optimizer).__name__
             raise ValueError(f"AGR is a setting of normopt's own optimizers: use normopt.{name}(…, agr=True)")
-        super()._refuse(optimizer, settings)
+        super()._check_optimizer(optimizer, settings)
 
     def _check(self, where: str, group: Mapping[str, Any]) -> None:
         check_bool(f"agr of {where}", group["agr"])
 
-    def _before(self, closure: Closure | None) -> Closure | None:
+    def _pre_step(self, closure: Closure | None) -> Closure | None:
         if closure is None:
             self._regularize()
             return None
 
         def regularized(*args: Any, **kwargs: Any) -> Any:
-            self._put_back()
+            self._restore()
             loss = closure(*args, **kwargs)
             self._regularize()
             return loss
 
         return regularized
 
-    def _after(self, closure: Closure | None) -> None:
-        self._put_back()
+    def _post_step(self, closure: Closure | None) -> None:
+        self._restore()
 
-    def _recover(self) -> None:
-        # Written since by the user, such as zeroed in place, or by the step that raised: nobody can say.
-        self._stands = [s for s in self._stands if _version(s.stand_in) == s.version]
-        self._put_back()
+    def _abort(self) -> None:
+        # A replacement that was written since (by the user, or by the step that raised) is kept: its values may matter.
+        self._swapped = [s for s in self._swapped if _version(s.temporary) == s.version]
+        self._restore()
 
     @torch.no_grad()
     def _regularize(self) -> None:
         groups = [group for group in self.optimizer.param_groups if group["agr"]]
         params = [p for group in groups for p in group["params"] if p.grad is not None]
-        refuse_sparse(params, "AGR")
+        check_dense_grads(params, "AGR")
         gradients = [p.grad for p in params]
         try:
-            for p, new in zip(params, _regularized(gradients), strict=True):
-                self._stands.append(Stand(p, p.grad, new, _version(new)))
+            for p, new in zip(params, _regularize_all(gradients), strict=True):
+                self._swapped.append(SwappedGrad(p, p.grad, new, _version(new)))
                 p.grad = new
-        except Exception:  # torch refuses it where a parameter was given a shape or dtype that its gradient has not
-            self._put_back()
+        except Exception:  # torch refuses the assignment if the parameter's shape or dtype has changed
+            self._restore()
             raise
 
-    def _put_back(self) -> None:
-        for s in self._stands:
-            if s.param.grad is s.stand_in:
+    def _restore(self) -> None:
+        for s in self._swapped:
+            if s.param.grad is s.temporary:
                 s.param.grad = s.gradient
-        self._stands = []
+        self._swapped = []
 
 
-def _regularized(gradients: list[Tensor]) -> Iterator[Tensor]:
-    """New tensors that lie in memory as the gradients do: some fused steps rely on it."""
+def _regularize_all(gradients: list[Tensor]) -> Iterator[Tensor]:
+    """Yield regularized copies with the gradients' memory layout, which some fused steps rely on."""
     sums = of_each(gradients, lambda g: agr.measure([working(real(resolved(g)))])[0], agr.combine)
     for g, scalars in zip(gradients, sums, strict=True):
         new = torch.empty_like(g)

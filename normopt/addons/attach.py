@@ -1,4 +1,4 @@
-"""How an add-on hangs on an optimizer: its hooks, its settings in the param groups, and what it refuses to hang on."""
+"""Base class of add-ons: hooks, settings in the param groups, and checks of the optimizer."""
 
 from __future__ import annotations
 
@@ -17,64 +17,64 @@ from normopt.hooks import OutermostStep
 
 Closure = Callable[..., Any]
 Group = dict[str, Any]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+HookResult = tuple[tuple[Any, ...], dict[str, Any]]
 
-# Which kinds of add-on an optimizer carries. Not the add-ons: they would keep it alive.
-_carried: WeakKeyDictionary[Optimizer, set[type[AddOn]]] = WeakKeyDictionary()
+# The types of add-on attached to each optimizer. Not the add-ons themselves, which would keep the optimizer alive.
+_attached: WeakKeyDictionary[Optimizer, set[type[AddOn]]] = WeakKeyDictionary()
 
 
 class AddOn(ABC):
-    """What every add-on is: hooks around an optimizer's ``step``, and settings in its param groups.
+    """Base class of add-ons: hooks around an optimizer's ``step``, and settings in its param groups.
 
-    Attaching gives each param group the settings that it lacks, under names of the add-on. There a group may set its
-    own beforehand, a schedule may write them, and the optimizer's ``state_dict`` saves and restores them; a checkpoint
-    that lacks them leaves them as they are. Groups that are added later get them at the next step.
+    Attaching adds the add-on's settings to each param group that lacks them. A group may set its own beforehand,
+    and a schedule may write them. The optimizer's ``state_dict`` saves and restores them; a checkpoint without them
+    leaves them unchanged. Groups added later get them at the next step.
 
-    Its hooks run before those of others, whenever they were attached: what watches an optimizer sees what add-ons do.
+    Add-on hooks always run before other hooks, so monitors see the modified gradients and weights.
 
-    The hooks are not part of what ``copy.deepcopy`` and ``pickle`` copy, as torch.optim has it, while the param groups
-    are: attach again to a copy, and it goes on with the same settings.
+    ``copy.deepcopy`` and ``pickle`` copy the param groups but not the hooks, as in torch.optim: attach the add-on
+    again to a copy, which keeps the same settings.
 
     Attributes:
-        optimizer: what it is attached to, or was until ``detach()``.
+        optimizer: the optimizer that it is, or before ``detach()`` was, attached to.
     """
 
     def __init__(self, optimizer: Optimizer, settings: Mapping[str, Any]) -> None:
-        self._refuse(optimizer, settings)
+        self._check_optimizer(optimizer, settings)
         self.optimizer = optimizer
         self._settings = dict(settings)
         self._outermost = OutermostStep()
-        self._complete_groups()
-        enter = optimizer.register_step_pre_hook(self._enter)
-        leave = optimizer.register_step_post_hook(self._leave)
-        # Before those of a monitor, which is to see the gradients that the step reads and the weights that it leaves.
+        self._fill_defaults()
+        enter = optimizer.register_step_pre_hook(self._pre_hook)
+        leave = optimizer.register_step_post_hook(self._post_hook)
+        # Run before a monitor's hooks, so that it sees the gradients that the step reads and the final weights.
         for hooks, handle in (
             (optimizer._optimizer_step_pre_hooks, enter),
             (optimizer._optimizer_step_post_hooks, leave),
         ):
             cast(OrderedDict[int, Any], hooks).move_to_end(handle.id, last=False)
-        load = optimizer.register_load_state_dict_pre_hook(self._complete_checkpoint)
+        load = optimizer.register_load_state_dict_pre_hook(self._fill_checkpoint)
         self._handles = [enter, leave, load]
-        _carried.setdefault(optimizer, set()).add(type(self))
+        _attached.setdefault(optimizer, set()).add(type(self))
 
     def detach(self) -> None:
-        """Take the add-on off: its hooks, and its settings in the param groups; once is enough.
+        """Remove the hooks and the settings in the param groups; further calls do nothing.
 
-        The optimizer goes on as one that never carried it, and can be given another.
+        The optimizer then behaves as if the add-on had never been attached, and another can be attached.
         """
         if not self._handles:
             return
-        self._recover()
+        self._abort()
         for handle in self._handles:
             handle.remove()
         self._handles = []
         for group in self.optimizer.param_groups:
             for key in self._settings:
                 group.pop(key, None)
-        _carried[self.optimizer].discard(type(self))
+        _attached[self.optimizer].discard(type(self))
 
     def __repr__(self) -> str:
-        """What it is attached to and what it is set to: where the groups differ, the settings of all of them."""
+        """Return the optimizer's type and the settings; a list per setting where the groups differ."""
         kind, groups = f"{type(self).__name__}({_name(self.optimizer)}", self.optimizer.param_groups
         if not self._handles:
             return f"{kind}, detached)"
@@ -87,64 +87,62 @@ class AddOn(ABC):
 
     @abstractmethod
     def _check(self, where: str, group: Mapping[str, Any]) -> None:
-        """Raise unless the settings of a group, called ``where``, can be worked with."""
+        """Raise if the settings of a group, called ``where`` in messages, are invalid."""
 
-    def _greet(self, group: Mapping[str, Any]) -> None:  # noqa: B027
-        """Warn of what may surprise in a group that is new to the add-on."""
-
-    @abstractmethod
-    def _before(self, closure: Closure | None) -> Closure | None:
-        """What is done before a step; with a closure, the one to call in its place."""
+    def _warn_new_group(self, group: Mapping[str, Any]) -> None:  # noqa: B027
+        """Warn about a group that is new to the add-on, where its settings may surprise."""
 
     @abstractmethod
-    def _after(self, closure: Closure | None) -> None:
-        """What is done after a step."""
+    def _pre_step(self, closure: Closure | None) -> Closure | None:
+        """Act before a step; given a closure, return its replacement."""
 
     @abstractmethod
-    def _recover(self) -> None:
-        """Forget a step that raised, if one did."""
+    def _post_step(self, closure: Closure | None) -> None:
+        """Act after a step."""
 
-    def _refuse(self, optimizer: object, settings: Mapping[str, Any]) -> None:
+    @abstractmethod
+    def _abort(self) -> None:
+        """Discard what an earlier step left behind if it raised."""
+
+    def _check_optimizer(self, optimizer: object, settings: Mapping[str, Any]) -> None:
         name = type(self).__name__
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"{name} is attached to a torch.optim.Optimizer, but was given a {_name(optimizer)}")
+            raise TypeError(f"{name} needs a torch.optim.Optimizer, but was given a {_name(optimizer)}")
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             raise TypeError(
                 f"this {_name(optimizer)} wraps an optimizer and has no step hooks of its own: attach {name} to the "
                 "optimizer before you wrap it"
             )
-        if type(self) in _carried.get(optimizer, ()):
-            raise ValueError(f"this {_name(optimizer)} carries an {name} already: detach() that one first")
+        if type(self) in _attached.get(optimizer, ()):
+            raise ValueError(f"this {_name(optimizer)} has an {name} already: detach() that one first")
         if isinstance(optimizer, LBFGS):
             raise ValueError(
-                f"{name} has no meaning under LBFGS, whose line search and curvature pairs need the gradient of the "
-                "function that it evaluates, at the weights that it left: use it with a first-order optimizer"
+                f"{name} does not work with LBFGS, whose line search and curvature pairs need unmodified gradients and "
+                "weights: use it with a first-order optimizer"
             )
         if taken := sorted(settings.keys() & optimizer.defaults.keys()):
             raise ValueError(f"{_name(optimizer)} has settings called {', '.join(taken)} of its own: use those")
         if any(group.get("differentiable") for group in optimizer.param_groups):
-            raise ValueError(
-                f"autograd does not see what {name} does: set differentiable=False, or use an optimizer of normopt"
-            )
+            raise ValueError(f"{name} is not differentiable: set differentiable=False, or use an optimizer of normopt")
 
-    def _complete_groups(self) -> None:
-        """Give new groups the settings that they lack, once all of all groups are found to be good."""
+    def _fill_defaults(self) -> None:
+        """Fill in missing settings in all groups, after checking every group, so that an error changes nothing."""
         complete = [{**self._settings, **group} for group in self.optimizer.param_groups]
         for i, group in enumerate(complete):
             self._check(f"group {i}", group)
         for group, old in zip(complete, self.optimizer.param_groups, strict=True):
             if group.keys() != old.keys():
-                self._greet(group)
+                self._warn_new_group(group)
         for group, old in zip(complete, self.optimizer.param_groups, strict=True):
             old.update(group)
 
     @_disable_dynamo
-    def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def _pre_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult | None:
         if not self._outermost.enter(optimizer, args, kwargs):
             return None
-        self._recover()
-        self._complete_groups()
-        instead = self._before(_closure(args, kwargs))
+        self._abort()
+        self._fill_defaults()
+        instead = self._pre_step(_closure(args, kwargs))
         if instead is None:
             return None
         return (
@@ -152,25 +150,25 @@ class AddOn(ABC):
         )
 
     @_disable_dynamo
-    def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _post_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._outermost.leave():
-            self._after(_closure(args, kwargs))
+            self._post_step(_closure(args, kwargs))
 
-    def _complete_checkpoint(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint with the settings that it lacks taken from the groups that it is loaded into."""
+    def _fill_checkpoint(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a checkpoint with missing add-on settings filled in from the current groups."""
         kept = [{k: group[k] for k in self._settings if k in group} for group in optimizer.param_groups]
         saved = state_dict["param_groups"]
-        kept += [{}] * (len(saved) - len(kept))  # a mismatch is torch's to report
+        kept += [{}] * (len(saved) - len(kept))  # torch reports a mismatch
         return {**state_dict, "param_groups": [{**k, **group} for k, group in zip(kept, saved, strict=False)]}
 
 
-def refuse_sparse(params: Iterable[Tensor], name: str) -> None:
-    """Raise a RuntimeError if one of the parameters has a sparse gradient."""
+def check_dense_grads(params: Iterable[Tensor], name: str) -> None:
+    """Raise a RuntimeError if a parameter has a sparse gradient."""
     for p in params:
         if p.grad is not None and p.grad.layout != torch.strided:
             raise RuntimeError(
-                f"a gradient of shape {tuple(p.grad.shape)} is sparse, and {name} takes dense ones only: use "
-                "Embedding(sparse=False), or give these parameters to an optimizer without it"
+                f"a gradient of shape {tuple(p.grad.shape)} is sparse, but {name} needs dense ones: use "
+                "Embedding(sparse=False), or give these parameters to an optimizer without the add-on"
             )
 
 
@@ -179,6 +177,6 @@ def _name(thing: object) -> str:
 
 
 def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
-    """The closure among the arguments of a step, of which the first is the optimizer."""
+    """Return the closure among a step's arguments, whose first is the optimizer; None without one."""
     given = kwargs.get("closure", args[1] if len(args) > 1 else None)
     return cast(Closure, given) if callable(given) else None

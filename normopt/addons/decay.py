@@ -1,4 +1,4 @@
-"""ℓp decay on any optimizer: of entries, which sparsifies, and of rows, columns or heads, which removes them whole."""
+"""ℓp decay for any optimizer: over entries (sparsifies), or over rows, columns or heads (removes whole blocks)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt._checks import check_bool, check_choice, check_number, equals, is_low_precision, is_quantized, near
-from normopt.addons.attach import AddOn, Closure, refuse_sparse
-from normopt.addons.lengths import lengths
+from normopt.addons.attach import AddOn, Closure, check_dense_grads
+from normopt.addons.block_norms import block_norms
 from normopt.engine import SteepestDescent
 from normopt.norms.base import real, working
 from normopt.params import warn_if_stuck
@@ -23,117 +23,116 @@ from normopt.stages.write import scale_
 Over = Literal["entries", "rows", "columns", "heads"]
 
 
-def _strength(name: str, value: object) -> None:
+def _check_strength(name: str, value: object) -> None:
     check_number(name, value, low=0, open_high=True, tensor=True)
 
 
-def _exponent(name: str, value: object) -> None:
+def _check_exponent(name: str, value: object) -> None:
     check_number(name, value, low=0, open_low=True, open_high=True)
 
 
-def _over(name: str, value: object) -> None:
+def _check_over(name: str, value: object) -> None:
     check_choice(name, value, ("entries", "rows", "columns", "heads"))
 
 
-def _count(name: str, value: object, low: int = 0) -> None:
+def _check_count(name: str, value: object, low: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, but is {value!r} ({type(value).__name__})")
     check_number(name, value, low=low)
 
 
-def _heads(name: str, value: object) -> None:
+def _check_head_count(name: str, value: object) -> None:
     if value is not None:
-        _count(name, value, low=1)
+        _check_count(name, value, low=1)
 
 
-# Of each setting: what it is called among the arguments, and what is asked of it.
+# Param group key → (constructor argument, check of its value).
 _SETTINGS: dict[str, tuple[str, Callable[[str, object], None]]] = {
-    "lp_decay": ("weight_decay", _strength),
-    "lp_p": ("p", _exponent),
-    "lp_over": ("over", _over),
-    "lp_heads": ("heads", _heads),
-    "lp_warmup": ("warmup", _count),
+    "lp_decay": ("weight_decay", _check_strength),
+    "lp_p": ("p", _check_exponent),
+    "lp_over": ("over", _check_over),
+    "lp_heads": ("heads", _check_head_count),
+    "lp_warmup": ("warmup", _check_count),
     "lp_elastic": ("elastic", check_bool),
-    "lp_step": ("lp_step", _count),
+    "lp_step": ("lp_step", _check_count),
 }
 
 
 class LpDecay(AddOn):
-    """ℓp weight decay (pWD) on any optimizer: small weights shrink the fastest, down to exactly zero.
+    """ℓp weight decay (pWD) for any optimizer: small weights shrink the fastest, down to exactly zero.
 
     ::
 
         w ← step(w) · X/(X + pηλ)          X = |w_old|^(2−p)             over "entries"
                                            X = ‖w_old,G‖₂^(2−p)          "rows", "columns", "heads"
 
-    η is the ``lr`` that the group has in this step, scheduled or not, and w_old the weight before the step (with a
-    closure: before the closure). Only tensors of 2 or more dims that have a gradient decay, as the authors have it.
-    At p < 2 a weight w₀ without a gradient is gone after about ``|w₀|^(2−p) / ((2−p)·pηλ)`` steps, and a group likewise
-    by its length, so that λ means nothing without η. A group of n entries is about √n times as long as one of them, and
-    takes a λ n^(1−p/2) times as large: 12 times at n = 64 and p = 0.8, 63 times at n = 1000. η = 0 changes nothing.
+    η is the group's current ``lr``. w_old is the weight before the step (with a closure, before the closure). Only
+    tensors of 2 or more dims that have a gradient decay, as in the paper. At p < 2 a weight w₀ with no gradient
+    reaches zero after about ``|w₀|^(2−p) / ((2−p)·pηλ)`` steps, and a block likewise by its norm, so λ has a meaning
+    only together with η. A block of n entries has about √n times the norm of one entry, and needs a λ n^(1−p/2) times
+    as large: 12 times at n = 64 and p = 0.8, 63 times at n = 1000. η = 0 changes nothing.
 
-    Over groups of entries the factor is one for the whole group G, so that a row or a head disappears as one:
+    Over blocks of entries, each block G has one factor, so that a row or a head disappears as a whole:
 
-    - "rows": w[o] and all that lies behind it: what comes into a unit, or an output channel of a convolution;
-    - "columns": w[:, i]: what an input unit or channel goes out to (a transposed convolution has these two turned);
+    - "rows": w[o], the incoming weights of a unit, or of an output channel of a convolution;
+    - "columns": w[:, i], the outgoing weights of an input unit or channel (the two are swapped in a transposed
+      convolution);
     - "heads": ``heads`` equal blocks of rows, such as attention heads in a projection to queries, keys or values.
 
-    At p = 1 the penalty is that of the group lasso, λ·Σ‖w_G‖₂, not weighted by the groups' sizes. Its proximal step
-    would be the factor max(0, 1 − ηλ/‖w_G‖₂), which agrees with this one to first order in η and cuts off at once
-    where this one halves and then vanishes ever faster. p < 1 is harder on short groups and lighter on long ones. The
-    bias of a unit is not part of its row, and does not decay.
+    At p = 1 the penalty is that of the group lasso, λ·Σ‖w_G‖₂, not weighted by block size. Its proximal step would
+    have the factor max(0, 1 − ηλ/‖w_G‖₂). The two agree to first order in η; the proximal step sets small blocks to
+    zero at once, this one halves them and then shrinks them ever faster. p < 1 shrinks blocks of small norm more and
+    those of large norm less. A unit's bias is not part of its row, and does not decay.
 
     With ``warmup=n`` the exponent goes from 2 to p in n steps,
 
         p_s = 2 + (p − 2)·s/n              s = 0 … n − 1, then p
 
-    so that weights that start at zero can leave it in the first step, in which zero is not absorbing: without, those
-    of a zero-initialised layer are held at zero for ever, and a warning says so. s is the group's ``lp_step``; it
-    counts the calls of ``step()``. Calls with the number 0 as the lr do not count, because no weight can leave zero in
-    them. A weight that still is zero after the first step stays there, as where a fused step under a GradScaler was
-    skipped.
+    so that weights that start at zero can leave it in the first step, in which zero is not absorbing. Without a
+    warm-up, a zero-initialised layer stays at zero for ever, and a warning says so. s is the group's ``lp_step``,
+    which counts calls of ``step()``, except those with the number 0 as the lr, in which no weight can leave zero. A
+    weight that is still zero after the first step stays zero, as when a GradScaler skipped a fused step.
 
-    A group's own weight decay beside this one is refused, unless ``elastic=True``: then it stays what it is, and this
-    one follows. For decoupled ℓ2 decay that is ``((1 − ηλ₂)w − ηu)·X/(X + pηλ)``, where the authors have one factor,
-    ``(w − ηu)·X/(X(1 + ηλ₂) + pηλ)``. The two agree to first order in η; at the second theirs minus this one is
+    A group's own weight decay is an error unless ``elastic=True``; then it applies first, and this one after it. For
+    decoupled ℓ2 decay the result is ``((1 − ηλ₂)w − ηu)·X/(X + pηλ)``; the authors use one factor,
+    ``(w − ηu)·X/(X(1 + ηλ₂) + pηλ)``. The two agree to first order in η; at second order theirs minus this one is
     ``η²λ₂·(u + λ₂w + pλ·sign(w)|w|^(p−1))``.
 
-    A step that a GradScaler skips decays nothing. An optimizer that keeps copies of the weights, as Lookahead or the
-    schedule-free ones, does not learn of the decay, and one that scales its lr inside, as Prodigy, not of its η.
-    ``detach()`` takes the decay off. `torch.compile` of the step breaks its graph here, and goes on after it.
+    A step that a GradScaler skips decays nothing. Optimizers that keep copies of the weights (Lookahead, schedule-free
+    ones) do not apply the decay to the copies; those that scale the lr internally (Prodigy) do not scale this η.
+    ``detach()`` removes the decay. Under `torch.compile` it causes a graph break.
 
     Args:
-        optimizer: any optimizer but torch.optim.LBFGS; of normopt's own only for groups of entries, since for entries
-            they have ``decay="lp", weight_decay=…, decay_p=…``.
+        optimizer: any optimizer but torch.optim.LBFGS; normopt's own only over blocks, since for entries they have
+            ``decay="lp", weight_decay=…, decay_p=…``.
         p: p > 0, p < 1 too. Default 0.8, the authors' for CIFAR-10.
         weight_decay: λ ≥ 0, a float or a one-element tensor, which is never read on the host. Default 1e-3, theirs too.
-        over: "entries" (the default), or groups of them: "rows", "columns" or "heads".
-        heads: how many blocks of rows over "heads", where it must be given, or ``lp_heads`` be in each group; None
-            (the default) over anything else.
-        warmup: over how many steps the exponent goes from 2 to p. Default 0, none.
-        elastic: let the optimizer's own weight decay stay. Default False.
+        over: "entries" (the default), or blocks of them: "rows", "columns" or "heads".
+        heads: the number of blocks of rows, required with over="heads" unless each group has ``lp_heads``; otherwise
+            None (the default).
+        warmup: the number of steps in which the exponent goes from 2 to p. Default 0, none.
+        elastic: allow the optimizer's own weight decay as well. Default False.
 
-    Settings of a param group: ``lp_decay`` (λ; 0 leaves the group alone), ``lp_p``, ``lp_over``, ``lp_heads``,
-    ``lp_warmup``, ``lp_elastic`` and ``lp_step``, how many steps of the warm-up are done. What a group has when the
-    decay is attached it keeps, whatever the arguments say. A group that has all of them comes from a checkpoint or a
-    copy: a warning says where it differs, and ``group["lp_decay"] = 0.1`` changes it. Tensors are not compared.
+    Settings of a param group: ``lp_decay`` (λ; 0 exempts the group), ``lp_p``, ``lp_over``, ``lp_heads``,
+    ``lp_warmup``, ``lp_elastic`` and ``lp_step``, the number of warm-up steps done. Settings that a group already has
+    override the arguments. If it has all of them, as from a checkpoint or a copy, a warning lists the differences
+    (tensors are not compared); set ``group["lp_decay"] = 0.1`` to change one.
 
-    Memory: one number per decayed weight over entries, one per group of them else, while the step runs. For 16-bit
-    weights the factor is computed in float32; what rounds to a factor of 1 does nothing, which for bfloat16 are those
-    above 1 − 1/512.
+    Memory: one number per decayed weight over entries, else one per block, during the step. For 16-bit weights the
+    factor is computed in float32; a factor that rounds to 1 has no effect (in bfloat16, above 1 − 1/512).
 
     Raises:
-        TypeError: not an optimizer, one that wraps another and has no hooks, or a setting of the wrong type.
+        TypeError: not an optimizer, a wrapper around one that has no hooks, or a setting of the wrong type.
         ValueError: a setting out of range, LBFGS, a normopt optimizer with "entries", an optimizer that is
-            ``differentiable`` or carries an LpDecay already, or a group with a weight decay of its own or with
-            an unknown ``lp_…`` setting; in ``step()``, for what was made so since.
+            ``differentiable`` or already has an LpDecay, or a group with its own weight decay or an unknown ``lp_…``
+            setting; in ``step()``, if a later change of a group causes one of these.
         RuntimeError: in ``step()``, for a sparse gradient.
 
     Warns:
-        UserWarning: a tensor that decay with p < 2 and no warm-up will hold at zero for ever because it starts there;
-            a group that had all the settings already and keeps them, where they differ from the arguments.
+        UserWarning: a tensor starts at zero and would stay there for ever, with p < 2 and no warm-up; a group that
+            already had all settings keeps some that differ from the arguments.
 
-    Source: Decoupled weight decay for any p norm, arXiv:2404.10824. Over groups and the warm-up as written: ours.
+    Source: Decoupled weight decay for any p norm, arXiv:2404.10824. Over blocks and the warm-up as written: ours.
 
     Example:
         >>> opt = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
@@ -164,13 +163,13 @@ class LpDecay(AddOn):
             argument, check = _SETTINGS[key]
             check(argument, value)
         if heads is not None and over != "heads":
-            raise ValueError(f'heads = {heads} is of over="heads", but over = {over!r}')
-        self._due: list[tuple[Tensor, Tensor]] = []  # weights and their factors
+            raise ValueError(f'heads = {heads} needs over="heads", but over = {over!r}')
+        self._pending: list[tuple[Tensor, Tensor]] = []  # weights and their factors
         before = [dict(group) for group in optimizer.param_groups] if isinstance(optimizer, Optimizer) else []
         super().__init__(optimizer, settings)
         for i, group in enumerate(before):
             if settings.keys() <= group.keys():
-                _warn_if_kept(i, group, settings)
+                _warn_kept_settings(i, group, settings)
 
     def _check(self, where: str, group: Mapping[str, Any]) -> None:
         for key in group:
@@ -181,82 +180,81 @@ class LpDecay(AddOn):
         if equals(group["lp_decay"], 0):
             return
         if group.get("lr") is None:
-            raise ValueError(f"{where} has no lr, which ℓp decay is multiplied by: set lp_decay=0 there")
+            raise ValueError(f"{where} has no lr, which ℓp decay needs: set lp_decay=0 there")
         own = group.get("weight_decay", 0)
         if not group["lp_elastic"] and not equals(own, 0):
             raise ValueError(
-                f"{where} has weight_decay = {own} of its own beside LpDecay: set that to 0, or elastic=True to have "
-                "both"
+                f"{where} has weight_decay = {own} of its own besides LpDecay: set it to 0, or elastic=True to use both"
             )
         if group["lp_over"] == "heads":
             _check_heads(where, group)
         if isinstance(self.optimizer, SteepestDescent):
             _check_normopt(where, group)
 
-    def _greet(self, group: Mapping[str, Any]) -> None:
-        if not equals(group["lp_decay"], 0) and _exponent_now(group) < 2:
+    def _warn_new_group(self, group: Mapping[str, Any]) -> None:
+        if not equals(group["lp_decay"], 0) and _current_p(group) < 2:
             remedy = "lp_decay=0 in a param group of their own, or a warmup"
-            dense = [w for w in group["params"] if w.layout == torch.strided]  # others are refused with a gradient
+            dense = [w for w in group["params"] if w.layout == torch.strided]  # others raise once they have a gradient
             warn_if_stuck(dense, group["lp_p"], remedy, stacklevel=6)
 
-    def _before(self, closure: Closure | None) -> Closure | None:
+    def _pre_step(self, closure: Closure | None) -> Closure | None:
         decayed = [
             (group, [w for w in group["params"] if w.dim() >= 2 and w.numel() and not is_quantized(w)])
             for group in self.optimizer.param_groups
             if not equals(group["lp_decay"], 0)
         ]
 
-        def refuse() -> None:
-            refuse_sparse((w for _, weights in decayed for w in weights), "LpDecay")
+        def check_grads() -> None:
+            check_dense_grads((w for _, weights in decayed for w in weights), "LpDecay")
 
         if closure is None:
-            refuse()
+            check_grads()
         for group, weights in decayed:
-            # Which weights a closure will give a gradient is not known yet.
+            # With a closure, it is not known yet which weights will have a gradient.
             dense = [w for w in weights if w.layout == torch.strided]
-            self._note(group, [w for w in dense if closure is not None or w.grad is not None])
+            self._save_factors(group, [w for w in dense if closure is not None or w.grad is not None])
         if closure is None:
             return None
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             loss = closure(*args, **kwargs)
-            refuse()
+            check_grads()
             return loss
 
         return checked
 
     @torch.no_grad()
-    def _note(self, group: Mapping[str, Any], weights: list[Tensor]) -> None:
-        """Keep the factors of weights as they are now, for after the step."""
-        p, over = _exponent_now(group), group["lp_over"]
+    def _save_factors(self, group: Mapping[str, Any], weights: list[Tensor]) -> None:
+        """Compute the decay factors from the current weights, to be applied after the step."""
+        p, over = _current_p(group), group["lp_over"]
         heads = group["lp_heads"] if over == "heads" else None
         for w in weights:
-            reach = _on(group["lr"], w) * _on(group["lp_decay"], w)
-            here = working(_reals(w))
-            sizes = here if over == "entries" else lengths(here, layout_of(w), over, heads)
-            self._due.append((w, lp_factors([sizes], p, reach)[0]))
+            reach = _to_device_of(group["lr"], w) * _to_device_of(group["lp_decay"], w)
+            here = working(_local_real(w))
+            sizes = here if over == "entries" else block_norms(here, layout_of(w), over, heads)
+            self._pending.append((w, lp_factors([sizes], p, reach)[0]))
 
     @torch.no_grad()
-    def _after(self, closure: Closure | None) -> None:
-        stepped = [(w, factor) for w, factor in self._due if closure is None or w.grad is not None]
-        due = [(_reals(w), factor) for w, factor in stepped]
+    def _post_step(self, closure: Closure | None) -> None:
+        stepped = [(w, factor) for w, factor in self._pending if closure is None or w.grad is not None]
+        due = [(_local_real(w), factor) for w, factor in stepped]
         found_inf = getattr(self.optimizer, "found_inf", None)  # a GradScaler's, while a fused step runs
         if isinstance(found_inf, Tensor):
             due = [(w, torch.where(found_inf.reshape(()).to(w.device) == 0, factor, 1)) for w, factor in due]
         scale_([w for w, _ in due], [factor for _, factor in due])
         for w in filter(is_dtensor, (w for w, _ in stepped)):
-            torch.autograd.graph.increment_version(w)  # its part was written, of which autograd does not know
-        self._due = []
+            torch.autograd.graph.increment_version(w)  # autograd does not see a write to the local shard
+        self._pending = []
         for group in self.optimizer.param_groups:
             if group["lp_step"] < group["lp_warmup"] and not equals(group.get("lr", 1), 0):
                 group["lp_step"] += 1
 
-    def _recover(self) -> None:
-        self._due = []
+    def _abort(self) -> None:
+        self._pending = []
 
 
-def _warn_if_kept(i: int, group: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Warn of settings that a group keeps from before, against the arguments; how far a warm-up is, is none of them."""
+def _warn_kept_settings(i: int, group: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Warn if a group's existing settings override the arguments (warm-up progress excepted)."""
     kept = {
         key: group[key]
         for key, value in settings.items()
@@ -266,8 +264,8 @@ def _warn_if_kept(i: int, group: Mapping[str, Any], settings: Mapping[str, Any])
     if kept:
         key = next(iter(kept))
         warnings.warn(
-            f"group {i} has its settings already, as from a checkpoint or a copy, and keeps "
-            f"{', '.join(f'{k} = {v!r}' for k, v in kept.items())}, though the arguments say "
+            f"group {i} already has LpDecay settings, as from a checkpoint or a copy, and keeps "
+            f"{', '.join(f'{k} = {v!r}' for k, v in kept.items())} instead of the arguments' "
             f"{', '.join(f'{_SETTINGS[k][0]} = {settings[k]!r}' for k in kept)}. To change one, set it in the group: "
             f"optimizer.param_groups[{i}][{key!r}] = {settings[key]!r}",
             UserWarning,
@@ -278,12 +276,12 @@ def _warn_if_kept(i: int, group: Mapping[str, Any], settings: Mapping[str, Any])
 def _check_heads(where: str, group: Mapping[str, Any]) -> None:
     heads = group["lp_heads"]
     if heads is None:
-        raise ValueError(f'over="heads" needs to know how many there are: give heads, or lp_heads to {where}')
+        raise ValueError(f'over="heads" needs the number of heads: give heads, or set lp_heads in {where}')
     for w in group["params"]:
         if w.dim() >= 2 and len(w) % heads:
             raise ValueError(
-                f"{where} has a tensor of {len(w)} rows, which {heads} heads do not divide: put what has heads into "
-                "a param group of its own, and lp_decay=0 or another lp_over into the rest"
+                f"{where} has a tensor of {len(w)} rows, which {heads} heads do not divide: put tensors with heads "
+                "into a param group of their own, and set lp_decay=0 or another lp_over for the rest"
             )
 
 
@@ -291,26 +289,25 @@ def _check_normopt(where: str, group: Mapping[str, Any]) -> None:
     if group["lp_over"] == "entries":
         raise ValueError(
             "ℓp decay of entries is a setting of normopt's own optimizers: give them "
-            'decay="lp", weight_decay=…, decay_p=… in place of LpDecay, which is for groups of entries there'
+            'decay="lp", weight_decay=…, decay_p=…. There LpDecay is only for over="rows", "columns" or "heads"'
         )
     if group["rounding"] == "kahan" and any(w.dim() >= 2 and is_low_precision(w) for w in group["params"]):
         raise ValueError(
-            f'{where} has rounding="kahan", which would bring back what LpDecay takes away: use "nearest" or '
-            '"stochastic"'
+            f'{where} has rounding="kahan", whose compensation would undo LpDecay: use "nearest" or "stochastic"'
         )
 
 
-def _exponent_now(group: Mapping[str, Any]) -> float:
-    """p, or where its way from 2 to p is in this step of the warm-up."""
+def _current_p(group: Mapping[str, Any]) -> float:
+    """Return the exponent of this step: p, or the interpolation from 2 to p during the warm-up."""
     p, s, n = float(group["lp_p"]), group["lp_step"], group["lp_warmup"]
     return p if s >= n else 2 + (p - 2) * s / n
 
 
-def _reals(w: Tensor) -> Tensor:
-    """Return the local shard of a weight as reals, sharing its memory; a lazy conjugation is undone."""
+def _local_real(w: Tensor) -> Tensor:
+    """Return the local shard as a real view; a lazy conjugation is undone."""
     here = local(w)
-    return real(here.conj() if here.is_conj() else here)  # the sign of an imaginary part plays no role in a factor
+    return real(here.conj() if here.is_conj() else here)  # the factor does not depend on the sign of the imaginary part
 
 
-def _on(value: float | Tensor, w: Tensor) -> float | Tensor:
+def _to_device_of(value: float | Tensor, w: Tensor) -> float | Tensor:
     return value.reshape(()).to(w.device) if isinstance(value, Tensor) else float(value)

@@ -1,4 +1,4 @@
-"""What a training did: the regularity of its trajectory, the geometry of its steps."""
+"""Monitors of a training run: the regularity of its trajectory, the geometry of its steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept of a trajectory's weights: a sketch of every update in memory, or every iterate in a file."""
+"""Storage of a trajectory: a sketch of every update in memory, or every iterate on disk."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from normopt.diagnostics.measures import entries
+from normopt.diagnostics.measures import as_dense_real
 from normopt.diagnostics.sketch import Sketch
 from normopt.sharding.exchange import summed
 from normopt.sharding.layout import layout_of, local
 
 Array = NDArray[np.float64]
-LOSS, LR = 0, 1  # the columns of what is kept of a step besides its update
-CHUNK = 256  # steps for which memory is taken at once
+LOSS, LR = 0, 1  # columns of the per-step scalars
+CHUNK = 256  # steps per memory allocation
 ABOUT, ITERATES, STEPS = "about.json", "iterates.bin", "steps.bin"
 
 
 @dataclass(frozen=True)
-class Walk:
-    """A trajectory's lengths and angles, for T steps, and the losses and learning rates that were kept with them."""
+class TrajectoryRecord:
+    """Norms and cosines of a trajectory of T steps, with its losses and learning rates."""
 
     loss: Array
     lr: Array
-    distance: Array  # T + 1: the last is 0
+    distance: Array  # T + 1, the last is 0
     update_l2: Array
     cosine: Array
     consecutive_cosine: Array  # T − 1
     sketch: int | None
 
 
-class Weights:
-    """Parameters as one vector in pieces, one a device, in float64 if any of them is, else in float32.
+class FlatParams:
+    """The parameters as one vector, one piece per device, in float64 if any parameter is, else in float32.
 
-    Of DTensors each rank has the part that is here, and what all ranks have whole is the first one's alone: what is
-    summed over the vector is then summed over the ranks, by ``over_ranks``.
+    With DTensors each rank holds its local shards, and only the first rank holds the unsharded parameters. A sum over
+    the vector is therefore the sum over all ranks: see ``sum_over_ranks``.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -51,27 +51,25 @@ class Weights:
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
         self.dtype = torch.float64 if wide else torch.float32
         layouts = [layout_of(p) for p in params]
-        self.cut = next((lay for lay in layouts if lay is not None), None)
+        self.layout = next((lay for lay in layouts if lay is not None), None)
         if len({lay.group for lay in layouts if lay is not None}) > 1:
-            raise ValueError(
-                "a monitor takes parameters that are cut over one process group, but these are over several"
-            )
-        self.on: dict[torch.device, list[Tensor]] = {}
+            raise ValueError("a monitor needs all DTensors sharded over the same process group, but these use several")
+        self.by_device: dict[torch.device, list[Tensor]] = {}
         for p, layout in zip(params, layouts, strict=True):
-            of_device = self.on.setdefault(p.device, [])
-            if layout is not None or self.cut is None or self.cut.rank == 0:
-                of_device.append(p)
-        self.shapes = [[_shape(p) for p in ps] for ps in self.on.values()]
+            params = self.by_device.setdefault(p.device, [])
+            if layout is not None or self.layout is None or self.layout.rank == 0:
+                params.append(p)
+        self.shapes = [[_shape(p) for p in ps] for ps in self.by_device.values()]
         self.sizes = [sum(map(math.prod, shapes)) for shapes in self.shapes]
 
     @torch.no_grad()
-    def now(self) -> list[Tensor]:
-        """A copy of the weights as they are, on the devices where they were.
+    def snapshot(self) -> list[Tensor]:
+        """Copy the current weights, one vector per device.
 
         Raises:
-            RuntimeError: a parameter was given another shape.
+            RuntimeError: a parameter's shape has changed.
         """
-        for ps, shapes in zip(self.on.values(), self.shapes, strict=True):
+        for ps, shapes in zip(self.by_device.values(), self.shapes, strict=True):
             for p, shape in zip(ps, shapes, strict=True):
                 if _shape(p) != shape:
                     raise RuntimeError(
@@ -82,43 +80,43 @@ class Weights:
             torch.cat(
                 [
                     torch.empty(0, dtype=self.dtype, device=device),
-                    *(entries(local(p)).reshape(-1).to(device, self.dtype) for p in ps),
+                    *(as_dense_real(local(p)).reshape(-1).to(device, self.dtype) for p in ps),
                 ]
             )
-            for device, ps in self.on.items()
+            for device, ps in self.by_device.items()
         ]
 
-    def over_ranks(self, sums: Array) -> Array:
-        """Numbers summed over all ranks that have parts of the vector."""
-        if self.cut is None:
+    def sum_over_ranks(self, sums: Array) -> Array:
+        """Sum over all ranks that hold parts of the vector."""
+        if self.layout is None:
             return sums
-        return summed(torch.from_numpy(sums).to(next(iter(self.on))), self.cut).cpu().numpy()
+        return summed(torch.from_numpy(sums).to(next(iter(self.by_device))), self.layout).cpu().numpy()
 
 
 def _shape(p: Tensor) -> torch.Size:
-    """The shape of what is here of a parameter, as reals."""
+    """Return the shape of a parameter's local shard as reals."""
     here = local(p)
     return torch.Size((*here.shape, 2)) if here.is_complex() else here.shape
 
 
 class Store(Protocol):
-    """What a monitor writes into. ``steps`` is how many updates are in it."""
+    """Storage that a monitor writes into; ``steps`` is the number of updates stored."""
 
     steps: int
 
-    def begin(self) -> None:
-        """Take the weights as θ_0."""
+    def start(self) -> None:
+        """Store the current weights as θ_0, unless that was done before."""
 
-    def move(self) -> None:
-        """Keep the update from the weights that were taken last to those of now."""
+    def record_update(self) -> None:
+        """Store the update from the last stored weights to the current ones."""
 
-    def stay(self) -> None:
-        """Keep an update of zero."""
+    def record_zero(self) -> None:
+        """Store an update of zero."""
 
-    def put(self, step: int, column: int, value: float | Tensor) -> None:
-        """Keep the loss or the learning rate of a step."""
+    def record_scalar(self, step: int, column: int, value: float | Tensor) -> None:
+        """Store the loss or the learning rate of a step."""
 
-    def walk(self) -> Walk: ...
+    def to_record(self) -> TrajectoryRecord: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -127,21 +125,21 @@ class Store(Protocol):
     def close(self) -> None: ...
 
 
-class Rows:
-    """A table that grows on a device, in chunks, so that a row is appended without asking the device anything."""
+class GrowingTable:
+    """Table on a device that grows in chunks, so that appending a row needs no host sync."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.width, self.dtype, self.device = width, dtype, device
         self.chunks: list[Tensor] = []
 
     def row(self, i: int) -> Tensor:
-        """Row i, to write into; NaN if it is new."""
+        """Return row i as a writable view; new rows are NaN."""
         while i >= CHUNK * len(self.chunks):
             self.chunks.append(torch.full((CHUNK, self.width), torch.nan, dtype=self.dtype, device=self.device))
         return self.chunks[i // CHUNK][i % CHUNK]
 
     def first(self, n: int) -> Tensor:
-        """A copy of the first n rows."""
+        """Copy the first n rows."""
         if n:
             self.row(n - 1)
         return torch.cat([*self.chunks, torch.empty(0, self.width, dtype=self.dtype, device=self.device)])[:n].clone()
@@ -152,53 +150,53 @@ class Rows:
             self.row(i).copy_(row)
 
 
-class Sketched:
-    """S·U_t of every step, ‖U_t‖² exactly, and one copy of the weights to take the next update from."""
+class SketchStore:
+    """Store S·U_t and the exact ‖U_t‖² of every step, and the last weights, to compute the next update."""
 
-    def __init__(self, weights: Weights, k: int, seed: int) -> None:
+    def __init__(self, weights: FlatParams, k: int, seed: int) -> None:
         self.weights, self.seed = weights, seed
-        self.sketch = Sketch(weights.sizes, k, seed, list(weights.on))
+        self.sketch = Sketch(weights.sizes, k, seed, list(weights.by_device))
         self.steps = 0
         self.previous: list[Tensor] | None = None
-        home = next(iter(weights.on))
-        self.wide = torch.float32 if home.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        self.updates = Rows(k, torch.float32, home)
-        self.squares = Rows(1, self.wide, home)
-        self.kept = Rows(2, self.wide, home)
+        home = next(iter(weights.by_device))
+        self.wide = torch.float32 if home.type == "mps" else torch.float64  # MPS has no float64
+        self.updates = GrowingTable(k, torch.float32, home)
+        self.squares = GrowingTable(1, self.wide, home)
+        self.kept = GrowingTable(2, self.wide, home)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         if self.previous is None:
-            self.previous = self.weights.now()
+            self.previous = self.weights.snapshot()
 
-    def move(self) -> None:
-        now = self.weights.now()
+    def record_update(self) -> None:
+        snapshot = self.weights.snapshot()
         assert self.previous is not None
-        update = [a - b for a, b in zip(now, self.previous, strict=True)]
+        update = [a - b for a, b in zip(snapshot, self.previous, strict=True)]
         self.updates.row(self.steps).copy_(self.sketch(update))
         norms = [torch.linalg.vector_norm(u, dtype=self.wide).to(self.squares.device) for u in update]
         self.squares.row(self.steps).copy_(torch.stack(norms).square().sum())
-        self.previous = now
+        self.previous = snapshot
         self.steps += 1
 
-    def stay(self) -> None:
+    def record_zero(self) -> None:
         self.updates.row(self.steps).zero_()
         self.squares.row(self.steps).zero_()
         self.steps += 1
 
-    def put(self, step: int, column: int, value: float | Tensor) -> None:
+    def record_scalar(self, step: int, column: int, value: float | Tensor) -> None:
         self.kept.row(step)[column] = value
 
-    def walk(self) -> Walk:
+    def to_record(self) -> TrajectoryRecord:
         kept = self.kept.first(self.steps).cpu().double().numpy()
         squares = self.squares.first(self.steps).cpu().double().numpy()[:, 0]
-        sums = self.weights.over_ranks(np.stack([*_products(self._backwards(), self.steps), squares]))
-        return _walk(sums[:-1], kept, sums[-1], self.sketch.k)
+        sums = self.weights.sum_over_ranks(np.stack([*_inner_products(self._backwards(), self.steps), squares]))
+        return _make_record(sums[:-1], kept, sums[-1], self.sketch.k)
 
     def _backwards(self) -> Iterable[tuple[Array, Array]]:
         rest = np.zeros(self.sketch.k)
         for update in reversed(self.updates.first(self.steps).cpu().numpy()):
             u = update.astype(np.float64)
-            rest = rest + u  # summed from the end: no small difference of two far positions is ever taken
+            rest = rest + u  # θ_T − θ_t summed from the end, which avoids cancellation between distant iterates
             yield u, rest
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,58 +218,58 @@ class Sketched:
         self.steps = state["steps"]
         for rows, name in ((self.updates, "updates"), (self.squares, "squares"), (self.kept, "kept")):
             rows.load(state[name])
-        pieces = zip(state["previous"], self.weights.on, strict=bool(state["previous"]))
+        pieces = zip(state["previous"], self.weights.by_device, strict=bool(state["previous"]))
         self.previous = [piece.to(device, copy=True) for piece, device in pieces] or None
 
     def close(self) -> None:
         self.previous = None
 
 
-class OnDisk:
-    """Every iterate, appended to a file as raw numbers, and the losses and learning rates in another."""
+class DiskStore:
+    """Append every iterate to one raw binary file, losses and learning rates to another."""
 
-    def __init__(self, weights: Weights, directory: Path) -> None:
+    def __init__(self, weights: FlatParams, directory: Path) -> None:
         self.weights, self.directory = weights, directory
         self.iterates, self.table = directory / ITERATES, directory / STEPS
         self.about: dict[str, Any] = {"weights": sum(weights.sizes), "dtype": str(weights.dtype).removeprefix("torch.")}
         self.steps = 0
-        self.mine = self.begun = False  # whether the files are this trajectory's; whether θ_0 is in them
+        self.mine = self.begun = False  # the files belong to this trajectory; θ_0 is in them
 
-    def begin(self) -> None:
+    def start(self) -> None:
         if not self.begun:
-            self._append(self.weights.now())
+            self._append(self.weights.snapshot())
             self.begun = True
 
-    def move(self) -> None:
-        self._append(self.weights.now())
+    def record_update(self) -> None:
+        self._append(self.weights.snapshot())
         self.steps += 1
 
-    def stay(self) -> None:
-        # Not the weights of now, which may have changed since: those belong to the next update.
-        self._append([torch.from_numpy(_rows(self.directory)[-1].copy())])
+    def record_zero(self) -> None:
+        # Repeat the last iterate: a change of the weights since then belongs to the next update.
+        self._append([torch.from_numpy(_load_iterates(self.directory)[-1].copy())])
         self.steps += 1
 
     def _append(self, row: list[Tensor]) -> None:
-        self._make()
-        # Closed again, so that the operating system has it: it outlives this process, though not the machine.
+        self._create_files()
+        # Closing hands the data to the operating system, so that it survives a crash of the process.
         with self.iterates.open("ab") as file:
             for piece in row:
                 file.write(piece.cpu().numpy().data)
 
-    def put(self, step: int, column: int, value: float | Tensor) -> None:
-        self._make()
+    def record_scalar(self, step: int, column: int, value: float | Tensor) -> None:
+        self._create_files()
         with self.table.open("r+b") as file:
             missing = 2 * (step + 1) - file.seek(0, 2) // 8
             file.write(np.full(max(0, missing), np.nan).data)
             file.seek(8 * (2 * step + column))
             file.write(np.array([float(value)]).data)
 
-    def _make(self) -> None:
+    def _create_files(self) -> None:
         if self.mine:
             return
         if self.iterates.exists():
             raise ValueError(
-                f"{self.directory} holds a trajectory already: give an empty directory, or go on with that one "
+                f"{self.directory} holds a trajectory already: give an empty directory, or continue that one "
                 "by load_state_dict() before the first step"
             )
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -280,8 +278,8 @@ class OnDisk:
         self.iterates.touch()
         self.mine = True
 
-    def walk(self) -> Walk:
-        return _read([self.directory], self.weights.over_ranks)
+    def to_record(self) -> TrajectoryRecord:
+        return _read([self.directory], self.weights.sum_over_ranks)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "begun": self.begun} | self.about
@@ -294,7 +292,7 @@ class OnDisk:
         if needed > (self.iterates.stat().st_size if self.mine else 0):
             raise ValueError(f"{self.directory} does not hold the {state['steps']} steps of this state")
         if self.mine:
-            # What came after the checkpoint did not happen. The loss of a step yet to come may be there.
+            # Drop the steps after the checkpoint. The table may already hold the loss of the next step.
             os.truncate(self.iterates, needed)
             os.truncate(self.table, min(16 * (state["steps"] + 2), self.table.stat().st_size))
         self.steps, self.begun = state["steps"], state["begun"]
@@ -303,15 +301,15 @@ class OnDisk:
         pass
 
 
-def read(directory: str | Path) -> Walk:
-    """The walk of the iterates in a directory, of as many whole steps as there are, such as after a crash."""
+def read(directory: str | Path) -> TrajectoryRecord:
+    """Read the trajectory in a directory: all complete steps, also after a crash."""
     directory = Path(directory)
     return _read(sorted(directory.glob("rank-*")) or [directory], lambda sums: sums)
 
 
-def _read(parts: Sequence[Path], over_ranks: Callable[[Array], Array]) -> Walk:
-    """That of the directories of some ranks, if the others' part of every sum is put in."""
-    rows = [_rows(part) for part in parts]
+def _read(parts: Sequence[Path], sum_over_ranks: Callable[[Array], Array]) -> TrajectoryRecord:
+    """Read the directories of some ranks; ``sum_over_ranks`` adds the other ranks' terms."""
+    rows = [_load_iterates(part) for part in parts]
     steps = max(0, min(map(len, rows)) - 1)
     kept = np.full((steps, 2), np.nan)
     found = np.fromfile(parts[0] / STEPS)
@@ -325,17 +323,17 @@ def _read(parts: Sequence[Path], over_ranks: Callable[[Array], Array]) -> Walk:
             yield after - here, last - here
             after = here
 
-    each = [_products(backwards(of), steps) for of in rows if steps]
-    return _walk(over_ranks(np.sum(each, axis=0) if each else np.zeros((4, 0))), kept, None, None)
+    each = [_inner_products(backwards(of), steps) for of in rows if steps]
+    return _make_record(sum_over_ranks(np.sum(each, axis=0) if each else np.zeros((4, 0))), kept, None, None)
 
 
-def _rows(directory: Path) -> NDArray[Any]:
-    """The iterates, memory-mapped; a last one that was cut off is left out."""
+def _load_iterates(directory: Path) -> NDArray[Any]:
+    """Memory-map the iterates, without a truncated last one."""
     if not (directory / ABOUT).exists():
         raise ValueError(f"{directory} holds no trajectory: TrajectoryMonitor(optimizer, directory=…) writes one")
     about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
     dtype, width = np.dtype(about["dtype"]), about["weights"]
-    if width == 0:  # no part of any weight was on this rank
+    if width == 0:  # this rank holds no weights
         return np.empty(((directory / STEPS).stat().st_size // 16 + 1, 0), dtype)
     n = (directory / ITERATES).stat().st_size // (dtype.itemsize * width)
     if n == 0:
@@ -343,9 +341,10 @@ def _rows(directory: Path) -> NDArray[Any]:
     return np.memmap(directory / ITERATES, dtype, "r", shape=(n, width))
 
 
-def _products(backwards: Iterable[tuple[Array, Array]], steps: int) -> Array:
-    """U_t², (θ_T − θ_t)², ⟨U_t, θ_T − θ_t⟩ and ⟨U_t, U_{t+1}⟩, shape [4, T], of such pairs or their sketches, the last
-    first.
+def _inner_products(backwards: Iterable[tuple[Array, Array]], steps: int) -> Array:
+    """Return ‖U_t‖², ‖θ_T − θ_t‖², ⟨U_t, θ_T − θ_t⟩ and ⟨U_t, U_{t+1}⟩, shape [4, T].
+
+    ``backwards`` yields the pairs (U_t, θ_T − θ_t), or their sketches, from the last step to the first.
     """
     found = np.zeros((4, steps))
     following = None
@@ -358,17 +357,17 @@ def _products(backwards: Iterable[tuple[Array, Array]], steps: int) -> Array:
     return found
 
 
-def _walk(products: Array, kept: Array, squares: Array | None, k: int | None) -> Walk:
-    """From the inner products, and from ‖U_t‖² where those are of sketches; 0/0 is NaN."""
+def _make_record(products: Array, kept: Array, squares: Array | None, k: int | None) -> TrajectoryRecord:
+    """Build the record from inner products; for sketches, ``squares`` is the exact ‖U_t‖². 0/0 is NaN."""
     lengths, rests = np.sqrt(products[:2])
     exact = lengths if squares is None else np.sqrt(squares)
     with np.errstate(invalid="ignore", divide="ignore"):
         cosine = np.clip(products[2] / lengths / rests, -1, 1)
         consecutive = np.clip(products[3] / lengths / np.roll(lengths, -1), -1, 1)[:-1]
-    return Walk(kept[:, LOSS], kept[:, LR], np.append(rests, 0.0), exact, cosine, consecutive, k)
+    return TrajectoryRecord(kept[:, LOSS], kept[:, LR], np.append(rests, 0.0), exact, cosine, consecutive, k)
 
 
 def _check_fits(state: dict[str, Any], mine: dict[str, Any]) -> None:
     saved = {name: state.get(name) for name in mine}
     if saved != mine:
-        raise ValueError(f"this state is of a monitor with {saved}, but this one has {mine}: make it as that one was")
+        raise ValueError(f"the state is of a monitor with {saved}, but this one has {mine}: use the same arguments")

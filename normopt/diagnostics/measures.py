@@ -1,4 +1,4 @@
-"""What a gradient and an update measure: sums of powers of many tensors as one vector, with no host sync."""
+"""Metrics of gradients and updates: power sums of many tensors as one vector, without a host sync."""
 
 from __future__ import annotations
 
@@ -16,139 +16,139 @@ from normopt.norms.lp import Lp
 from normopt.norms.matrices import MatrixNorm
 from normopt.sharding.layout import resolved, whole
 
-# Entries up to which tensors are measured together: small ones cost a call each otherwise, and a large one
-# gains nothing but a copy of all.
-TOGETHER = 1 << 20
+# Maximal number of entries of a bucket of tensors that are measured in one call. Bucketing saves calls for small
+# tensors; for large ones it would only add a copy.
+BUCKET_SIZE = 1 << 20
 
 Order = float | Tensor
-Piece = tuple[list[int], Tensor]  # which of a group's tensors, and their entries as one vector
+Bucket = tuple[list[int], Tensor]  # indices of tensors in the group, and their entries as one vector
 
 
-class Measure(NamedTuple):
-    """What a group is measured in: a norm, and whether it is that of all its tensors as one vector."""
+class NormScope(NamedTuple):
+    """The norm that a group is measured in, and whether it takes all tensors of the group as one vector."""
 
     norm: Norm
-    whole: bool
+    over_group: bool
 
 
-def number(group: Mapping[str, Any], name: str) -> float | Tensor:
-    """A param group's setting as a number or a 0-d tensor; NaN where it has none, or something else of that name."""
+def scalar_setting(group: Mapping[str, Any], name: str) -> float | Tensor:
+    """Return a setting of a param group as a number or a 0-d tensor; NaN if it is missing or not a scalar."""
     value = group.get(name)
     if isinstance(value, Tensor):
         return value.detach().reshape(()) if value.numel() == 1 and not value.is_complex() else math.nan
     return float(value) if isinstance(value, numbers.Real) else math.nan
 
 
-def entries(x: Tensor) -> Tensor:
-    """The numbers of a tensor of any layout, dense and real, complex ones as pairs, conjugated if it is lazily so."""
+def as_dense_real(x: Tensor) -> Tensor:
+    """Return a dense real view or copy: sparse becomes dense, complex becomes pairs, lazy conjugation is resolved."""
     return real(resolved(x if x.layout == torch.strided else x.to_dense()))
 
 
-def of_gradient(params: Sequence[Tensor], measure: Measure, scale: Tensor | None) -> Tensor | None:
-    """grad_dual, grad_l2, density, density_q and anisotropy, shape [5]; None without entries.
+def gradient_metrics(params: Sequence[Tensor], scope: NormScope, scale: Tensor | None) -> Tensor | None:
+    """Return grad_dual, grad_l2, density, density_q and anisotropy, shape [5]; None without entries.
 
-    The gradients are those in ``.grad``, divided by a loss scale if there is one.
+    The gradients are read from ``.grad`` and divided by ``scale``, the loss scale, if there is one.
     """
-    g = [working(entries(whole(p.grad))) for p in params if p.grad is not None]
+    g = [working(as_dense_real(whole(p.grad))) for p in params if p.grad is not None]
     d = sum(x.numel() for x in g)
     if d == 0:
         return None
-    norm = measure.norm.on(g[0].device)
+    norm = scope.norm.on(g[0].device)
     q = norm.q if isinstance(norm, Lp) else 2.0
     dense = isinstance(q, Tensor) or q < 2
-    # Up to q = 2, what vanishes of one tensor relative to the largest entry of all is no part of a sum of norms.
-    known = q if isinstance(norm, Lp) and not isinstance(q, Tensor) and q <= 2 else None
-    apart = None if measure.whole or known == 1 else known
-    pieces = (([x.numel() for x in xs], flat(xs)) for xs in ([g[i] for i in which] for which in together(g)))
-    peak, top, totals = sums(pieces, [1.0, 2.0, *([q] if dense else [])], apart)
+    # Up to q = 2, entries that underflow relative to the largest of the group do not change a sum of norms.
+    order = q if isinstance(norm, Lp) and not isinstance(q, Tensor) and q <= 2 else None
+    per_tensor_order = None if scope.over_group or order == 1 else order
+    pieces = (([x.numel() for x in xs], flatten(xs)) for xs in ([g[i] for i in indices] for indices in buckets(g)))
+    peak, top, totals = power_sums(pieces, [1.0, 2.0, *([q] if dense else [])], per_tensor_order)
     first, second = totals[1.0], totals[2.0].sum()
     l2 = top * second.sqrt()
-    dual = (top * totals[known] ** (1 / known)).sum() if known else dual_norm(norm, g, measure.whole)
-    kin = density(totals[q].sum(), second, d, q) if dense else torch.full_like(l2, math.nan)
-    found = [dual, l2, density(first, second, d, 1.0), kin, peak * math.sqrt(d) / l2]
+    dual = (top * totals[order] ** (1 / order)).sum() if order else dual_norm(norm, g, scope.over_group)
+    density_q = density(totals[q].sum(), second, d, q) if dense else torch.full_like(l2, math.nan)
+    found = [dual, l2, density(first, second, d, 1.0), density_q, peak * math.sqrt(d) / l2]
     if scale is not None:
         found[:2] = [x / scale.reshape(()).to(x.device) for x in found[:2]]
     return stack(found)
 
 
-def of_update(params: Sequence[Tensor], before: list[Piece], measure: Measure) -> Tensor | None:
-    """update_norm, update_ratio and zeros, shape [3], of what a step has added to weights; None without entries."""
-    after = [entries(whole(p)) for p in params]
+def update_metrics(params: Sequence[Tensor], before: list[Bucket], scope: NormScope) -> Tensor | None:
+    """Return update_norm, update_ratio and zeros of a step, shape [3]; None without entries."""
+    after = [as_dense_real(whole(p)) for p in params]
     d = sum(x.numel() for x in after)
     if d == 0:
         return None
     zeros: list[Tensor] = []
 
     def changes() -> Iterator[tuple[list[int], Tensor]]:
-        for which, old in before:
-            new = flat([after[i] for i in which])
+        for indices, old in before:
+            new = flatten([after[i] for i in indices])
             zeros.append(new.numel() - torch.count_nonzero(new))
-            yield [after[i].numel() for i in which], working(new) - working(old)
+            yield [after[i].numel() for i in indices], working(new) - working(old)
 
-    norm = measure.norm.on(after[0].device)
-    known = norm.p if isinstance(norm, Lp) and not isinstance(norm.p, Tensor) else None
-    if known == math.inf:
-        size, top, totals = sums(changes(), [2.0], None)
-    elif known is not None:
-        _, top, totals = sums(changes(), [2.0, known], None if measure.whole else known)
-        size = (top * totals[known] ** (1 / known)).amax()
+    norm = scope.norm.on(after[0].device)
+    order = norm.p if isinstance(norm, Lp) and not isinstance(norm.p, Tensor) else None
+    if order == math.inf:
+        size, top, totals = power_sums(changes(), [2.0], None)
+    elif order is not None:
+        _, top, totals = power_sums(changes(), [2.0, order], None if scope.over_group else order)
+        size = (top * totals[order] ** (1 / order)).amax()
     else:
-        parts = [(which, n, x) for (which, _), (n, x) in zip(before, list(changes()), strict=True)]
-        _, top, totals = sums(((n, x) for _, n, x in parts), [2.0], None)
-        apart = {i: x for which, n, y in parts for i, x in zip(which, torch.split(y, n), strict=True)}
-        size = primal_norm(norm, [apart[i].view(after[i].shape) for i in sorted(apart)], measure.whole)
+        parts = [(indices, n, x) for (indices, _), (n, x) in zip(before, list(changes()), strict=True)]
+        _, top, totals = power_sums(((n, x) for _, n, x in parts), [2.0], None)
+        changed = {i: x for indices, n, y in parts for i, x in zip(indices, torch.split(y, n), strict=True)}
+        size = primal_norm(norm, [changed[i].view(after[i].shape) for i in sorted(changed)], scope.over_group)
     update = top * totals[2.0].sum().sqrt()
-    _, top, totals = sums((([old.numel()], working(old)) for _, old in before), [2.0], None)
+    _, top, totals = power_sums((([old.numel()], working(old)) for _, old in before), [2.0], None)
     return stack([size, update / (top * totals[2.0].sqrt()), stack(zeros).sum() / d])
 
 
-def together(xs: Sequence[Tensor]) -> list[list[int]]:
-    """Which of the tensors are measured in one call: of one dtype and device, and small; empty ones are left out."""
+def buckets(xs: Sequence[Tensor]) -> list[list[int]]:
+    """Return index lists of tensors to measure in one call: same dtype and device, bounded size, no empty ones."""
     done: list[list[int]] = []
     growing: dict[tuple[torch.device, torch.dtype], tuple[list[int], int]] = {}
     for i, x in enumerate(xs):
         key, n = (x.device, x.dtype), x.numel()
         if n == 0:
             continue
-        which, held = growing.get(key, ([], 0))
-        if not which or held + n > TOGETHER:
-            which, held = [], 0
-            done.append(which)
-        which.append(i)
-        growing[key] = which, held + n
+        indices, held = growing.get(key, ([], 0))
+        if not indices or held + n > BUCKET_SIZE:
+            indices, held = [], 0
+            done.append(indices)
+        indices.append(i)
+        growing[key] = indices, held + n
     return done
 
 
-def flat(xs: Sequence[Tensor]) -> Tensor:
-    """Tensors as one vector; of one tensor it may share the memory."""
+def flatten(xs: Sequence[Tensor]) -> Tensor:
+    """Return the tensors as one vector; for a single tensor it may share memory."""
     return torch.cat([x.reshape(-1) for x in xs]) if len(xs) > 1 else xs[0].reshape(-1)
 
 
-def copied(xs: Sequence[Tensor]) -> list[Piece]:
-    """A copy of the tensors, the small ones together."""
-    pieces = ((which, [xs[i] for i in which]) for which in together(xs))
-    return [(which, flat(some) if len(some) > 1 else some[0].reshape(-1).clone()) for which, some in pieces]
+def copy_buckets(xs: Sequence[Tensor]) -> list[Bucket]:
+    """Copy the tensors, small ones in shared buckets."""
+    pieces = ((indices, [xs[i] for i in indices]) for indices in buckets(xs))
+    return [(indices, flatten(some) if len(some) > 1 else some[0].reshape(-1).clone()) for indices, some in pieces]
 
 
-def sums(
-    pieces: Iterable[tuple[list[int], Tensor]], orders: Iterable[Order], apart: float | None
+def power_sums(
+    pieces: Iterable[tuple[list[int], Tensor]], orders: Iterable[Order], per_tensor_order: float | None
 ) -> tuple[Tensor, Tensor, dict[Order, Tensor]]:
-    """Of vectors as one: max|x|, a scale M near it, and for each order k the sum Σ(|x|/M)^k, 0-d.
+    """Return max|x|, the scale M (max|x| clamped), and Σ(|x|/M)^k for each order k, 0-d, over all pieces.
 
-    Relative to the largest entry, no power overflows, and no sum vanishes.
+    Scaled by the largest entry, no power overflows and no sum vanishes.
 
     Args:
-        pieces: the lengths of tensors, and their entries one after the other.
-        orders: of the sums.
-        apart: the order whose sums are given for each tensor, shape [n].
+        pieces: (sizes of the tensors, their concatenated entries).
+        orders: the k of the sums.
+        per_tensor_order: the order whose sums are returned per tensor, shape [n].
     """
     orders = list(dict.fromkeys(orders))
-    split = [k for k in orders if apart is not None and equals(k, apart)]
+    split = [k for k in orders if per_tensor_order is not None and equals(k, per_tensor_order)]
     found: list[tuple[Tensor, Tensor, dict[Order, Tensor]]] = []
     for sizes, x in pieces:
         a = x.abs()
         peak = a.amax()
-        top = scale_near(peak)
+        top = clamp_normal(peak)
         a.div_(top)
         powers = {k: a if equals(k, 1) else a.square() if equals(k, 2) else a.pow(k) for k in orders}
         each = {k: stack([t.sum() for t in torch.split(y, sizes)]) for k, y in powers.items() if k in split}
@@ -156,7 +156,7 @@ def sums(
     if len(found) == 1:
         return found[0]
     peak = stack([peak for peak, _, _ in found]).amax()
-    top, tops = scale_near(peak), stack([top for _, top, _ in found])
+    top, tops = clamp_normal(peak), stack([top for _, top, _ in found])
     totals = {}
     for k in orders:
         scaled = [(f[2][k].to(top.device) * (t / top) ** k).reshape(-1) for f, t in zip(found, tops, strict=True)]
@@ -164,28 +164,28 @@ def sums(
     return peak, top, totals
 
 
-def scale_near(peak: Tensor) -> Tensor:
-    """The largest entry, kept off 0 and ∞, under which 0/0 and ∞/∞ would make NaN of what is none."""
+def clamp_normal(peak: Tensor) -> Tensor:
+    """Clamp max|x| to the normal float range, so that x/max|x| is NaN only where x is."""
     limits = torch.finfo(peak.dtype)
     return peak.clamp(limits.tiny, limits.max)
 
 
 def density(total: Tensor, second: Tensor, d: int, q: Order) -> Tensor:
-    """‖g‖_q²/(d^(2/q−1)‖g‖₂²) from Σ|g|^q and Σ|g|², each relative to the same; NaN where a tensor q is 2 or more."""
+    """Return ‖g‖_q²/(d^(2/q−1)‖g‖₂²) from Σ|g|^q and Σ|g|² with the same scale; NaN if a tensor q is 2 or more."""
     q = q.to(second) if isinstance(q, Tensor) else q
     found = total ** (2 / q) / (d ** (2 / q - 1) * second)
     return torch.where(q < 2, found, math.nan) if isinstance(q, Tensor) else found
 
 
-def dual_norm(norm: Norm, g: list[Tensor], whole: bool) -> Tensor:
-    """The dual norm of a group: the sum over its tensors, or that of all as one vector."""
+def dual_norm(norm: Norm, g: list[Tensor], over_group: bool) -> Tensor:
+    """Return a group's dual norm: the sum over its tensors, or that of all as one vector."""
     partials = norm.measure(g)
-    return norm.combine(partials)[..., 0] if whole else norm.combine(partials[:, None])[..., 0].sum()
+    return norm.combine(partials)[..., 0] if over_group else norm.combine(partials[:, None])[..., 0].sum()
 
 
-def primal_norm(norm: Norm, xs: list[Tensor], whole: bool) -> Tensor:
-    """The norm of a group: the largest over its tensors, or that of all as one vector; NaN if it defines none."""
-    if whole and not isinstance(norm, MatrixNorm):  # whose norm of many matrices is the largest
+def primal_norm(norm: Norm, xs: list[Tensor], over_group: bool) -> Tensor:
+    """Return a group's norm: the maximum over its tensors, or that of all as one vector; NaN if not defined."""
+    if over_group and not isinstance(norm, MatrixNorm):  # the group norm of matrices is the maximum in both cases
         xs = [torch.cat([x.reshape(-1).to(xs[0].device) for x in xs])]
     try:
         return stack([norm.norm(x) for x in xs]).amax()

@@ -1,4 +1,4 @@
-"""Rows of numbers: a ring of them on a device, a table of them on the host, and their picture."""
+"""Metric rows: a ring buffer on the device, a NumPy table on the host, and a plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from normopt._plots import subplots
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What a row has beside its step and its group, in the order of its columns, and what a plot calls it.
+# Metric columns of a row, in order, and their titles in a plot.
 TITLES = {
     "lr": "learning rate",
     "p": "p",
@@ -29,13 +29,15 @@ TITLES = {
     "zeros": "weights that are 0",
 }
 METRICS = tuple(TITLES)
-GRADIENT, UPDATE = (METRICS.index(name) for name in ("grad_dual", "update_norm"))  # where the two parts begin
+GRADIENT, UPDATE = (
+    METRICS.index(name) for name in ("grad_dual", "update_norm")
+)  # first columns of the gradient and update metrics
 FRACTIONS, LENGTHS = ("density", "density_q", "zeros"), ("lr", "grad_dual", "grad_l2", "update_norm", "update_ratio")
 ROW = np.dtype([("step", np.int64), ("group", np.int64), *((name, np.float64) for name in METRICS)])
 
 
-class Ring:
-    """The last rows of one group: their numbers on its device, their steps on the host."""
+class RingBuffer:
+    """Ring buffer of one group's last rows: metrics on its device, steps on the host."""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
@@ -46,44 +48,44 @@ class Ring:
     def add(
         self, step: int, lr: float | Tensor, p: float | Tensor, gradient: Tensor | None, update: Tensor | None
     ) -> None:
-        """Write a row over the oldest; what is None is NaN."""
-        at = self.written % len(self.steps)
+        """Append a row, overwriting the oldest when full; None is stored as NaN."""
+        slot = self.written % len(self.steps)
         for i, value in enumerate((lr, p)):
             if isinstance(value, Tensor):
-                self.numbers[at, i].copy_(value)
-            else:  # a number is an argument of a kernel: as a tensor it would have to be copied, and waited for
-                self.numbers[at, i].fill_(value)
+                self.numbers[slot, i].copy_(value)
+            else:  # fill_ passes the number as a kernel argument: no copy to the device, no sync
+                self.numbers[slot, i].fill_(value)
         for begin, end, values in ((GRADIENT, UPDATE, gradient), (UPDATE, len(METRICS), update)):
             if values is None:
-                self.numbers[at, begin:end].fill_(math.nan)
+                self.numbers[slot, begin:end].fill_(math.nan)
             else:
-                self.numbers[at, begin:end].copy_(values)
+                self.numbers[slot, begin:end].copy_(values)
         self.lost += self.written - self.fetched >= len(self.steps)
         self.fetched = max(self.fetched, self.written + 1 - len(self.steps))
-        self.steps[at] = step
+        self.steps[slot] = step
         self.written += 1
 
-    def taken(self, group: int) -> NDArray[Any]:
-        """The rows that were not taken yet."""
-        places = np.arange(self.fetched, self.written) % len(self.steps)
+    def fetch(self, group: int) -> NDArray[Any]:
+        """Return the rows that were not fetched yet."""
+        slots = np.arange(self.fetched, self.written) % len(self.steps)
         self.fetched = self.written
-        rows = np.empty(len(places), ROW)
-        if len(places):
-            numbers = self.numbers.cpu().numpy()[places]
+        rows = np.empty(len(slots), ROW)
+        if len(slots):
+            numbers = self.numbers.cpu().numpy()[slots]
             for i, name in enumerate(METRICS):
                 rows[name] = numbers[:, i]
-        rows["step"], rows["group"] = self.steps[places], group
+        rows["step"], rows["group"] = self.steps[slots], group
         return rows
 
 
-def drawn(rows: NDArray[Any]) -> Figure:
-    """Every metric that is not NaN throughout, over the steps."""
+def plot_rows(rows: NDArray[Any]) -> Figure:
+    """Plot every metric that is not always NaN over the steps."""
     shown = [name for name in METRICS if np.isfinite(rows[name]).any()]
     height = math.ceil(max(len(shown), 1) / 2)
     figure, axes = subplots(
         height, 2, layout="constrained", figsize=(7, 0.8 + 1.4 * height), sharex=True, squeeze=False
     )
-    from matplotlib.ticker import NullFormatter  # only where there is a matplotlib
+    from matplotlib.ticker import NullFormatter  # matplotlib is optional
 
     groups = np.unique(rows["group"])
     for ax, name in zip(axes.flat, shown, strict=False):

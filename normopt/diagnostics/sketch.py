@@ -1,4 +1,4 @@
-"""A seeded sketch of long vectors, short enough to keep one a step, whose error has a stated bound."""
+"""Seeded sketches of long vectors, small enough to keep one per step, with a stated error bound."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-MIXED = 64  # coordinates that are mixed with each other
-SMALLEST, LARGEST = 64, 16384  # buckets, signs included, are counted in 16 bits
-# In standard deviations. A Gaussian error would need 1.96; that of a vector with few entries comes in lumps.
+MIXED = 64  # coordinates per rotation block
+SMALLEST, LARGEST = 64, 16384  # bucket and sign share an int16
+# Half-width in standard deviations. A Gaussian error needs 1.96; vectors with few entries have heavier tails.
 WIDTH = 2.25
 
 
 class Sketch:
-    """A sparse random projection S of vectors in pieces, one a device, to k numbers: CountSketch after a rotation.
+    """Sparse random projection S of a vector, split over devices, to k numbers: a rotation, then CountSketch.
 
     ::
 
@@ -29,23 +29,22 @@ class Sketch:
 
         (‖x‖²‖y‖² + ⟨x,y⟩² − 2Σx̃_i²ỹ_i²)/k
 
-    Mixing is a rotation, and so changes no inner product. It is there for vectors with few entries: a CountSketch
-    errs where entries collide, and without it one collision of two of 20 equal entries would move a
-    cosine by .05 or more, though seldom. Dropping the last term, which no sketch knows, and to first order
-    in 1/√k, the standard deviations are at most::
+    Mixing is a rotation and preserves inner products. It helps vectors with few entries: a CountSketch errs where
+    entries collide, and without mixing one rare collision among 20 equal entries would move a cosine by .05 or more.
+    Without the last term, which is unknown, and to first order in 1/√k, the standard deviations are at most::
 
         ‖Sx‖                                relative     √(1/2k)
         cos(Sx, Sy)                         absolute     (1 − c²)/√k
         ‖x‖·‖Sy‖·cos(Sx, Sy) for ⟨x, y⟩     absolute     ‖x‖·‖y‖·√((1 − c²/2)/k)       c = cos(x, y)
 
-    An interval of 95 % is 2.25 of them to each side: 3.5 % of a distance and ±.05 of a cosine at k = 2048. For a
-    Gaussian error that is 97.6 %; the slack is for vectors of fewer than about 64 entries.
+    A 95 % confidence interval is ±2.25 standard deviations: 3.5 % of a distance and ±.05 of a cosine at k = 2048. For
+    a Gaussian error that would be 97.6 %; the slack covers vectors of fewer than about 64 entries.
 
     Args:
-        sizes: how many coordinates each piece has.
+        sizes: the number of coordinates of each piece.
         k: the sketch's size, from 64 to 16,384.
-        seed: of signs and buckets, which are drawn on the CPU: equal seeds and sizes sketch equally everywhere.
-        devices: where each piece is.
+        seed: seed of signs and buckets, drawn on the CPU: equal seeds and sizes give equal sketches on all devices.
+        devices: the device of each piece.
 
     Memory per coordinate: 2 bytes, for bucket and sign.
 
@@ -63,28 +62,28 @@ class Sketch:
         generator = torch.Generator().manual_seed(seed)
         signs = 2.0 * torch.randint(2, (MIXED,), generator=generator, device="cpu") - 1
         self.mix = _hadamard(MIXED) * signs / math.sqrt(MIXED)  # a sum of 64 terms ±1/8: exact but for roundoff
-        self.places: list[Tensor] = []
+        self.signed_buckets: list[Tensor] = []
         for n, device in zip(sizes, devices, strict=True):
-            # Twice as many places as buckets: the upper half is subtracted, which spares a multiplication by signs.
+            # Indices in [0, 2k): the upper half is subtracted at the end, which saves a multiplication by signs.
             shape = (n + -n % MIXED,)
-            places = torch.randint(2 * k, shape, generator=generator, dtype=torch.int16, device="cpu")
-            self.places.append(places.to(device))
+            signed_buckets = torch.randint(2 * k, shape, generator=generator, dtype=torch.int16, device="cpu")
+            self.signed_buckets.append(signed_buckets.to(device))
 
     def __call__(self, pieces: Sequence[Tensor]) -> Tensor:
-        """S of the vector: k numbers, on the device and in the dtype of its first piece; waits for no device."""
+        """Return the sketch, shape [k], on the device and in the dtype of the first piece, without a host sync."""
         home = pieces[0]
         total = home.new_zeros(2 * self.k)
-        for piece, places in zip(pieces, self.places, strict=True):
+        for piece, signed_buckets in zip(pieces, self.signed_buckets, strict=True):
             with torch.autocast(piece.device.type, enabled=False):
-                # Coordinates that are mixed are a 64th of the vector apart: neighbours often move together.
+                # Mix coordinates that are 1/64 of the vector apart, because neighbours are often correlated.
                 columns = torch.nn.functional.pad(piece, (0, -len(piece) % MIXED)).reshape(MIXED, -1)
                 mixed = (self.mix.to(piece) @ columns).flatten()
-            total += piece.new_zeros(2 * self.k).index_add_(0, places.int(), mixed).to(home)
+            total += piece.new_zeros(2 * self.k).index_add_(0, signed_buckets.int(), mixed).to(home)
         return total[: self.k] - total[self.k :]
 
 
 def _hadamard(n: int) -> Tensor:
-    """The matrix of ±1 with orthogonal rows, for n a power of two."""
+    """Return the n × n Hadamard matrix, n a power of two."""
     if n == 1:
         return torch.ones(1, 1, device="cpu")
     half = _hadamard(n // 2)
@@ -92,23 +91,23 @@ def _hadamard(n: int) -> Tensor:
 
 
 def check_size(k: object) -> None:
-    """Raise unless a sketch can have this size."""
+    """Raise unless k is a valid sketch size."""
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"sketch must be an integer, but is {k!r} ({type(k).__name__})")
     if not SMALLEST <= k <= LARGEST:
-        raise ValueError(f"sketch must lie in [{SMALLEST}, {LARGEST}], but is {k}: 2048 keeps cosines within ±.05")
+        raise ValueError(f"sketch must be in [{SMALLEST}, {LARGEST}], but is {k}: 2048 keeps cosines within ±.05")
 
 
 def distance_half(k: int) -> float:
-    """Half of the 95 % interval of a distance, relative to it."""
+    """Return half the width of a distance's 95 % confidence interval, relative to the distance."""
     return WIDTH * math.sqrt(1 / (2 * k))
 
 
 def cosine_half(k: int, cosine: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Half of the 95 % interval of a cosine, absolute."""
+    """Return half the width of a cosine's 95 % confidence interval."""
     return WIDTH * (1 - cosine**2) / math.sqrt(k)
 
 
 def product_half(k: int, cosine: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Half of the 95 % interval of ‖x‖·‖Sy‖·cos(Sx, Sy) about ⟨x, y⟩, relative to ‖x‖·‖y‖."""
+    """Return half the width of the 95 % confidence interval of ⟨x, y⟩ from ‖x‖·‖Sy‖·cos(Sx, Sy), over ‖x‖·‖y‖."""
     return WIDTH * np.sqrt((1 - cosine**2 / 2) / k)

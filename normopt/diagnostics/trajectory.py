@@ -1,4 +1,4 @@
-"""What a finished trajectory looks like: its lengths, its angles, and its regularity γ."""
+"""Analysis of a finished trajectory: distances, cosines, and the regularity γ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from normopt._checks import check_number
 from normopt._plots import subplots
-from normopt.diagnostics.iterates import Walk, read
+from normopt.diagnostics.iterates import TrajectoryRecord, read
 from normopt.diagnostics.sketch import cosine_half, distance_half, product_half
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ NEAR = 1e-3
 
 @dataclass(frozen=True)
 class Trajectory:
-    """T steps of a training, seen from its end: how straight the way was, and how much every step gained on the goal.
+    """T steps of a training run, relative to its end: straightness, and the progress of every step towards the end.
 
     With θ_t the weights at which the loss ℓ_t was computed, U_t = θ_{t+1} − θ_t, and θ_T the final weights::
 
@@ -38,42 +38,42 @@ class Trajectory:
         gamma                γ_t = (D_t² − D_{t+1}²) / (2η_t·(ℓ_t − inf ℓ))
                                  = (2⟨U_t, θ_T − θ_t⟩ − ‖U_t‖²) / (2η_t·(ℓ_t − inf ℓ))
 
-    The paper finds γ_t > 0 almost throughout in trainings that succeed: its minimum, `min_gamma`, is the largest γ
-    with which the whole trajectory is regular. (γ's display form is recalled from the paper, not copied from it.) The
-    second form, which equals the first, is the one computed: it takes no difference of two large numbers.
+    The paper finds γ_t > 0 almost throughout in successful trainings. Its minimum, `min_gamma`, is the largest γ with
+    which the whole trajectory is regular. (γ's display form is recalled from the paper, not copied from it.) The
+    second form, which equals the first, is the one computed: it avoids cancellation between two large numbers.
 
-    Three traps. γ_t blows up as ℓ_t nears inf ℓ, so it is no number to average; steps whose excess loss is below a
-    thousandth of the first recorded one's are not valid. γ is proportional to 1/η: two optimizers, or two learning
-    rates, do not compare by it; the cosine does. And the last cosines are high in any training: the last is 1.
+    Three pitfalls. γ_t diverges as ℓ_t nears inf ℓ, so do not average it; steps whose excess loss is below a
+    thousandth of the first recorded one's are not valid. γ is proportional to 1/η, so it cannot compare optimizers or
+    learning rates; the cosine can. The last cosines are high in any training: the last is 1.
 
     Attributes:
-        loss: ℓ_t [T], as recorded; NaN where it was not.
-        lr: η_t [T], the param groups' learning rate; NaN where they have none or several. A radius of
-            normopt's groups belongs to the norm and is not in it.
+        loss: ℓ_t [T]; NaN where none was recorded.
+        lr: η_t [T], the learning rate of the param groups; NaN if there is none or they differ. It does not include
+            the radius of normopt's groups, which belongs to the norm.
         distance: D_t [T + 1], in the units of the weights; the last is 0.
         update_l2: ‖U_t‖ [T], the ℓ2 norm of all weights' updates as one vector, under any optimizer's norm; exact in
             both modes.
-        cosine: [T]; NaN where the weights did not move or stood at θ_T.
-        consecutive_cosine: [T − 1]; NaN where one of the two did not move.
+        cosine: [T]; NaN where the weights did not move or were at θ_T.
+        consecutive_cosine: [T − 1]; NaN where one of the two updates is zero.
         gamma: γ_t [T], NaN where it is not valid.
-        reason: [T], why γ_t is not valid, "" where it is: "no finite loss was recorded", "the weights are
+        reason: [T], why γ_t is not valid, or "": "no finite loss was recorded", "the weights are
             not finite", "the weights did not move", "no single learning rate", "the learning rate is 0", or
             "the loss is at its infimum".
         inf_loss: inf ℓ, as given.
         sketch: the size of the sketch, None if exact.
-        distance_half: half of the 95 % interval of every distance, relative to it; 0 if exact.
-        cosine_half: likewise of the cosines [T], absolute.
-        consecutive_half: likewise of the consecutive cosines [T − 1], absolute.
-        gamma_half: likewise of γ [T], absolute: 2.25·‖U_t‖·D_t·√((1 − c_t²/2)/k)/(η_t·(ℓ_t − inf ℓ)), c_t the cosine.
+        distance_half: half-width of the 95 % confidence interval of every distance, relative to it; 0 if exact.
+        cosine_half: half-width for the cosines [T], absolute.
+        consecutive_half: half-width for the consecutive cosines [T − 1], absolute.
+        gamma_half: half-width for γ [T], absolute: 2.25·‖U_t‖·D_t·√((1 − c_t²/2)/k)/(η_t·(ℓ_t − inf ℓ)), c_t the
+            cosine.
 
     The intervals follow from the variance of a sketched inner product, (‖x‖²‖y‖² + ⟨x,y⟩² − 2Σx_i²y_i²)/k without its
     last term. To first order the standard deviations are at most 1/√(2k) of a distance, (1 − c²)/√k of a cosine c and
-    √((1 − c²/2)/k) of ⟨U_t, θ_T − θ_t⟩/(‖U_t‖·D_t), where ‖U_t‖ is exact; an interval is 2.25 of them to each side.
-    They hold step by step, not for all steps at once: errors of neighbouring steps go together, for one sketch makes
-    them all.
+    √((1 − c²/2)/k) of ⟨U_t, θ_T − θ_t⟩/(‖U_t‖·D_t), where ‖U_t‖ is exact; an interval is ±2.25 of them.
+    They are pointwise, not simultaneous: one sketch serves all steps, so errors of neighbouring steps are correlated.
 
-    Source: γ is of arXiv:2011.06702; the cosine, which needs no learning rate, of arXiv:2306.11922; the variance is
-    Lemma 2 of arXiv:0902.2206.
+    Source: γ is from arXiv:2011.06702; the cosine, which needs no learning rate, from arXiv:2306.11922; the variance
+    is Lemma 2 of arXiv:0902.2206.
 
     Example:
         >>> found = monitor.result()
@@ -99,27 +99,27 @@ class Trajectory:
 
     @property
     def valid(self) -> NDArray[np.bool_]:
-        """Of which steps γ is valid [T]."""
+        """Mask of the steps with a valid γ [T]."""
         return np.equal(self.reason, np.str_(""))
 
     @property
     def invalid(self) -> dict[str, int]:
-        """How many steps have no valid γ, by reason."""
+        """Number of steps without a valid γ, by reason."""
         return dict(Counter(str(r) for r in self.reason if r))
 
     @property
     def min_gamma(self) -> float:
-        """min γ_t over the valid steps; NaN if there are none."""
+        """Minimum γ_t over the valid steps; NaN if there are none."""
         return float(np.min(self.gamma[self.valid])) if self.valid.any() else math.nan
 
     @property
     def path_length(self) -> float:
-        """Σ‖U_t‖."""
+        """Path length Σ‖U_t‖."""
         return float(self.update_l2.sum())
 
     @property
     def displacement(self) -> float:
-        """D_0, from the first weights to the last."""
+        """Displacement D_0 from the first weights to the last."""
         return float(self.distance[0])
 
     @property
@@ -129,27 +129,27 @@ class Trajectory:
 
     @classmethod
     def load(cls, directory: str | Path, inf_loss: float = 0.0) -> Trajectory:
-        """The trajectory that a monitor with ``directory=`` wrote, of a training that ended or that was cut off.
+        """Return the trajectory that a monitor with ``directory=`` wrote, also of an interrupted training.
 
-        All the whole steps in the files count; the last iterate is then θ_T. A step is there once the next
-        one has begun, or the monitor was asked for its result or closed.
+        All complete steps in the files are used, and the last iterate is θ_T. A step is complete once the next step
+        has begun, or the monitor's ``result()`` or ``close()`` was called.
 
         Args:
-            directory: the folder that the monitor was given.
+            directory: the monitor's directory.
             inf_loss: inf ℓ, a lower bound of the losses. Default 0, as in `TrajectoryMonitor.result`.
 
         Raises:
-            ValueError: there is no trajectory in the directory, or none of a whole step; ``inf_loss`` is NaN, or above
+            ValueError: the directory has no trajectory, or one without a complete step; ``inf_loss`` is NaN, or above
                 a recorded loss.
-            TypeError: ``inf_loss`` is no number.
+            TypeError: ``inf_loss`` is not a number.
         """
-        return from_walk(read(directory), inf_loss)
+        return from_record(read(directory), inf_loss)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write a line a step, 0 the first: what there is of it, intervals included; NaN as ``nan``.
+        """Write one line per step, from step 0, with half-widths; NaN as ``nan``.
 
         Args:
-            path: the file, which is written anew.
+            path: the file, which is overwritten.
         """
         columns: dict[str, NDArray[Any]] = {
             "step": np.arange(len(self.loss)),
@@ -172,7 +172,7 @@ class Trajectory:
             out.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
 
     def plot(self) -> Figure:
-        """Draw loss, distance to the end, cosine and γ over the steps, with their 95 % bands.
+        """Plot loss, distance to the end, cosine and γ over the steps, with 95 % confidence bands.
 
         Returns:
             A pyplot figure.
@@ -198,16 +198,16 @@ class Trajectory:
         gamma.fill_between(steps, self.gamma - self.gamma_half, self.gamma + self.gamma_half, alpha=0.25)
         gamma.axhline(0, color="gray", linewidth=0.8)
         sizes = np.abs(self.gamma[self.valid & (self.gamma != 0)])
-        if sizes.size:  # γ spans orders of magnitude, and is negative at times
+        if sizes.size:  # γ spans orders of magnitude and may be negative
             gamma.set_yscale("symlog", linthresh=float(np.median(sizes)))
         gamma.set(ylabel="γ", xlabel="step")
         return fig
 
 
-def from_walk(walk: Walk, inf_loss: float) -> Trajectory:
-    """γ and the intervals, from lengths and angles."""
+def from_record(record: TrajectoryRecord, inf_loss: float) -> Trajectory:
+    """Compute γ and the confidence intervals from a record."""
     check_number("inf_loss", inf_loss)
-    loss, lr, norm, distance = walk.loss, walk.lr, walk.update_l2, walk.distance
+    loss, lr, norm, distance = record.loss, record.lr, record.update_l2, record.distance
     if not len(loss):
         raise ValueError("no step has been made yet, so there is no trajectory: call result() after training")
     excess = loss - inf_loss
@@ -215,12 +215,12 @@ def from_walk(walk: Walk, inf_loss: float) -> Trajectory:
     if (excess[finite] < 0).any():
         t = int(np.flatnonzero(finite & (excess < 0))[0])
         raise ValueError(
-            f"inf_loss = {inf_loss:g} is above the loss of step {t}, {loss[t]:g}: give a lower bound of it"
+            f"inf_loss = {inf_loss:g} is above the loss of step {t}, {loss[t]:g}: give a lower bound of the loss"
         )
     threshold = NEAR * excess[finite][0] if finite.any() else 0.0
 
     reason = np.full(len(loss), "", dtype="<U32")
-    for why, holds in (  # the last that holds is the one told
+    for why, holds in (  # the last that holds is reported
         ("the loss is at its infimum", ~(excess > threshold)),
         ("the learning rate is 0", lr == 0),
         ("no single learning rate", np.isnan(lr)),
@@ -232,24 +232,24 @@ def from_walk(walk: Walk, inf_loss: float) -> Trajectory:
 
     with np.errstate(all="ignore"):
         # Exact as D_t² − D_{t+1}² is: (θ_T − θ_t) − U_t = θ_T − θ_{t+1}.
-        product = norm * distance[:-1] * walk.cosine
+        product = norm * distance[:-1] * record.cosine
         gamma = np.where(reason == "", (2 * product - norm**2) / (2 * lr * excess), np.nan)
         reach = norm * distance[:-1] / (lr * excess)
-    k = walk.sketch
+    k = record.sketch
     zeros = np.zeros(len(loss))
     return Trajectory(
         loss=loss,
         lr=lr,
         distance=distance,
         update_l2=norm,
-        cosine=walk.cosine,
-        consecutive_cosine=walk.consecutive_cosine,
+        cosine=record.cosine,
+        consecutive_cosine=record.consecutive_cosine,
         gamma=gamma,
         reason=reason,
         inf_loss=float(inf_loss),
         sketch=k,
         distance_half=0.0 if k is None else distance_half(k),
-        cosine_half=zeros if k is None else cosine_half(k, walk.cosine),
-        consecutive_half=zeros[1:] if k is None else cosine_half(k, walk.consecutive_cosine),
-        gamma_half=zeros if k is None else np.where(reason == "", reach * product_half(k, walk.cosine), np.nan),
+        cosine_half=zeros if k is None else cosine_half(k, record.cosine),
+        consecutive_half=zeros[1:] if k is None else cosine_half(k, record.consecutive_cosine),
+        gamma_half=zeros if k is None else np.where(reason == "", reach * product_half(k, record.cosine), np.nan),
     )

@@ -1,7 +1,7 @@
-"""Sparsity that pays: count what is zero, set what is small to zero, take dead units out, store the rest sparsely.
+"""Count zeros, prune small weights, remove dead units, and store weights in sparse layouts.
 
 Imports run one way: pruning → counting → weights → layouts; shrinking → removal → chain, shrinking → layouts. Nothing
-here knows an optimizer.
+here depends on an optimizer.
 """
 
 from normopt.sparsity.counting import Report, WeightCount, report

@@ -1,4 +1,4 @@
-"""A sequential model as a chain of layers, and what stands between them; anything else is refused."""
+"""Parse a sequential model into a chain of layers and the modules between them; raise for anything else."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ ACTIVATIONS = (
     *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign),
     *(nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold),
 )
-# In eval mode they all do nothing.
-NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-AT_THE_END = (nn.Softmax, nn.LogSoftmax)
-KNOWN = (nn.Linear, *DIMS, *ACTIVATIONS, *NOTHING, nn.Flatten, nn.Unflatten, *AT_THE_END)
+# Identities in eval mode.
+NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+FINAL = (nn.Softmax, nn.LogSoftmax)
+KNOWN = (nn.Linear, *DIMS, *ACTIVATIONS, *NO_OPS, nn.Flatten, nn.Unflatten, *FINAL)
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 SUPPORTED = (
-    "shrink takes nn.Sequential, nested ones too, of nn.Linear, Conv1d to Conv3d (groups=1 or depthwise), BatchNorm1d "
-    "to 3d, Max, Avg and adaptive pooling, elementwise activations, Dropout, Identity and Flatten, of Unflatten before "
-    "the first layer, and of Softmax and LogSoftmax after the last"
+    "shrink supports (nested) nn.Sequential of nn.Linear, Conv1d to Conv3d (groups=1 or depthwise), BatchNorm1d to 3d, "
+    "Max, Avg and adaptive pooling, elementwise activations, Dropout, Identity and Flatten, Unflatten before the first "
+    "layer, and Softmax and LogSoftmax after the last"
 )
 
 
 @dataclass(frozen=True)
-class Spread:
-    """What a Flatten does with channels: of each it makes ``outer`` × ``inner`` features, those of c at [:, c, :].
+class FlattenMap:
+    """Map per-channel values to the features after a Flatten: channel c becomes [:, c, :] of outer × channels × inner.
 
-    The features of one channel are neighbours behind a convolution (inner), and apart behind a linear layer that was
-    applied at many places (outer).
+    After a convolution, the features of a channel are contiguous (inner); after a linear layer applied at many
+    positions, they are strided (outer).
     """
 
     outer: int
@@ -57,187 +57,189 @@ class Spread:
 
 @dataclass
 class Stage:
-    """A layer, and in their order the modules between it and the next that matter to its units.
+    """A layer, and the modules between it and the next layer, in order.
 
     Args:
         name: the layer's name in the model.
-        layer: whose output units are in question.
-        between: batch norms, depthwise convolutions, pools and activations, and `Spread` for a Flatten.
+        layer: the layer whose output units may be removed.
+        between: batch norms, depthwise convolutions, pools and activations, and `FlattenMap` for a Flatten.
     """
 
     name: str
     layer: Layer
-    between: list[nn.Module | Spread] = field(default_factory=list)
+    between: list[nn.Module | FlattenMap] = field(default_factory=list)
 
 
 def is_depthwise(conv: Conv) -> bool:
-    """One input channel makes one output channel, and there are several."""
+    """Return whether each output channel reads exactly one input channel, and there are several."""
     return conv.groups == conv.in_channels == conv.out_channels > 1
 
 
 def pads_with_zeros(conv: Conv) -> bool:
-    """A constant channel is not constant at the border of what the convolution sees."""
+    """Return whether it pads with zeros, so that a constant channel is not constant at the border."""
     return conv.padding_mode == "zeros" and any(conv._reversed_padding_repeated_twice)
 
 
-def stages(model: nn.Module, x: Tensor) -> list[Stage]:
-    """The chain of a model in eval mode, followed along an input.
+def trace_chain(model: nn.Module, x: Tensor) -> list[Stage]:
+    """Trace an input through a model in eval mode, and return its chain of layers.
 
     Raises:
-        ValueError: a module that is not known, or stands where it mixes units; it is named, with what is supported.
+        ValueError: a module is not supported, or mixes units where it is; the message names it.
     """
     found: list[Stage] = []
-    axis = 0  # that of the channels of the last layer, counted from the end
+    axis = 0  # channel dim of the last layer, negative
     end: str | None = None
-    for name, module in modules(model):
+    for name, module in leaf_modules(model):
         kind = type(module)
         if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and not (
             isinstance(module, CONVOLUTIONS) and is_depthwise(module)
         ):
             own = -1 if isinstance(module, nn.Linear) else -1 - DIMS[kind]
             if isinstance(module, CONVOLUTIONS) and module.groups != 1:
-                raise _refusal(name, module, f"has {module.groups} groups")
+                raise _unsupported(name, module, f"has {module.groups} groups")
             if end is not None:
-                raise _refusal(name, module, f"stands behind {end}, which mixes units")
+                raise _unsupported(name, module, f"comes after {end}, which mixes units")
             if found and own != axis:
                 hint = ": put a Flatten between" if own == -1 else ""
-                raise _refusal(name, module, f"reads another dim than that of the units of {found[-1].name!r}{hint}")
+                raise _unsupported(
+                    name, module, f"acts on another dim than that of the units of {found[-1].name!r}{hint}"
+                )
             found.append(Stage(name, module))
             axis = own
         elif found:
-            step = _between(name, module, x, axis)
-            if isinstance(module, AT_THE_END):
+            step = _check_between(name, module, x, axis)
+            if isinstance(module, FINAL):
                 end = end or f"{name!r} ({kind.__name__})"
             found[-1].between.append(step)
-            axis = -1 if isinstance(step, Spread) else axis
+            axis = -1 if isinstance(step, FlattenMap) else axis
         x = module(x)
     return found
 
 
-def _between(name: str, module: nn.Module, x: Tensor, axis: int) -> nn.Module | Spread:
-    """What a module that follows a layer does to its units, which x [..., units, …] has at ``axis``."""
+def _check_between(name: str, module: nn.Module, x: Tensor, axis: int) -> nn.Module | FlattenMap:
+    """Check a module after a layer, whose units are at dim ``axis`` of the module's input x."""
     if isinstance(module, nn.Unflatten):
-        raise _refusal(name, module, "takes apart what a layer has put out")
+        raise _unsupported(name, module, "splits the output of a layer")
     if isinstance(module, nn.Flatten):
         first, channels = module.start_dim % x.dim(), axis % x.dim()
         if first != 1 or module.end_dim % x.dim() != x.dim() - 1 or channels < 1:
-            raise _refusal(name, module, "must flatten all but the first dim, which is the batch")
-        return Spread(outer=x.shape[1:channels].numel(), inner=x.shape[channels + 1 :].numel())
+            raise _unsupported(name, module, "must flatten all but the first dim, the batch")
+        return FlattenMap(outer=x.shape[1:channels].numel(), inner=x.shape[channels + 1 :].numel())
     if type(module) in DIMS and not isinstance(module, BATCH_NORMS) and axis != -1 - DIMS[type(module)]:
-        raise _refusal(name, module, "mixes the units of the layer before it")
+        raise _unsupported(name, module, "mixes the units of the layer before it")
     if isinstance(module, BATCH_NORMS) and axis % x.dim() != 1:
-        raise _refusal(name, module, "does not have the units of the layer before it as its channels")
+        raise _unsupported(name, module, "does not have the units of the layer before it as its channels")
     return module
 
 
-def modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules of nested nn.Sequential in the order in which they run, with their names.
+def leaf_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (name, module) of the leaves of nested nn.Sequential, in execution order.
 
     Raises:
-        ValueError: a module that is not known or has hooks, or two that share a tensor.
+        ValueError: a module is not supported or has hooks, or two share a tensor.
     """
     leaves = list(_leaves(model, ""))
     owners: dict[int, str] = {}
     for name, module in leaves:
         for tensor in chain(module.parameters(), module.buffers()):
             if id(tensor) in owners:
-                raise _refusal(name, module, f"shares a tensor with {owners[id(tensor)]!r}")
+                raise _unsupported(name, module, f"shares a tensor with {owners[id(tensor)]!r}")
             owners[id(tensor)] = name
     return leaves
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     if module._forward_hooks or module._forward_pre_hooks:
-        raise _refusal(name, module, "has forward hooks, which may change what it computes: remove them first")
+        raise _unsupported(name, module, "has forward hooks, which may change what it computes: remove them first")
     if "forward" in vars(module):
-        raise _refusal(name, module, "has a forward() set on the instance: remove it first")
+        raise _unsupported(name, module, "has a forward() set on the instance: remove it first")
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for own, child in module._modules.items():
             if child is not None:
                 yield from _leaves(child, f"{name}.{own}".lstrip("."))
         return
     if type(module) not in KNOWN:
-        raise _refusal(name, module, f"is not known{_hint(module)}")
+        raise _unsupported(name, module, f"is not supported{_hint(module)}")
     if isinstance(module, BATCH_NORMS) and module.running_mean is None:
-        raise _refusal(name, module, "has no running statistics, so that what it does depends on the batch")
+        raise _unsupported(name, module, "has no running statistics, so its output depends on the batch")
     if getattr(module, "return_indices", False):
-        raise _refusal(name, module, "puts out indices too")
+        raise _unsupported(name, module, "also returns indices")
     if more := {*module._parameters, *module._buffers, *module._modules} - TENSORS:
-        raise _refusal(
-            name, module, f"has {', '.join(sorted(more))} besides, which shrink cannot cut: remove that first"
+        raise _unsupported(
+            name, module, f"has additional {', '.join(sorted(more))}, which shrink cannot slice: remove that first"
         )
     yield name, module
 
 
-def _refusal(name: str, module: nn.Module, why: str) -> ValueError:
+def _unsupported(name: str, module: nn.Module, why: str) -> ValueError:
     where = f"{name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
     return ValueError(f"{where} {why}. {SUPPORTED}")
 
 
 def _hint(module: nn.Module) -> str:
-    """The way out for a module with a forward() of its own."""
+    """Return advice for a module with its own forward()."""
     if not any(module.children()):
         return ""
     stack = next((name for name, child in module.named_children() if isinstance(child, nn.Sequential)), "net")
     return (
-        ": shrink does not see what its forward() does. If that is to call one nn.Sequential, pass that one, such as "
-        f"model.{stack}, and put the smaller one in its place; models with residual connections are not supported"
+        ": shrink cannot analyze its forward(). If that only calls one nn.Sequential, pass that one, such as "
+        f"model.{stack}, and replace it by the smaller one; models with residual connections are not supported"
     )
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What does not depend on the input between a layer and the next.
+    """Features between a layer and the next that do not depend on the input.
 
     Args:
-        known: of each feature that the next layer reads, in one dim, whether it is the same for every input.
-        values: what it is then; 0 where it is not.
-        units: the index of the unit that it comes from.
-        unmoved: of each unit, whether it is constant somewhere on its way, so that nothing it reads matters.
+        known: mask over the features that the next layer reads, 1-d: constant for all inputs.
+        values: their values; 0 where not constant.
+        units: index of the unit that each feature comes from.
+        input_free: mask over units: constant somewhere before the next layer, so that its inputs do not matter.
     """
 
     known: Tensor
     values: Tensor
     units: Tensor
-    unmoved: Tensor
+    input_free: Tensor
 
 
 @torch.no_grad()
 def constants(stage: Stage) -> Constants:
-    """The constants behind a layer in eval mode.
+    """Find the constant features after a layer in eval mode.
 
-    A unit whose weights are all zero puts out its bias, and batch norm, activation and pooling make another constant
-    of that; a batch norm's gain or a depthwise kernel of zeros makes one of anything.
+    A unit with all-zero weights outputs its bias, which batch norm, activation and pooling map to another constant. A
+    zero batch-norm gain or a zero depthwise kernel makes any unit constant.
     """
     layer = stage.layer
     known = (layer.weight.flatten(1) == 0).all(1)
     values = layer.weight.new_zeros(len(known)) if layer.bias is None else layer.bias.clone()
     units = torch.arange(len(known), device=known.device)
-    unmoved = known.clone()
+    input_free = known.clone()
     for step in stage.between:
-        if isinstance(step, Spread):
+        if isinstance(step, FlattenMap):
             known, values, units = step(known), step(values), step(units)
         elif isinstance(step, BATCH_NORMS):
-            known, values = _normalized(step, known, values)
+            known, values = _through_batch_norm(step, known, values)
         elif isinstance(step, CONVOLUTIONS):
-            known, values = _filtered(step, known, values)
+            known, values = _through_depthwise(step, known, values)
         elif isinstance(step, POOLS):
-            known = known & (_keeps_constants(step) | (values == 0))
+            known = known & (_preserves_constants(step) | (values == 0))
         elif isinstance(step, ACTIVATIONS):
             values = step(values.clone())
         values = torch.where(known, values, 0)
-        unmoved = unmoved | every(known, units, len(unmoved))
-    return Constants(known, values, units, unmoved)
+        input_free = input_free | all_per_unit(known, units, len(input_free))
+    return Constants(known, values, units, input_free)
 
 
-def every(features: Tensor, units: Tensor, n: int) -> Tensor:
-    """Of which of n units every feature is true."""
+def all_per_unit(features: Tensor, units: Tensor, n: int) -> Tensor:
+    """Return the mask of the n units whose features are all true."""
     result = torch.ones(n, dtype=torch.bool, device=features.device)
     result[units[~features]] = False
     return result
 
 
-def _normalized(norm: nn.Module, known: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _through_batch_norm(norm: nn.Module, known: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     assert isinstance(norm, BATCH_NORMS)
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -248,15 +250,15 @@ def _normalized(norm: nn.Module, known: Tensor, values: Tensor) -> tuple[Tensor,
     return known, values
 
 
-def _filtered(conv: Conv, known: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _through_depthwise(conv: Conv, known: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     kernels = conv.weight.flatten(1)
     known = (kernels == 0).all(1) | (known & ((values == 0) | (not pads_with_zeros(conv))))
     values = values * kernels.sum(1)
     return known, values if conv.bias is None else values + conv.bias
 
 
-def _keeps_constants(pool: nn.Module) -> bool:
-    """Maxima and true means do; a mean over a border of zeros or with a divisor of its own does not."""
+def _preserves_constants(pool: nn.Module) -> bool:
+    """Return whether pooling keeps constants: not for a mean that counts zero padding or overrides the divisor."""
     if not isinstance(pool, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
         return True
     padding = pool.padding if isinstance(pool.padding, tuple) else (pool.padding,)

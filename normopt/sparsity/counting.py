@@ -1,4 +1,4 @@
-"""``report``: how much of a model is zero, weight by weight, as numbers, a table and a figure."""
+"""``report``: count the zeros of each weight tensor; as numbers, a table and a figure."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightCount:
-    """What was counted in one weight tensor, or in all of them together.
+    """Counts for one weight tensor, or for all of them together.
 
     Attributes:
         name: the tensor's name in the model.
         shape: its shape; empty for the total.
-        entries: how many numbers it has.
-        zeros: how many of them are exactly 0.
-        small: how many lie below the report's threshold in size, the zeros included.
-        rows: how many output units or channels there are.
-        dead_rows: how many of them have no weight but exact zeros.
-        columns: how many input units or channels there are.
-        dead_columns: how many of them have no weight but exact zeros.
+        entries: number of entries.
+        zeros: entries that are exactly 0.
+        small: entries with magnitude below the report's threshold, zeros included.
+        rows: output units or channels.
+        dead_rows: rows whose weights are all exactly 0.
+        columns: input units or channels.
+        dead_columns: columns whose weights are all exactly 0.
     """
 
     name: str
@@ -45,11 +45,11 @@ class WeightCount:
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found.
+    """Result of `report`.
 
     Attributes:
         weights: one count for each weight tensor, in the order of the model.
-        threshold: below which an entry counts as ``small``.
+        threshold: magnitude below which an entry counts as ``small``.
     """
 
     weights: tuple[WeightCount, ...]
@@ -57,7 +57,7 @@ class Report:
 
     @property
     def total(self) -> WeightCount:
-        """All weight tensors together."""
+        """Total over all weight tensors."""
 
         def of(field: str) -> int:
             return sum(getattr(w, field) for w in self.weights)
@@ -75,15 +75,15 @@ class Report:
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
-        """The same table in Markdown."""
+        """Return the table in Markdown."""
         head, *rows = self._cells()
-        # A bar would end the cell.
+        # A bar would end the Markdown cell.
         lines = [tuple(cell.replace("|", r"\|") for cell in row) for row in (head, *rows)]
         lines.insert(1, ("---", "---", *["---:"] * (len(head) - 2)))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def figure(self) -> Figure:
-        """For each weight tensor the percentages of zeros, dead rows and dead columns, as bars.
+        """Plot the percentages of zeros, dead rows and dead columns of each weight tensor as bars.
 
         Returns:
             A pyplot figure: ``plt.show()`` shows it, ``figure.savefig("zeros.png")`` saves it.
@@ -113,31 +113,31 @@ class Report:
 
 
 def report(model: nn.Module, threshold: float = 1e-13) -> Report:
-    """Count the zeros of a model: entries, and whole rows and columns, which `shrink` can take out.
+    """Count a model's zero entries, and its all-zero rows and columns, which `shrink` can remove.
 
     ::
 
         zeros        = #{ w = 0 }                     small       = #{ |w| < threshold }
         dead rows    = #{ o : W[o, :] = 0 }           dead columns = #{ i : W[:, i] = 0 }
 
-    Weight tensors are parameters of two dims or more: biases and the gains of norm layers are left out, as they are
-    from ℓp decay, and so are integers and 8-bit floats, the codes of quantized layers. Rows are what comes into an
-    output unit, columns what goes out of an input unit; of convolutions, transposed and grouped ones too, these are
-    channels. A tensor that several modules share counts once.
+    Weight tensors are parameters of two dims or more. Biases and the gains of norm layers are left out, as in ℓp
+    decay, and so are integers and 8-bit floats, the codes of quantized layers. A row holds the incoming weights of an
+    output unit, a column the outgoing weights of an input unit; in convolutions, transposed and grouped ones too,
+    units are channels. A tensor shared by several modules counts once.
 
-    The weights may be DTensors, as under FSDP2 or tensor parallelism: the counts are those of the whole tensors, the
-    same on every rank. Every rank must call it, and holds one whole weight at a time.
+    The weights may be DTensors, as under FSDP2 or tensor parallelism: the counts are those of the full tensors, the
+    same on every rank. Every rank must call it, and gathers one full weight at a time.
 
     Args:
-        model: any module, made sparse by `to_sparse` or not.
-        threshold: below which an entry is ``small``. Default 1e-13, with which the authors of ℓp decay count, who do
-            not prune.
+        model: any module, dense or made by `to_sparse`.
+        threshold: magnitude below which an entry is ``small``. Default 1e-13, as the authors of ℓp decay count
+            without pruning.
 
     Returns:
         A `Report`; ``print`` it for a table.
 
     Raises:
-        TypeError: ``model`` is no module, or ``threshold`` no number.
+        TypeError: ``model`` is not a module, or ``threshold`` not a number.
         ValueError: a threshold that is negative or infinite; a weight of a lazy module without a shape.
 
     Source: the count with 1e-13 is that of arXiv:2404.10824.
@@ -174,7 +174,7 @@ def _count(weight: Weight, threshold: float) -> WeightCount:
 
 
 def _all(zero: torch.Tensor, dims: tuple[int, ...]) -> int:
-    return int(zero.all(dims).sum()) if zero.numel() else 0  # nothing at all is not zero
+    return int(zero.all(dims).sum()) if zero.numel() else 0  # an empty tensor has no dead rows
 
 
 def _cells(w: WeightCount) -> tuple[str, ...]:

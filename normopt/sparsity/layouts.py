@@ -1,4 +1,4 @@
-"""Weights in torch's sparse layouts: a model that runs on them, a state dict that stores them, and the ways back."""
+"""Convert models and state dicts to torch's sparse layouts and back."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from normopt.sharding.layout import is_dtensor, whole
 
 Layout = Literal["coo", "csr", "csc"]
 _LAYOUTS = {"coo": torch.sparse_coo, "csr": torch.sparse_csr, "csc": torch.sparse_csc}
-# The hooks of a module that know the names of its tensors, which change.
+# Module hooks that depend on tensor names, which change.
 _STATE_HOOKS = (
     *("_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
-# What a layer holds tensors in, and what else is not for its replacement.
-_CONTENT = ("_parameters", "_buffers", "_modules", "trainable")
+# Attributes of a layer that its replacement does not take over.
+_NOT_COPIED = ("_parameters", "_buffers", "_modules", "trainable")
 
 
 class SparseLinear(nn.Module):
-    """A linear layer that stores its nonzero weights only, in compressed rows (CSR), for inference.
+    """Linear layer for inference that stores only its nonzero weights, in compressed sparse rows (CSR).
 
     ::
 
         y = x Wᵀ + b          x [..., in_features] → y [..., out_features]
 
-    `to_sparse` makes it. Its buffers are ordinary dense tensors, so that copying, moving, saving and loading work as
-    for any module (torch's own compressed tensors cannot be deep-copied inside one): ``values`` and ``bias`` in the
-    weight's dtype, ``columns`` and ``row_ends`` in int64. Gradients flow to x, none to the weights. A state can only be
-    loaded into a layer with as many nonzeros.
+    Created by `to_sparse`. Its buffers are dense tensors, so that copying, moving, saving and loading work as for any
+    module (torch's sparse CSR tensors cannot be deep-copied inside a module): ``values`` and ``bias`` in the weight's
+    dtype, ``columns`` and ``row_ends`` in int64. Gradients flow to x, not to the weights. A state dict loads only into
+    a layer with the same number of nonzeros.
 
     Args:
-        linear: the layer whose numbers it takes over; it is left as it is.
+        linear: the layer to convert; it is not changed.
 
     Attributes:
-        in_features: the length of an input, as of nn.Linear.
-        out_features: the length of an output.
+        in_features: the size of each input, as in nn.Linear.
+        out_features: the size of each output.
         values: the nonzero weights, row by row, shape [n].
-        columns: the column of each, shape [n].
-        row_ends: where each row begins in the two, and where the last one ends, shape [out_features + 1].
+        columns: their column indices, shape [n].
+        row_ends: start of each row in the two, and end of the last, shape [out_features + 1].
         bias: shape [out_features], or None.
         trainable: whether the weight and the bias of ``linear`` required gradients, for `to_dense`.
 
-    Memory: 12 bytes for every nonzero weight in float32, against 4 for every weight of a dense layer: it is smaller
-    below a third of nonzeros.
+    Memory: 12 bytes per nonzero weight in float32, against 4 bytes per weight in a dense layer: less if under a third
+    of the weights are nonzero.
     """
 
     values: Tensor
@@ -63,7 +63,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.trainable = linear.weight.requires_grad, linear.bias is not None and linear.bias.requires_grad
-        weight = _sparse(linear.weight.detach(), "csr")
+        weight = _to_layout(linear.weight.detach(), "csr")
         self.register_buffer("values", weight.values())
         self.register_buffer("columns", weight.col_indices())
         self.register_buffer("row_ends", weight.crow_indices())
@@ -75,7 +75,7 @@ class SparseLinear(nn.Module):
         return self._weight(check=False)
 
     def _weight(self, check: bool) -> Tensor:
-        _hear_warning_once()
+        _suppress_beta_warning()
         size = (self.out_features, self.in_features)
         return torch.sparse_csr_tensor(
             self.row_ends, self.columns, self.values, size, device=self.values.device, check_invariants=check
@@ -83,11 +83,11 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        # Indices that do not fit would read beyond the memory of x, so torch checks them: once, not in every step.
+        # Invalid indices would read out of bounds. Check them once at loading, not in every forward pass.
         self._weight(check=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x Wᵀ + b``, shape [..., out_features].
+        """Return ``x Wᵀ + b``, shape [..., out_features].
 
         Args:
             x: shape [..., in_features].
@@ -95,7 +95,7 @@ class SparseLinear(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """As of nn.Linear, with the number of nonzeros."""
+        """Return the text of nn.Linear, plus the number of nonzeros."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, nonzero={self.values.numel()}"
 
@@ -107,10 +107,10 @@ _TENSORS: dict[type[nn.Module], set[str]] = {
 
 
 def to_sparse(model: nn.Module) -> nn.Module:
-    """A copy of a model whose ``nn.Linear`` layers store and use their nonzero weights only (`SparseLinear`).
+    """Copy a model with its ``nn.Linear`` layers converted to `SparseLinear`, which store only nonzero weights.
 
-    For inference with large layers that are almost empty, on a CPU in float32 or float64. Against the dense layer, on
-    one thread of a server's CPU (``python -m benchmarks sparsity`` measures it anew):
+    For inference with large, very sparse layers, on a CPU in float32 or float64. Speed relative to the dense layer, on
+    one thread of a server CPU (measure it with ``python -m benchmarks sparsity``):
 
         units      nonzeros     speed with 1 input     with 256
         128        1 %          0.3 times              2 times
@@ -119,24 +119,23 @@ def to_sparse(model: nn.Module) -> nn.Module:
         2048       5 %          2.5                    1
         any        20 %         0.3 to 0.5             0.2
 
-    Whole units that are zero are better taken out with `shrink`, which leaves small dense layers. The layers compute
-    in CSR, which torch's linear takes with a bias, unlike COO. Convolutions stay dense: torch has none for sparse
-    weights.
+    If whole units are zero, `shrink` is better: it leaves small dense layers. The layers use CSR, because torch's
+    linear supports a bias with CSR but not with COO. Convolutions stay dense: torch has none for sparse weights.
 
-    ``to_dense`` is the way back. The weights are the same numbers there, zeros of either sign becoming +0. Layers keep
-    their forward and backward hooks, attributes, mode, and for ``to_dense`` which tensors required gradients.
+    ``to_dense`` restores the same weights, except that −0 becomes +0. Layers keep their forward and backward hooks,
+    attributes and mode, and ``to_dense`` restores which tensors require gradients.
 
     Args:
-        model: any module; only layers whose type is exactly ``nn.Linear`` change, so that subclasses and layers with
-            parametrizations stay dense. A weight that two layers share is stored for each of them.
+        model: any module; only layers whose type is exactly ``nn.Linear`` change. Subclasses and parametrized layers
+            stay dense. A weight shared by two layers is stored for each of them.
 
     Returns:
-        A new model; the old one stays as it is.
+        A new model; ``model`` is not changed.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: a model with DTensors; an ``nn.Linear`` with what a `SparseLinear` cannot keep: tensors or
-            submodules beside its weight and bias, state dict hooks, or a ``forward`` set on the instance.
+        TypeError: ``model`` is not a module.
+        ValueError: the model has DTensors; or an ``nn.Linear`` has what a `SparseLinear` cannot keep: tensors or
+            submodules besides its weight and bias, state dict hooks, or a ``forward`` set on the instance.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
@@ -148,43 +147,43 @@ def to_sparse(model: nn.Module) -> nn.Module:
         >>> sparse(torch.tensor([1.0, 10.0, 100.0]))
         tensor([20.,  1.])
     """
-    return _replaced(model, nn.Linear, SparseLinear)
+    return _replace_layers(model, nn.Linear, SparseLinear)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of a model whose `SparseLinear` layers are ``nn.Linear`` again, ready to train; undoes `to_sparse`.
+    """Copy a model with its `SparseLinear` layers converted back to trainable ``nn.Linear``; inverse of `to_sparse`.
 
-    What was frozen before `to_sparse` is frozen again.
+    Parameters that were frozen before `to_sparse` are frozen again.
 
     Args:
         model: any module.
 
     Returns:
-        A new model; the old one stays as it is.
+        A new model; ``model`` is not changed.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: as of `to_sparse`.
+        TypeError: ``model`` is not a module.
+        ValueError: as in `to_sparse`.
     """
-    return _replaced(model, SparseLinear, _linear)
+    return _replace_layers(model, SparseLinear, _linear)
 
 
 def sparse_state_dict(model: nn.Module, layout: Layout = "csr") -> dict[str, Any]:
-    """The state dict of a model with its weights in one of torch's sparse layouts, to be saved or handed on.
+    """Return a model's state dict with its weights in one of torch's sparse layouts.
 
     Args:
-        model: any module, dense or made by `to_sparse`, whose `SparseLinear` layers store their buffers as they are.
-        layout: "csr" (the default) or "csc", which hold matrices, so that tensors of more dims stay dense; or "coo",
-            which holds any. Tensors of fewer than two dims are always dense.
+        model: any module, dense or made by `to_sparse`, whose `SparseLinear` layers store their buffers unchanged.
+        layout: "csr" (the default) or "csc", which support matrices only, so that tensors of more dims stay dense; or
+            "coo", for any number of dims. Tensors of fewer than two dims are always dense.
 
     Returns:
-        Names to tensors. ``torch.save`` and ``torch.load`` take it; `dense_state_dict` makes it loadable into a model.
-        DTensors, as under FSDP2, are gathered: every rank must call this, and gets whole tensors.
+        Names to tensors, for ``torch.save`` and ``torch.load``; convert it by `dense_state_dict` to load it into a
+        model. DTensors, as under FSDP2, are gathered: every rank must call this, and gets full tensors.
 
-    Memory: CSR and CSC take 12 bytes a nonzero in float32, COO 4 + 8·dims.
+    Memory: CSR and CSC take 12 bytes per nonzero in float32, COO 4 + 8·dims.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: an unknown layout.
 
     Example:
@@ -202,16 +201,16 @@ def sparse_state_dict(model: nn.Module, layout: Layout = "csr") -> dict[str, Any
         if not isinstance(value, Tensor):
             return value
         w = whole(value)
-        return _sparse(w, layout) if w.dim() == 2 or (w.dim() > 2 and layout == "coo") else w
+        return _to_layout(w, layout) if w.dim() == 2 or (w.dim() > 2 and layout == "coo") else w
 
     return {name: stored(value) for name, value in model.state_dict().items()}
 
 
 def dense_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with every sparse tensor made dense: undoes `sparse_state_dict`, exactly.
+    """Return a state dict with every sparse tensor made dense: the exact inverse of `sparse_state_dict`.
 
     Args:
-        state: names to tensors, sparse or dense, or to anything else, which stays as it is.
+        state: names to tensors, sparse or dense; other values are kept unchanged.
 
     Returns:
         Names to dense tensors of the same shapes, for a model's ``load_state_dict``.
@@ -221,9 +220,9 @@ def dense_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _replaced(model: nn.Module, old: type[nn.Module], new: Any) -> nn.Module:
-    """A copy with every module of exactly the type ``old`` replaced by ``new`` of it; a shared one stays shared."""
-    check_whole(model)
+def _replace_layers(model: nn.Module, old: type[nn.Module], new: Any) -> nn.Module:
+    """Copy a model with each module m of exactly the type ``old`` replaced by ``new(m)``; sharing is preserved."""
+    check_unsharded(model)
     for name, module in model.named_modules():
         if type(module) is old:
             _check_replaceable(name, module)
@@ -235,19 +234,19 @@ def _replaced(model: nn.Module, old: type[nn.Module], new: Any) -> nn.Module:
             return module
         if id(module) not in made:
             made[id(module)] = new(module)
-            # Hooks, mode and attributes that a user has set.
-            vars(made[id(module)]).update({k: v for k, v in vars(module).items() if k not in _CONTENT})
+            # Copy hooks, mode and user attributes.
+            vars(made[id(module)]).update({k: v for k, v in vars(module).items() if k not in _NOT_COPIED})
         return made[id(module)]
 
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children leaves out a module's second place
+        for name, child in list(parent._modules.items()):  # named_children skips repeated modules
             if child is not None:
                 setattr(parent, name, replacement(child))
     return replacement(model)
 
 
 def _check_replaceable(name: str, module: nn.Module) -> None:
-    """Refuse a layer that has what its replacement could not keep."""
+    """Raise if a layer has something that its replacement cannot keep."""
     held = {*module._parameters, *module._buffers, *module._modules}
     lost = [repr(x) for x in sorted(held ^ _TENSORS[type(module)])]
     if "forward" in vars(module):
@@ -263,7 +262,7 @@ def _check_replaceable(name: str, module: nn.Module) -> None:
 
 
 def _linear(sparse: SparseLinear) -> nn.Linear:
-    # On meta first: drawing initial weights would move torch's global generator.
+    # Create on meta: initializing weights would advance torch's global generator.
     linear = nn.Linear(sparse.in_features, sparse.out_features, bias=sparse.bias is not None, device="meta")
     linear.weight = nn.Parameter(sparse.weight.to_dense(), sparse.trainable[0])
     if sparse.bias is not None:
@@ -271,16 +270,16 @@ def _linear(sparse: SparseLinear) -> nn.Linear:
     return linear
 
 
-def _sparse(w: Tensor, layout: Layout) -> Tensor:
-    _hear_warning_once()
+def _to_layout(w: Tensor, layout: Layout) -> Tensor:
+    _suppress_beta_warning()
     return w.to_sparse(layout=_LAYOUTS[layout])
 
 
 @cache
-def _hear_warning_once() -> None:
-    """Swallow torch's warning that compressed layouts are in beta, which it gives once a process.
+def _suppress_beta_warning() -> None:
+    """Trigger and suppress torch's once-per-process warning that compressed layouts are in beta.
 
-    Not in every step, because Python's filters of warnings belong to all threads.
+    Cached, because warning filters are global to all threads and must not change in every step.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -290,7 +289,7 @@ def _hear_warning_once() -> None:
 def reshard(model: nn.Module) -> None:
     """Reshard FSDP2 modules, as torch's state_dict() does.
 
-    After a forward pass their parameters may be whole copies, which FSDP2 throws away with what is written into them.
+    After a forward pass their parameters may be unsharded copies; FSDP2 discards those, and any write to them.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules():
@@ -298,20 +297,20 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def check_whole(model: nn.Module) -> None:
-    """Refuse what is no module, and a module with DTensors."""
+def check_unsharded(model: nn.Module) -> None:
+    """Raise if it is not a module, or a module with DTensors."""
     check_module(model)
     reshard(model)
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         if is_dtensor(x):
             raise ValueError(
-                f"{name} is a DTensor of shape {tuple(x.shape)}, but whole tensors are "
+                f"{name} is a DTensor of shape {tuple(x.shape)}, but unsharded tensors are "
                 "needed: gather the state dict by torch.distributed.checkpoint.state_dict.get_model_state_dict with "
-                "StateDictOptions(full_state_dict=True), load it into a model that is not sharded, and give that"
+                "StateDictOptions(full_state_dict=True), load it into an unsharded model, and pass that"
             )
 
 
 def check_module(model: object) -> None:
-    """Raise a TypeError unless it is a module."""
+    """Raise a TypeError if it is not a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"a torch.nn.Module is needed, but was given {type(model).__name__}")
+        raise TypeError(f"expected a torch.nn.Module, but was given {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""``prune_``: exact zeros for what is small."""
+"""``prune_``: set small weights to exactly zero."""
 
 from __future__ import annotations
 
@@ -30,42 +30,42 @@ def prune_(
 ) -> Report:
     """Set small weights, or whole rows or columns of small norm, to exactly zero, in place.
 
-    Over rows, mind the output layer: its rows are the classes, and the score of a class whose row is pruned no longer
-    depends on the input. Leave it out, as in ``exclude=["4.weight"]``.
+    With over="rows", exclude the output layer, as in ``exclude=["4.weight"]``: its rows are the classes, and the score
+    of a class whose row is pruned no longer depends on the input.
 
     ::
 
         threshold        w ← 0  where  s(w) < threshold
-        fraction         w ← 0  for the ⌊fraction · n⌋ of all n with the smallest s, over all tensors together
+        fraction         w ← 0  for the ⌊fraction · n⌋ of all n with the smallest s, jointly over all tensors
 
         s(w) = |w|  over "entries",    ‖W[o, :]‖₂  over "rows",    ‖W[:, i]‖₂  over "columns"
 
-    Weight tensors, rows and columns are those of `report`; biases stay, so that a pruned row leaves a unit that puts
-    out a constant, which `shrink` folds away. The norm of a row grows with its length: a fraction of rows over layers
-    of different widths takes more from the narrow ones. What is zero already counts as the smallest. The weights
-    go on training: what is to stay zero must be kept there, as ℓp decay does for p < 2.
+    Weight tensors, rows and columns are those of `report`. Biases stay, so a unit with a pruned row outputs a constant,
+    which `shrink` folds away. Row norms grow with row length, so a fraction of rows over layers of different widths
+    takes more rows from narrow layers. Entries that are already zero count as the smallest. Pruned weights still
+    train: to keep them at zero, use for example ℓp decay with p < 2.
 
     The weights may be DTensors, as under FSDP2 or tensor parallelism: thresholds, norms and fractions are those of the
-    whole tensors, and every rank must call it.
+    full tensors, and every rank must call it.
 
     Args:
         model: any module with dense weights.
-        threshold: > 0. After training with ℓp decay, any size between what it has left and what it has taken away.
+        threshold: > 0. After training with ℓp decay, any value between the zeroed and the remaining magnitudes.
         fraction: in [0, 1]. Exactly one of the two must be given.
-        over: what is set to zero as one: "entries" (the default), "rows" or "columns".
-        exclude: names, or patterns as of a shell, of weight tensors that are left alone, and not counted in n; such
-            as that of the output layer, whose rows are the classes. None of them by default.
+        over: the unit of pruning: "entries" (the default), "rows" or "columns".
+        exclude: names or shell-style patterns of weight tensors to leave unchanged and not count in n, such as the
+            output layer's. Empty by default.
 
     Returns:
-        The `Report` of the model afterwards, with the default threshold.
+        The `Report` of the pruned model, with the default threshold.
 
     Raises:
-        TypeError: ``model`` is no module, or a setting of the wrong type.
-        ValueError: both or none of ``threshold`` and ``fraction``, one out of range, an unknown ``over``, a name in
-            ``exclude`` that fits no weight, a model with sparse layers, or a DTensor that holds partial sums. Nothing
-            has been changed then.
+        TypeError: ``model`` is not a module, or a setting has the wrong type.
+        ValueError: both or neither of ``threshold`` and ``fraction``, one out of range, an unknown ``over``, a name in
+            ``exclude`` that matches no weight, a model with sparse layers, or a DTensor of partial sums. The model is
+            then unchanged.
 
-    Memory: one number for each entry, row or column while it runs, on every rank.
+    Memory: one number per entry, row or column while it runs, on every rank.
 
     Source: ours.
 
@@ -86,16 +86,16 @@ def prune_(
     if fraction is not None:
         check_number("fraction", fraction, low=0, high=1)
     check_choice("over", over, ("entries", "rows", "columns"))
-    chosen = _chosen(model, exclude)
-    sizes = [_sizes(w, over) for w in chosen]
-    small = [s < threshold for s in sizes] if threshold is not None else _smallest(sizes, fraction or 0.0)
+    chosen = _select_weights(model, exclude)
+    sizes = [_magnitudes(w, over) for w in chosen]
+    small = [s < threshold for s in sizes] if threshold is not None else _smallest_masks(sizes, fraction or 0.0)
     for weight, mask in zip(chosen, small, strict=True):
         weight.zero_(mask)
     return report(model)
 
 
-def _chosen(model: nn.Module, exclude: Iterable[str]) -> list[Weight]:
-    """The weights to prune; refused before anything is written."""
+def _select_weights(model: nn.Module, exclude: Iterable[str]) -> list[Weight]:
+    """Return the weights to prune, after all checks, so that an error changes nothing."""
     found = weights(model)
     if sparse := [name for name, m in model.named_modules() if isinstance(m, SparseLinear)]:
         raise ValueError(f"{sparse[0] or 'the model'} is sparse: prune before to_sparse, or after to_dense")
@@ -105,7 +105,7 @@ def _chosen(model: nn.Module, exclude: Iterable[str]) -> list[Weight]:
             "Replicate or Shard"
         )
     if isinstance(exclude, str):
-        raise TypeError(f"exclude must be several names, but is {exclude!r}: write [{exclude!r}]")
+        raise TypeError(f"exclude must be a list of several names, but is {exclude!r}: write [{exclude!r}]")
     patterns = list(exclude)
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -113,23 +113,23 @@ def _chosen(model: nn.Module, exclude: Iterable[str]) -> list[Weight]:
         names = [w.name for w in found]
         if not fnmatch.filter(names, pattern):
             hint = near(pattern, names) or f"; the first are {', '.join(names[:5])}"
-            raise ValueError(f"exclude holds {pattern!r}, which fits no weight of the model{hint}")
+            raise ValueError(f"exclude holds {pattern!r}, which matches no weight of the model{hint}")
     return [w for w in found if not any(fnmatch.fnmatchcase(w.name, pattern) for pattern in patterns)]
 
 
-def _sizes(weight: Weight, over: Over) -> Tensor:
-    """|w|, or the norms of rows or columns, in a shape that broadcasts to the weight's units."""
+def _magnitudes(weight: Weight, over: Over) -> Tensor:
+    """Return |w|, or row or column norms, in a shape that broadcasts to the weight's units."""
     sizes = weight.units().abs()
     if over == "entries" or not sizes.numel():
         return sizes
     dims = weight.rows if over == "rows" else weight.columns
-    # Relative to the largest entry, so that no square is lost or overflows.
+    # Scale by the largest entry, so that no square underflows or overflows.
     top = sizes.amax(dims, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
     return top * (sizes / top).square().sum(dims, keepdim=True).sqrt()
 
 
-def _smallest(sizes: list[Tensor], fraction: float) -> list[Tensor]:
-    """Masks of the smallest ⌊fraction · n⌋ of all; of equal ones, those that come first."""
+def _smallest_masks(sizes: list[Tensor], fraction: float) -> list[Tensor]:
+    """Return masks of the ⌊fraction · n⌋ smallest of all; ties go to the first."""
     if not sizes:
         return []
     flat = torch.cat([s.flatten().to(sizes[0].device) for s in sizes])

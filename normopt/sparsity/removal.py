@@ -1,4 +1,4 @@
-"""Dead units taken out of a chain, in place: folding what is constant, then slicing what is not read."""
+"""Remove dead units from a chain in place: fold constants into biases, then slice out unread units."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import Tensor, nn
 from normopt.sparsity.chain import (
     BATCH_NORMS,
     CONVOLUTIONS,
+    FlattenMap,
     Layer,
-    Spread,
     Stage,
+    all_per_unit,
     constants,
-    every,
     pads_with_zeros,
 )
 
 
 @torch.no_grad()
 def remove_dead_units(chain: list[Stage]) -> None:
-    """Take dead units out until there are none left: one that goes can make others dead, before and behind it."""
+    """Remove dead units until none is left; removing one can make units before and after it dead."""
     changed = True
     while changed:
         changed = False
-        # From the end: a layer that reads less frees units before it in the same round.
+        # Backwards: a layer with fewer inputs can free units before it in the same pass.
         for stage, following in reversed(list(pairwise(chain))):
             changed |= _remove(stage, following.layer)
 
 
 def _remove(stage: Stage, reader: Layer) -> bool:
-    """Take out the dead units of one layer, which ``reader`` reads; whether anything changed."""
+    """Remove the dead units of one layer, whose next layer is ``reader``; return whether anything changed."""
     layer = stage.layer
     found = constants(stage)
     known, values, units = found.known, found.values, found.units
@@ -39,17 +39,17 @@ def _remove(stage: Stage, reader: Layer) -> bool:
     if pads:
         _merge(reader, known, values)
     unread = (reader.weight.transpose(0, 1).flatten(1) == 0).all(1)
-    dead = every(unread | (known & ((values == 0) | (not pads))), units, len(layer.weight))
-    # What these read does not matter, so that units before them may be dead, too.
-    idle = dead | found.unmoved
-    changed = bool((layer.weight[idle] != 0).any())
-    layer.weight[idle] = 0
+    dead = all_per_unit(unread | (known & ((values == 0) | (not pads))), units, len(layer.weight))
+    # The inputs of these units do not matter: zero their weights, which may make units before them dead.
+    unused = dead | found.input_free
+    changed = bool((layer.weight[unused] != 0).any())
+    layer.weight[unused] = 0
     gone = dead[units]
     _fold(reader, torch.where(gone & known, values, 0))
     changed |= bool((reader.weight[:, gone] != 0).any())
     reader.weight[:, gone] = 0
     if dead.all():
-        dead[0] = False  # torch has no convolution without channels: one unit stays, which nobody reads
+        dead[0] = False  # keep one unread unit: torch has no convolution without channels
     if not dead.any():
         return changed
     _keep_inputs(reader, ~dead[units])
@@ -58,9 +58,9 @@ def _remove(stage: Stage, reader: Layer) -> bool:
 
 
 def _merge(reader: Layer, known: Tensor, values: Tensor) -> None:
-    """Let one constant channel stand for all, where zeros at the border keep them from being folded into a bias.
+    """Merge all constant channels into one, where zero padding prevents folding them into a bias.
 
-    Constants differ by a factor only, border or not: with W[:, a] + W[:, b]·(b/a) the channel a does for both.
+    Constant channels differ only by a factor, padding included: W[:, a] + W[:, b]·(b/a) lets channel a replace both.
     """
     channels = (known & (values != 0)).nonzero().flatten()
     if len(channels) < 2:
@@ -73,7 +73,7 @@ def _merge(reader: Layer, known: Tensor, values: Tensor) -> None:
 
 
 def _fold(reader: Layer, values: Tensor) -> None:
-    """Add what constant features bring to the bias, which is made if there is none."""
+    """Add the contribution of constant features to the bias, creating it if needed."""
     kernels = reader.weight if reader.weight.dim() == 2 else reader.weight.flatten(2).sum(2)
     shift = kernels @ values
     if reader.bias is not None:
@@ -98,7 +98,7 @@ def _keep_outputs(stage: Stage, keep: Tensor) -> None:
     else:
         layer.out_channels = count
     for step in stage.between:
-        if isinstance(step, Spread):
+        if isinstance(step, FlattenMap):
             keep = step(keep)
             count = int(keep.sum())
         elif isinstance(step, BATCH_NORMS):

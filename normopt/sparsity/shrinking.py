@@ -1,4 +1,4 @@
-"""``shrink``: a smaller model without the dead units, and the proof that it puts out the same."""
+"""``shrink``: build a smaller model without dead units, and verify that its outputs are the same."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from normopt._checks import check_number
-from normopt.sparsity.chain import modules, stages
-from normopt.sparsity.layouts import check_whole
+from normopt.sparsity.chain import leaf_modules, trace_chain
+from normopt.sparsity.layouts import check_unsharded
 from normopt.sparsity.removal import remove_dead_units
 
 
 @dataclass(frozen=True)
 class UnitCount:
-    """How many output units, or channels, a layer had and has.
+    """Number of output units, or channels, of a layer before and after `shrink`.
 
     Attributes:
         name: the layer's name in the model.
-        before: how many units there were.
-        after: how many there are.
+        before: units before.
+        after: units after.
     """
 
     name: str
@@ -32,14 +32,14 @@ class UnitCount:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What `shrink` made.
+    """Result of `shrink`.
 
     Attributes:
-        model: the smaller model, its modules under the names that they had.
-        layers: a count for each linear layer and convolution, in the order of the model.
-        parameters_before: how many parameters the whole model had, biases and gains included.
-        parameters_after: how many it has.
-        error: the largest difference of an output, relative to the largest output.
+        model: the smaller model; its modules keep their names.
+        layers: one count per linear layer and convolution, in the order of the model.
+        parameters_before: number of parameters of the original model, biases and gains included.
+        parameters_after: number of parameters of the smaller model.
+        error: the largest output difference, relative to the largest output.
     """
 
     model: nn.Module
@@ -50,7 +50,7 @@ class Shrunk:
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         """Raise a TypeError: the network is ``model``."""
-        raise TypeError("what shrink() returns is no network but has one: call its .model")
+        raise TypeError("the result of shrink() is not a network: call its .model")
 
     def __str__(self) -> str:
         rows = [("layer", "units", "left"), *((c.name, f"{c.before:,}", f"{c.after:,}") for c in self.layers)]
@@ -62,48 +62,47 @@ class Shrunk:
 
 @torch.no_grad()
 def shrink(model: nn.Module, example_inputs: Tensor, tolerance: float = 1e-6) -> Shrunk:
-    """A physically smaller model without dead units, whose outputs are checked to be the same.
+    """Return a physically smaller model without dead units, after checking that its outputs are the same.
 
     ::
 
-        a unit u is dead if       all that goes out of it is zero, W_next[:, u] = 0, or
-                                  all that comes into it is zero, so that it puts out a constant c
-        a constant is folded      b_next ← b_next + W_next[:, u]·c       (of a convolution, summed over its kernel)
+        a unit u is dead if       its outgoing weights are zero, W_next[:, u] = 0, or
+                                  its incoming weights are zero, so that it outputs a constant c
+        a constant is folded      b_next ← b_next + W_next[:, u]·c       (for a convolution, summed over its kernel)
         until nothing changes     W ← W without row u,  W_next ← W_next without column u
 
-    c is what the bias becomes on its way through batch norm, activation and pooling; a batch norm whose gain is zero,
-    or a depthwise kernel of zeros, makes a constant of any unit. Where the next convolution pads with zeros, a
-    constant c ≠ 0 is none at the border and cannot be a bias: one such channel stays, scaled to stand for all of them.
-    The layer that puts out the model's outputs keeps its units, and every other one at least one. Inputs and outputs
-    keep their shapes.
+    c is the bias after batch norm, activation and pooling; a zero batch-norm gain or a zero depthwise kernel makes any
+    unit constant. If the next convolution pads with zeros, a constant c ≠ 0 is not constant at the border and cannot
+    be folded: one such channel stays, scaled to replace all of them. The output layer keeps all its units, every other
+    layer at least one. Inputs and outputs keep their shapes.
 
-    The outputs are equal in **eval mode**, which has one function of each input. In training mode batch norm
-    normalizes by the batch: a unit that is constant then gives its β alone, whatever its running mean says, and
-    dropout draws other numbers for fewer units. Training can go on from the smaller model all the same.
+    The outputs are equal in **eval mode**, where the model is a deterministic function of its input. In training mode
+    they differ: batch norm normalizes by the batch, so a constant unit gives only its β, whatever its running mean,
+    and dropout draws fewer random numbers. The smaller model can still be trained.
 
     The model may be any nesting of nn.Sequential of Linear, Conv1d to Conv3d (groups=1 or depthwise), BatchNorm1d to
     3d with running statistics, Max, Avg and adaptive pooling, elementwise activations, Dropout, Identity and Flatten;
-    Unflatten may stand before the first layer, Softmax and LogSoftmax behind the last. Anything else, such as a
-    residual connection, is refused: there units are tied in ways that a chain has not. Of a model of your own whose
-    forward() calls one nn.Sequential, give that: ``model.net = shrink(model.net, x).model``. `prune_` and ℓp decay over
-    rows make units dead; zeros that are scattered are for `to_sparse`.
+    also Unflatten before the first layer, and Softmax and LogSoftmax after the last. Anything else raises, such as a
+    residual connection, which couples units in ways that a chain does not. If your model's forward() calls one
+    nn.Sequential, pass that: ``model.net = shrink(model.net, x).model``. `prune_` and ℓp decay over rows make units
+    dead; for scattered zeros use `to_sparse`.
 
     Args:
-        model: the model; it is left as it is, mode and buffers included.
-        example_inputs: a batch of inputs, as for ``model(example_inputs)``, on which the outputs are compared.
-        tolerance: by how much outputs may differ, relative to the largest. Default 1e-6.
+        model: the model; it is not changed, mode and buffers included.
+        example_inputs: a batch of inputs, as for ``model(example_inputs)``, on which outputs are compared.
+        tolerance: the largest allowed output difference, relative to the largest output. Default 1e-6.
 
     Returns:
-        A `Shrunk`, whose ``model`` has the old one's dtypes, devices, mode and names; ``print`` it for a table.
+        A `Shrunk`, whose ``model`` has the same dtypes, devices, mode and names as ``model``; ``print`` it for a table.
 
     Raises:
-        TypeError: ``model`` is no module, ``example_inputs`` no tensor of floats.
-        ValueError: a module that is not supported, which is named; a model with DTensors; inputs of which there are no
-            outputs; a tolerance that is negative or infinite.
+        TypeError: ``model`` is not a module, or ``example_inputs`` not a floating-point tensor.
+        ValueError: an unsupported module, named in the message; a model with DTensors; inputs that give no outputs; a
+            negative or infinite tolerance.
         RuntimeError: outputs differ by more than the tolerance, or are not finite. The arithmetic is in float64, so
-            that this is what rounding to the model's own dtype costs: for 16-bit weights give a larger tolerance.
+            the difference is rounding to the model's own dtype: give a larger tolerance for 16-bit weights.
 
-    Memory: three copies of the model in float64 on the CPU, while it runs.
+    Memory: three copies of the model in float64 on the CPU while it runs.
 
     Source: ours. That ℓp decay leaves exact zeros: arXiv:2404.10824.
 
@@ -123,25 +122,27 @@ def shrink(model: nn.Module, example_inputs: Tensor, tolerance: float = 1e-6) ->
     check_number("tolerance", tolerance, low=0, open_high=True)
     if not isinstance(example_inputs, Tensor) or not example_inputs.is_floating_point():
         kind = example_inputs.dtype if isinstance(example_inputs, Tensor) else type(example_inputs).__name__
-        raise TypeError(f"example_inputs must be a tensor of floats, a batch as the model takes it, but is {kind}")
-    check_whole(model)
-    modules(model)  # refused before anything is copied, which some modules cannot be
+        raise TypeError(f"example_inputs must be a floating-point tensor, a batch of the model's inputs, but is {kind}")
+    check_unsharded(model)
+    leaf_modules(model)  # check before the deep copy, which some modules do not support
     reference, small = (copy.deepcopy(model).to("cpu", torch.float64).eval() for _ in range(2))
     inputs = example_inputs.detach().to("cpu", torch.float64, copy=True)
-    chain = stages(small, inputs.clone())
+    chain = trace_chain(small, inputs.clone())
     before = [len(stage.layer.weight) for stage in chain]
     remove_dead_units(chain)
     _restore(small, model)
     expected = reference(inputs.clone())
     if not expected.numel():
-        raise ValueError(f"example_inputs of shape {tuple(inputs.shape)} give no outputs to compare: give some")
+        raise ValueError(
+            f"example_inputs of shape {tuple(inputs.shape)} give no outputs to compare: pass a non-empty batch"
+        )
     found = copy.deepcopy(small).to("cpu", torch.float64).eval()(inputs)
     largest = float(expected.abs().max())
     error = float((found - expected).abs().max()) / (largest or 1.0)
-    if not error <= tolerance:  # NaN, too
+    if not error <= tolerance:  # also raises for NaN
         raise RuntimeError(
-            f"the shrunk model's outputs differ by {error:.2g} of the largest, {largest:.3g}, on example_inputs, and "
-            f"tolerance = {tolerance:g}: give a larger one if this is the rounding of the weights' dtype"
+            f"the shrunk model's outputs differ by {error:.2g} of the largest, {largest:.3g}, on example_inputs, but "
+            f"tolerance = {tolerance:g}: increase it if this is rounding of the weights' dtype"
         )
     return Shrunk(
         model=small,
@@ -153,12 +154,12 @@ def shrink(model: nn.Module, example_inputs: Tensor, tolerance: float = 1e-6) ->
 
 
 def _restore(small: nn.Module, model: nn.Module) -> None:
-    """Give every tensor the dtype and device, and every module the mode, of the one that it was made from."""
+    """Restore every tensor's dtype and device, and every module's mode, from the original model."""
     for module, old in zip(small.modules(), model.modules(), strict=True):
         module.training = old.training
         tensors = dict(old.named_parameters(recurse=False)) | dict(old.named_buffers(recurse=False))
         for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            like = tensors[name if name in tensors else "weight"]  # a bias that was made is like its weight
+            like = tensors[name if name in tensors else "weight"]  # a new bias follows its weight
             moved = value.detach().to(like.device, like.dtype)
             is_parameter = isinstance(value, nn.Parameter)
             setattr(module, name, nn.Parameter(moved, value.requires_grad) if is_parameter else moved)

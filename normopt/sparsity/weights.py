@@ -1,4 +1,4 @@
-"""The weight tensors of a model, each seen as groups × output units × input units × the rest; sharded ones whole."""
+"""Weight tensors of a model, viewed as groups × output units × input units × the rest; DTensors are gathered."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of two dims or more.
+    """Weight tensor of two dims or more.
 
     Args:
         name: its name in the model.
-        tensor: the tensor itself.
-        groups: 1, except for grouped convolutions, whose input units differ from group to group.
-        transposed: whether dim 0 holds the input units.
+        tensor: the tensor.
+        groups: the groups of a grouped convolution, else 1.
+        transposed: dim 0 holds the input units.
     """
 
     name: str
@@ -37,9 +37,9 @@ class Weight:
     transposed: bool
 
     def units(self) -> Tensor:
-        """A view as [groups, output units of a group, input units of a group, …]; of a DTensor, of all ranks' shards.
+        """Return a view [groups, output units per group, input units per group, …].
 
-        All ranks of a DTensor must call it.
+        A DTensor is gathered: all its ranks must call this.
         """
         return self._units(whole(self.tensor))
 
@@ -48,7 +48,7 @@ class Weight:
         return units.transpose(1, 2) if self.transposed else units
 
     def zero_(self, mask: Tensor) -> None:
-        """Set to zero, in place, the ``units()`` that a mask has, whose shape broadcasts to theirs."""
+        """Zero the masked entries of ``units()`` in place; the mask broadcasts to their shape."""
         w = whole(self.tensor)
         self._units(w).masked_fill_(mask, 0)
         if is_dtensor(self.tensor):
@@ -61,25 +61,24 @@ class Weight:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The dims of ``units()`` that make up one row: all that comes into an output unit."""
+        """Dims of ``units()`` that span one row: the incoming weights of an output unit."""
         return tuple(range(2, self.tensor.dim() + 1))
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """The dims of ``units()`` that make up one column: all that goes out of an input unit."""
+        """Dims of ``units()`` that span one column: the outgoing weights of an input unit."""
         return (1, *range(3, self.tensor.dim() + 1))
 
 
 def weights(model: nn.Module) -> list[Weight]:
-    """Every weight tensor once, in the order of definition, under the first of its names.
+    """Return every weight tensor once, in definition order, under its first name.
 
-    Rows are dim 0 and columns dim 1, but for transposed convolutions, which store them the other way round. What has
-    fewer than two dims is a bias or a gain and no weight; integers and 8-bit floats are the codes of a quantized layer
-    and no weight either. FSDP2 modules are resharded.
+    Rows are dim 0 and columns dim 1, swapped in transposed convolutions. Tensors of fewer than two dims (biases and
+    gains) are left out, and so are integers and 8-bit floats (codes of quantized layers). FSDP2 modules are resharded.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: a weight of a lazy module that has no shape yet.
+        TypeError: ``model`` is not a module.
+        ValueError: a weight of a lazy module has no shape yet.
     """
     check_module(model)
     reshard(model)
@@ -92,7 +91,7 @@ def weights(model: nn.Module) -> list[Weight]:
         for own, w in tensors.items():
             name = f"{place}.{own}".lstrip(".")
             if isinstance(w, UninitializedParameter):
-                raise ValueError(f"{name} has no shape yet: run the model once, so that its lazy modules get theirs")
+                raise ValueError(f"{name} is lazy and has no shape yet: run the model once to initialize it")
             if w.dim() < 2 or is_quantized(w) or id(w) in seen:
                 continue
             seen.add(id(w))

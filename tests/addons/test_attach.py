@@ -220,7 +220,7 @@ def test_a_group_keeps_all_that_it_had_and_a_warning_says_so():
         LpDecay(twin, weight_decay=0.2, warmup=4)
     (first, second, third) = (str(w.message) for w in told)
     assert "group 0" in first
-    assert "keeps lp_p = 0.7, lp_warmup = 0, though the arguments say p = 0.8, warmup = 4" in first
+    assert "keeps lp_p = 0.7, lp_warmup = 0 instead of the arguments' p = 0.8, warmup = 4" in first
     assert "optimizer.param_groups[0]['lp_p'] = 0.8" in first
     assert "keeps lp_decay = 0.0, lp_p" in second
     assert "keeps lp_p" in third  # a tensor is not read

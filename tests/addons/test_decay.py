@@ -159,8 +159,8 @@ def test_numbers_as_tensors_are_not_read():
             heads=3 if over == "heads" else None,
         )
         opt.found_inf = torch.zeros((), device="meta")
-        decay._before(None)
-        decay._after(None)
+        decay._pre_step(None)
+        decay._post_step(None)
 
 
 def test_the_lr_is_the_one_of_this_step_and_a_tensor_is_followed():

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import normopt
 from normopt.diagnostics.geometry import GeometryMonitor
-from normopt.diagnostics.measures import TOGETHER
+from normopt.diagnostics.measures import BUCKET_SIZE
 from normopt.diagnostics.rows import METRICS
 from normopt.norms import Lp
 from tests.oracle import conjugate, lp_dual_norm, lp_norm
@@ -187,7 +187,7 @@ def test_several_groups_each_in_its_own_norm():
 
 
 def test_tensors_too_large_to_go_together():
-    params = weights(shapes=((TOGETHER // 2 + 1,), (3,), (TOGETHER // 2,), (TOGETHER + 7,)))
+    params = weights(shapes=((BUCKET_SIZE // 2 + 1,), (3,), (BUCKET_SIZE // 2,), (BUCKET_SIZE + 7,)))
     gradients(params)
     params[1].grad *= 1e3
     for p in (1.5, 3.0):

@@ -76,9 +76,9 @@ def test_states_that_do_not_fit(tmp_path):
     p, monitor, opt = one_parameter()
     step(p, opt)
     state = monitor.state_dict()
-    with pytest.raises(ValueError, match="make it as that one was"):
+    with pytest.raises(ValueError, match="use the same arguments"):
         TrajectoryMonitor(opt, sketch=128).load_state_dict(state)
-    with pytest.raises(ValueError, match="make it as that one was"):
+    with pytest.raises(ValueError, match="use the same arguments"):
         TrajectoryMonitor(opt, directory=tmp_path / "a").load_state_dict(state)
     p, monitor, opt = one_parameter(directory=tmp_path / "b")
     step(p, opt)

@@ -1,4 +1,4 @@
-"""The ℓ2 lengths of rows, columns and heads, of whole tensors and of parts on many ranks."""
+"""ℓ2 norms of rows, columns and heads, of local and of sharded tensors."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from normopt.sharding.exchange import lockstep, pieces
 from normopt.sharding.layout import Layout
 
 
-def lengths(w: Tensor, layout: Layout | None, over: str, heads: int | None) -> Tensor:
-    """``‖w_G‖₂`` of the group G that each row or column belongs to, in a shape that broadcasts to w's.
+def block_norms(w: Tensor, layout: Layout | None, over: str, heads: int | None) -> Tensor:
+    """Return ``‖w_G‖₂`` of the block G of each local row or column, in a shape that broadcasts to w's.
 
     Args:
-        w: the part of a tensor that is here, of 2 or more dims.
-        layout: how the tensor lies; None if it is here whole.
+        w: the local shard of a tensor of 2 or more dims.
+        layout: its sharding; None for an unsharded tensor.
         over: "rows", "columns" or "heads".
-        heads: how many equal blocks of rows; None but over "heads".
+        heads: the number of equal blocks of rows for "heads", else None.
     """
     line = 1 if over == "columns" else 0
     lines = w.movedim(line, 0).flatten(1)
-    # Where every line is whole on one rank, those before this one's, and all of them.
-    apart = layout is not None and layout.dim == line
-    first, count = (sum(layout.lengths()[: layout.rank]), layout.shape[line]) if apart and layout else (0, len(lines))
+    # If sharded along this dim, each line is complete on one rank: find the local offset and the global count.
+    complete = layout is not None and layout.dim == line
+    first, count = (
+        (sum(layout.lengths()[: layout.rank]), layout.shape[line]) if complete and layout else (0, len(lines))
+    )
     here = slice(first, first + len(lines))
     sums = torch.stack([w.new_full((count,), torch.finfo(w.dtype).tiny), w.new_zeros(count)], 1)
     if lines.numel():
         sums[here] = torch.stack(relative_sum(lines, 2.0), 1)
-    if layout is None or (apart and over != "heads"):
+    if layout is None or (complete and over != "heads"):
         found = sums[:, None]
     else:
         found = torch.stack(lockstep([pieces(sums, [layout] * count)])[0])
