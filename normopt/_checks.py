@@ -52,7 +52,7 @@ def check_number(
     above = value >= high if open_high else value > high
     if math.isnan(value) or below or above:
         left, right = "(" if open_low else "[", ")" if open_high else "]"
-        raise ValueError(f"{name} must lie in {left}{low:g}, {high:g}{right}, but is {value!r}")
+        raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, but is {value!r}")
 
 
 def plain(value: Any) -> Any:

@@ -272,10 +272,10 @@ REFUSED = [
     (dict(overrides={3: {}}), TypeError, "a pattern or a module type"),
     (dict(overrides={"head": {"kind": "haed"}}), ValueError, "kind must be one of"),
     (dict(overrides={"head": {"mass": 1}}), ValueError, '"mass" is of preset="modular"'),
-    (dict(preset="modular", overrides={"head": {"mass": 0}}), ValueError, "mass must lie in"),
+    (dict(preset="modular", overrides={"head": {"mass": 0}}), ValueError, "mass must be in"),
     (dict(preset="modular", overrides={"head": {"sensitivity": 2}}), ValueError, "sensitivity in .* is computed"),
     (dict(residual_depth=3), ValueError, 'residual_depth is of preset="modular"'),
-    (dict(preset="modular", residual_depth=0), ValueError, "residual_depth must lie in"),
+    (dict(preset="modular", residual_depth=0), ValueError, "residual_depth must be in"),
     (dict(preset="modular", residual_depth=2.5), TypeError, "residual_depth must be an integer"),
     (dict(overrides={"head": {"norm": "spectrall"}}), ValueError, "did you mean 'spectral'"),
 ]

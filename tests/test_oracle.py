@@ -16,7 +16,7 @@ import normopt
 from normopt.engine import BUFFER
 from tests.oracle import Rule, direction
 
-# Rule, scale, p and regularizer meet in pairs: each stage reads what the one before it made, and no setting but its own.
+# Rule, scale, p and regularizer meet in pairs: each stage reads what the one before made, and no setting but its own.
 pytestmark = pytest.mark.pairs
 
 PS = [1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 64.0, math.inf]

@@ -14,7 +14,7 @@ from normopt._checks import check_bool, check_choice, check_number, equals, is_l
 from normopt.addons.attach import AddOn, Closure, refuse_sparse
 from normopt.addons.lengths import lengths
 from normopt.engine import SteepestDescent
-from normopt.norms.base import real, working
+from normopt.norms.base import as_real, to_compute_dtype
 from normopt.params import warn_if_stuck
 from normopt.sharding.layout import is_dtensor, layout_of, local
 from normopt.stages.decay import lp_factors
@@ -232,7 +232,7 @@ class LpDecay(AddOn):
         heads = group["lp_heads"] if over == "heads" else None
         for w in weights:
             reach = _on(group["lr"], w) * _on(group["lp_decay"], w)
-            here = working(_reals(w))
+            here = to_compute_dtype(_reals(w))
             sizes = here if over == "entries" else lengths(here, layout_of(w), over, heads)
             self._due.append((w, lp_factors([sizes], p, reach)[0]))
 
@@ -309,7 +309,7 @@ def _exponent_now(group: Mapping[str, Any]) -> float:
 def _reals(w: Tensor) -> Tensor:
     """Return the local shard of a weight as reals, sharing its memory; a lazy conjugation is undone."""
     here = local(w)
-    return real(here.conj() if here.is_conj() else here)  # the sign of an imaginary part plays no role in a factor
+    return as_real(here.conj() if here.is_conj() else here)  # the sign of an imaginary part plays no role in a factor
 
 
 def _on(value: float | Tensor, w: Tensor) -> float | Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normopt._checks import equals
-from normopt.norms.base import Norm, real, stack, working
+from normopt.norms.base import Norm, as_real, stack, to_compute_dtype
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import MatrixNorm
 from normopt.sharding.layout import resolved, whole
@@ -41,7 +41,7 @@ def number(group: Mapping[str, Any], name: str) -> float | Tensor:
 
 def entries(x: Tensor) -> Tensor:
     """The numbers of a tensor of any layout, dense and real, complex ones as pairs, conjugated if it is lazily so."""
-    return real(resolved(x if x.layout == torch.strided else x.to_dense()))
+    return as_real(resolved(x if x.layout == torch.strided else x.to_dense()))
 
 
 def of_gradient(params: Sequence[Tensor], measure: Measure, scale: Tensor | None) -> Tensor | None:
@@ -49,7 +49,7 @@ def of_gradient(params: Sequence[Tensor], measure: Measure, scale: Tensor | None
 
     The gradients are those in ``.grad``, divided by a loss scale if there is one.
     """
-    g = [working(entries(whole(p.grad))) for p in params if p.grad is not None]
+    g = [to_compute_dtype(entries(whole(p.grad))) for p in params if p.grad is not None]
     d = sum(x.numel() for x in g)
     if d == 0:
         return None
@@ -83,7 +83,7 @@ def of_update(params: Sequence[Tensor], before: list[Piece], measure: Measure) -
         for which, old in before:
             new = flat([after[i] for i in which])
             zeros.append(new.numel() - torch.count_nonzero(new))
-            yield [after[i].numel() for i in which], working(new) - working(old)
+            yield [after[i].numel() for i in which], to_compute_dtype(new) - to_compute_dtype(old)
 
     norm = measure.norm.on(after[0].device)
     known = norm.p if isinstance(norm, Lp) and not isinstance(norm.p, Tensor) else None
@@ -98,7 +98,7 @@ def of_update(params: Sequence[Tensor], before: list[Piece], measure: Measure) -
         apart = {i: x for which, n, y in parts for i, x in zip(which, torch.split(y, n), strict=True)}
         size = primal_norm(norm, [apart[i].view(after[i].shape) for i in sorted(apart)], measure.whole)
     update = top * totals[2.0].sum().sqrt()
-    _, top, totals = sums((([old.numel()], working(old)) for _, old in before), [2.0], None)
+    _, top, totals = sums((([old.numel()], to_compute_dtype(old)) for _, old in before), [2.0], None)
     return stack([size, update / (top * totals[2.0].sqrt()), stack(zeros).sum() / d])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from normopt._checks import check_choice, check_number, near
-from normopt.groups.claims import KINDS, MATRICES, Claim, claims
+from normopt.groups.classify import KINDS, MATRICES, ParamInfo, classify_params
 from normopt.groups.modular import budgets
 from normopt.groups.presets import PRESETS
 from normopt.norms import registry
@@ -111,17 +111,17 @@ def param_groups(
         check_integer("residual_depth", residual_depth, float("inf"))
         if preset != "modular":
             raise ValueError(f'residual_depth is of preset="modular", but the preset is {preset!r}: leave it out')
-    everything = claims(model, output)
+    everything = classify_params(model, output)
     given = _given(everything, overrides or {})
-    every = [(claim, _settings(claim, preset, given[claim.name])) for claim in everything]
-    claimed = [claim for claim, _ in every if claim.param.requires_grad]
-    settings = [own for claim, own in every if claim.param.requires_grad]
+    every = [(info, _settings(info, preset, given[info.name])) for info in everything]
+    claimed = [info for info, _ in every if info.param.requires_grad]
+    settings = [own for info, own in every if info.param.requires_grad]
     _refuse_unclaimed([c for c, s in zip(claimed, settings, strict=True) if "norm" not in s])
     if preset == "modular":
         masses = {c.name: s.pop("mass") for c, s in zip(claimed, settings, strict=True) if "mass" in s}
         found = budgets(model, everything, masses, residual_depth)
-        for claim, own in zip(claimed, settings, strict=True):
-            budget = found[claim.name]
+        for info, own in zip(claimed, settings, strict=True):
+            budget = found[info.name]
             own["radius"] = own.get("radius", 1.0) * budget.radius
             own |= {"share": budget.share, "sensitivity": budget.sensitivity}
     return _gather(claimed, settings, preset)
@@ -160,15 +160,15 @@ class ParamGroups(list[dict[str, Any]]):
         return "\n".join(lines)
 
 
-def _given(claimed: list[Claim], overrides: Overrides) -> dict[str, dict[str, Any]]:
+def _given(claimed: list[ParamInfo], overrides: Overrides) -> dict[str, dict[str, Any]]:
     """What the overrides say of every parameter."""
-    given: dict[str, dict[str, Any]] = {claim.name: {} for claim in claimed}
+    given: dict[str, dict[str, Any]] = {info.name: {} for info in claimed}
     for key, settings in overrides.items():
         if not isinstance(settings, Mapping):
             raise TypeError(f"overrides[{key!r}] must be a dict of settings, but is {settings!r}")
-        matched = [claim for claim in claimed if _matches(claim, key)]
+        matched = [info for info in claimed if _matches(info, key)]
         if not matched:
-            names = [claim.name for claim in claimed]
+            names = [info.name for info in claimed]
             hint = near(key, names) if isinstance(key, str) else ""
             shown = repr(key) if isinstance(key, str) else key.__name__
             raise ValueError(f"overrides[{shown}] matches no parameter{hint}; the first are {', '.join(names[:5])}")
@@ -180,44 +180,44 @@ def _given(claimed: list[Claim], overrides: Overrides) -> dict[str, dict[str, An
             raise ValueError(
                 f"{', '.join(sorted(computed))} in overrides[{key!r}] is computed: give a radius or a mass"
             )
-        for claim in matched:
-            before = given[claim.name]
+        for info in matched:
+            before = given[info.name]
             laid = dict(settings)
-            if claim.kind == "bias" and settings.get("kind") in MATRICES and not _is_named(claim, key):
+            if info.kind == "bias" and settings.get("kind") in MATRICES and not _is_named(info, key):
                 del laid["kind"]  # a module's bias is no matrix because its weight is one
-            given[claim.name] = (_without_norm(before) if "norm" in laid else before) | laid
+            given[info.name] = (_without_norm(before) if "norm" in laid else before) | laid
     return given
 
 
-def _matches(claim: Claim, key: str | type[nn.Module]) -> bool:
+def _matches(info: ParamInfo, key: str | type[nn.Module]) -> bool:
     if isinstance(key, str):
-        return any(fnmatch.fnmatchcase(name, key) for name in (claim.name, *claim.places))
+        return any(fnmatch.fnmatchcase(name, key) for name in (info.name, *info.places))
     if isinstance(key, type) and issubclass(key, nn.Module):
-        return isinstance(claim.module, key)
+        return isinstance(info.module, key)
     raise TypeError(f"a key of overrides must be a pattern or a module type, but is {key!r}")
 
 
-def _is_named(claim: Claim, key: str | type[nn.Module]) -> bool:
+def _is_named(info: ParamInfo, key: str | type[nn.Module]) -> bool:
     """By a name of its own, not by its module's."""
-    return isinstance(key, str) and fnmatch.fnmatchcase(claim.name, key)
+    return isinstance(key, str) and fnmatch.fnmatchcase(info.name, key)
 
 
-def _settings(claim: Claim, preset: str, given: dict[str, Any]) -> dict[str, Any]:
+def _settings(info: ParamInfo, preset: str, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of one parameter: the preset's for its kind, as its module means it, under the user's."""
-    if "kind" in given and given["kind"] != claim.kind:
-        claim.kind = given["kind"]
-        claim.matrix = {"matrix_view": "transposed"} if claim.kind == "embedding" else {}
-    base = dict(PRESETS[preset][claim.kind]) if claim.kind else {}
-    settings = (_without_norm(base) if "norm" in given else base) | given | {"kind": claim.kind or "other"}
+    if "kind" in given and given["kind"] != info.kind:
+        info.kind = given["kind"]
+        info.matrix = {"matrix_view": "transposed"} if info.kind == "embedding" else {}
+    base = dict(PRESETS[preset][info.kind]) if info.kind else {}
+    settings = (_without_norm(base) if "norm" in given else base) | given | {"kind": info.kind or "other"}
     if "mass" in settings and preset != "modular":
         raise ValueError(f'"mass" is of preset="modular", but the preset is {preset!r}: leave it out')
     if isinstance(settings.get("norm"), str):
         fields = registry.lookup(settings["norm"]).fields
-        for name, value in claim.matrix.items():
+        for name, value in info.matrix.items():
             if name in fields:
                 settings.setdefault(registry.setting_key(name), value)
     if "norm_blocks" in settings:
-        claim.matrix["blocks"] = settings["norm_blocks"]
+        info.matrix["blocks"] = settings["norm_blocks"]
     return settings
 
 
@@ -225,7 +225,7 @@ def _without_norm(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in ("p", "radius") and not k.startswith("norm")}
 
 
-def _refuse_unclaimed(unclaimed: list[Claim]) -> None:
+def _refuse_unclaimed(unclaimed: list[ParamInfo]) -> None:
     if not unclaimed:
         return
     told = "; ".join(f"{c.name} {tuple(c.param.shape)} of a {type(c.module).__name__}" for c in unclaimed[:8])
@@ -237,14 +237,14 @@ def _refuse_unclaimed(unclaimed: list[Claim]) -> None:
     )
 
 
-def _gather(claimed: list[Claim], settings: list[dict[str, Any]], preset: str) -> ParamGroups:
+def _gather(claimed: list[ParamInfo], settings: list[dict[str, Any]], preset: str) -> ParamGroups:
     """One group for all parameters with the same settings; groups in the order of the kinds."""
     gathered: dict[str, dict[str, Any]] = {}
-    for claim, own in zip(claimed, settings, strict=True):
+    for info, own in zip(claimed, settings, strict=True):
         # A repr of an array or a tensor leaves entries or digits out.
         plain = {k: v if isinstance(v, int | float | str | None) else id(v) for k, v in own.items()}
         key = repr(sorted(plain.items(), key=lambda item: item[0]))
-        gathered.setdefault(key, {"params": [], **own})["params"].append((claim.name, claim.param))
+        gathered.setdefault(key, {"params": [], **own})["params"].append((info.name, info.param))
     groups = ParamGroups(
         sorted(gathered.values(), key=lambda g: KINDS.index(g["kind"]) if g["kind"] in KINDS else len(KINDS))
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from normopt.groups.claims import Claim
+from normopt.groups.classify import ParamInfo
 from normopt.groups.sensitivity import Untraceable, sensitivities
 
 # Total masses, as in the authors' GPT: a model that grows deeper moves its ends as before. Biases and gains, which
@@ -40,7 +40,7 @@ class Budget:
 
 
 def budgets(
-    model: nn.Module, claimed: Sequence[Claim], masses: Mapping[str, float], residual_depth: int | None
+    model: nn.Module, claimed: Sequence[ParamInfo], masses: Mapping[str, float], residual_depth: int | None
 ) -> dict[str, Budget]:
     """The budget of every parameter, by its name.
 
@@ -63,20 +63,20 @@ def budgets(
     return {name: Budget(m / total, steep[name]) for name, m in mass.items()}
 
 
-def _masses(claimed: Sequence[Claim]) -> dict[str, float]:
+def _masses(claimed: Sequence[ParamInfo]) -> dict[str, float]:
     """Each parameter's mass: equal among those of a part of the model, a fused matrix counting once a block."""
     parts: dict[str, dict[str, float]] = {}
-    for claim in claimed:
-        part = {"linear": "hidden", "conv": "hidden", "norm": "vectors", "bias": "vectors"}.get(str(claim.kind))
-        fused = float(claim.matrix.get("blocks", 1)) if claim.kind == "linear" else 1.0
-        parts.setdefault(part or str(claim.kind), {})[claim.name] = fused
+    for info in claimed:
+        part = {"linear": "hidden", "conv": "hidden", "norm": "vectors", "bias": "vectors"}.get(str(info.kind))
+        fused = float(info.matrix.get("blocks", 1)) if info.kind == "linear" else 1.0
+        parts.setdefault(part or str(info.kind), {})[info.name] = fused
     scale = {part: (HIDDEN_MASS if part == "hidden" else END_MASS) / sum(m.values()) for part, m in parts.items()}
     return {name: mass * scale[part] for part, members in parts.items() for name, mass in members.items()}
 
 
-def _traced(model: nn.Module, claimed: Sequence[Claim]) -> dict[str, float]:
+def _traced(model: nn.Module, claimed: Sequence[ParamInfo]) -> dict[str, float]:
     try:
-        uses = sensitivities(model, {place for claim in claimed for place in claim.places if place})
+        uses = sensitivities(model, {place for info in claimed for place in info.places if place})
     except Untraceable as error:
         raise ValueError(
             f'preset="modular" reads the sensitivity of every layer from the model\'s graph, but {error}. Declare the '
@@ -94,7 +94,7 @@ def _use(uses: Mapping[str, float], place: str) -> float:
     return uses.get(place, 0.0)
 
 
-def _declared(claimed: Sequence[Claim], depth: int) -> dict[str, float]:
+def _declared(claimed: Sequence[ParamInfo], depth: int) -> dict[str, float]:
     """1/L inside the L branches, each of which makes an L-th of the stream; 1 at the ends.
 
     The ends are embeddings, the output layer, and what stands outside of the numbered blocks if there are any.

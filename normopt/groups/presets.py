@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from normopt.groups.claims import Kind
+from normopt.groups.classify import Kind
 
 Preset = Mapping[Kind, Mapping[str, Any]]
 

@@ -206,7 +206,7 @@ class Norm(ABC):
         """
         if isinstance(x, Tensor):
             return self.dual_norm([x])[0]
-        return [self.combine(self.measure([working(t)])[:, None])[0, 0] for t in x]
+        return [self.combine(self.measure([to_compute_dtype(t)])[:, None])[0, 0] for t in x]
 
     @overload
     def dual_map(self, x: Tensor) -> Tensor: ...
@@ -224,7 +224,7 @@ class Norm(ABC):
         """
         if isinstance(x, Tensor):
             return self.dual_map([x])[0]
-        c = [working(t) for t in x]
+        c = [to_compute_dtype(t) for t in x]
         d = [self.scaled([t], 0, whole_group=False)[0][0] for t in c]
         return [u.to(t.dtype) for u, t in zip(d, x, strict=True)]
 
@@ -331,17 +331,17 @@ class TensorNorm(Norm):
         return d if equals(kappa, 0) else [u * n.to(u) for u, n in zip(d, scalars[:, 0] ** kappa, strict=True)]
 
 
-def real(x: Tensor) -> Tensor:
+def as_real(x: Tensor) -> Tensor:
     """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-def reals(x: Tensor) -> int:
+def num_reals(x: Tensor) -> int:
     """How many real numbers a tensor holds; all of it, if it is a DTensor."""
     return x.numel() * (2 if x.is_complex() else 1)
 
 
-def working(x: Tensor) -> Tensor:
+def to_compute_dtype(x: Tensor) -> Tensor:
     """``x`` in the dtype that arithmetic is done in: float32 for 16-bit floats, else its own."""
     if not x.is_floating_point():
         raise TypeError(f"a norm takes real floating-point tensors, but was given {x.dtype}: convert it first")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from normopt.norms.matrices import raised, rescaled
+from normopt.norms.matrices import mul_pow2, normalize_exponent
 
 
 def top_pair(y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -34,26 +34,26 @@ def top_pair(y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     is of Kuczyński and Woźniakowski, "Estimating the largest eigenvalue by the power and Lanczos algorithms
     with a random start", 1992.
     """
-    g, power, fine = rescaled(y)
+    g, power, fine = normalize_exponent(y)
     (count, rows, columns), k = g.shape, min(steps, *g.shape[-2:])
     us, vs, b = (g.new_zeros(count, k, size) for size in (rows, columns, k))
     # Vectors are rows here: the batched product vᵀGᵀ is ten times as fast on a CPU as Gv.
     # Gᵀz lies in the row space, which no later step can leave. Nothing of G itself would do for z: a row of a
     # block-diagonal matrix never leaves its block.
-    _, v = extension(vs[:, :0], mixed_signs(rows, g).expand(count, 1, rows) @ g)
+    _, v = orthogonalize(vs[:, :0], fixed_start(rows, g).expand(count, 1, rows) @ g)
     for j in range(k):
         vs[:, j : j + 1] = v
-        b[:, j, j], u = extension(us[:, :j], v @ g.mT)
+        b[:, j, j], u = orthogonalize(us[:, :j], v @ g.mT)
         us[:, j : j + 1] = u
         if j + 1 < k:
-            b[:, j, j + 1], v = extension(vs[:, : j + 1], u @ g)
+            b[:, j, j + 1], v = orthogonalize(vs[:, : j + 1], u @ g)
     u = torch.linalg.svd(b)[0][..., :1].mT @ us
-    sigma, v = extension(vs[:, :0], u @ g)
-    sigma = torch.where(fine[:, 0, 0], raised(sigma, power[:, 0, 0]), math.nan)
+    sigma, v = orthogonalize(vs[:, :0], u @ g)
+    sigma = torch.where(fine[:, 0, 0], mul_pow2(sigma, power[:, 0, 0]), math.nan)
     return sigma, torch.where(fine, u, math.nan).mT @ v
 
 
-def extension(basis: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def orthogonalize(basis: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """What r adds to an orthonormal basis, as (length, unit vector); both 0 where it adds nothing but rounding.
 
     Shapes: basis [count, k, size], r [count, 1, size], length [count].
@@ -67,7 +67,7 @@ def extension(basis: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(new, length, 0), torch.where(new[:, None, None], r / safe[:, None, None], 0)
 
 
-def mixed_signs(n: int, like: Tensor) -> Tensor:
+def fixed_start(n: int, like: Tensor) -> Tensor:
     """n numbers that look random, the same every time: signs of a hash, sizes from ½ to 3/2.
 
     Made on the device by integer arithmetic, from no generator. None is near 0, so that no axis is missed.

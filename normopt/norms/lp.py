@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_number, equals
-from normopt.norms.base import Needs, Norm, Scale, stack, working
+from normopt.norms.base import Needs, Norm, Scale, stack, to_compute_dtype
 from normopt.norms.registry import register
 
 
@@ -108,7 +108,7 @@ class Lp(Norm):
         Raises:
             TypeError: x is complex, or of integers.
         """
-        return size(relative_sums([working(x)], self.p)[:, None], self.p)[0]
+        return norm_from_partials(relative_sums([to_compute_dtype(x)], self.p)[:, None], self.p)[0]
 
     def measure(self, c: list[Tensor]) -> Tensor:
         """What each tensor adds, shape [n, 2]: the largest entry M and Σ(|x|/M)^q.
@@ -131,7 +131,7 @@ class Lp(Norm):
         if equals(self.p, 1):
             winner = partials[..., 0].argmax(-1, keepdim=True)  # the first of equals
             return partials.gather(-2, winner[..., None].expand(*winner.shape, 2))[..., 0, :]
-        return torch.stack(shifted(*top_and_root(partials, self.q)), -1)
+        return torch.stack(norm_and_shift(*top_and_root(partials, self.q)), -1)
 
     def numbered(self, partials: Tensor, by: list[int]) -> Tensor:
         """At p = 1 the places are raised.
@@ -149,13 +149,13 @@ class Lp(Norm):
             return [x.clone() for x in c]
         if equals(self.p, 1):
             d = [one_hot(x, s[1] == i) for i, (x, s) in enumerate(zip(c, scalars, strict=True))]
-            return d if equals(kappa, 0) else lengthen(d, scalars[:, 0], torch.ones_like(scalars[:, 0]), kappa)
+            return d if equals(kappa, 0) else mul_norm_power(d, scalars[:, 0], torch.ones_like(scalars[:, 0]), kappa)
         _, norms, shifts = scalars.unbind(-1)
-        d = c if equals(self.p, math.inf) else self._or_exact(math.inf, c, divide(c, norms, shifts))
+        d = c if equals(self.p, math.inf) else self._exact_at(math.inf, c, safe_divide(c, norms, shifts))
         d = d if equals(self.p, 2) else signed_power(d, self._exponent)
-        return d if equals(kappa, 0) else self._or_exact(2, c, lengthen(d, norms, shifts, kappa))
+        return d if equals(kappa, 0) else self._exact_at(2, c, mul_norm_power(d, norms, shifts, kappa))
 
-    def _or_exact(self, end: float, c: list[Tensor], u: list[Tensor]) -> list[Tensor]:
+    def _exact_at(self, end: float, c: list[Tensor], u: list[Tensor]) -> list[Tensor]:
         """u, but for a tensor p that is at an end: c, as on the path that a float p takes there."""
         if not isinstance(self.p, Tensor):
             return u
@@ -180,10 +180,10 @@ class Lp(Norm):
         if eps == 0:
             return signed_power(c, self._exponent)
         rho = 1 - self._exponent  # never (p−2)/(p−1), which is NaN at p = ∞
-        return [x * (x.abs() + eps).pow(like(-rho, x)) for x in c]
+        return [x * (x.abs() + eps).pow(match_dtype(-rho, x)) for x in c]
 
 
-def like(value: float | Tensor, x: Tensor) -> float | Tensor:
+def match_dtype(value: float | Tensor, x: Tensor) -> float | Tensor:
     """A number as it is, a tensor in the dtype of x: 0-d tensors of two dtypes would make one of the wider."""
     return value.to(x.dtype) if isinstance(value, Tensor) else value
 
@@ -199,7 +199,7 @@ def signed_power(c: list[Tensor], exponent: float | Tensor) -> list[Tensor]:
         return list(torch._foreach_mul(c, magnitude))
     if isinstance(exponent, Tensor):
         ends = zip(signed_power(c, 0), c, magnitude, strict=True)
-        general = [(sign, x, a.pow(like(exponent, x)).copysign(x)) for sign, x, a in ends]
+        general = [(sign, x, a.pow(match_dtype(exponent, x)).copysign(x)) for sign, x, a in ends]
         return [torch.where(exponent == 0, s, torch.where(exponent == 1, x, u)) for s, x, u in general]
     # p = 3 is a square root, which costs a tenth of a general power.
     power = torch._foreach_sqrt(magnitude) if exponent == 0.5 else torch._foreach_pow(magnitude, exponent)
@@ -230,7 +230,7 @@ def relative_sum(x: Tensor, q: float | Tensor) -> tuple[Tensor, Tensor]:
     limits = torch.finfo(a.dtype)
     small = not isinstance(q, Tensor) and q <= 4
     top = a.amax(-1).clamp(limits.tiny if small else 0, limits.max)
-    return top, (a / (top if small else nonzero(top))[..., None]).pow(like(q, a)).sum(-1)
+    return top, (a / (top if small else nonzero(top))[..., None]).pow(match_dtype(q, a)).sum(-1)
 
 
 def nonzero(x: Tensor) -> Tensor:
@@ -247,11 +247,11 @@ def top_and_root(partials: Tensor, q: float | Tensor) -> tuple[Tensor, Tensor]:
     if sums.shape[-1] == 1:
         total = sums[..., 0]
     else:
-        total = (sums * (tops / nonzero(top)[..., None]).pow(like(q, sums))).sum(-1)
-    return top, total.pow(like(1 / q, total))
+        total = (sums * (tops / nonzero(top)[..., None]).pow(match_dtype(q, sums))).sum(-1)
+    return top, total.pow(match_dtype(1 / q, total))
 
 
-def along_lines(x: Tensor, q: float) -> tuple[Tensor, Tensor]:
+def top_and_root_last_dim(x: Tensor, q: float) -> tuple[Tensor, Tensor]:
     """The same of each line of the last dim."""
     if q == math.inf:
         top = x.abs().amax(-1)
@@ -260,15 +260,15 @@ def along_lines(x: Tensor, q: float) -> tuple[Tensor, Tensor]:
     return top, total.pow(1 / q)
 
 
-def size(partials: Tensor, q: float | Tensor) -> Tensor:
+def norm_from_partials(partials: Tensor, q: float | Tensor) -> Tensor:
     """‖·‖_q from the relative sums of the k pieces of a vector: shape [..., k, 2] to [...]."""
     top, root = top_and_root(partials, q)
     return top * root
 
 
-def sizes(x: Tensor, q: float) -> Tensor:
+def norm_last_dim(x: Tensor, q: float) -> Tensor:
     """‖·‖_q along the last dim."""
-    top, root = along_lines(x, q)
+    top, root = top_and_root_last_dim(x, q)
     return top * root
 
 
@@ -279,30 +279,30 @@ def shift(norms: Tensor) -> Tensor:
     return ones.masked_fill_(norms < limits.tiny, 2.0**64).masked_fill_(norms > limits.max, 2.0**-64)
 
 
-def shifted(top: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def norm_and_shift(top: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The norm n = top·root, n·s and its `shift` s."""
     norms = top * root
     s = shift(norms)
     return norms, top * s * root, s
 
 
-def divide(c: list[Tensor], norms: Tensor, shifts: Tensor | None = None) -> list[Tensor]:
+def safe_divide(c: list[Tensor], norms: Tensor, shifts: Tensor | None = None) -> list[Tensor]:
     """Each tensor by its norm n, given n·s and s (1 if None); a tensor of norm 0 stays 0, as D(0) = 0 asks."""
     safe = norms.clamp_min(max(torch.finfo(x.dtype).tiny for x in c))  # 0 in no dtype
-    u = torch._foreach_div(c, like_each(safe, c))
+    u = torch._foreach_div(c, unbind_like(safe, c))
     if shifts is not None:
-        torch._foreach_mul_(u, like_each(shifts, c))
+        torch._foreach_mul_(u, unbind_like(shifts, c))
     return list(u)
 
 
-def lengthen(d: list[Tensor], norms: Tensor, shifts: Tensor, kappa: float | Tensor) -> list[Tensor]:
+def mul_norm_power(d: list[Tensor], norms: Tensor, shifts: Tensor, kappa: float | Tensor) -> list[Tensor]:
     """Each tensor by n^kappa, given n·s and s."""
-    u = torch._foreach_mul(d, like_each(norms**kappa, d))
-    torch._foreach_div_(u, like_each(shifts**kappa, d))
+    u = torch._foreach_mul(d, unbind_like(norms**kappa, d))
+    torch._foreach_div_(u, unbind_like(shifts**kappa, d))
     return list(u)
 
 
-def like_each(numbers: Tensor, xs: list[Tensor]) -> list[Tensor]:
+def unbind_like(numbers: Tensor, xs: list[Tensor]) -> list[Tensor]:
     """A vector of n numbers as a list of 0-d ones, each where and of what dtype its tensor is."""
     return [n.to(x) for n, x in zip(numbers.unbind(), xs, strict=True)]
 

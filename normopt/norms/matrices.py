@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normopt._checks import check_choice, check_number
 from normopt.norms.base import Norm, Scale, stack
-from normopt.norms.lp import lengthen, shift
+from normopt.norms.lp import mul_norm_power, shift
 
 MATRIX_VIEWS = ("flatten", "batch", "transposed")
 
@@ -58,24 +58,24 @@ def from_matrices(y: Tensor, like: Tensor, view: str) -> Tensor:
     return y.reshape(like.shape)
 
 
-def rescaled(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normalize_exponent(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(y·2^−e, e, whether y is finite) of each matrix of a stack, e and the last of shape [stack, 1, 1].
 
     The largest entry is then in [½, 1), at the cost of no bit, so that no square over- or underflows; a
     matrix that is not finite is 0.
     """
-    top = largest(y)
+    top = max_abs(y)
     fine = top.isfinite()
     power = torch.frexp(torch.where(fine, top, 0)).exponent
-    return torch.where(fine, raised(y, -power), 0), power, fine
+    return torch.where(fine, mul_pow2(y, -power), 0), power, fine
 
 
-def largest(y: Tensor) -> Tensor:
+def max_abs(y: Tensor) -> Tensor:
     """The largest |entry| of each matrix, shape [stack, 1, 1]; NaN where one is. No |y| is made for it."""
     return torch.maximum(y.amax((-2, -1), keepdim=True), -y.amin((-2, -1), keepdim=True))
 
 
-def raised(x: Tensor, power: Tensor) -> Tensor:
+def mul_pow2(x: Tensor, power: Tensor) -> Tensor:
     """x·2^power, at the cost of no bit, in two steps because 2^power alone may over- or underflow.
 
     torch.ldexp of all entries would do the same, in five times the time.
@@ -94,7 +94,7 @@ def check_matrix(shape: torch.Size, view: str, blocks: int) -> None:
         )
 
 
-def dimensions(shape: torch.Size, view: str, blocks: int) -> tuple[int, int, int]:
+def matrix_dims(shape: torch.Size, view: str, blocks: int) -> tuple[int, int, int]:
     """(rows, columns, taps) of the matrices of a tensor of this shape, as `to_matrices` makes them."""
     if len(shape) <= 1:
         return math.prod(shape) // blocks, 1, 1
@@ -162,7 +162,7 @@ class MatrixNorm(Norm):
         Args:
             shape: the tensor's, any.
         """
-        rows, columns, taps = dimensions(shape, self.matrix_view, self.blocks)
+        rows, columns, taps = matrix_dims(shape, self.matrix_view, self.blocks)
         return ASPECTS[self.aspect](rows, columns, taps) if rows * columns else 1.0
 
     def bare(self) -> Self:
@@ -228,7 +228,7 @@ class MatrixNorm(Norm):
         products = stack(inner)
         norms = torch.where((shifts == 1) | products.isnan(), norms, products)
         norms = norms.sum().expand(len(c)) if whole_group else norms
-        return lengthen(maps, norms, shifts, kappa), norms / shifts
+        return mul_norm_power(maps, norms, shifts, kappa), norms / shifts
 
 
 def check_integer(name: str, value: object, high: float) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_choice, check_number
-from normopt.norms.base import Needs, Scale, working
-from normopt.norms.lp import along_lines, shift, shifted, signed_power, sizes
+from normopt.norms.base import Needs, Scale, to_compute_dtype
+from normopt.norms.lp import norm_and_shift, norm_last_dim, shift, signed_power, top_and_root_last_dim
 from normopt.norms.matrices import MatrixNorm, from_matrices, to_matrices
 from normopt.norms.registry import register
 
@@ -82,10 +82,11 @@ class Mixed(MatrixNorm):
         Raises:
             TypeError: x is complex, or of integers.
         """
-        y = self._lines_of(working(x))
-        return (
-            sizes(sizes(y, self.p_inner), self.p_outer).amax() / self.factor(x.shape) if y.numel() else x.new_zeros(())
-        )
+        y = self._lines_of(to_compute_dtype(x))
+        if y.numel() == 0:
+            return x.new_zeros(())
+        norms = norm_last_dim(norm_last_dim(y, self.p_inner), self.p_outer)
+        return norms.amax() / self.factor(x.shape)
 
     def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         return [self._pair(x) for x in c]
@@ -100,12 +101,12 @@ class Mixed(MatrixNorm):
         y = self._lines_of(x)
         if y.numel() == 0:
             return x.new_zeros(()), torch.zeros_like(x)
-        top, root = along_lines(y, conjugate(self.p_inner))
+        top, root = top_and_root_last_dim(y, conjugate(self.p_inner))
         r, s = top * root, None
         if self.p_outer < math.inf:  # where it is ∞, r is asked for signs, which a shift of the largest could lose
             s = shift(r.amax(-1, keepdim=True))
             r = top * s * root
-        outer = along_lines(r, conjugate(self.p_outer))
+        outer = top_and_root_last_dim(r, conjugate(self.p_outer))
         d = dual_map(y, top, root, self.p_inner) * dual_map(r, *outer, self.p_outer)[..., None]
         d = d.mT if self.lines == "columns" else d
         f, totals = self.factor(x.shape), outer[0] * outer[1]
@@ -125,6 +126,6 @@ def dual_map(x: Tensor, top: Tensor, root: Tensor, p: float) -> Tensor:
         return torch.zeros_like(x).scatter(-1, first, signed_power([x.gather(-1, first)], 0)[0])
     if p == math.inf:
         return signed_power([x], 0)[0]
-    _, norms, s = shifted(top, root)
+    _, norms, s = norm_and_shift(top, root)
     safe = norms.clamp_min(torch.finfo(x.dtype).tiny)
     return signed_power([x / safe[..., None] * s[..., None]], 1 / (p - 1))[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normopt.norms.matrices import largest, raised
+from normopt.norms.matrices import max_abs, mul_pow2
 
 Coefficients = tuple[float, float, float]
 
@@ -42,7 +42,7 @@ def polar(x: Tensor, method: str, steps: int, dtype: torch.dtype) -> Tensor:
     The operations and their order are those of torch.optim.Muon. The matrix is scaled by a power of two
     before, which changes no bit of the result but lets every magnitude through.
     """
-    y = raised(x, -torch.frexp(largest(x)).exponent).to(dtype)
+    y = mul_pow2(x, -torch.frexp(max_abs(x)).exponent).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     y = y.mT if tall else y
     norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)

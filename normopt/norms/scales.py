@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normopt.norms.base import Norm, Scale
-from normopt.norms.lp import Lp, divide, like_each
+from normopt.norms.lp import Lp, safe_divide, unbind_like
 
 
 class NormPair(NamedTuple):
@@ -58,7 +58,7 @@ def unit_pair(dual: Tensor) -> NormPair:
     return NormPair(torch.where(dual > 0, 1, dual), dual)
 
 
-def over_the_group(pairs: list[NormPair | None], whole_group: bool, radius: float) -> NormPair | None:
+def group_norms(pairs: list[NormPair | None], whole_group: bool, radius: float) -> NormPair | None:
     """One pair of 0-d tensors from those of a group's batches; None if there are none, or one was not measured."""
     known = [pair for pair in pairs if pair is not None]
     if not known or len(known) < len(pairs):
@@ -71,12 +71,12 @@ def over_the_group(pairs: list[NormPair | None], whole_group: bool, radius: floa
 def matched(d: list[Tensor], c: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Each d at the length of its c, ``d · ‖c‖₂/‖d‖₂``, 0 where d is 0; and the factors ``‖c‖₂/‖d‖₂``, shape [n]."""
     l2 = Lp(2.0)
-    return lengthened(d, *l2.combine(l2.measure([*c, *d])[:, None]).tensor_split(2))
+    return rescale_to_norm(d, *l2.combine(l2.measure([*c, *d])[:, None]).tensor_split(2))
 
 
-def lengthened(d: list[Tensor], ours: Tensor, theirs: Tensor) -> tuple[list[Tensor], Tensor]:
+def rescale_to_norm(d: list[Tensor], ours: Tensor, theirs: Tensor) -> tuple[list[Tensor], Tensor]:
     """Each d, whose lengths are ``theirs``, at the length ``ours``; and the factors: scalars of l2, shape [n, 3]."""
     _, lengths, shifts = ours.unbind(-1)
     own = theirs[:, 0] * shifts
-    u = torch._foreach_mul(divide(d, own), like_each(lengths, d))
+    u = torch._foreach_mul(safe_divide(d, own), unbind_like(lengths, d))
     return list(u), lengths / own.clamp_min(torch.finfo(own.dtype).tiny)

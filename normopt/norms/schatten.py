@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_choice, check_number
-from normopt.norms.base import Needs, Scale, without_autocast, working
+from normopt.norms.base import Needs, Scale, to_compute_dtype, without_autocast
 from normopt.norms.lanczos import top_pair
-from normopt.norms.lp import along_lines, nonzero, shift, shifted, sizes
-from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, raised, rescaled, to_matrices
+from normopt.norms.lp import nonzero, norm_and_shift, norm_last_dim, shift, top_and_root_last_dim
+from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, mul_pow2, normalize_exponent, to_matrices
 from normopt.norms.polar import polar
 from normopt.norms.registry import register
 
@@ -125,10 +125,10 @@ class Schatten(MatrixNorm):
         Raises:
             TypeError: x is complex, or of integers.
         """
-        y = to_matrices(working(x), self.matrix_view, self.blocks)
+        y = to_matrices(to_compute_dtype(x), self.matrix_view, self.blocks)
         if y.numel() == 0:
             return x.new_zeros(())
-        norms = sizes(torch.linalg.svdvals(y), self.p)
+        norms = norm_last_dim(torch.linalg.svdvals(y), self.p)
         return norms.amax() / self.factor(x.shape)
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
@@ -155,7 +155,7 @@ class Schatten(MatrixNorm):
 
     def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         # A vector is its own singular vector: nothing to iterate, nothing to decompose.
-        return self._map(c, lambda y, vectors: normalized(y) if vectors or self.p == 2 else self._dual(y))
+        return self._map(c, lambda y, vectors: normalize(y) if vectors or self.p == 2 else self._dual(y))
 
     def _dual(self, y: Tensor) -> tuple[Tensor | None, Tensor]:
         """The dual norms, None where they are the inner products with the map, and the map, in any dtype."""
@@ -167,11 +167,11 @@ class Schatten(MatrixNorm):
         u, s, vt, power = singular(y)
         if p == 1:
             top = (s[:, :1] > 0).to(s)[:, :, None]
-            return raised(s, power)[:, 0], u[:, :, :1] * top * vt[:, :1]
+            return mul_pow2(s, power)[:, 0], u[:, :, :1] * top * vt[:, :1]
         q = 1 if p == math.inf else p / (p - 1)
-        norms = sizes(s, q)[:, None]
+        norms = norm_last_dim(s, q)[:, None]
         r = (s > 0).to(s) if p == math.inf else (s / nonzero(norms)).pow(q - 1)
-        return raised(norms, power)[:, 0], (u * r[:, None]) @ vt
+        return mul_pow2(norms, power)[:, 0], (u * r[:, None]) @ vt
 
     def _map(
         self, c: list[Tensor], function: Callable[[Tensor, bool], tuple[Tensor | None, Tensor]]
@@ -202,9 +202,9 @@ class Schatten(MatrixNorm):
         return found
 
 
-def normalized(y: Tensor) -> tuple[Tensor, Tensor]:
+def normalize(y: Tensor) -> tuple[Tensor, Tensor]:
     """(‖y‖₂, y/‖y‖₂) of each matrix; 0 stays 0."""
-    norms, safe, s = (x[:, None, None] for x in shifted(*along_lines(y.flatten(1), 2.0)))
+    norms, safe, s = (x[:, None, None] for x in norm_and_shift(*top_and_root_last_dim(y.flatten(1), 2.0)))
     return norms[:, 0, 0], y / safe.clamp_min(torch.finfo(y.dtype).tiny) * s
 
 
@@ -213,7 +213,7 @@ def singular(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     e has the shape [stack, 1].
     """
-    x, power, fine = rescaled(y)
+    x, power, fine = normalize_exponent(y)
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     s = torch.where(s > torch.finfo(s.dtype).eps * max(y.shape[-2:]) * s[:, :1], s, 0)
     s = torch.where(fine[:, 0], s, math.nan)
@@ -223,6 +223,6 @@ def singular(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def powers(y: Tensor, exponent: float) -> Tensor:
     """``U diag(σ^exponent) Vᵀ`` of each matrix, 0 where σ is 0."""
     u, s, vt, power = singular(y)
-    t = shift(raised(s, power)[:, :1])  # σ₁ may over- or underflow where its power does not
-    s = raised(s, power + torch.frexp(t).exponent - 1)
+    t = shift(mul_pow2(s, power)[:, :1])  # σ₁ may over- or underflow where its power does not
+    s = mul_pow2(s, power + torch.frexp(t).exponent - 1)
     return (u * torch.where(s == 0, 0, s.pow(exponent))[:, None]) @ vt * t.pow(-exponent)[:, None]

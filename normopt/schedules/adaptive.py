@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt._checks import check_number
-from normopt.norms.base import reals, stack
+from normopt.norms.base import num_reals, stack
 from normopt.norms.lp import Lp
-from normopt.schedules.base import PSchedule, along_the_exponent
+from normopt.schedules.base import PSchedule, interpolate_exponent
 from normopt.sharding.exchange import as_one_vector
 
 GAUSSIAN = 2 / math.pi  # the density of a vector of independent Gaussian entries, as its length grows
@@ -124,7 +124,8 @@ class AdaptiveP(PSchedule):
         density = self.densities[i] if i < len(self.densities) else None
         if density is None:
             return self.p_at(start, s)
-        return along_the_exponent(start, self.p_end, min(max((density - self.low) / (self.high - self.low), 0.0), 1.0))
+        t = (density - self.low) / (self.high - self.low)
+        return interpolate_exponent(start, self.p_end, min(max(t, 0.0), 1.0))
 
     def _averaged(self) -> list[float | None]:
         """φ̄ of each group with what is in .grad now; the one place where the host waits for the device."""
@@ -155,4 +156,4 @@ def density(x: list[Tensor]) -> Tensor:
     """``‖x‖₁²/(d‖x‖₂²)`` of tensors as one vector, 0-d; NaN where all are zero."""
     g = [t.to_dense() if t.layout != torch.strided else t for t in x]
     l1, l2 = (as_one_vector(norm, g) for norm in (Lp(math.inf), Lp(2.0)))
-    return (l1 / l2).square() / sum(map(reals, g))
+    return (l1 / l2).square() / sum(map(num_reals, g))

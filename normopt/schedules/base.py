@@ -128,7 +128,7 @@ class PSchedule(ABC):
                 group["p"] = p
 
 
-def along_the_exponent(start: float, end: float, weight: float) -> float:
+def interpolate_exponent(start: float, end: float, weight: float) -> float:
     """p whose 1/(p−1) lies between those of two orders: ``start`` at weight 1, ``end`` at weight 0; neither is 1."""
     if weight == 1:
         return start

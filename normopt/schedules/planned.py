@@ -10,7 +10,7 @@ from typing import Literal
 from torch.optim import Optimizer
 
 from normopt._checks import check_choice, check_number
-from normopt.schedules.base import PSchedule, along_the_exponent
+from normopt.schedules.base import PSchedule, interpolate_exponent
 
 
 class AnnealedP(PSchedule):
@@ -57,7 +57,7 @@ class AnnealedP(PSchedule):
             return start
         if self.space == "p":
             return self.p_end + (start - self.p_end) * weight
-        return along_the_exponent(start, self.p_end, weight)
+        return interpolate_exponent(start, self.p_end, weight)
 
     @abstractmethod
     def curve(self, t: float) -> float:

@@ -33,7 +33,7 @@ def measure(g: list[Tensor]) -> Tensor:
     for x in g:
         size = x.abs().reshape(-1) if x.numel() else x.new_zeros(1)
         first = size.argmax(keepdim=True)
-        top = kept_off_the_ends(size[first])
+        top = clamp_normal(size[first])
         size = size / top  # relative, so that the sum cannot overflow
         rows.append(torch.cat([top, size[first], size.scatter(0, first, 0).sum(0, keepdim=True)]))
     return torch.stack([row.to(rows[0].device) for row in rows])
@@ -69,7 +69,7 @@ def _apply(g: Tensor, scalars: Tensor) -> Tensor:
     return g * (r / torch.where(total == 0, 1, total))
 
 
-def kept_off_the_ends(x: Tensor) -> Tensor:
+def clamp_normal(x: Tensor) -> Tensor:
     """x ≥ 0 between the smallest normal number and the largest finite one, so that to divide by it makes no NaN."""
     limits = torch.finfo(x.dtype)
     return x.clamp(limits.tiny, limits.max)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from normopt.engine import SteepestDescent
 from normopt.norms.base import Scale
 from normopt.settings import Common, Decay, Settings
-from normopt.zoo.face import face
+from normopt.zoo.fixed import fixed_kwargs
 
 
 class SGD(SteepestDescent):
@@ -63,7 +63,7 @@ class SGD(SteepestDescent):
             nesterov=nesterov,
             weight_decay=weight_decay,
             decay=decay,
-            **face("SGD", settings, norm="l2", scale="dual", momentum_rule="heavy"),
+            **fixed_kwargs("SGD", settings, norm="l2", scale="dual", momentum_rule="heavy"),
         )
 
 
@@ -96,7 +96,7 @@ class NormalizedSGD(SteepestDescent):
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-2, momentum: float = 0.0, **settings: Unpack[Settings]
     ) -> None:
-        fixed = face("NormalizedSGD", settings, norm="l2", scale="unit", momentum_rule="ema")
+        fixed = fixed_kwargs("NormalizedSGD", settings, norm="l2", scale="unit", momentum_rule="ema")
         super().__init__(params, lr, momentum=momentum, **fixed)
 
 
@@ -124,7 +124,7 @@ class SignSGD(SteepestDescent):
     _no_momentum = True
 
     def __init__(self, params: ParamsT, lr: float | Tensor = 1e-4, **settings: Unpack[Settings]) -> None:
-        super().__init__(params, lr, **face("SignSGD", settings, norm="linf", scale="unit", momentum=0.0))
+        super().__init__(params, lr, **fixed_kwargs("SignSGD", settings, norm="linf", scale="unit", momentum=0.0))
 
 
 class Signum(SteepestDescent):
@@ -153,7 +153,7 @@ class Signum(SteepestDescent):
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-4, momentum: float = 0.9, **settings: Unpack[Settings]
     ) -> None:
-        fixed = face("Signum", settings, norm="linf", scale="unit", momentum_rule="ema")
+        fixed = fixed_kwargs("Signum", settings, norm="linf", scale="unit", momentum_rule="ema")
         super().__init__(params, lr, momentum=momentum, **fixed)
 
 
@@ -190,7 +190,7 @@ class Lion(SteepestDescent):
         beta2: float = 0.99,
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = face("Lion", settings, norm="linf", scale="unit", momentum_rule="lion")
+        fixed = fixed_kwargs("Lion", settings, norm="linf", scale="unit", momentum_rule="lion")
         super().__init__(params, lr, momentum=momentum, beta2=beta2, **fixed)
 
 
@@ -230,7 +230,7 @@ class PowerStep(SteepestDescent):
         momentum: float = 0.9,
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = face("PowerStep", settings, norm="lp", scale="power", momentum_rule="heavy")
+        fixed = fixed_kwargs("PowerStep", settings, norm="lp", scale="power", momentum_rule="heavy")
         super().__init__(params, lr, p=p, momentum=momentum, **fixed)
 
 
@@ -283,7 +283,8 @@ class LPSGD(SteepestDescent):
         scale: Scale = "power",
         **settings: Unpack[Settings],
     ) -> None:
-        super().__init__(params, lr, p=p, scale=scale, eps=eps, **face("LPSGD", settings, norm="lp", momentum=0.0))
+        fixed = fixed_kwargs("LPSGD", settings, norm="lp", momentum=0.0)
+        super().__init__(params, lr, p=p, scale=scale, eps=eps, **fixed)
 
 
 class LPSGDM(SteepestDescent):
@@ -330,5 +331,5 @@ class LPSGDM(SteepestDescent):
         scale: Scale = "power",
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = face("LPSGDM", settings, norm="lp", momentum_rule="ema")
+        fixed = fixed_kwargs("LPSGDM", settings, norm="lp", momentum_rule="ema")
         super().__init__(params, lr, p=p, scale=scale, eps=eps, momentum=momentum, **fixed)

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from normopt._checks import check_number
 from normopt.engine import SteepestDescent
 from normopt.settings import Common, Decay, Settings
-from normopt.zoo.face import face
+from normopt.zoo.fixed import fixed_kwargs
 
 
 class Muon(SteepestDescent):
@@ -69,7 +69,7 @@ class Muon(SteepestDescent):
         dtype: str = "bfloat16",
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = face("Muon", settings, norm="spectral", scale="unit", momentum_rule="ema")
+        fixed = fixed_kwargs("Muon", settings, norm="spectral", scale="unit", momentum_rule="ema")
         iteration: dict[str, Any] = {
             "norm_method": method,
             "norm_steps": steps,
@@ -113,7 +113,7 @@ class SpectralSGD(SteepestDescent):
         method: str = "svd",
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = face("SpectralSGD", settings, norm="spectral", scale="dual", momentum_rule="ema")
+        fixed = fixed_kwargs("SpectralSGD", settings, norm="spectral", scale="dual", momentum_rule="ema")
         super().__init__(params, lr, momentum=momentum, norm_method=method, **fixed)
 
 
@@ -157,7 +157,7 @@ class NucGD(SteepestDescent):
         steps: int = 24,
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = face("NucGD", settings, norm="nuclear", scale="unit", momentum_rule="ema")
+        fixed = fixed_kwargs("NucGD", settings, norm="nuclear", scale="unit", momentum_rule="ema")
         super().__init__(params, lr, momentum=momentum, norm_method=method, norm_steps=steps, **fixed)
 
 
@@ -201,7 +201,7 @@ class Freon(SteepestDescent):
         **settings: Unpack[Settings],
     ) -> None:
         check_number("c", c, open_low=True, open_high=True)
-        fixed = face("Freon", settings, norm="spectral", scale="power", momentum_rule="ema")
+        fixed = fixed_kwargs("Freon", settings, norm="spectral", scale="power", momentum_rule="ema")
         super().__init__(params, lr, momentum=momentum, norm_exponent=1 - 2 * c, **fixed)
 
 
@@ -258,7 +258,7 @@ class Scion(SteepestDescent):
         method: str = "newton-schulz",
         **settings: Unpack[Common],
     ) -> None:
-        fixed = face("Scion", settings, norm="spectral", scale="unit", momentum_rule="ema", norm_aspect="rms")
+        fixed = fixed_kwargs("Scion", settings, norm="spectral", scale="unit", momentum_rule="ema", norm_aspect="rms")
         iteration: dict[str, Any] = {"norm_method": method, "norm_dtype": "bfloat16"}
         super().__init__(
             params,
@@ -309,7 +309,7 @@ class SCALE(SteepestDescent):
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-3, momentum: float = 0.0, **settings: Unpack[Settings]
     ) -> None:
-        fixed = face("SCALE", settings, norm="row", scale="unit", momentum_rule="ema", norm_aspect="columns")
+        fixed = fixed_kwargs("SCALE", settings, norm="row", scale="unit", momentum_rule="ema", norm_aspect="columns")
         super().__init__(params, lr, momentum=momentum, **fixed)
 
 
@@ -339,5 +339,5 @@ class RowNormSGD(SteepestDescent):
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-2, momentum: float = 0.9, **settings: Unpack[Settings]
     ) -> None:
-        fixed = face("RowNormSGD", settings, norm="row", scale="unit", momentum_rule="ema")
+        fixed = fixed_kwargs("RowNormSGD", settings, norm="row", scale="unit", momentum_rule="ema")
         super().__init__(params, lr, momentum=momentum, **fixed)

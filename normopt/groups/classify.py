@@ -19,7 +19,7 @@ GATES = {"LSTM": 4, "GRU": 3}  # of a recurrent layer, whose matrices are stacke
 
 
 @dataclass
-class Claim:
+class ParamInfo:
     """A parameter and what it is.
 
     Attributes:
@@ -39,7 +39,7 @@ class Claim:
     matrix: dict[str, str | int] = field(default_factory=dict)
 
 
-def claims(model: nn.Module, output: str | None) -> list[Claim]:
+def classify_params(model: nn.Module, output: str | None) -> list[ParamInfo]:
     """Every parameter of the model, in its order, once.
 
     Args:
@@ -50,7 +50,7 @@ def claims(model: nn.Module, output: str | None) -> list[Claim]:
     Raises:
         ValueError: a parameter has no shape yet, or no module is called ``output``.
     """
-    found: dict[int, Claim] = {}
+    found: dict[int, ParamInfo] = {}
     for place, module in model.named_modules():
         for attribute, param in module.named_parameters(recurse=False):
             if isinstance(param, UninitializedParameter):
@@ -60,7 +60,7 @@ def claims(model: nn.Module, output: str | None) -> list[Claim]:
                 continue
             kind, matrix = _of(module, attribute, param)
             name = f"{place}.{attribute}" if place else attribute
-            found[id(param)] = Claim(name, param, [place], module, kind, matrix)
+            found[id(param)] = ParamInfo(name, param, [place], module, kind, matrix)
     _mark_output(model, list(found.values()), output)
     return list(found.values())
 
@@ -88,7 +88,7 @@ def _of(module: nn.Module, attribute: str, param: nn.Parameter) -> tuple[Kind | 
     return None, {}
 
 
-def _mark_output(model: nn.Module, found: list[Claim], output: str | None) -> None:
+def _mark_output(model: nn.Module, found: list[ParamInfo], output: str | None) -> None:
     if output is None:
         return
     if output == "last":
@@ -108,6 +108,6 @@ def _mark_output(model: nn.Module, found: list[Claim], output: str | None) -> No
         marked = [c for c in found if output in c.places and c.kind in MATRICES]
         if not marked:
             raise ValueError(f"the module {output!r} has no weight matrix of a kind that is known: give another output")
-    for claim in marked:
-        claim.kind = "output"
-        claim.matrix.pop("matrix_view", None)  # a tied embedding, vocabulary × features, is the head's out × in
+    for info in marked:
+        info.kind = "output"
+        info.matrix.pop("matrix_view", None)  # a tied embedding, vocabulary × features, is the head's out × in
