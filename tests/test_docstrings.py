@@ -35,8 +35,8 @@ CANNOT = {
     "normopt.norms.lp.Lp.on": {"TypeError", "ValueError"},  # a p that was checked when the norm was made
     "normopt.schedules.adaptive.AdaptiveP.step": {"TypeError", "ValueError"},  # gradients are floats; so are starts
 }
-# What a summary starts with that is itself the name of what a method gives.
-NAMES_IT = re.compile(r"(The|An?|Every|Everything|Whether|What|This norm|One step|‖|D\(|``|\(|p |f )")
+# How a summary starts that says what a method returns, so that it needs no Returns section.
+NAMES_IT = re.compile(r"(Return|Reduce|The|An?|Every|Everything|Whether|What|This norm|One step|‖|D\(|``|\(|p |f )")
 
 
 def thing_of(name: str) -> Any:
