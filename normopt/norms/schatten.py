@@ -114,7 +114,9 @@ class Schatten(MatrixNorm):
 
     def check(self, scale: Scale, params: list[Tensor]) -> None:
         if self.exponent is not None and scale != "power":
-            raise ValueError(f'exponent = {self.exponent} is only for scale="power", but the scale is "{scale}": leave it out')
+            raise ValueError(
+                f'exponent = {self.exponent} is only for scale="power", but the scale is "{scale}": leave it out'
+            )
         super().check(scale, params)
 
     def norm(self, x: Tensor) -> Tensor:
