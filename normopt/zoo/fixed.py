@@ -1,4 +1,4 @@
-"""What every named optimizer is made with."""
+"""Settings that a named optimizer fixes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def fixed_kwargs(name: str, given: Mapping[str, Any], **fixed: Any) -> dict[str, Any]:
-    """The settings that make a named optimizer what it is, and the ones that its user gave."""
+    """Merge the settings that define a named optimizer with the user's; raise a TypeError if both set one."""
     for key in fixed.keys() & given.keys():
-        raise TypeError(f"{name} fixes {key} = {fixed[key]!r}: to choose it, use normopt.SteepestDescent")
+        raise TypeError(f"{name} fixes {key} = {fixed[key]!r}: to set it, use normopt.SteepestDescent")
     return {**fixed, **given}
