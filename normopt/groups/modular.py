@@ -18,7 +18,7 @@ END_MASS = 1.0
 
 @dataclass(frozen=True)
 class Budget:
-    """How far one parameter may move the model's output.
+    """One parameter's share of the allowed change of the model's output.
 
     Attributes:
         share: its share of the model's mass, in (0, 1].

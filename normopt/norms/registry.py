@@ -132,7 +132,7 @@ def flatten(norm: object, given: Mapping[str, Any]) -> dict[str, Any]:
     for key in fixed:
         value, other = flat.get(key), given.get(key)
         if other is not None and (value is None or other != value):
-            what = f"has {key} = {value!r}" if value is not None else f"leaves no {key} to set"
+            what = f"has {key} = {value!r}" if value is not None else f"does not take {key}"
             raise ValueError(f"norm {norm!r} {what}, but {key} = {other!r} was also given: leave one out")
     return flat
 

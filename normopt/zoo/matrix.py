@@ -131,8 +131,8 @@ class NucGD(SteepestDescent):
         method: "lanczos", a few matrix–vector products, or "svd", which is exact.
         steps: the number of Lanczos steps, with two such products each. Default 24. On Gaussian matrices of
             256 × 256, 128 × 512 and 512 × 128, uᵀmv is then within 0.3 % of σ₁, and within 0.002 % on average
-            (16 steps: 2.2 % and 0.08 %). On a CPU, 24 steps on 256 × 256 matrices take a seventh of the time of their SVDs.
-            Exact from min(rows, columns) steps on.
+            (16 steps: 2.2 % and 0.08 %). On a CPU, 24 steps on 256 × 256 matrices take a seventh of the time of their
+            SVDs. Exact from min(rows, columns) steps on.
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter if momentum ≠ 0, otherwise none.
