@@ -1,4 +1,4 @@
-"""Checks of what a user hands in: each error says what was given, what is allowed and what to do."""
+"""Checks of user arguments. Each error says what was given, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def check_number(
 
     Args:
         name: the setting's name, for the message.
-        value: what the user gave.
-        low, high: the ends of the allowed range, themselves allowed unless ``open_low``, ``open_high``.
-        tensor: also allow a tensor of one element, whose value is then NOT read (reading would sync).
+        value: the user's value.
+        low, high: the allowed range, including its ends unless ``open_low``, ``open_high``.
+        tensor: also allow a one-element tensor, whose value is NOT read (that would sync).
 
     Raises:
         TypeError: ``value`` is not a number (bools and strings are not).
-        ValueError: ``value`` is NaN or outside the range, or a tensor of more or less than one element.
+        ValueError: ``value`` is NaN or outside the range, or a tensor that is not one floating-point element.
     """
     kind = "a number or a one-element tensor" if tensor else "a number"
     if isinstance(value, Tensor):
@@ -43,7 +43,7 @@ def check_number(
             raise TypeError(f"{name} must be {kind}, but is a tensor: pass {name}.item()")
         if value.numel() != 1 or not value.is_floating_point():
             given = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-            raise ValueError(f"Tensor {name} must be 1-element and of floats, but is {given}")
+            raise ValueError(f"Tensor {name} must be 1-element and floating-point, but is {given}")
         return
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -52,18 +52,18 @@ def check_number(
     above = value >= high if open_high else value > high
     if math.isnan(value) or below or above:
         left, right = "(" if open_low else "[", ")" if open_high else "]"
-        raise ValueError(f"{name} must lie in {left}{low:g}, {high:g}{right}, but is {value!r}")
+        raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, but is {value!r}")
 
 
 def plain(value: Any) -> Any:
-    """Return a number of another library, such as ``np.float32``, as Python's own; anything else as it is."""
+    """Convert another library's number, such as ``np.float32``, to Python's; return anything else unchanged."""
     if value is None or type(value) in (float, bool, str, int) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def warn(message: str) -> None:
-    """Issue a UserWarning at the user's line: the nearest that is neither normopt's nor torch's."""
+    """Issue a UserWarning at the user's line: the innermost frame outside normopt and torch."""
     frame: FrameType | None = sys._getframe(1)
     level = 2
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("normopt", "torch"):
@@ -87,21 +87,21 @@ def check_bool(name: str, value: object) -> None:
 
 
 def near(value: object, choices: Iterable[str]) -> str:
-    """A "did you mean" clause, or nothing, to put at the end of a message."""
+    """Return a "did you mean" clause to append to a message, or an empty string."""
     close = difflib.get_close_matches(str(value).lower(), list(choices), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def equals(value: object, number: float) -> bool:
-    """Whether a setting IS a number; a tensor never is, because its value is not to be read on the host."""
+    """Return whether a setting equals a number; False for a tensor, because reading it would sync."""
     return isinstance(value, numbers.Real) and value == number
 
 
 def is_low_precision(x: Tensor) -> bool:
-    """Whether ``x`` is stored in fewer bits than the arithmetic is done in (float16, bfloat16)."""
+    """Return whether ``x`` has a 16-bit float dtype (float16, bfloat16), for which arithmetic is in float32."""
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
 def is_quantized(x: Tensor) -> bool:
-    """Return whether x is quantized: integers, or floats of 8 bits and fewer, which have no gradient."""
+    """Return whether x is quantized: integers, or floats of 8 bits or fewer, which have no gradient."""
     return x.element_size() < 2 or not (x.is_floating_point() or x.is_complex())

@@ -1,4 +1,4 @@
-"""Pictures need matplotlib, which normopt does not."""
+"""Import matplotlib, an optional dependency, only when something is plotted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def subplots(rows: int, columns: int, **options: Any) -> tuple[Figure, Any]:
-    """A figure and its axes, as matplotlib.pyplot makes them.
+    """Return a figure and its axes from matplotlib.pyplot.subplots.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra.
@@ -18,7 +18,7 @@ def subplots(rows: int, columns: int, **options: Any) -> tuple[Figure, Any]:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'drawing needs matplotlib: install the extra "plots", pip install "normopt[plots]"', name=error.name
+            'plotting needs matplotlib: install the extra "plots", pip install "normopt[plots]"', name=error.name
         ) from error
     figure, axes = plt.subplots(rows, columns, **options)
     return figure, axes

@@ -16,9 +16,9 @@ from normopt._checks import is_low_precision, plain
 from normopt.kernels.fused import Remembered, Stepper
 from normopt.loading import match_params, prepare_state_dict
 from normopt.norms import registry, scales
-from normopt.norms.base import Norm, Scale, real, reals, without_autocast, working
+from normopt.norms.base import Norm, Scale, as_real, num_reals, to_compute_dtype, without_autocast
 from normopt.norms.lp import Lp
-from normopt.norms.scales import NormPair, over_the_group
+from normopt.norms.scales import NormPair, group_norms
 from normopt.params import batches, check_admissible, warn_if_stuck, with_gradients
 from normopt.plan import Plan, make_plan
 from normopt.settings import (
@@ -464,7 +464,7 @@ class SteepestDescent(Optimizer):
             >>> for group, pair in zip(opt.param_groups, opt.norm_pairs()):
             ...     print(group["norm"], pair and (float(pair.update), float(pair.dual)))
         """
-        known = [over_the_group(pairs, plan.scope == "group", plan.radius) for plan, pairs in self._measured]
+        known = [group_norms(pairs, plan.scope == "group", plan.radius) for plan, pairs in self._measured]
         return known and known + [None] * (len(self.param_groups) - len(known))
 
     def _walk(self, plan: Plan, params: list[Tensor]) -> Walk[NormPair | None]:
@@ -480,7 +480,7 @@ class SteepestDescent(Optimizer):
         reach = lr if plan.radius == 1 else lr * plan.radius
         if plan.agr and cut:
             sums = yield from combined(agr.measure(g), layouts, agr.combine)
-            g = agr.apply(g, sums, list(map(reals, params)))
+            g = agr.apply(g, sums, list(map(num_reals, params)))
         elif plan.agr:
             g = agr.agr(g)
         if plan.decays == "coupled":
@@ -508,13 +508,13 @@ class SteepestDescent(Optimizer):
 
         Of DTensors they are the parts that are here.
         """
-        weights = [real(local(p)) for p in params]
-        w = [working(x) for x in weights]
+        weights = [as_real(local(p)) for p in params]
+        w = [to_compute_dtype(x) for x in weights]
         if plan.rounding == "kahan":
             for p, x in zip(params, w, strict=True):
                 if is_low_precision(p) and COMPENSATION in self.state[p]:
                     x.add_(local(self.state[p][COMPENSATION]))
-        g = [real(gradient_of(p)).to(x.dtype) for p, x in zip(params, w, strict=True)]
+        g = [as_real(gradient_of(p)).to(x.dtype) for p, x in zip(params, w, strict=True)]
         return weights, w, list(torch._foreach_neg(g)) if plan.maximize else g
 
     def _write(self, plan: Plan, params: list[Tensor], weights: list[Tensor], w: list[Tensor]) -> None:
@@ -536,7 +536,7 @@ class SteepestDescent(Optimizer):
             return g
         kept = [self.state[p].get(BUFFER) for p in params]
         stored = [None if b is None else local(b) for b in kept]
-        old = [None if b is None else real(b).to(x.dtype) for b, x in zip(stored, g, strict=True)]
+        old = [None if b is None else as_real(b).to(x.dtype) for b, x in zip(stored, g, strict=True)]
         if plan.differentiable:
             old = [None if m is None else m.clone() for m in old]
         if plan.momentum_rule == "heavy":
@@ -549,8 +549,8 @@ class SteepestDescent(Optimizer):
             dtype = state_dtype(plan.state_dtype, p)
             if b is None or b.dtype != dtype or plan.differentiable:  # != where the parameter's has changed since
                 self.state[p][BUFFER] = spread((torch.view_as_complex(m) if p.is_complex() else m).to(dtype), p)
-            elif real(b).dtype != m.dtype:  # m is a copy in more bits; else it is b itself, already written
-                real(b).copy_(m)
+            elif as_real(b).dtype != m.dtype:  # m is a copy in more bits; else it is b itself, already written
+                as_real(b).copy_(m)
         return c
 
 

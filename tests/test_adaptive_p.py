@@ -178,7 +178,7 @@ def test_saved_and_restored_it_goes_on_bit_for_bit(p, tmp_path):
     assert float(again.param_groups[0]["p"]) == float(whole.param_groups[0]["p"])
     for x, y in zip(again.param_groups[0]["params"], whole.param_groups[0]["params"], strict=True):
         assert torch.equal(x, y)
-    with pytest.raises(ValueError, match="not of CosineP"):
+    with pytest.raises(ValueError, match="not from CosineP"):
         CosineP(again, total_steps=3).load_state_dict(sched_state)
 
 

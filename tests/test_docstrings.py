@@ -256,7 +256,7 @@ def test_an_optimizer_says_what_it_keeps_and_what_it_fixes(name: str) -> None:
     doc = Doc(OPTIMIZERS[name].__doc__)
     assert "State" in doc.sections
     source = inspect.getsource(OPTIMIZERS[name].__init__)  # type: ignore[misc]
-    for fixed in re.findall(r"face\((.*)\)", source):
+    for fixed in re.findall(r"fixed_kwargs\((.*)\)", source):
         for key in re.findall(r"(\w+)=", fixed):
             assert re.search(rf"\b{key}\b", doc.sections["Raises"]), key
 

@@ -271,11 +271,11 @@ REFUSED = [
     (dict(overrides={"head": 3}), TypeError, "must be a dict of settings"),
     (dict(overrides={3: {}}), TypeError, "a pattern or a module type"),
     (dict(overrides={"head": {"kind": "haed"}}), ValueError, "kind must be one of"),
-    (dict(overrides={"head": {"mass": 1}}), ValueError, '"mass" is of preset="modular"'),
-    (dict(preset="modular", overrides={"head": {"mass": 0}}), ValueError, "mass must lie in"),
+    (dict(overrides={"head": {"mass": 1}}), ValueError, '"mass" is only for preset="modular"'),
+    (dict(preset="modular", overrides={"head": {"mass": 0}}), ValueError, "mass must be in"),
     (dict(preset="modular", overrides={"head": {"sensitivity": 2}}), ValueError, "sensitivity in .* is computed"),
-    (dict(residual_depth=3), ValueError, 'residual_depth is of preset="modular"'),
-    (dict(preset="modular", residual_depth=0), ValueError, "residual_depth must lie in"),
+    (dict(residual_depth=3), ValueError, 'residual_depth is only for preset="modular"'),
+    (dict(preset="modular", residual_depth=0), ValueError, "residual_depth must be in"),
     (dict(preset="modular", residual_depth=2.5), TypeError, "residual_depth must be an integer"),
     (dict(overrides={"head": {"norm": "spectrall"}}), ValueError, "did you mean 'spectral'"),
 ]
@@ -486,9 +486,9 @@ UNTRACEABLE = {
     "cannot trace": lambda self, x: self.head(x) if x.sum() > 0 else x,
     "is a mul of two values": lambda self, x: self.head(x) * x,
     "is a truediv of two values": lambda self, x: 1 / self.head(x),
-    "how steep 'exp' is": lambda self, x: self.head(x).exp(),
-    "how steep 'matmul' is": lambda self, x: self.head(x) @ x.mT,
-    "what .real": lambda self, x: self.head(torch.fft.fft(x).real),
+    "the sensitivity of 'exp'": lambda self, x: self.head(x).exp(),
+    "the sensitivity of 'matmul'": lambda self, x: self.head(x) @ x.mT,
+    "the sensitivity of .real": lambda self, x: self.head(torch.fft.fft(x).real),
 }
 
 

@@ -112,13 +112,13 @@ class TestNumbersOfOtherLibraries:
     @pytest.mark.parametrize("value", [np.float32("nan"), np.float32(-1), np.float16("inf")])
     def test_they_are_checked_like_others(self, value):
         w = param(4, 3)
-        with pytest.raises(ValueError, match="lr must lie in"):
+        with pytest.raises(ValueError, match="lr must be in"):
             normopt.SGD([w], lr=value)
         opt = normopt.SGD([w], lr=0.1)
         opt.param_groups[0]["lr"] = value
         w.grad = torch.ones_like(w)
         old = w.detach().clone()
-        with pytest.raises(ValueError, match="lr must lie in"):
+        with pytest.raises(ValueError, match="lr must be in"):
             opt.step()
         assert torch.equal(w, old)
 

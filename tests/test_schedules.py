@@ -79,7 +79,7 @@ def test_state_is_primitive_and_goes_on(tmp_path):
     assert opt2.param_groups[0]["p"] == p_saved
     sched2.step()
     assert opt2.param_groups[0]["p"] == p_next
-    with pytest.raises(ValueError, match="not of ConstantP"):
+    with pytest.raises(ValueError, match="not from ConstantP"):
         ConstantP(optimizer()).load_state_dict(sched.state_dict())
 
 
@@ -119,7 +119,7 @@ def test_a_schedule_says_where_it_is():
     sched.step()
     assert "CosineP(" in repr(sched)
     assert "last_step=2" in repr(sched)
-    with pytest.raises(ValueError, match="not of CosineP"):
+    with pytest.raises(ValueError, match="not from CosineP"):
         sched.load_state_dict(LinearP(optimizer(), total_steps=3).state_dict())
 
 

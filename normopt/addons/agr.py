@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from normopt._checks import check_bool
 from normopt.addons.attach import AddOn, Closure, check_dense_grads
 from normopt.engine import SteepestDescent
-from normopt.norms.base import real, reals, working
+from normopt.norms.base import as_real, num_reals, to_compute_dtype
 from normopt.sharding.exchange import of_each
 from normopt.sharding.layout import local, resolved
 from normopt.stages import agr
@@ -124,10 +124,11 @@ class AGR(AddOn):
 
 def _regularize_all(gradients: list[Tensor]) -> Iterator[Tensor]:
     """Yield regularized copies with the gradients' memory layout, which some fused steps rely on."""
-    sums = of_each(gradients, lambda g: agr.measure([working(real(resolved(g)))])[0], agr.combine)
+    sums = of_each(gradients, lambda g: agr.measure([to_compute_dtype(as_real(resolved(g)))])[0], agr.combine)
     for g, scalars in zip(gradients, sums, strict=True):
         new = torch.empty_like(g)
-        real(local(new)).copy_(agr.apply([working(real(resolved(local(g))))], scalars[None], [reals(g)])[0])
+        shard = to_compute_dtype(as_real(resolved(local(g))))
+        as_real(local(new)).copy_(agr.apply([shard], scalars[None], [num_reals(g)])[0])
         yield new
 
 

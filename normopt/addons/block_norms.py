@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normopt.norms.lp import relative_sum, size
+from normopt.norms.lp import norm_from_partials, relative_sum
 from normopt.sharding.exchange import lockstep, pieces
 from normopt.sharding.layout import Layout
 
@@ -35,7 +35,7 @@ def block_norms(w: Tensor, layout: Layout | None, over: str, heads: int | None) 
     else:
         found = torch.stack(lockstep([pieces(sums, [layout] * count)])[0])
     if heads is None:
-        each = size(found, 2.0)
+        each = norm_from_partials(found, 2.0)
     else:
-        each = size(found.reshape(heads, -1, 2), 2.0).repeat_interleave(count // heads)
+        each = norm_from_partials(found.reshape(heads, -1, 2), 2.0).repeat_interleave(count // heads)
     return each[here].reshape([-1 if d == line else 1 for d in range(w.dim())])

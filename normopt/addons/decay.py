@@ -14,7 +14,7 @@ from normopt._checks import check_bool, check_choice, check_number, equals, is_l
 from normopt.addons.attach import AddOn, Closure, check_dense_grads
 from normopt.addons.block_norms import block_norms
 from normopt.engine import SteepestDescent
-from normopt.norms.base import real, working
+from normopt.norms.base import as_real, to_compute_dtype
 from normopt.params import warn_if_stuck
 from normopt.sharding.layout import is_dtensor, layout_of, local
 from normopt.stages.decay import lp_factors
@@ -230,7 +230,7 @@ class LpDecay(AddOn):
         heads = group["lp_heads"] if over == "heads" else None
         for w in weights:
             reach = _to_device_of(group["lr"], w) * _to_device_of(group["lp_decay"], w)
-            here = working(_local_real(w))
+            here = to_compute_dtype(_local_real(w))
             sizes = here if over == "entries" else block_norms(here, layout_of(w), over, heads)
             self._pending.append((w, lp_factors([sizes], p, reach)[0]))
 
@@ -306,7 +306,8 @@ def _current_p(group: Mapping[str, Any]) -> float:
 def _local_real(w: Tensor) -> Tensor:
     """Return the local shard as a real view; a lazy conjugation is undone."""
     here = local(w)
-    return real(here.conj() if here.is_conj() else here)  # the factor does not depend on the sign of the imaginary part
+    # The factor does not depend on the sign of the imaginary part.
+    return as_real(here.conj() if here.is_conj() else here)
 
 
 def _to_device_of(value: float | Tensor, w: Tensor) -> float | Tensor:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from normopt._checks import equals
-from normopt.norms.base import Norm, real, stack, working
+from normopt.norms.base import Norm, as_real, stack, to_compute_dtype
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import MatrixNorm
 from normopt.sharding.layout import resolved, whole
+from normopt.stages.agr import clamp_normal
 
 # Maximal number of entries of a bucket of tensors that are measured in one call. Bucketing saves calls for small
 # tensors; for large ones it would only add a copy.
@@ -41,7 +42,7 @@ def scalar_setting(group: Mapping[str, Any], name: str) -> float | Tensor:
 
 def as_dense_real(x: Tensor) -> Tensor:
     """Return a dense real view or copy: sparse becomes dense, complex becomes pairs, lazy conjugation is resolved."""
-    return real(resolved(x if x.layout == torch.strided else x.to_dense()))
+    return as_real(resolved(x if x.layout == torch.strided else x.to_dense()))
 
 
 def gradient_metrics(params: Sequence[Tensor], scope: NormScope, scale: Tensor | None) -> Tensor | None:
@@ -49,7 +50,7 @@ def gradient_metrics(params: Sequence[Tensor], scope: NormScope, scale: Tensor |
 
     The gradients are read from ``.grad`` and divided by ``scale``, the loss scale, if there is one.
     """
-    g = [working(as_dense_real(whole(p.grad))) for p in params if p.grad is not None]
+    g = [to_compute_dtype(as_dense_real(whole(p.grad))) for p in params if p.grad is not None]
     d = sum(x.numel() for x in g)
     if d == 0:
         return None
@@ -83,7 +84,7 @@ def update_metrics(params: Sequence[Tensor], before: list[Bucket], scope: NormSc
         for indices, old in before:
             new = flatten([after[i] for i in indices])
             zeros.append(new.numel() - torch.count_nonzero(new))
-            yield [after[i].numel() for i in indices], working(new) - working(old)
+            yield [after[i].numel() for i in indices], to_compute_dtype(new) - to_compute_dtype(old)
 
     norm = scope.norm.on(after[0].device)
     order = norm.p if isinstance(norm, Lp) and not isinstance(norm.p, Tensor) else None
@@ -98,7 +99,7 @@ def update_metrics(params: Sequence[Tensor], before: list[Bucket], scope: NormSc
         changed = {i: x for indices, n, y in parts for i, x in zip(indices, torch.split(y, n), strict=True)}
         size = primal_norm(norm, [changed[i].view(after[i].shape) for i in sorted(changed)], scope.over_group)
     update = top * totals[2.0].sum().sqrt()
-    _, top, totals = power_sums((([old.numel()], working(old)) for _, old in before), [2.0], None)
+    _, top, totals = power_sums((([old.numel()], to_compute_dtype(old)) for _, old in before), [2.0], None)
     return stack([size, update / (top * totals[2.0].sqrt()), stack(zeros).sum() / d])
 
 
@@ -162,12 +163,6 @@ def power_sums(
         scaled = [(f[2][k].to(top.device) * (t / top) ** k).reshape(-1) for f, t in zip(found, tops, strict=True)]
         totals[k] = torch.cat(scaled) if k in split else torch.cat(scaled).sum()
     return peak, top, totals
-
-
-def clamp_normal(peak: Tensor) -> Tensor:
-    """Clamp max|x| to the normal float range, so that x/max|x| is NaN only where x is."""
-    limits = torch.finfo(peak.dtype)
-    return peak.clamp(limits.tiny, limits.max)
 
 
 def density(total: Tensor, second: Tensor, d: int, q: Order) -> Tensor:

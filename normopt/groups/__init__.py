@@ -1,6 +1,6 @@
-"""Which norm for which layer: a model → param groups, each with the norm that a preset gives its kind of layer.
+"""Param groups from a model: a preset assigns a norm to each kind of layer.
 
-Imports run one way: build → presets, modular → claims; modular → sensitivity. Nothing here knows an optimizer.
+Imports go one way: build → presets, modular → classify; modular → sensitivity. Nothing here depends on an optimizer.
 """
 
 from normopt.groups.build import ParamGroups, param_groups

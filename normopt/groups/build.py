@@ -1,4 +1,4 @@
-"""``param_groups``: a model and a preset → groups for any optimizer of normopt, and the table of who got what."""
+"""``param_groups`` builds param groups for any optimizer of normopt from a model and a preset."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from normopt._checks import check_choice, check_number, near
-from normopt.groups.claims import KINDS, MATRICES, Claim, claims
+from normopt.groups.classify import KINDS, MATRICES, ParamInfo, classify_params
 from normopt.groups.modular import budgets
 from normopt.groups.presets import PRESETS
 from normopt.norms import registry
@@ -27,7 +27,7 @@ def param_groups(
     output: str | None = "last",
     residual_depth: int | None = None,
 ) -> ParamGroups:
-    """Param groups that give each layer of a model its norm; ``print`` them to see who got what.
+    """Build param groups that assign each layer of a model its norm; ``print`` them to see the assignment.
 
     ::
 
@@ -36,47 +36,46 @@ def param_groups(
         "scion"       RMS → RMS           ℓ1 → RMS         sign/d_in        RMS         50, output 3000: a GPT's
         "scion-cnn"   the same                                                          8, output 128
         "scion-mlp"   the same                                                          1, output 1024
-        "scale"       rows at RMS 1       the same, turned the same         sign        1; momentum at the output
+        "scale"       rows at RMS 1       the same, transp. the same        sign        1; momentum at the output
         "modular"     RMS → RMS           ℓ1 → RMS         RMS → RMS        RMS         computed from the model
 
-    Hidden layers are linear ones, attention and convolutions, whose matrices are read as their modules mean them:
-    out × rest, the three of a fused in_proj one by one, a grouped convolution's groups likewise, transposed
-    convolutions and embeddings turned. Vectors are biases and the gains of norm layers. All steps are unit ones.
+    Hidden layers are linear layers, attention and convolutions. Their weights are read as out × rest. The three
+    matrices of a fused in_proj and the groups of a grouped convolution are separate; transposed convolutions and
+    embeddings are transposed. Vectors are biases and the gains of norm layers. All presets use unit steps.
 
-    The groups hold a norm, a scale and a radius, and leave the rest to the optimizer: give them to the one that the
-    preset is named after, `Muon`, `Scion` or `SCALE`, and "modular" to any with averaged momentum. A group that
-    names the optimizer's own norm takes the optimizer's fields of it too, such as Muon's ``method`` and ``steps``;
+    The groups set a norm, a scale and a radius, and leave the rest to the optimizer. Pass them to the optimizer that
+    the preset is named after (`Muon`, `Scion` or `SCALE`), or "modular" to any with EMA momentum. A group with the
+    optimizer's own norm also inherits the norm's fields from the optimizer, such as Muon's ``method`` and ``steps``;
     in overrides and in groups these are called ``norm_method`` and ``norm_steps``. The sign is printed as "linf", the
     RMS as "frobenius" with the aspect "entries", ℓ1 → RMS as "column" with the aspect "rows".
 
-    The 0.015 of "muon" makes steps of 3e-4 at Muon's default learning rate of 0.02: at another one, give the
-    groups whose norm is "linf" a radius, or an lr, to match.
+    The radius 0.015 of "muon" gives steps of 3e-4 at Muon's default learning rate of 0.02. With another learning
+    rate, give the groups whose norm is "linf" a matching radius or lr.
 
-    "modular" bounds how far a step can move the model's output: every parameter has a mass m and a sensitivity s,
-    how far the output moves as its layer's does, and its radius is (m/Σm)/s. To first order all steps together then
-    move the output by at most lr, in RMS, as long as every weight's norm, its group's, and the RMS of what every layer
-    reads are at most 1. Nothing here keeps them so: a weight of norm 2 doubles what the steps before it do. A group's
-    weight_decay that is its radius, under the decoupled decay, keeps norms of at most 1 there.
+    "modular" bounds how far a step can move the model's output. Every parameter has a mass m and a sensitivity s, the
+    change of the model's output per change of its layer's output. Its radius is (m/Σm)/s. To first order, all steps
+    together then move the output by at most lr in RMS, provided that every weight's norm (its group's) and the RMS of
+    every layer's input are at most 1. This is not enforced: a weight of norm 2 doubles the effect of the steps in
+    earlier layers. Decoupled decay with weight_decay equal to a group's radius keeps its norms at most 1.
 
-    Hidden layers have a mass of 5 together; embeddings, output and vectors 1 each together. Sensitivities come from the
-    model's graph (torch.fx): 1 along a chain of layers, summed where paths meet, times the numbers that branches are
-    multiplied by. With ``residual_depth=L`` nothing is traced: the model is taken for a stream of L residual branches
-    that each make an L-th of it, because they are multiplied by 1/L or because a norm layer at the end divides by what
-    they add up to.
+    Hidden layers share a mass of 5; embeddings, output and vectors have 1 each. Sensitivities come from the model's
+    graph (torch.fx): 1 along a chain of layers, summed where paths meet, and multiplied by the constant factors of
+    branches. With ``residual_depth=L`` nothing is traced. The model is then assumed to be a stream of L residual
+    branches that contribute 1/L each, because they are multiplied by 1/L or because a final norm layer divides by
+    their sum.
 
-    Frozen parameters (``requires_grad`` is False) are in no group, and "modular" gives them no mass. What is unfrozen
-    later needs groups of its own: call this again for a new optimizer.
+    Frozen parameters (``requires_grad`` is False) are in no group, and "modular" gives them no mass. Parameters that
+    are unfrozen later need new groups: call this again for a new optimizer.
 
     Args:
-        model: any module; every parameter that is not frozen must be of a module that is known here, or claimed by an
-            override.
+        model: any module; each parameter that is not frozen must belong to a known module type or match an override.
         preset: one of the above. Default "muon".
-        overrides: settings for the parameters of modules, none by default: a pattern (as of a shell) of the
-            parameter's or its module's name, or a module type, to a dict of settings, laid over the preset's; a later
-            entry over an earlier one. A "norm" replaces the preset's with its fields and radius. "kind" says what a
-            parameter is ("embedding", "linear", "conv", "output", "norm" or "bias"), and "mass" is for "modular".
-        output: the name of the output layer; "last" is the last linear layer or convolution in the order of
-            definition, frozen or not, None is none. A weight that is tied to the embedding is the output's.
+        overrides: a dict from a pattern or module type to a dict of settings; none by default. A shell pattern matches
+            the parameter's or its module's name. The settings override the preset's, and later entries override
+            earlier ones. "norm" replaces the preset's norm with its fields and radius. "kind" says what a parameter
+            is ("embedding", "linear", "conv", "output", "norm" or "bias"), and "mass" is for "modular".
+        output: the name of the output layer. "last" is the last linear layer or convolution in the order of
+            definition, frozen or not; None means no output layer. A weight tied to the embedding counts as output.
         residual_depth: L, for "modular"; None traces the model.
 
     Returns:
@@ -84,11 +83,11 @@ def param_groups(
         ``kind``; "modular" adds ``share`` (of the mass) and ``sensitivity``.
 
     Raises:
-        ValueError: a parameter that nobody claims, or of a lazy module without a shape; an override that matches
-            nothing; an unknown preset, kind, norm or output; a mass, or a residual_depth, out of range or of another
-            preset than "modular"; a model that "modular" cannot trace.
-        TypeError: ``model`` is no module, an override no dict, its key no pattern and no module type, its mass no
-            number; residual_depth is no integer.
+        ValueError: a parameter of unknown kind, or of a lazy module without a shape; an override that matches
+            nothing; an unknown preset, kind, norm or output; a mass or residual_depth that is out of range or used
+            without preset "modular"; a model that "modular" cannot trace.
+        TypeError: ``model`` is not a module, an override not a dict, its key neither pattern nor module type, its mass
+            not a number, or residual_depth not an integer.
 
     Source: Muon, Keller Jordan, 2024; Scion, arXiv:2502.07529; SCALE, arXiv:2506.16659; the modular norm, Large et
     al., arXiv:2405.14813, and modular duality, Bernstein and Newhouse, arXiv:2410.21265.
@@ -110,30 +109,30 @@ def param_groups(
     if residual_depth is not None:
         check_integer("residual_depth", residual_depth, float("inf"))
         if preset != "modular":
-            raise ValueError(f'residual_depth is of preset="modular", but the preset is {preset!r}: leave it out')
-    everything = claims(model, output)
-    given = _given(everything, overrides or {})
-    every = [(claim, _settings(claim, preset, given[claim.name])) for claim in everything]
-    claimed = [claim for claim, _ in every if claim.param.requires_grad]
-    settings = [own for claim, own in every if claim.param.requires_grad]
-    _refuse_unclaimed([c for c, s in zip(claimed, settings, strict=True) if "norm" not in s])
+            raise ValueError(f'residual_depth is only for preset="modular", but the preset is {preset!r}: leave it out')
+    infos = classify_params(model, output)
+    given = _overrides_by_param(infos, overrides or {})
+    every = [(info, _settings(info, preset, given[info.name])) for info in infos]
+    trained = [info for info, _ in every if info.param.requires_grad]
+    settings = [own for info, own in every if info.param.requires_grad]
+    _check_kinds([info for info, s in zip(trained, settings, strict=True) if "norm" not in s])
     if preset == "modular":
-        masses = {c.name: s.pop("mass") for c, s in zip(claimed, settings, strict=True) if "mass" in s}
-        found = budgets(model, everything, masses, residual_depth)
-        for claim, own in zip(claimed, settings, strict=True):
-            budget = found[claim.name]
+        masses = {i.name: s.pop("mass") for i, s in zip(trained, settings, strict=True) if "mass" in s}
+        found = budgets(model, infos, masses, residual_depth)
+        for info, own in zip(trained, settings, strict=True):
+            budget = found[info.name]
             own["radius"] = own.get("radius", 1.0) * budget.radius
             own |= {"share": budget.share, "sensitivity": budget.sensitivity}
-    return _gather(claimed, settings, preset)
+    return _group_by_settings(trained, settings, preset)
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """Param groups, for ``params`` of an optimizer; as a string, the table of who got what.
+    """Param groups for an optimizer's ``params``; ``str`` gives a table of the assignment.
 
-    A list of dicts, which [`param_groups`][normopt.param_groups] makes.
+    A list of dicts, made by [`param_groups`][normopt.param_groups].
 
     Attributes:
-        preset: the name of the preset that they are of.
+        preset: the name of the preset.
     """
 
     preset: str
@@ -148,8 +147,8 @@ class ParamGroups(list[dict[str, Any]]):
             count = sum(p.numel() for _, p in group["params"])
             total, tensors = total + count, tensors + len(group["params"])
             radius = f"{group.get('radius', 1.0):.4g}"
-            names = _collapsed([name for name, _ in group["params"]])
-            rows.append((group["kind"], str(group["norm"]), radius, _others(group), f"{count:,}", names))
+            names = _abbreviate([name for name, _ in group["params"]])
+            rows.append((group["kind"], str(group["norm"]), radius, _other_settings(group), f"{count:,}", names))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"preset {self.preset!r}: {total:,} parameters in {tensors} tensors"]
         for row in rows:
@@ -160,64 +159,66 @@ class ParamGroups(list[dict[str, Any]]):
         return "\n".join(lines)
 
 
-def _given(claimed: list[Claim], overrides: Overrides) -> dict[str, dict[str, Any]]:
-    """What the overrides say of every parameter."""
-    given: dict[str, dict[str, Any]] = {claim.name: {} for claim in claimed}
+def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[str, dict[str, Any]]:
+    """Return the settings that the overrides give each parameter, by its name."""
+    given: dict[str, dict[str, Any]] = {info.name: {} for info in infos}
     for key, settings in overrides.items():
         if not isinstance(settings, Mapping):
             raise TypeError(f"overrides[{key!r}] must be a dict of settings, but is {settings!r}")
-        matched = [claim for claim in claimed if _matches(claim, key)]
+        matched = [info for info in infos if _matches(info, key)]
         if not matched:
-            names = [claim.name for claim in claimed]
+            names = [info.name for info in infos]
             hint = near(key, names) if isinstance(key, str) else ""
             shown = repr(key) if isinstance(key, str) else key.__name__
-            raise ValueError(f"overrides[{shown}] matches no parameter{hint}; the first are {', '.join(names[:5])}")
+            raise ValueError(
+                f"overrides[{shown}] matches no parameter{hint}; the first names are {', '.join(names[:5])}"
+            )
         if "kind" in settings:
             check_choice("kind", settings["kind"], KINDS)
         if "mass" in settings:
             check_number("mass", settings["mass"], low=0, open_low=True, open_high=True)
         if computed := {"share", "sensitivity"} & settings.keys():
             raise ValueError(
-                f"{', '.join(sorted(computed))} in overrides[{key!r}] is computed: give a radius or a mass"
+                f"{', '.join(sorted(computed))} in overrides[{key!r}] is computed: set a radius or a mass instead"
             )
-        for claim in matched:
-            before = given[claim.name]
-            laid = dict(settings)
-            if claim.kind == "bias" and settings.get("kind") in MATRICES and not _is_named(claim, key):
-                del laid["kind"]  # a module's bias is no matrix because its weight is one
-            given[claim.name] = (_without_norm(before) if "norm" in laid else before) | laid
+        for info in matched:
+            before = given[info.name]
+            own = dict(settings)
+            if info.kind == "bias" and settings.get("kind") in MATRICES and not _is_named(info, key):
+                del own["kind"]  # a module's kind is that of its weight, not of its bias
+            given[info.name] = (_without_norm(before) if "norm" in own else before) | own
     return given
 
 
-def _matches(claim: Claim, key: str | type[nn.Module]) -> bool:
+def _matches(info: ParamInfo, key: str | type[nn.Module]) -> bool:
     if isinstance(key, str):
-        return any(fnmatch.fnmatchcase(name, key) for name in (claim.name, *claim.places))
+        return any(fnmatch.fnmatchcase(name, key) for name in (info.name, *info.modules))
     if isinstance(key, type) and issubclass(key, nn.Module):
-        return isinstance(claim.module, key)
+        return isinstance(info.module, key)
     raise TypeError(f"a key of overrides must be a pattern or a module type, but is {key!r}")
 
 
-def _is_named(claim: Claim, key: str | type[nn.Module]) -> bool:
-    """By a name of its own, not by its module's."""
-    return isinstance(key, str) and fnmatch.fnmatchcase(claim.name, key)
+def _is_named(info: ParamInfo, key: str | type[nn.Module]) -> bool:
+    """Return whether a pattern matches the parameter's own name, not only its module's."""
+    return isinstance(key, str) and fnmatch.fnmatchcase(info.name, key)
 
 
-def _settings(claim: Claim, preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of one parameter: the preset's for its kind, as its module means it, under the user's."""
-    if "kind" in given and given["kind"] != claim.kind:
-        claim.kind = given["kind"]
-        claim.matrix = {"matrix_view": "transposed"} if claim.kind == "embedding" else {}
-    base = dict(PRESETS[preset][claim.kind]) if claim.kind else {}
-    settings = (_without_norm(base) if "norm" in given else base) | given | {"kind": claim.kind or "other"}
+def _settings(info: ParamInfo, preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return one parameter's settings: the preset's for its kind, its matrix view, and the user's on top."""
+    if "kind" in given and given["kind"] != info.kind:
+        info.kind = given["kind"]
+        info.matrix = {"matrix_view": "transposed"} if info.kind == "embedding" else {}
+    base = dict(PRESETS[preset][info.kind]) if info.kind else {}
+    settings = (_without_norm(base) if "norm" in given else base) | given | {"kind": info.kind or "other"}
     if "mass" in settings and preset != "modular":
-        raise ValueError(f'"mass" is of preset="modular", but the preset is {preset!r}: leave it out')
+        raise ValueError(f'"mass" is only for preset="modular", but the preset is {preset!r}: leave it out')
     if isinstance(settings.get("norm"), str):
         fields = registry.lookup(settings["norm"]).fields
-        for name, value in claim.matrix.items():
+        for name, value in info.matrix.items():
             if name in fields:
                 settings.setdefault(registry.setting_key(name), value)
     if "norm_blocks" in settings:
-        claim.matrix["blocks"] = settings["norm_blocks"]
+        info.matrix["blocks"] = settings["norm_blocks"]
     return settings
 
 
@@ -225,26 +226,27 @@ def _without_norm(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in ("p", "radius") and not k.startswith("norm")}
 
 
-def _refuse_unclaimed(unclaimed: list[Claim]) -> None:
-    if not unclaimed:
+def _check_kinds(unknown: list[ParamInfo]) -> None:
+    """Raise a ValueError if there are parameters of unknown kind."""
+    if not unknown:
         return
-    told = "; ".join(f"{c.name} {tuple(c.param.shape)} of a {type(c.module).__name__}" for c in unclaimed[:8])
-    more = f"; and {len(unclaimed) - 8} more" if len(unclaimed) > 8 else ""
+    names = "; ".join(f"{i.name} {tuple(i.param.shape)} of a {type(i.module).__name__}" for i in unknown[:8])
+    more = f"; and {len(unknown) - 8} more" if len(unknown) > 8 else ""
     raise ValueError(
-        f"no kind of layer is known for {told}{more}. Say what it is, overrides={{{unclaimed[0].name!r}: "
-        f'{{"kind": …}}}} with one of {", ".join(KINDS)}, or give it a norm of its own, '
+        f"no kind of layer is known for {names}{more}. Set its kind, overrides={{{unknown[0].name!r}: "
+        f'{{"kind": …}}}} with one of {", ".join(KINDS)}, or a norm, such as '
         '{"norm": "l2", "scale": "unit"}'
     )
 
 
-def _gather(claimed: list[Claim], settings: list[dict[str, Any]], preset: str) -> ParamGroups:
-    """One group for all parameters with the same settings; groups in the order of the kinds."""
+def _group_by_settings(infos: list[ParamInfo], settings: list[dict[str, Any]], preset: str) -> ParamGroups:
+    """Put parameters with equal settings into one group, and sort the groups by kind."""
     gathered: dict[str, dict[str, Any]] = {}
-    for claim, own in zip(claimed, settings, strict=True):
-        # A repr of an array or a tensor leaves entries or digits out.
+    for info, own in zip(infos, settings, strict=True):
+        # Compare other objects by identity: the repr of an array or tensor omits entries and digits.
         plain = {k: v if isinstance(v, int | float | str | None) else id(v) for k, v in own.items()}
         key = repr(sorted(plain.items(), key=lambda item: item[0]))
-        gathered.setdefault(key, {"params": [], **own})["params"].append((claim.name, claim.param))
+        gathered.setdefault(key, {"params": [], **own})["params"].append((info.name, info.param))
     groups = ParamGroups(
         sorted(gathered.values(), key=lambda g: KINDS.index(g["kind"]) if g["kind"] in KINDS else len(KINDS))
     )
@@ -252,23 +254,23 @@ def _gather(claimed: list[Claim], settings: list[dict[str, Any]], preset: str) -
     return groups
 
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a numeric component of a dotted name
 _COLUMNS = ("params", "kind", "norm", "radius")
 
 
-def _others(group: Mapping[str, Any]) -> str:
-    told = {k: v for k, v in group.items() if k not in _COLUMNS and not (k == "scale" and v == "unit")}
-    shown = {k.removeprefix("norm_"): f"{v:.3g}" if isinstance(v, float) else v for k, v in told.items()}
+def _other_settings(group: Mapping[str, Any]) -> str:
+    others = {k: v for k, v in group.items() if k not in _COLUMNS and not (k == "scale" and v == "unit")}
+    shown = {k.removeprefix("norm_"): f"{v:.3g}" if isinstance(v, float) else v for k, v in others.items()}
     return ", ".join(f"{k} {v}" for k, v in shown.items())
 
 
-def _collapsed(names: list[str]) -> str:
-    """Names that differ only in a number as one with a star in its place, and no more of them than fit a line."""
+def _abbreviate(names: list[str]) -> str:
+    """Merge names that differ only in a number, which becomes a star, and show at most three of them."""
     numbers: dict[str, list[tuple[str, ...]]] = {}
     for name in names:
         numbers.setdefault(_NUMBER.sub("*", name), []).append(tuple(_NUMBER.findall(name)))
-    told = []
+    shown = []
     for pattern, found in numbers.items():
         places = iter([column[0] if len(set(column)) == 1 else "*" for column in zip(*found, strict=True)])
-        told.append(re.sub(r"\*", lambda _, places=places: next(places), pattern))  # type: ignore[misc]
-    return ", ".join(told[:3]) + (f", … ({len(told)} in all)" if len(told) > 3 else "")
+        shown.append(re.sub(r"\*", lambda _, places=places: next(places), pattern))  # type: ignore[misc]
+    return ", ".join(shown[:3]) + (f", … ({len(shown)} in all)" if len(shown) > 3 else "")

@@ -1,4 +1,4 @@
-"""The modular norm: how much of the model's movement each layer is given, from masses and sensitivities."""
+"""The modular norm: radii per parameter from masses and sensitivities."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from normopt.groups.claims import Claim
+from normopt.groups.classify import ParamInfo
 from normopt.groups.sensitivity import Untraceable, sensitivities
 
-# Total masses, as in the authors' GPT: a model that grows deeper moves its ends as before. Biases and gains, which
-# theirs has none of, share one of their own.
+# Total masses, as in the authors' GPT: the ends move as far in a deeper model. Their GPT has no biases and gains;
+# here these share a mass of their own.
 HIDDEN_MASS = 5.0
 END_MASS = 1.0
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What one parameter may do to the model's output.
+    """One parameter's share of the allowed change of the model's output.
 
     Attributes:
-        share: its part of the model's mass, in (0, 1].
-        sensitivity: how far, at most, the model's output moves as this parameter's layer's output moves by 1, if the
-            weights behind it have norms of at most 1.
+        share: its share of the model's mass, in (0, 1].
+        sensitivity: a bound on the change of the model's output per unit change of this parameter's layer's output,
+            if the weights of later layers have norms of at most 1.
     """
 
     share: float
@@ -31,18 +31,18 @@ class Budget:
 
     @property
     def radius(self) -> float:
-        """The radius of its steps.
+        """The radius of the parameter's steps.
 
         To first order, all steps together then move the output by at most the learning rate, if the norms of all
-        weights and the RMS of what every layer reads are at most 1.
+        weights and the RMS of every layer's input are at most 1.
         """
         return self.share / self.sensitivity
 
 
 def budgets(
-    model: nn.Module, claimed: Sequence[Claim], masses: Mapping[str, float], residual_depth: int | None
+    model: nn.Module, infos: Sequence[ParamInfo], masses: Mapping[str, float], residual_depth: int | None
 ) -> dict[str, Budget]:
-    """The budget of every parameter, by its name.
+    """Return the budget of every parameter, by its name.
 
     ::
 
@@ -50,56 +50,57 @@ def budgets(
 
     Args:
         model: the model.
-        claimed: its parameters; those that are frozen have no mass and no budget.
-        masses: the masses that the user gives, by parameter name.
+        infos: its parameters; frozen ones have no mass and no budget.
+        masses: the user's masses, by parameter name.
         residual_depth: the number of residual branches, None to trace the model.
 
     Raises:
-        ValueError: the model cannot be traced, and no depth is declared.
+        ValueError: the model cannot be traced, and no residual_depth is given.
     """
-    mass = {**_masses([c for c in claimed if c.param.requires_grad]), **masses}
+    mass = {**_masses([info for info in infos if info.param.requires_grad]), **masses}
     total = sum(mass.values())
-    steep = _declared(claimed, residual_depth) if residual_depth else _traced(model, claimed)
-    return {name: Budget(m / total, steep[name]) for name, m in mass.items()}
+    sensitivity = _from_depth(infos, residual_depth) if residual_depth else _from_trace(model, infos)
+    return {name: Budget(m / total, sensitivity[name]) for name, m in mass.items()}
 
 
-def _masses(claimed: Sequence[Claim]) -> dict[str, float]:
-    """Each parameter's mass: equal among those of a part of the model, a fused matrix counting once a block."""
+def _masses(infos: Sequence[ParamInfo]) -> dict[str, float]:
+    """Return each parameter's mass: equal within a part of the model, except that a fused matrix counts per block."""
     parts: dict[str, dict[str, float]] = {}
-    for claim in claimed:
-        part = {"linear": "hidden", "conv": "hidden", "norm": "vectors", "bias": "vectors"}.get(str(claim.kind))
-        fused = float(claim.matrix.get("blocks", 1)) if claim.kind == "linear" else 1.0
-        parts.setdefault(part or str(claim.kind), {})[claim.name] = fused
+    for info in infos:
+        part = {"linear": "hidden", "conv": "hidden", "norm": "vectors", "bias": "vectors"}.get(str(info.kind))
+        fused = float(info.matrix.get("blocks", 1)) if info.kind == "linear" else 1.0
+        parts.setdefault(part or str(info.kind), {})[info.name] = fused
     scale = {part: (HIDDEN_MASS if part == "hidden" else END_MASS) / sum(m.values()) for part, m in parts.items()}
     return {name: mass * scale[part] for part, members in parts.items() for name, mass in members.items()}
 
 
-def _traced(model: nn.Module, claimed: Sequence[Claim]) -> dict[str, float]:
+def _from_trace(model: nn.Module, infos: Sequence[ParamInfo]) -> dict[str, float]:
+    """Return each parameter's sensitivity from the model's traced graph."""
     try:
-        uses = sensitivities(model, {place for claim in claimed for place in claim.places if place})
+        uses = sensitivities(model, {name for info in infos for name in info.modules if name})
     except Untraceable as error:
         raise ValueError(
-            f'preset="modular" reads the sensitivity of every layer from the model\'s graph, but {error}. Declare the '
-            "depth instead: residual_depth=L, if the model is a residual stream with L branches; 1, if it is a chain "
-            "of layers, which adds nothing up"
+            f'preset="modular" computes sensitivities from the model\'s graph, but {error}. Set the depth instead: '
+            "residual_depth=L for a residual stream with L branches, or 1 for a chain of layers without residual "
+            "connections"
         ) from error
-    # What the forward pass never reaches gets no gradient either, and any radius will do.
-    return {c.name: uses.get(c.name, 0.0) + sum(_use(uses, place) for place in c.places) or 1.0 for c in claimed}
+    # A parameter that the forward pass never uses gets no gradient, so its radius does not matter.
+    return {i.name: uses.get(i.name, 0.0) + sum(_module_use(uses, name) for name in i.modules) or 1.0 for i in infos}
 
 
-def _use(uses: Mapping[str, float], place: str) -> float:
-    """The use of a module, or of the layer that it is inside of, such as attention's ``out_proj``."""
-    while place and place not in uses:
-        place = place.rpartition(".")[0]
-    return uses.get(place, 0.0)
+def _module_use(uses: Mapping[str, float], name: str) -> float:
+    """Return the sensitivity of a module, or of the traced layer that contains it, as for attention's ``out_proj``."""
+    while name and name not in uses:
+        name = name.rpartition(".")[0]
+    return uses.get(name, 0.0)
 
 
-def _declared(claimed: Sequence[Claim], depth: int) -> dict[str, float]:
-    """1/L inside the L branches, each of which makes an L-th of the stream; 1 at the ends.
+def _from_depth(infos: Sequence[ParamInfo], depth: int) -> dict[str, float]:
+    """Return sensitivity 1/L inside the L branches, which contribute 1/L of the stream each, and 1 at the ends.
 
-    The ends are embeddings, the output layer, and what stands outside of the numbered blocks if there are any.
+    The ends are embeddings, the output layer, and, if there are numbered blocks, everything outside them.
     """
-    ends = {place for c in claimed if c.kind in ("embedding", "output") for place in c.places}
-    numbered = {c.name for c in claimed if any(part.isdigit() for part in c.name.split("."))}
-    inside = {c.name for c in claimed if not ends.intersection(c.places) and (not numbered or c.name in numbered)}
-    return {c.name: 1 / depth if c.name in inside else 1.0 for c in claimed}
+    ends = {name for i in infos if i.kind in ("embedding", "output") for name in i.modules}
+    in_blocks = {i.name for i in infos if any(part.isdigit() for part in i.name.split("."))}
+    inside = {i.name for i in infos if not ends.intersection(i.modules) and (not in_blocks or i.name in in_blocks)}
+    return {i.name: 1 / depth if i.name in inside else 1.0 for i in infos}

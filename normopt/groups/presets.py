@@ -1,15 +1,15 @@
-"""The presets: which norm, radius and settings each kind of layer gets, and where that comes from."""
+"""The presets: the norm, radius and settings of each kind of layer, with their sources."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from normopt.groups.claims import Kind
+from normopt.groups.classify import Kind
 
 Preset = Mapping[Kind, Mapping[str, Any]]
 
-# Unit steps, all of them: what differs between layers is the norm and the radius.
+# All are unit steps; layers differ in norm and radius.
 _SIGN = {"norm": "linf", "scale": "unit"}
 _SPECTRAL = {"norm": "spectral", "scale": "unit"}
 _RMS_TO_RMS = _SPECTRAL | {"norm_aspect": "rms"}
@@ -19,10 +19,10 @@ _ROWS = {"norm": "row", "scale": "unit", "norm_aspect": "columns"}
 
 
 def _muon() -> Preset:
-    """Keller Jordan's split: hidden matrices are orthogonalised, the rest is Adam's there and takes sign steps here.
+    """Return Keller Jordan's split: orthogonalise hidden matrices, and use sign steps where he uses Adam.
 
-    Sign steps are Adam's member of the frame (arXiv:2409.20325). Their radius is the ratio of the authors' learning
-    rates, 3e-4 to 0.02.
+    Sign steps are Adam's counterpart in the framework (arXiv:2409.20325). Their radius is the ratio of the authors'
+    learning rates, 3e-4 to 0.02.
     """
     rest = _SIGN | {"radius": 0.015}
     return {
@@ -36,9 +36,9 @@ def _muon() -> Preset:
 
 
 def _scion(radius: float, output: float) -> Preset:
-    """Scion's, arXiv:2502.07529: RMS → RMS inside, ℓ1 → ℓ∞ with 1/d_in at the output, RMS for vectors.
+    """Return Scion's norms, arXiv:2502.07529: RMS → RMS inside, ℓ1 → ℓ∞ with 1/d_in at the output, RMS for vectors.
 
-    The radii are those of its examples; an untied embedding is given the hidden layers', which is our choice.
+    The radii are those of its examples. Giving an untied embedding the hidden layers' radius is our choice.
     """
     inside = {"radius": radius}
     return {
@@ -52,9 +52,9 @@ def _scion(radius: float, output: float) -> Preset:
 
 
 def _scale() -> Preset:
-    """SCALE's, arXiv:2506.16659: each output unit's gradient at RMS 1, momentum for the output layer alone.
+    """Return SCALE's rule, arXiv:2506.16659: each output unit's update has RMS 1; only the output layer has momentum.
 
-    Vectors take sign steps, which is a row's RMS of 1 where every row has one entry; the authors give them AdamW.
+    Vectors take sign steps, which are RMS 1 for rows of one entry; the authors use AdamW for them.
     """
     vectors = _SIGN | {"weight_decay": 0.0}
     return {
@@ -68,7 +68,7 @@ def _scale() -> Preset:
 
 
 def _modular() -> Preset:
-    """The modular norm's layers, arXiv:2405.14813 and 2410.21265; radii are computed from the model, see `modular`."""
+    """Return the modular norm's layers, arXiv:2405.14813 and 2410.21265; `modular` computes the radii."""
     return {
         "embedding": _ONE_HOT_TO_RMS,
         "linear": _RMS_TO_RMS,

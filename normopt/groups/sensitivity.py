@@ -1,4 +1,4 @@
-"""How much a layer's output can move the model's: sensitivities, by walking the model's graph from its end."""
+"""Sensitivities of the model's output to each layer's output, by a backward pass over the model's fx graph."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import fx, nn
 
-# What moves its output by at most so much, in RMS, as its input moves: the Lipschitz constant, where it is not 1.
-STEEP = {"gelu": 1.1290, "silu": 1.0999, "mish": 1.0885, "hardswish": 1.5, "selu": 1.7581, "sigmoid": 0.25}
-# A normalisation is taken for 1, as in the modular norm, whose streams keep an RMS of about 1; so is attention in its
-# queries, keys and values.
-STEADY = {
+# Lipschitz constants in RMS, of operations where it is not 1.
+LIPSCHITZ = {"gelu": 1.1290, "silu": 1.0999, "mish": 1.0885, "hardswish": 1.5, "selu": 1.7581, "sigmoid": 0.25}
+# Operations with constant 1. As in the modular norm, whose streams keep an RMS of about 1, this is assumed for
+# normalisation layers, and for attention in its queries, keys and values.
+NONEXPANSIVE = {
     *("relu", "relu6", "leakyrelu", "elu", "celu", "tanh", "softplus", "softmax", "logsoftmax", "hardtanh", "abs"),
     *("dropout", "dropout1d", "dropout2d", "identity", "clone", "contiguous", "detach", "neg", "mean", "amax"),
     *("avgpool1d", "avgpool2d", "adaptiveavgpool1d", "adaptiveavgpool2d", "maxpool1d", "maxpool2d", "maxpool3d"),
@@ -26,50 +26,50 @@ STEADY = {
     *("batchnorm1d", "batchnorm2d", "batchnorm3d", "linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d"),
     *("scaleddotproductattention", "add", "sub", "iadd", "isub"),
 }
-TURNED = ("T", "mT", "H", "mH")
-DESCRIBING = ("shape", "device", "dtype", "ndim", "is_cuda", "requires_grad", "itemsize", "nbytes")
-BLIND = {"size", "dim", "shape", "assertisnone", "eq", "floordiv", "arange"}  # what carries no activation
+TRANSPOSES = ("T", "mT", "H", "mH")
+METADATA = ("shape", "device", "dtype", "ndim", "is_cuda", "requires_grad", "itemsize", "nbytes")
+NO_ACTIVATION = {"size", "dim", "shape", "assertisnone", "eq", "floordiv", "arange"}  # results that carry no activation
 
 Uses = dict[str, float]
 
 
 class Untraceable(ValueError):
-    """The model's graph could not be had, or has a place whose sensitivity is not known."""
+    """Raised if the model cannot be traced, or its graph has an operation of unknown sensitivity."""
 
 
 def sensitivities(model: nn.Module, layers: Iterable[str]) -> Uses:
-    """How far, at most, the model's output moves in RMS as the output of a layer, or a bare parameter, moves by 1.
+    """Bound the change of the model's output, in RMS, per unit change of each layer's output or bare parameter.
 
-    One walk from the end of the traced graph back to its start: what a place moves is the sum over the places that
-    read it, each times how steep that one is. A layer with weights is taken for 1 as steep, which is true if its
-    weight's norm is at most 1. A layer that is used twice moves what both uses do.
+    One backward pass over the traced graph: a node's sensitivity is the sum over its users of the user's sensitivity
+    times the user's Lipschitz constant. A layer with weights counts as 1, which holds if its weight's norm is at most
+    1. The sensitivities of a layer that is used twice add up.
 
     Args:
         model: a model that torch.fx can trace.
-        layers: names of modules that are not looked into: those that have parameters of their own.
+        layers: names of the modules to treat as leaves: those with parameters of their own.
 
     Returns:
-        Module names and names of bare parameters, each with its sensitivity.
+        The sensitivities by module name or bare parameter name.
 
     Raises:
-        Untraceable: with what is in the way.
+        Untraceable: the graph cannot be traced or has an unknown operation; the message names it.
     """
     graph = _trace(model, set(layers))
     modules = dict(model.named_modules())
     uses: Uses = defaultdict(float)
-    moved: dict[fx.Node, float] = defaultdict(float)
+    sensitivity: dict[fx.Node, float] = defaultdict(float)
     for node in reversed(graph.nodes):
         if node.op == "output":
             for source in node.all_input_nodes:
-                moved[source] += 1.0
+                sensitivity[source] += 1.0
             continue
-        here = moved[node]
-        if here == 0:
+        own = sensitivity[node]
+        if own == 0:
             continue
         if node.op in ("call_module", "get_attr"):
-            uses[str(node.target)] += here
-        for source, steepness in _reads(node, modules):
-            moved[source] += here * steepness
+            uses[str(node.target)] += own
+        for source, constant in _inputs(node, modules):
+            sensitivity[source] += own * constant
     return dict(uses)
 
 
@@ -85,8 +85,8 @@ def _trace(model: nn.Module, layers: set[str]) -> fx.Graph:
         raise Untraceable(f"torch.fx cannot trace it: {error}") from error
 
 
-def _reads(node: fx.Node, modules: dict[str, nn.Module]) -> list[tuple[fx.Node, float]]:
-    """The places that a place reads, and how steep it is in each."""
+def _inputs(node: fx.Node, modules: dict[str, nn.Module]) -> list[tuple[fx.Node, float]]:
+    """Return a node's input nodes, each with the node's Lipschitz constant in that input."""
     if node.op in ("placeholder", "get_attr"):
         return []
     if node.op == "call_module":
@@ -94,27 +94,27 @@ def _reads(node: fx.Node, modules: dict[str, nn.Module]) -> list[tuple[fx.Node, 
         if isinstance(module, nn.MultiheadAttention):
             return [(source, 1.0) for source in _nodes(node.args[:3]) + _nodes(node.kwargs.values())]
         own = next(module.parameters(recurse=False), None) is not None
-        steep = 1.0 if own else _steepness(type(module).__name__, node)
+        constant = 1.0 if own else _lipschitz(type(module).__name__, node)
         if not own and next(module.parameters(), None) is not None:
-            raise Untraceable(f"{node.target} is a {type(module).__name__}, which torch.fx does not look into")
-        return [(source, steep) for source in _nodes(node.args) + _nodes(node.kwargs.values())]
+            raise Untraceable(f"{node.target} is a {type(module).__name__}, which torch.fx does not trace into")
+        return [(source, constant) for source in _nodes(node.args) + _nodes(node.kwargs.values())]
     name = _name(node.target)
-    if name in BLIND or (name == "getattr" and node.args[1] in DESCRIBING):
+    if name in NO_ACTIVATION or (name == "getattr" and node.args[1] in METADATA):
         return []
-    if name == "getattr" and node.args[1] not in TURNED:
-        raise Untraceable(f"what .{node.args[1]} ({node.name}) does is not known")
+    if name == "getattr" and node.args[1] not in TRANSPOSES:
+        raise Untraceable(f"the sensitivity of .{node.args[1]} ({node.name}) is not known")
     sources = _nodes(node.args) + _nodes(node.kwargs.values())
     if name in ("mul", "imul", "truediv", "itruediv", "div"):
         numbers = [a for a in node.args if isinstance(a, int | float)]
         if len(sources) != 1 or len(numbers) != 1 or (name.endswith("div") and node.args[0] is numbers[0]):
-            raise Untraceable(f"{node.name} is a {name} of two values that both depend on the input")
+            raise Untraceable(f"{node.name} is a {name} of two values, not by a constant")
         factor = abs(float(numbers[0]))
         return [(sources[0], factor if name.endswith("mul") else math.inf if factor == 0 else 1 / factor)]
-    return [(source, 1.0 if name == "getattr" else _steepness(name, node)) for source in sources]
+    return [(source, 1.0 if name == "getattr" else _lipschitz(name, node)) for source in sources]
 
 
 def _nodes(values: Any) -> list[fx.Node]:
-    """Every node among arguments, one that is given twice twice."""
+    """Return all fx nodes in the arguments, with multiplicity."""
     found: list[fx.Node] = []
     for value in values:
         if isinstance(value, fx.Node):
@@ -124,11 +124,11 @@ def _nodes(values: Any) -> list[fx.Node]:
     return found
 
 
-def _steepness(name: str, node: fx.Node) -> float:
+def _lipschitz(name: str, node: fx.Node) -> float:
     plain = _plain(name)
-    if plain not in STEADY and plain not in STEEP:
-        raise Untraceable(f"how steep {name!r} is ({node.name}) is not known")
-    return STEEP.get(plain, 1.0)
+    if plain not in NONEXPANSIVE and plain not in LIPSCHITZ:
+        raise Untraceable(f"the sensitivity of {name!r} ({node.name}) is not known")
+    return LIPSCHITZ.get(plain, 1.0)
 
 
 def _name(target: str | Callable[..., Any]) -> str:

@@ -1,1 +1,1 @@
-"""Small adapters that other libraries ask for. Each imports its library when it is called, not before."""
+"""Small adapters for other libraries. Each imports its library only when called."""

@@ -1,4 +1,4 @@
-"""timm: the zoo under timm's optimizer names."""
+"""Register the zoo with timm."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from normopt.zoo import get_optimizer, list_optimizers
 def register() -> dict[str, type[SteepestDescent]]:
     """Make every zoo member available to ``timm.optim.create_optimizer_v2`` and to timm's training script.
 
-    An optimizer keeps its own name (``"lpsgdm"``) unless timm has one of that name; then it is called
-    ``"normopt"`` and its name (``"normoptsgd"``), and timm's stays as it is. Calling this again changes
-    nothing.
+    An optimizer keeps its own name (``"lpsgdm"``) unless timm already has that name. It is then registered
+    with the prefix ``"normopt"`` (``"normoptsgd"``), and timm's stays unchanged. Calling this again has no
+    effect.
 
     Returns:
-        The names as timm now knows them, and their classes.
+        The names registered with timm, and their classes.
 
     Raises:
         ImportError: timm is not installed.
@@ -28,14 +28,14 @@ def register() -> dict[str, type[SteepestDescent]]:
     try:
         from timm.optim import OptimInfo
         from timm.optim import list_optimizers as list_timm
-        from timm.optim._optim_factory import default_registry  # timm exports it nowhere else
+        from timm.optim._optim_factory import default_registry  # not exported elsewhere
     except ImportError as error:
         raise ImportError("normopt.integrations.timm needs timm 1.0.12 or newer: pip install timm") from error
     known = {name: default_registry.get_optimizer_info(name).opt_class for name in list_timm()}
     registered = {}
     for ours in list_optimizers():
         cls = get_optimizer(ours)
-        name = ours if known.get(ours, cls) is cls else f"normopt{ours}"  # no underscore: timm cuts names there
+        name = ours if known.get(ours, cls) is cls else f"normopt{ours}"  # no underscore: timm splits names there
         registered[name] = cls
         if name not in known:
             arguments = inspect.signature(cls).parameters

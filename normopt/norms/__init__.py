@@ -1,4 +1,4 @@
-"""What a norm is: its size, its dual norm and its dual map, on one tensor or a list; and its name."""
+"""Norms, their dual norms and dual maps on one tensor or a list, and the registry of their names."""
 
 from normopt.norms.base import Norm, TensorNorm
 from normopt.norms.lp import Lp

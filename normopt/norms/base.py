@@ -1,4 +1,4 @@
-"""What a norm is to an optimizer: three small functions, and everything that follows from them."""
+"""The interface of a norm: three functions over a list of tensors, and the methods derived from them."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ Scale = Literal["power", "dual", "unit", "matched"]
 
 
 class Norm(ABC):
-    """A norm ‖·‖, seen from the side that an optimizer needs: its dual.
+    """A norm ‖·‖ with its dual norm and dual map, which are what an optimizer uses.
 
-    The dual norm is ``‖g‖⋆ = max ⟨g, d⟩ over ‖d‖ ≤ 1``, and the dual map (the LMO, up to its sign)
-    is where that maximum is reached::
+    The dual norm is ``‖g‖⋆ = max ⟨g, d⟩ over ‖d‖ ≤ 1``. The dual map (the LMO, up to its sign)
+    is the maximiser::
 
         D(g) = argmax ⟨g, d⟩ over ‖d‖ ≤ 1          ⟨g, D(g)⟩ = ‖g‖⋆,  ‖D(g)‖ = 1,  D(0) = 0
 
-    A norm is written as three functions over a list of n tensors, split so that one definition serves
-    a tensor, a whole param group as one vector, two phases of a kernel, and shards on many ranks::
+    A norm is defined by three functions over a list of n tensors. The split lets one definition serve a
+    single tensor, a whole param group as one vector, a two-phase kernel, and shards on many ranks::
 
-        measure(c)               → partials, shape [n, w]      what each tensor adds to the reduction
+        measure(c)               → partials, shape [n, w]      each tensor's contribution to the reduction
         combine(partials)        → scalars, shape [..., s]     reduces dim -2; scalars[..., 0] is ‖·‖⋆
         apply(c, scalars, kappa) → ‖c‖⋆^kappa · D(c)           kappa = 0 (unit) or 1 (dual)
 
-    and ``norm`` itself. To write only a dual norm and a dual map, start from
-    [`TensorNorm`][normopt.norms.TensorNorm]. Fields of the norm (such as p) are dataclass fields:
-    primitive values, which is how they live in a param group.
+    and by ``norm`` itself. To write only a dual norm and a dual map, subclass
+    [`TensorNorm`][normopt.norms.TensorNorm] instead. A norm's settings (such as p) are dataclass fields with
+    primitive values, so that a param group can store them.
 
     Attributes:
-        power_exponent: κ of the "power" scale ``‖c‖⋆^κ D(c)``; None where "power" means nothing.
-        spans_groups: whether many tensors can be one vector of it, as ``scope="group"`` asks.
-        power_takes_eps: whether its power map has a form with ε > 0.
-        differentiable: whether autograd gets the derivative of its maps right.
-        batches: whether tensors of one shape are faster together than one by one, on a CPU too.
+        power_exponent: κ of the "power" scale ``‖c‖⋆^κ D(c)``; None if that scale is undefined.
+        spans_groups: whether the norm can treat many tensors as one vector, as ``scope="group"`` requires.
+        power_takes_eps: whether the power map has a form with ε > 0.
+        differentiable: whether autograd differentiates the maps correctly.
+        batches: whether batching tensors of equal shape is faster than a loop, on CPU too.
 
-    Source: the frame is Bernstein and Newhouse, "Old Optimizer, New Norm", arXiv:2409.20325; the split, ours.
+    Source: the framework is Bernstein and Newhouse, "Old Optimizer, New Norm", arXiv:2409.20325; the split is ours.
     """
 
     spans_groups: ClassVar[bool] = True
@@ -53,94 +53,94 @@ class Norm(ABC):
 
     def __repr__(self) -> str:
         fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
-        said = []
+        shown = []
         for f in fields:
             value = getattr(self, f.name)
             if value != f.default:
-                said.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
-        return f"{type(self).__name__}({', '.join(said)})"
+                shown.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def power_exponent(self) -> float | Tensor | None:
-        """κ of the "power" scale, a number or 0-d; None where "power" means nothing, as it is here."""
+        """The exponent κ of the "power" scale, a number or 0-d; None (the default) if that scale is undefined."""
         return None
 
     @abstractmethod
     def norm(self, x: Tensor) -> Tensor:
-        """‖x‖, 0-d, of one tensor of any shape.
+        """Return ‖x‖, 0-d.
 
         Args:
-            x: of real floats.
+            x: a real floating-point tensor of any shape.
 
         Raises:
-            TypeError: x is complex, or of integers.
+            TypeError: x is complex or integer.
         """
 
     @abstractmethod
     def measure(self, c: list[Tensor]) -> Tensor:
-        """What each of n tensors adds to the reduction: shape [n, w].
+        """Return each tensor's contribution to the reduction, shape [n, w].
 
         Args:
-            c: n tensors of any shapes, of real floats of 32 bits or more.
+            c: n real floating-point tensors of any shapes, with 32 bits or more.
         """
 
     @abstractmethod
     def combine(self, partials: Tensor) -> Tensor:
-        """The scalars of one vector, shape [..., s], from the partials of its k pieces.
+        """Reduce the partials of a vector's k pieces to its scalars, shape [..., s].
 
         Args:
-            partials: what ``measure`` gave, shape [..., k, w].
+            partials: results of ``measure``, shape [..., k, w].
         """
 
     @abstractmethod
     def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
-        """``‖c‖⋆^kappa · D(c)`` as new tensors.
+        """Return ``‖c‖⋆^kappa · D(c)`` as new tensors.
 
         Args:
             c: the n tensors that were measured.
-            scalars: what ``combine`` gave, one row a tensor: shape [n, s].
+            scalars: results of ``combine``, one row per tensor: shape [n, s].
             kappa: 0, 1 or ``power_exponent``, a number or 0-d.
 
         Returns:
-            n tensors, shaped and typed like those of c.
+            n tensors with the shapes and dtypes of c.
         """
 
     def numbered(self, partials: Tensor, by: list[int]) -> Tensor:
-        """The partials or scalars with every place of a piece raised; as they are, for a norm that keeps no places.
+        """Return the partials or scalars with offsets added to their shard indices; unchanged if they hold none.
 
-        Called where a tensor's pieces lie on several ranks, which each count their own from 0.
+        Only argmax-type norms store indices. Ranks that hold shards of one tensor each count their pieces from 0.
 
         Args:
-            partials: what ``measure`` or ``combine`` gave, shape [n, w].
-            by: by how much, for each of the n.
+            partials: results of ``measure`` or ``combine``, shape [n, w].
+            by: the offset of each row, n integers.
         """
         return partials
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
-        """The un-normalised power map ``‖c‖⋆^κ · D(c)`` with κ = ``power_exponent``; ε is 0 in this form.
+        """Return the un-normalised power map ``‖c‖⋆^κ · D(c)`` with κ = ``power_exponent`` and ε = 0.
 
         Args:
-            c: n tensors of any shapes, of real floats of 32 bits or more.
-            eps: ε ≥ 0, which only norms with ``power_takes_eps`` read. Default 0.
+            c: n real floating-point tensors of any shapes, with 32 bits or more.
+            eps: ε ≥ 0; only norms with ``power_takes_eps`` use it. Default 0.
 
         Returns:
-            n new tensors, shaped and typed like those of c.
+            n new tensors with the shapes and dtypes of c.
 
         Raises:
-            ValueError: the norm declares no power exponent.
+            ValueError: the norm has no power exponent.
         """
         if self.power_exponent is None:
             raise ValueError(f'scale="power" is not defined for {self}: use "dual", "unit" or "matched"')
         return self.scaled(c, self.power_exponent, whole_group=False)[0]
 
     def needs(self, scale: Scale) -> Needs:
-        """What must be whole before the direction under a scale is known: of a tensor that lies on many ranks, too.
+        """Return how much of a tensor its direction depends on; this decides the communication for shards.
 
         ::
 
-            "none"     nothing: the direction is elementwise, and the ``power`` map whatever the scale
-            "tensor"   the scalars, combined from partials of any pieces of its entries, in any dim
-            "rows"     every row, of a MatrixNorm
+            "none"     nothing else: the direction is elementwise, and equals the ``power`` map under any scale
+            "tensor"   the scalars, reduced from the partials of shards along any dim
+            "rows"     whole rows, for a MatrixNorm
             "matrix"   the whole tensor
 
         Args:
@@ -151,39 +151,39 @@ class Norm(ABC):
         """
         return "tensor"
 
-    def check(self, scale: Scale, params: list[Tensor]) -> None:  # noqa: B027 (most norms take everything)
-        """Refuse, before every step, what this norm cannot do.
+    def check(self, scale: Scale, params: list[Tensor]) -> None:  # noqa: B027 (most norms accept everything)
+        """Raise if this norm does not support a scale or a parameter; called before every step.
 
         Args:
             scale: "power", "dual", "unit" or "matched".
             params: the group's parameters, of any shapes.
 
         Raises:
-            ValueError: the norm cannot do this scale, or a parameter's shape or dtype.
+            ValueError: the norm does not support the scale, or a parameter's shape or dtype.
         """
 
     def scaled(self, c: list[Tensor], kappa: float | Tensor, whole_group: bool) -> tuple[list[Tensor], Tensor]:
-        """``‖c‖⋆^kappa · D(c)`` of each tensor, or of all of them as one vector; and the dual norms, shape [n].
+        """Return ``‖c‖⋆^kappa · D(c)`` of each tensor, or of all of them as one vector; and the dual norms, shape [n].
 
         Args:
-            c: n tensors of any shapes, of real floats of 32 bits or more.
+            c: n real floating-point tensors of any shapes, with 32 bits or more.
             kappa: 0, 1 or ``power_exponent``, a number or 0-d.
-            whole_group: whether they are one vector, which has one dual norm, n times.
+            whole_group: whether to treat them as one vector; its dual norm is then repeated n times.
         """
         partials = self.measure(c)
         scalars = self.combine(partials).expand(len(c), -1) if whole_group else self.combine(partials[:, None])
         return self.apply(c, scalars, kappa), scalars[:, 0]
 
     def on(self, device: torch.device) -> Norm:
-        """This norm with its tensor fields, if it has any, on a device.
+        """Return this norm with its tensor fields, if any, moved to a device.
 
         Args:
-            device: where they are needed.
+            device: the target device.
         """
         return self
 
     def is_identity(self, scale: Scale) -> bool:
-        """Whether the direction under a scale is its input itself, so that nothing has to run.
+        """Return whether the direction under a scale equals its input, so that no computation is needed.
 
         Args:
             scale: "power", "dual", "unit" or "matched".
@@ -196,17 +196,17 @@ class Norm(ABC):
     def dual_norm(self, x: list[Tensor]) -> list[Tensor]: ...
 
     def dual_norm(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """‖x‖⋆, 0-d, of a tensor of any shape, or of each tensor of a list (float32 for 16-bit input).
+        """Return ‖x‖⋆, 0-d, of a tensor or of each tensor of a list (float32 for 16-bit input).
 
         Args:
-            x: of real floats, or a list of such.
+            x: a real floating-point tensor of any shape, or a list of them.
 
         Raises:
-            TypeError: a tensor is complex, or of integers.
+            TypeError: a tensor is complex or integer.
         """
         if isinstance(x, Tensor):
             return self.dual_norm([x])[0]
-        return [self.combine(self.measure([working(t)])[:, None])[0, 0] for t in x]
+        return [self.combine(self.measure([to_compute_dtype(t)])[:, None])[0, 0] for t in x]
 
     @overload
     def dual_map(self, x: Tensor) -> Tensor: ...
@@ -214,27 +214,27 @@ class Norm(ABC):
     def dual_map(self, x: list[Tensor]) -> list[Tensor]: ...
 
     def dual_map(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """D(x), shaped and typed like x and never sharing its memory, of a tensor or of each of a list.
+        """Return D(x) of a tensor or of each tensor of a list, with x's shape and dtype, never sharing its memory.
 
         Args:
-            x: of real floats, or a list of such.
+            x: a real floating-point tensor of any shape, or a list of them.
 
         Raises:
-            TypeError: a tensor is complex, or of integers.
+            TypeError: a tensor is complex or integer.
         """
         if isinstance(x, Tensor):
             return self.dual_map([x])[0]
-        c = [working(t) for t in x]
+        c = [to_compute_dtype(t) for t in x]
         d = [self.scaled([t], 0, whole_group=False)[0][0] for t in c]
         return [u.to(t.dtype) for u, t in zip(d, x, strict=True)]
 
 
 class TensorNorm(Norm):
-    """The quick start: a norm written as ``dual_norm`` and ``dual_map`` of one tensor.
+    """A norm defined by ``dual_norm`` and ``dual_map`` of one tensor: the easiest way to write your own.
 
-    Subclasses define those two (each on ONE tensor) and, if it is to be read, ``norm``; the split into
-    measure, combine and apply is then made from them. What that costs: nothing can be shared between
-    tensors, so ``scope="group"`` is refused, and its methods take no lists.
+    Subclasses define those two (each on ONE tensor) and, optionally, ``norm``. The measure, combine and
+    apply methods are derived from them. The price: ``scope="group"`` is not supported, because tensors
+    share no reduction, and the methods take no lists.
 
     Source: ours.
     """
@@ -242,7 +242,7 @@ class TensorNorm(Norm):
     spans_groups: ClassVar[bool] = False
 
     def needs(self, scale: Scale) -> Needs:
-        """The whole tensor: "matrix".
+        """Return "matrix": the direction depends on the whole tensor.
 
         Args:
             scale: "power", "dual", "unit" or "matched".
@@ -250,47 +250,47 @@ class TensorNorm(Norm):
         return "matrix"
 
     def norm(self, x: Tensor) -> Tensor:
-        """‖x‖, 0-d, for a subclass to define, if it is to be read.
+        """Return ‖x‖, 0-d; optional for a subclass.
 
         Args:
             x: one tensor of any shape.
 
         Raises:
-            NotImplementedError: the subclass has none.
+            NotImplementedError: the subclass does not define it.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no primal norm")
+        raise NotImplementedError(f"{type(self).__name__} does not define norm(x), the primal norm")
 
     def dual_norm(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """‖x‖⋆, 0-d or of one element, for a subclass to define.
+        """Return ‖x‖⋆, 0-d or of one element; to be defined by a subclass.
 
         Args:
-            x: one tensor of any shape, of 32 bits or more.
+            x: one tensor of any shape, with 32 bits or more.
 
         Raises:
-            NotImplementedError: the subclass has none.
+            NotImplementedError: the subclass does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define dual_norm(x) on one tensor")
 
     def dual_map(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """D(x), a new tensor shaped like x, for a subclass to define.
+        """Return D(x), a new tensor with the shape of x; to be defined by a subclass.
 
         Args:
-            x: one tensor of any shape, of 32 bits or more.
+            x: one tensor of any shape, with 32 bits or more.
 
         Raises:
-            NotImplementedError: the subclass has none.
+            NotImplementedError: the subclass does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define dual_map(x) on one tensor")
 
     def measure(self, c: list[Tensor]) -> Tensor:
-        """The dual norms, shape [n, 1].
+        """Return the dual norms, shape [n, 1].
 
         Args:
             c: n tensors of any shapes.
 
         Raises:
-            TypeError: ``dual_norm`` returned no tensor of one element.
-            NotImplementedError: the subclass has no ``dual_norm``.
+            TypeError: ``dual_norm`` did not return a tensor of one element.
+            NotImplementedError: the subclass does not define ``dual_norm``.
         """
         norms = [self.dual_norm(x) for x in c]
         for n in norms:
@@ -299,20 +299,20 @@ class TensorNorm(Norm):
         return stack([n.reshape(()) for n in norms])[:, None]
 
     def combine(self, partials: Tensor) -> Tensor:
-        """The dual norm, shape [..., 1], of one piece.
+        """Return the dual norm of a single piece, shape [..., 1].
 
         Args:
-            partials: what ``measure`` gave, shape [..., 1, 1].
+            partials: results of ``measure``, shape [..., 1, 1].
 
         Raises:
             ValueError: there are several pieces.
         """
         if partials.shape[-2] != 1:
-            raise ValueError(f'{type(self).__name__} knows one tensor at a time: use scope="tensor"')
+            raise ValueError(f'{type(self).__name__} handles one tensor at a time: use scope="tensor"')
         return partials[..., 0, :]
 
     def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
-        """``‖c‖⋆^kappa · D(c)``, shaped like the tensors of c.
+        """Return ``‖c‖⋆^kappa · D(c)`` with the shapes of c.
 
         Args:
             c: n tensors of any shapes.
@@ -320,8 +320,8 @@ class TensorNorm(Norm):
             kappa: a number or 0-d.
 
         Raises:
-            TypeError: ``dual_map`` returned no tensor of its input's shape.
-            NotImplementedError: the subclass has no ``dual_map``.
+            TypeError: ``dual_map`` did not return a tensor of its input's shape.
+            NotImplementedError: the subclass does not define ``dual_map``.
         """
         d = [self.dual_map(x) for x in c]
         for u, x in zip(d, c, strict=True):
@@ -331,30 +331,30 @@ class TensorNorm(Norm):
         return d if equals(kappa, 0) else [u * n.to(u) for u, n in zip(d, scalars[:, 0] ** kappa, strict=True)]
 
 
-def real(x: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals, sharing its memory; a real one as it is."""
+def as_real(x: Tensor) -> Tensor:
+    """Return a complex tensor as a real view with a last dim of 2; return a real tensor unchanged."""
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-def reals(x: Tensor) -> int:
-    """How many real numbers a tensor holds; all of it, if it is a DTensor."""
+def num_reals(x: Tensor) -> int:
+    """Count the real numbers in a tensor (two per complex entry); for a DTensor, in the full tensor."""
     return x.numel() * (2 if x.is_complex() else 1)
 
 
-def working(x: Tensor) -> Tensor:
-    """``x`` in the dtype that arithmetic is done in: float32 for 16-bit floats, else its own."""
+def to_compute_dtype(x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype used for arithmetic: float32 for 16-bit floats, otherwise its own."""
     if not x.is_floating_point():
         raise TypeError(f"a norm takes real floating-point tensors, but was given {x.dtype}: convert it first")
     return x.float() if is_low_precision(x) else x
 
 
 def stack(scalars: list[Tensor]) -> Tensor:
-    """0-d or 1-d tensors, on whatever devices, stacked on the device of the first."""
+    """Stack 0-d or 1-d tensors, possibly from several devices, on the device of the first."""
     return torch.stack([s.to(scalars[0].device) for s in scalars])
 
 
 def without_autocast(kinds: Iterable[str], function: Callable[..., T], *args: Any) -> T:
-    """``function(*args)`` with autocast off on these types of devices: it would make matrix products in 16 bits."""
+    """Call ``function(*args)`` with autocast off for these device types; autocast would run matmuls in 16 bits."""
     for kind in kinds:
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):

@@ -1,4 +1,4 @@
-"""Norms of a matrix by its lines: an inner ℓp of each row or column, and an outer ℓp over them."""
+"""Mixed norms of a matrix: an inner ℓp of each row or column, and an outer ℓp over the results."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_choice, check_number
-from normopt.norms.base import Needs, Scale, working
-from normopt.norms.lp import along_lines, shift, shifted, signed_power, sizes
+from normopt.norms.base import Needs, Scale, to_compute_dtype
+from normopt.norms.lp import norm_and_shift, norm_last_dim, shift, signed_power, top_and_root_last_dim
 from normopt.norms.matrices import MatrixNorm, from_matrices, to_matrices
 from normopt.norms.registry import register
 
@@ -22,38 +22,37 @@ from normopt.norms.registry import register
 @register("mixed")
 @dataclass(frozen=True, repr=False)
 class Mixed(MatrixNorm):
-    """The mixed norm of a matrix's rows or columns. Names: mixed, row, column, max-row, max.
+    """The mixed norm over a matrix's rows or columns. Names: mixed, row, column, max-row, max.
 
-    With x_i the lines, q the conjugate orders and f the aspect factor::
+    With x_i the rows or columns, q the conjugate orders and f the aspect factor::
 
         ‖X‖   = ‖ (‖x_1‖_inner, ‖x_2‖_inner, …) ‖_outer / f
         r_i   = ‖g_i‖_q(inner),   ‖G‖⋆ = f · ‖r‖_q(outer)
-        D(G)  = f · (r_i/‖r‖_q(outer))^(q(outer)−1) · D_inner(g_i), line by line
+        D(G)  = f · (r_i/‖r‖_q(outer))^(q(outer)−1) · D_inner(g_i), for each i
 
-    Some of them are operator norms, and have names::
+    The named members are operator norms::
 
-        "row"       2 inside, ∞ outside, rows      ℓ2 → ℓ∞: every row a unit vector
-        "column"    2 inside, ∞ outside, columns   ℓ1 → ℓ2: every column a unit vector
-        "max-row"   1 inside, ∞ outside, rows      ℓ∞ → ℓ∞, the largest absolute row sum: one entry a row
-        "max"       ∞ inside, ∞ outside            ℓ1 → ℓ∞, the largest entry: the sign
+        "row"       2 inside, ∞ outside, rows      ℓ2 → ℓ∞; D makes every row a unit vector
+        "column"    2 inside, ∞ outside, columns   ℓ1 → ℓ2; D makes every column a unit vector
+        "max-row"   1 inside, ∞ outside, rows      ℓ∞ → ℓ∞, the largest absolute row sum; D has one entry per row
+        "max"       ∞ inside, ∞ outside            ℓ1 → ℓ∞, the largest entry; D is the sign
 
-    "max" is "linf" as a norm of matrices, which is to say with an aspect. A tensor that is several
-    matrices is measured by the largest of them.
+    "max" is "linf" as a matrix norm, so it has an aspect. The norm of several matrices is their largest.
 
     Args:
-        p_inner: the order along a line, 1 ≤ p ≤ ∞.
-        p_outer: the order over the lines, 1 ≤ p ≤ ∞; at 1 only the first of the largest lines moves.
+        p_inner: the order within a row or column, 1 ≤ p ≤ ∞.
+        p_outer: the order across rows or columns, 1 ≤ p ≤ ∞; at 1 only the first of the largest moves.
         lines: "rows" or "columns". Default "rows", a linear layer's output units.
         aspect: the factor f; see [`MatrixNorm`][normopt.norms.MatrixNorm]. Default "none".
-        matrix_view: "flatten", "batch" or "transposed": which matrix a tensor of more than two dims is. Default
-            "flatten".
-        blocks: into how many matrices the rows are cut. Default 1.
+        matrix_view: "flatten", "batch" or "transposed": how a tensor of more than two dims is read as matrices.
+            Default "flatten".
+        blocks: the number of matrices the rows are split into. Default 1.
 
     Raises:
-        ValueError: an order below 1 or NaN, or another setting that is none.
-        TypeError: an order is not a number, blocks no integer.
+        ValueError: an order below 1 or NaN, or another invalid setting.
+        TypeError: an order is not a number, or blocks is not an integer.
 
-    Source: arXiv:2409.20325 for the frame; SCALE's and RowNorm's directions are its members.
+    Source: arXiv:2409.20325 for the framework; the directions of SCALE and RowNorm are members.
     """
 
     p_inner: float
@@ -74,38 +73,39 @@ class Mixed(MatrixNorm):
         return "rows" if self.lines == "rows" and self.p_outer == math.inf and scale == "unit" else "matrix"
 
     def norm(self, x: Tensor) -> Tensor:
-        """The largest ‖X‖ of the matrices of x, 0-d.
+        """Return the largest ‖X‖ over the matrices of x, 0-d.
 
         Args:
-            x: a tensor of any shape, of real floats.
+            x: a real floating-point tensor of any shape.
 
         Raises:
-            TypeError: x is complex, or of integers.
+            TypeError: x is complex or integer.
         """
-        y = self._lines_of(working(x))
-        return (
-            sizes(sizes(y, self.p_inner), self.p_outer).amax() / self.factor(x.shape) if y.numel() else x.new_zeros(())
-        )
+        y = self._as_lines(to_compute_dtype(x))
+        if y.numel() == 0:
+            return x.new_zeros(())
+        norms = norm_last_dim(norm_last_dim(y, self.p_inner), self.p_outer)
+        return norms.amax() / self.factor(x.shape)
 
     def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         return [self._pair(x) for x in c]
 
-    def _lines_of(self, x: Tensor) -> Tensor:
-        """[stack, lines, entries]"""
+    def _as_lines(self, x: Tensor) -> Tensor:
+        """Return x as [stack, lines, entries], with rows or columns as lines."""
         y = to_matrices(x, self.matrix_view, self.blocks)
         return y.mT if self.lines == "columns" else y
 
     def _pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(‖x‖⋆, D(x)) of one tensor."""
-        y = self._lines_of(x)
+        """Return (‖x‖⋆, D(x)) of one tensor."""
+        y = self._as_lines(x)
         if y.numel() == 0:
             return x.new_zeros(()), torch.zeros_like(x)
-        top, root = along_lines(y, conjugate(self.p_inner))
+        top, root = top_and_root_last_dim(y, conjugate(self.p_inner))
         r, s = top * root, None
-        if self.p_outer < math.inf:  # where it is ∞, r is asked for signs, which a shift of the largest could lose
+        if self.p_outer < math.inf:  # at ∞ only the signs of r matter, and a shift could underflow small entries
             s = shift(r.amax(-1, keepdim=True))
             r = top * s * root
-        outer = along_lines(r, conjugate(self.p_outer))
+        outer = top_and_root_last_dim(r, conjugate(self.p_outer))
         d = dual_map(y, top, root, self.p_inner) * dual_map(r, *outer, self.p_outer)[..., None]
         d = d.mT if self.lines == "columns" else d
         f, totals = self.factor(x.shape), outer[0] * outer[1]
@@ -114,17 +114,17 @@ class Mixed(MatrixNorm):
 
 
 def conjugate(p: float) -> float:
-    """q with 1/p + 1/q = 1."""
+    """Return q with 1/p + 1/q = 1."""
     return math.inf if p == 1 else 1 + 1 / (p - 1)
 
 
 def dual_map(x: Tensor, top: Tensor, root: Tensor, p: float) -> Tensor:
-    """ℓp's dual map along the last dim, given the dual norms top·root of the lines."""
+    """Return ℓp's dual map along the last dim, given the dual norms top·root."""
     if p == 1:
-        first = x.abs().argmax(-1, keepdim=True)  # the first of equals
+        first = x.abs().argmax(-1, keepdim=True)  # the first on ties
         return torch.zeros_like(x).scatter(-1, first, signed_power([x.gather(-1, first)], 0)[0])
     if p == math.inf:
         return signed_power([x], 0)[0]
-    _, norms, s = shifted(top, root)
+    _, norms, s = norm_and_shift(top, root)
     safe = norms.clamp_min(torch.finfo(x.dtype).tiny)
     return signed_power([x / safe[..., None] * s[..., None]], 1 / (p - 1))[0]

@@ -1,16 +1,16 @@
-"""The polar factor UVᵀ of UΣVᵀ by polynomial iteration: matrix products instead of an SVD."""
+"""Polynomial iterations for the polar factor UVᵀ of UΣVᵀ: matrix products instead of an SVD."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from normopt.norms.matrices import largest, raised
+from normopt.norms.matrices import max_abs, mul_pow2
 
 Coefficients = tuple[float, float, float]
 
-# Keller Jordan, "Muon", 2024: steepest at zero, at the price of singular values that end in [0.68, 1.21], and of
-# those below 1.5e-3 of the Frobenius norm that five steps multiply by 485 at most.
+# Keller Jordan, "Muon", 2024: the slope at zero is maximised. The price: singular values end in [0.68, 1.21], and
+# five steps multiply those below 1.5e-3 of the Frobenius norm by 485 at most.
 NEWTON_SCHULZ: Coefficients = (3.4445, -4.7750, 2.0315)
 
 # Amsel et al., "The Polar Express", arXiv:2505.16932, Algorithm 1: the best polynomial for each step in turn.
@@ -23,12 +23,12 @@ POLAR_EXPRESS: tuple[Coefficients, ...] = (
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
 )
-LIMIT: Coefficients = (1.875, -1.25, 0.375)  # what they tend to; Newton–Schulz of degree 5
-SAFETY = 1.01  # shrinks all but the last polynomial, so that rounding never leaves the interval
+LIMIT: Coefficients = (1.875, -1.25, 0.375)  # their limit; Newton–Schulz of degree 5
+SAFETY = 1.01  # shrinks all but the limit polynomial, so that rounding errors stay in the interval
 
 
 def coefficients(method: str, steps: int) -> list[Coefficients]:
-    """The polynomials ``a x + b x³ + c x⁵`` of each step."""
+    """Return the coefficients of the polynomial ``a x + b x³ + c x⁵`` of each step."""
     if method == "newton-schulz":
         return [NEWTON_SCHULZ] * steps
     table = (*POLAR_EXPRESS, *([LIMIT] * steps))[:steps]
@@ -37,12 +37,12 @@ def coefficients(method: str, steps: int) -> list[Coefficients]:
 
 
 def polar(x: Tensor, method: str, steps: int, dtype: torch.dtype) -> Tensor:
-    """About UVᵀ of each matrix of a stack, shape [stack, rows, columns], in ``dtype``; 0 for a zero matrix.
+    """Approximate UVᵀ of each matrix of a stack, shape [stack, rows, columns], in ``dtype``; 0 for a zero matrix.
 
-    The operations and their order are those of torch.optim.Muon. The matrix is scaled by a power of two
-    before, which changes no bit of the result but lets every magnitude through.
+    The operations and their order are those of torch.optim.Muon. The matrix is first scaled by a power of
+    two, which changes no bit of the result but supports inputs of any magnitude.
     """
-    y = raised(x, -torch.frexp(largest(x)).exponent).to(dtype)
+    y = mul_pow2(x, -torch.frexp(max_abs(x)).exponent).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     y = y.mT if tall else y
     norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)

@@ -1,4 +1,4 @@
-"""Names of norms: how a string in a param group becomes a norm, and how your own norm gets a name."""
+"""The registry of norms: from a name in a param group to a norm, and ``register`` for your own norms."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ N = TypeVar("N", bound=type[Norm])
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A registered name: the class it makes, and the fields that the name already fixes (``linf`` fixes p)."""
+    """A registered name: its class, and the fields that the name fixes (``linf`` fixes p)."""
 
     cls: type[Norm]
     fixed: Mapping[str, Any]
-    fields: Mapping[str, Any]  # every field's default; `dataclasses.MISSING` where there is none
+    fields: Mapping[str, Any]  # each field's default; `dataclasses.MISSING` if it has none
 
 
 _entries: dict[str, Entry] = {}
 
 
 def register(name: str, **fixed: Any) -> Callable[[N], N]:
-    """Give a norm class a name, so that ``norm="name"`` works in every optimizer. A class decorator.
+    """Register a norm class under a name, so that ``norm="name"`` works in every optimizer. A class decorator.
 
     Args:
-        name: the new name, a string such as ``"lp"``.
+        name: the name, a string such as ``"lp"``.
         **fixed: fields of the class that this name fixes, such as ``p=1.0`` for ``"l1"``.
 
     Returns:
-        The decorator; it hands the class back unchanged.
+        The decorator; it returns the class unchanged.
 
     Raises:
-        ValueError: the name is taken by another class.
-        TypeError: what is decorated is not a [`Norm`][normopt.norms.Norm].
+        ValueError: the name is already registered for another class.
+        TypeError: the decorated object is not a subclass of [`Norm`][normopt.norms.Norm].
 
     Example:
         >>> @normopt.norms.register("rows")
@@ -49,9 +49,9 @@ def register(name: str, **fixed: Any) -> Callable[[N], N]:
 
     def decorate(cls: N) -> N:
         if not (isinstance(cls, type) and issubclass(cls, Norm)):
-            raise TypeError(f"register({name!r}) decorates a subclass of Norm, but was given {cls!r}")
+            raise TypeError(f"register({name!r}) must decorate a subclass of Norm, but was given {cls!r}")
         taken = _entries.get(name)
-        # A class defined again under its own name (a re-run notebook cell) replaces itself.
+        # A class that is redefined under its own name (a re-run notebook cell) replaces its old version.
         if taken is not None and (taken.cls.__module__, taken.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"the norm name {name!r} is taken by {taken.cls.__qualname__}: choose another")
         _entries[name] = Entry(cls, dict(fixed), _fields_of(cls))
@@ -61,7 +61,7 @@ def register(name: str, **fixed: Any) -> Callable[[N], N]:
 
 
 def _fields_of(cls: type[Norm]) -> dict[str, Any]:
-    """The fields of a norm and their defaults: what a param group can hold of it."""
+    """Return a norm's fields and their defaults, which become param-group settings."""
     if dataclasses.is_dataclass(cls):
         return {f.name: f.default for f in dataclasses.fields(cls)}
     arguments = list(inspect.signature(cls).parameters)
@@ -74,24 +74,24 @@ def _fields_of(cls: type[Norm]) -> dict[str, Any]:
 
 
 def list_norms() -> list[str]:
-    """Every registered name, sorted."""
+    """Return every registered name, sorted."""
     return sorted(_entries)
 
 
 def entry_of(norm: object) -> Entry:
-    """The entry of a ``norm=`` argument, a name or an object."""
+    """Return the entry of a ``norm=`` argument, a name or a Norm object."""
     if not isinstance(norm, Norm):
         return lookup(norm)
     name = _plain_name(type(norm))
     if name is None:
-        raise ValueError(f'{norm!r} has no name yet: decorate its class with @normopt.norms.register("…")')
+        raise ValueError(f'{norm!r} is not registered: decorate its class with @normopt.norms.register("…")')
     return _entries[name]
 
 
 def lookup(name: object) -> Entry:
-    """The entry of a name; a ValueError that lists the near ones if there is none."""
+    """Return the entry of a name, or raise a ValueError that suggests similar names."""
     if not isinstance(name, str):
-        hint = f": make one, {name.__name__}(…)" if isinstance(name, type) else ""
+        hint = f": make one, such as {name.__name__}(…)" if isinstance(name, type) else ""
         raise TypeError(f"norm must be a registered name or a Norm object, but is {name!r}{hint}")
     if name not in _entries:
         known = ", ".join(list_norms())
@@ -100,50 +100,50 @@ def lookup(name: object) -> Entry:
 
 
 def setting_key(field: str) -> str:
-    """The param-group key of a norm's field: ``p`` stays ``p``, any other field ``f`` is ``norm_f``."""
+    """Return the param-group key of a norm's field: ``p`` stays ``p``, any other field ``f`` is ``norm_f``."""
     return field if field == "p" else f"norm_{field}"
 
 
 def flatten(norm: object, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a ``norm=`` argument means as flat, primitive param-group settings.
+    """Convert a ``norm=`` argument to flat, primitive param-group settings.
 
     Args:
         norm: a registered name, or a Norm object of a registered class.
-        given: the settings that came with it; one that contradicts the norm is an error.
+        given: the other settings; one that contradicts the norm raises an error.
 
     Returns:
-        ``norm`` (a name), ``p`` and ``norm_<field>``, as far as the argument decides them. p is None for
-        a norm without one and for a name that fixes it (``"linf"``): there is none to give or to schedule.
-        ``"lp"`` alone leaves p open.
+        ``norm`` (a name), ``p`` and ``norm_<field>``, as far as the argument determines them. p is None if the
+        norm has no p or the name fixes it (``"linf"``), since it can then be neither set nor scheduled.
+        ``"lp"`` alone does not determine p.
     """
     entry = entry_of(norm)
     if isinstance(norm, Norm):
         flat = {setting_key(f): getattr(norm, f) for f in entry.fields} | {"norm": _plain_name(type(norm))}
-        closed = set(flat) - {"norm"}
+        fixed = set(flat) - {"norm"}
     else:
         free = {setting_key(f): default for f, default in entry.fields.items() if f not in entry.fixed}
         # Another norm's field of the same name must not leak in from the optimizer's defaults.
         flat = {k: v for k, v in free.items() if v is not dataclasses.MISSING and given.get(k) is None}
         flat |= {setting_key(f): None for f in entry.fixed} | {"norm": norm}
-        closed = {setting_key(f) for f in entry.fixed}
+        fixed = {setting_key(f) for f in entry.fixed}
     if "p" not in entry.fields:
         flat["p"] = None
-        closed.add("p")
-    for key in closed:
+        fixed.add("p")
+    for key in fixed:
         value, other = flat.get(key), given.get(key)
         if other is not None and (value is None or other != value):
-            what = f"has {key} = {value!r}" if value is not None else f"leaves no {key} to set"
-            raise ValueError(f"norm {norm!r} {what}, but {key} = {other!r} was given too: leave one out")
+            what = f"has {key} = {value!r}" if value is not None else f"does not take {key}"
+            raise ValueError(f"norm {norm!r} {what}, but {key} = {other!r} was also given: leave one out")
     return flat
 
 
 def _plain_name(cls: type[Norm]) -> str | None:
-    """The name under which a class is registered with no field fixed: ``"linf"`` is ``"lp"`` with p = ∞."""
+    """Return the name that registers a class without fixed fields: ``"lp"``, not ``"linf"``."""
     return next((name for name, entry in _entries.items() if entry.cls is cls and not entry.fixed), None)
 
 
 def build(settings: Mapping[str, Any]) -> Norm:
-    """The norm that a param group's flat settings name."""
+    """Build the norm that a param group's flat settings describe."""
     name = settings["norm"]
     entry = lookup(name)
     values = {**settings, **flatten(name, settings)}
@@ -152,5 +152,5 @@ def build(settings: Mapping[str, Any]) -> Norm:
     missing = [f for f, default in entry.fields.items() if default is dataclasses.MISSING and f not in fields]
     if missing:
         keys = ", ".join(setting_key(f) for f in missing)
-        raise ValueError(f"norm {name!r} needs {keys}: give it to the optimizer or to the param group")
+        raise ValueError(f"norm {name!r} needs {keys}: pass it to the optimizer or to the param group")
     return entry.cls(**fields)

@@ -1,4 +1,4 @@
-"""The four scales: from c to the update direction u, over tensors or over a whole group as one vector."""
+"""The four scales: the update direction u from c, per tensor or for a whole group as one vector."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from normopt.norms.base import Norm, Scale
-from normopt.norms.lp import Lp, divide, like_each
+from normopt.norms.lp import Lp, safe_divide, unbind_like
 
 
 class NormPair(NamedTuple):
-    """How large a step was in its own norm, and its gradient in the dual one.
+    """The size of a step in its norm, and of its gradient in the dual norm.
 
     Attributes:
-        update: the norm of the update per unit of the learning rate, ``‖u‖``: by the rule, which an iterative
-            method such as Newton–Schulz meets within its own error.
-        dual: the dual norm ``‖c‖⋆`` of what the norm was given: the gradient after AGR, coupled decay and momentum.
+        update: the norm ``‖u‖`` of the update per unit of the learning rate. It is the exact rule's value; an
+            iterative method such as Newton–Schulz meets it within its own error.
+        dual: the dual norm ``‖c‖⋆`` of the gradient after AGR, coupled decay and momentum.
     """
 
     update: Tensor
@@ -27,7 +27,7 @@ class NormPair(NamedTuple):
 def direction(
     norm: Norm, c: list[Tensor], scale: Scale, whole_group: bool, eps: float
 ) -> tuple[list[Tensor], NormPair | None]:
-    """The steepest-descent direction of c under a norm, which may be c itself: read it, never write it.
+    """Return the steepest-descent direction u of c under a norm; u may be c itself, so never write to it.
 
     ::
 
@@ -36,9 +36,9 @@ def direction(
         power     u = ‖c‖⋆^κ · D(c), κ = 1/(p−1): elementwise for ℓp
         matched   u = D(c) · RMS(c)/RMS(D(c)), per tensor: SGD's step length, another direction
 
-    With ``whole_group``, ‖·‖⋆ and D are those of all the tensors as one vector.
+    With ``whole_group``, ‖·‖⋆ and D are those of all tensors as one vector.
 
-    Beside it ``‖u‖`` and ``‖c‖⋆`` of each tensor, shape [n] each, where u could not be had without them: else None.
+    Also return ``‖u‖`` and ``‖c‖⋆`` of each tensor, shape [n] each, or None if u was computed without them.
     """
     if norm.is_identity(scale):
         return c, None
@@ -54,12 +54,12 @@ def direction(
 
 
 def unit_pair(dual: Tensor) -> NormPair:
-    """Of unit steps: 1, where the dual norm is neither 0 nor NaN, which stay."""
+    """Return the pair of a unit step: norm 1, except that a dual norm of 0 or NaN is kept."""
     return NormPair(torch.where(dual > 0, 1, dual), dual)
 
 
-def over_the_group(pairs: list[NormPair | None], whole_group: bool, radius: float) -> NormPair | None:
-    """One pair of 0-d tensors from those of a group's batches; None if there are none, or one was not measured."""
+def group_norms(pairs: list[NormPair | None], whole_group: bool, radius: float) -> NormPair | None:
+    """Reduce the pairs of a group's batches to one pair of 0-d tensors; None if any is missing or there are none."""
     known = [pair for pair in pairs if pair is not None]
     if not known or len(known) < len(pairs):
         return None
@@ -69,14 +69,14 @@ def over_the_group(pairs: list[NormPair | None], whole_group: bool, radius: floa
 
 
 def matched(d: list[Tensor], c: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Each d at the length of its c, ``d · ‖c‖₂/‖d‖₂``, 0 where d is 0; and the factors ``‖c‖₂/‖d‖₂``, shape [n]."""
+    """Return ``d · ‖c‖₂/‖d‖₂`` for each d, 0 if d is 0; and the factors ``‖c‖₂/‖d‖₂``, shape [n]."""
     l2 = Lp(2.0)
-    return lengthened(d, *l2.combine(l2.measure([*c, *d])[:, None]).tensor_split(2))
+    return rescale_to_norm(d, *l2.combine(l2.measure([*c, *d])[:, None]).tensor_split(2))
 
 
-def lengthened(d: list[Tensor], ours: Tensor, theirs: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Each d, whose lengths are ``theirs``, at the length ``ours``; and the factors: scalars of l2, shape [n, 3]."""
-    _, lengths, shifts = ours.unbind(-1)
-    own = theirs[:, 0] * shifts
-    u = torch._foreach_mul(divide(d, own), like_each(lengths, d))
+def rescale_to_norm(d: list[Tensor], target: Tensor, current: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Rescale each d from ``current`` to ``target``, its ℓ2 scalars of shape [n, 3]; also return the factors."""
+    _, lengths, shifts = target.unbind(-1)
+    own = current[:, 0] * shifts
+    u = torch._foreach_mul(safe_divide(d, own), unbind_like(lengths, d))
     return list(u), lengths / own.clamp_min(torch.finfo(own.dtype).tiny)

@@ -1,4 +1,4 @@
-"""The Schatten norms: ℓp on singular values. Spectral (Muon), Frobenius (SGD), nuclear, and between."""
+"""The Schatten norms, ℓp of the singular values: spectral (Muon), Frobenius (SGD), nuclear, and those between."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_choice, check_number
-from normopt.norms.base import Needs, Scale, without_autocast, working
+from normopt.norms.base import Needs, Scale, to_compute_dtype, without_autocast
 from normopt.norms.lanczos import top_pair
-from normopt.norms.lp import along_lines, nonzero, shift, shifted, sizes
-from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, raised, rescaled, to_matrices
+from normopt.norms.lp import nonzero, norm_and_shift, norm_last_dim, shift, top_and_root_last_dim
+from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, mul_pow2, normalize_exponent, to_matrices
 from normopt.norms.polar import polar
 from normopt.norms.registry import register
 
-# What a method finds, and at which p that is the dual map; "svd" does for all.
-FINDS = {"newton-schulz": ("UVᵀ", math.inf), "polar-express": ("UVᵀ", math.inf), "lanczos": ("u₁v₁ᵀ", 1.0)}
+# What each iterative method computes, and the p whose dual map that is; "svd" works for every p.
+COMPUTES = {"newton-schulz": ("UVᵀ", math.inf), "polar-express": ("UVᵀ", math.inf), "lanczos": ("u₁v₁ᵀ", 1.0)}
 
 
 @register("nuclear", p=1.0)
@@ -35,39 +35,39 @@ class Schatten(MatrixNorm):
         ‖G‖⋆  = f · ‖σ‖_q
         D(G)  = f · U diag((σ/‖σ‖_q)^(q−1)) Vᵀ       p = ∞: f·UVᵀ     p = 2: f·G/‖G‖_F
         p = 1:  f · u₁v₁ᵀ, the top singular pair
-        power = f · U diag(σ^(1/(p−1))) Vᵀ           or diag(σ^exponent), where one is given
+        power = f · U diag(σ^(1/(p−1))) Vᵀ           or diag(σ^exponent) if an exponent is given
 
-    Singular values up to ε·max(rows, columns)·σ₁ count as zero. A tensor that is several matrices
-    (a stack, or blocks) is measured by the largest of them, so its dual norm is their sum and its dual
-    map theirs, one by one; so is a group under ``scope="group"``.
+    Singular values up to ε·max(rows, columns)·σ₁ count as zero. The norm of several matrices (a stack, blocks,
+    or a group under ``scope="group"``) is the largest of their norms. Their dual norm is therefore the sum,
+    and their dual map acts on each matrix separately.
 
     Args:
         p: the order, 1 ≤ p ≤ ∞.
-        method: Default "svd", which is exact. "newton-schulz" (Keller Jordan's polynomial: 5 steps bring σ from
-            1.5e-3·‖G‖_F up to between 0.68 and 1.21, and multiply smaller ones by 485/‖G‖_F at most, so that large
-            square Gaussian matrices keep some near 0) and "polar-express" (the error falls with the steps: at 8 it is
-            at roundoff of ``dtype`` unless σ is below 1e-3·‖G‖_F) are matrix products only, for p = ∞. "lanczos", for
-            p = 1, is products with vectors only, two a step: on Gaussian matrices of 256 × 256 the dual norm
-            is within 0.3 % at 24, and from min(rows, columns) steps on it is as exact as "svd".
-        steps: of the iteration. Default 5, which is for p = ∞; give "lanczos" 24 or so.
-        dtype: of the iteration for p = ∞, "bfloat16" or "float32". Default "float32".
+        method: Default "svd", which is exact. For p = ∞, two methods use only matrix products. "newton-schulz" is
+            Keller Jordan's polynomial: 5 steps map σ ≥ 1.5e-3·‖G‖_F into [0.68, 1.21] and multiply smaller σ
+            by 485/‖G‖_F at most, so that large square Gaussian matrices keep some near 0. "polar-express" has an
+            error that falls with the steps: 8 reach roundoff of ``dtype`` unless σ is below 1e-3·‖G‖_F. For p = 1,
+            "lanczos" uses two matrix–vector products a step: on 256 × 256 Gaussian matrices the dual norm is within
+            0.3 % after 24 steps, and from min(rows, columns) steps on it is as exact as "svd".
+        steps: the number of iterations. Default 5, meant for p = ∞; use about 24 for "lanczos".
+        dtype: the dtype of the iteration for p = ∞, "bfloat16" or "float32". Default "float32".
         aspect: the factor f: "none" (the default), "rms" (the RMS → RMS operator norm), "original" (Keller Jordan's),
             "match_rms_adamw" (Moonlight's), or another; see [`MatrixNorm`][normopt.norms.MatrixNorm].
-        exponent: of the power scale, instead of 1/(p−1), which None (the default) leaves. Below 0 it is no norm's any
-            more: Freon's range.
-        matrix_view: "flatten", "batch" or "transposed": which matrix a tensor of more than two dims is. Default
-            "flatten".
-        blocks: into how many matrices the rows are cut. Default 1.
+        exponent: the exponent of the power scale; None (the default) means 1/(p−1). A negative exponent, as in Freon,
+            corresponds to no norm.
+        matrix_view: "flatten", "batch" or "transposed": how a tensor of more than two dims is read as matrices.
+            Default "flatten".
+        blocks: the number of matrices the rows are split into. Default 1.
 
     Raises:
-        ValueError: a setting out of range, an iterative method with another p than its own, or with an exponent.
+        ValueError: a setting out of range, or an iterative method with a p it does not support or with an exponent.
         TypeError: a setting of the wrong type.
 
-    Source: the dual map as in "Old Optimizer, New Norm", arXiv:2409.20325; HTMuon (arXiv:2603.10067) is
-    an exponent of 0.125, Freon (arXiv:2605.11181) goes below 0.
+    Source: the dual map as in "Old Optimizer, New Norm", arXiv:2409.20325; HTMuon (arXiv:2603.10067) uses
+    exponent 0.125, Freon (arXiv:2605.11181) negative ones.
     """
 
-    # The derivative of a decomposition blows up where singular values meet, and an iteration's is its own.
+    # The derivative of an SVD diverges at equal singular values; that of an iteration is not the dual map's.
     differentiable: ClassVar[bool] = False
     batches: ClassVar[bool] = True
 
@@ -83,27 +83,28 @@ class Schatten(MatrixNorm):
     def __post_init__(self) -> None:
         check_number("p", self.p, low=1)
         object.__setattr__(self, "p", float(self.p))
-        check_choice("method", self.method, ("svd", *FINDS))
+        check_choice("method", self.method, ("svd", *COMPUTES))
         check_choice("dtype", self.dtype, ("bfloat16", "float32"))
         check_integer("steps", self.steps, 100)
         self.check_view()
         if self.exponent is not None:
             check_number("exponent", self.exponent, open_low=True, open_high=True)
-        what, p = FINDS.get(self.method, ("", self.p))
+        what, p = COMPUTES.get(self.method, ("", self.p))
         if self.p != p or (what and self.exponent is not None):
             at = "∞" if p == math.inf else f"{p:g}"
             raise ValueError(
-                f'method="{self.method}" finds {what}, which is p = {at} without an exponent: use method="svd"'
+                f'method="{self.method}" computes {what}, the dual map at p = {at} without an exponent, but '
+                f'p = {self.p:g} and exponent = {self.exponent}: use method="svd"'
             )
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """The fields that the method does not read."""
+        """The fields that the method ignores."""
         return {"svd": ("steps", "dtype"), "lanczos": ("dtype",)}.get(self.method, ())
 
     @property
     def power_exponent(self) -> float | None:
-        """The power of the singular values under the power scale; None at p = 1, where it diverges."""
+        """The exponent of the singular values under the power scale; None at p = 1, where it diverges."""
         if self.exponent is not None:
             return self.exponent
         return None if self.p == 1 else 1 / (self.p - 1)
@@ -113,40 +114,42 @@ class Schatten(MatrixNorm):
 
     def check(self, scale: Scale, params: list[Tensor]) -> None:
         if self.exponent is not None and scale != "power":
-            raise ValueError(f'exponent = {self.exponent} is of scale="power", but the scale is "{scale}"')
+            raise ValueError(
+                f'exponent = {self.exponent} is only for scale="power", but the scale is "{scale}": leave it out'
+            )
         super().check(scale, params)
 
     def norm(self, x: Tensor) -> Tensor:
-        """The largest ‖X‖_Sp / f of the matrices of x, 0-d.
+        """Return the largest ‖X‖_Sp / f over the matrices of x, 0-d.
 
         Args:
-            x: a tensor of any shape, of real floats.
+            x: a real floating-point tensor of any shape.
 
         Raises:
-            TypeError: x is complex, or of integers.
+            TypeError: x is complex or integer.
         """
-        y = to_matrices(working(x), self.matrix_view, self.blocks)
+        y = to_matrices(to_compute_dtype(x), self.matrix_view, self.blocks)
         if y.numel() == 0:
             return x.new_zeros(())
-        norms = sizes(torch.linalg.svdvals(y), self.p)
+        norms = norm_last_dim(torch.linalg.svdvals(y), self.p)
         return norms.amax() / self.factor(x.shape)
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
-        """``f · U diag(σ^exponent) Vᵀ``; singular values that count as zero stay zero.
+        """Return ``f · U diag(σ^exponent) Vᵀ``; singular values that count as zero stay zero.
 
         Args:
-            c: n tensors of any shapes, of real floats of 32 bits or more.
-            eps: not read: the power of singular values has no form with ε > 0. Default 0.
+            c: n real floating-point tensors of any shapes, with 32 bits or more.
+            eps: ignored, because this power map has no form with ε > 0. Default 0.
 
         Returns:
-            n new tensors, shaped and typed like those of c.
+            n new tensors with the shapes and dtypes of c.
 
         Raises:
             ValueError: p = 1 without an exponent.
         """
         exponent = self.power_exponent
         if exponent is None:
-            raise ValueError('scale="power" is not defined at p = 1, where its exponent 1/(p−1) diverges: use p > 1')
+            raise ValueError('scale="power" is not defined at p = 1, where the exponent 1/(p−1) diverges: use p > 1')
         if exponent == 1:
             return [self.factor(x.shape) * x for x in c]
         if exponent == 0 and self.exponent is None:
@@ -154,11 +157,11 @@ class Schatten(MatrixNorm):
         return [d for _, d in self._map(c, lambda y, _: (None, powers(y, exponent)))]
 
     def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        # A vector is its own singular vector: nothing to iterate, nothing to decompose.
-        return self._map(c, lambda y, vectors: normalized(y) if vectors or self.p == 2 else self._dual(y))
+        # A vector is its own singular vector: no iteration or SVD is needed.
+        return self._map(c, lambda y, vectors: normalize(y) if vectors or self.p == 2 else self._dual(y))
 
     def _dual(self, y: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The dual norms, None where they are the inner products with the map, and the map, in any dtype."""
+        """Return the dual norms (None means: use ⟨c, map⟩) and the map, in any dtype."""
         p = self.p
         if self.method == "lanczos":
             return top_pair(y, self.steps)
@@ -167,18 +170,18 @@ class Schatten(MatrixNorm):
         u, s, vt, power = singular(y)
         if p == 1:
             top = (s[:, :1] > 0).to(s)[:, :, None]
-            return raised(s, power)[:, 0], u[:, :, :1] * top * vt[:, :1]
+            return mul_pow2(s, power)[:, 0], u[:, :, :1] * top * vt[:, :1]
         q = 1 if p == math.inf else p / (p - 1)
-        norms = sizes(s, q)[:, None]
+        norms = norm_last_dim(s, q)[:, None]
         r = (s > 0).to(s) if p == math.inf else (s / nonzero(norms)).pow(q - 1)
-        return raised(norms, power)[:, 0], (u * r[:, None]) @ vt
+        return mul_pow2(norms, power)[:, 0], (u * r[:, None]) @ vt
 
     def _map(
         self, c: list[Tensor], function: Callable[[Tensor, bool], tuple[Tensor | None, Tensor]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """A function of stacks of matrices over tensors: matrices of one shape, of all tensors, in one call.
+        """Apply a function of a stack of matrices to tensors, batching matrices of equal shape into one call.
 
-        It is told whether the tensors are vectors. Where it gives no norms they are ``⟨c, map⟩``.
+        Its second argument says whether the tensors are vectors. If it returns None for norms, ``⟨c, map⟩`` is used.
         """
         views = [to_matrices(x, self.matrix_view, self.blocks) for x in c]
         found: list[tuple[Tensor, Tensor]] = [(x.new_zeros(()), x) for x in c]
@@ -196,33 +199,33 @@ class Schatten(MatrixNorm):
             for j, (i, part) in enumerate(zip(members, torch.split(d, counts), strict=True)):
                 x, f = c[i], self.factor(c[i].shape)
                 u = from_matrices(part, x, self.matrix_view)
-                # Cast tensor by tensor: what is small is still in the cache when it is scaled.
+                # Cast per tensor: a small one is then still in cache when it is scaled.
                 u = u * f if u.dtype == x.dtype else u.to(x.dtype).mul_(f)
                 found[i] = torch.dot(x.reshape(-1), u.reshape(-1)) if sums is None else f * sums[j].sum(), u
         return found
 
 
-def normalized(y: Tensor) -> tuple[Tensor, Tensor]:
-    """(‖y‖₂, y/‖y‖₂) of each matrix; 0 stays 0."""
-    norms, safe, s = (x[:, None, None] for x in shifted(*along_lines(y.flatten(1), 2.0)))
+def normalize(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (‖y‖₂, y/‖y‖₂) of each matrix; 0 stays 0."""
+    norms, safe, s = (x[:, None, None] for x in norm_and_shift(*top_and_root_last_dim(y.flatten(1), 2.0)))
     return norms[:, 0, 0], y / safe.clamp_min(torch.finfo(y.dtype).tiny) * s
 
 
 def singular(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """U, σ·2^−e, Vᵀ, e of each matrix, σ that are rounding set to 0; all NaN where the matrix is not finite.
+    """Return U, σ·2^−e, Vᵀ and e (shape [stack, 1]) of each matrix, all NaN if it is not finite.
 
-    e has the shape [stack, 1].
+    σ below the rounding error are set to 0.
     """
-    x, power, fine = rescaled(y)
+    x, power, finite = normalize_exponent(y)
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     s = torch.where(s > torch.finfo(s.dtype).eps * max(y.shape[-2:]) * s[:, :1], s, 0)
-    s = torch.where(fine[:, 0], s, math.nan)
-    return torch.where(fine, u, math.nan), s, torch.where(fine, vt, math.nan), power[:, 0]
+    s = torch.where(finite[:, 0], s, math.nan)
+    return torch.where(finite, u, math.nan), s, torch.where(finite, vt, math.nan), power[:, 0]
 
 
 def powers(y: Tensor, exponent: float) -> Tensor:
-    """``U diag(σ^exponent) Vᵀ`` of each matrix, 0 where σ is 0."""
+    """Return ``U diag(σ^exponent) Vᵀ`` of each matrix, 0 where σ is 0."""
     u, s, vt, power = singular(y)
-    t = shift(raised(s, power)[:, :1])  # σ₁ may over- or underflow where its power does not
-    s = raised(s, power + torch.frexp(t).exponent - 1)
+    t = shift(mul_pow2(s, power)[:, :1])  # σ₁ may over- or underflow although its power does not
+    s = mul_pow2(s, power + torch.frexp(t).exponent - 1)
     return (u * torch.where(s == 0, 0, s.pow(exponent))[:, None]) @ vt * t.pow(-exponent)[:, None]

@@ -1,4 +1,4 @@
-"""Schedules of p: how the norm's order moves over training. Same habits as torch's LR schedulers."""
+"""Schedules of p, the norm's order, over training. The interface follows torch's LR schedulers."""
 
 from normopt.schedules.adaptive import AdaptiveP
 from normopt.schedules.base import PSchedule

@@ -1,4 +1,4 @@
-"""What all schedules of p share: where p lives, when it moves, how it is saved."""
+"""The base class of schedules of p: where p is stored, when it changes, how it is saved."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from normopt._checks import check_number
 
 
 class PSchedule(ABC):
-    """What every schedule of p does: set p in the param groups, at once and after every ``step()``.
+    """The base class of schedules of p. It sets p in the param groups on construction and after every ``step()``.
 
-    A schedule with S steps visits s = 1 … S: s = 1 when it is made, and one further with every
-    ``step()``, called once after each optimizer step or once after each epoch, as S counts. Past its
-    end it stays at its last value. p lives in the param group (``group["p"]``), where it is visible
-    and saved with the optimizer; groups whose norm has no p are passed over.
+    A schedule with S steps visits s = 1 … S: s = 1 on construction, and the next s with every ``step()``.
+    Call ``step()`` once per optimizer step or once per epoch, whichever S counts. After S, p keeps its last
+    value. p is stored in the param group (``group["p"]``), where it is visible and saved with the optimizer.
+    Groups whose norm has no p are skipped.
 
-    Subclasses say what p is at step s, given where the group started (``p_at``).
+    Subclasses define p at step s, given the group's initial p (``p_at``).
 
     Args:
         optimizer: any optimizer with a p in its param groups.
 
     Attributes:
-        optimizer: the one that it was given.
-        base_ps: p of each param group when the schedule was made; None for a group without one.
-        last_step: s, 1 at first.
+        optimizer: the optimizer.
+        base_ps: each param group's p when the schedule was created; None for a group without p.
+        last_step: s, initially 1.
 
     Raises:
-        TypeError: what is given is not an optimizer, or a group's p is no number.
+        TypeError: ``optimizer`` is not an optimizer, or a group's p is not a number.
         ValueError: no group of the optimizer has a p.
 
-    Source: the paper that schedules p is arXiv:2606.02078; the habits are those of torch.optim.lr_scheduler.
+    Source: the paper that schedules p is arXiv:2606.02078; the interface follows torch.optim.lr_scheduler.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -48,7 +48,7 @@ class PSchedule(ABC):
         self.base_ps: list[float | None] = [None if p is None else float(p) for p in starts]
         if all(p is None for p in self.base_ps):
             raise ValueError(
-                "no param group of this optimizer has a p to schedule: use a norm that has one, such as "
+                "no param group of this optimizer has a p to schedule: use a norm with a p, such as "
                 'normopt.LPSGDM or SteepestDescent(norm="lp", p=8.0)'
             )
         self.last_step = 1
@@ -56,57 +56,57 @@ class PSchedule(ABC):
 
     @abstractmethod
     def p_at(self, start: float, s: int) -> float:
-        """p at step s of a group.
+        """Return a group's p at step s.
 
         Args:
-            start: p of the group when the schedule was made.
+            start: the group's p when the schedule was created.
             s: the step, 1, 2, …
         """
 
     def _p_of(self, i: int, start: float, s: int) -> float:
-        """p at step s of group i, for a schedule that does not treat all groups alike."""
+        """Return p at step s of group i; overridden by schedules that treat groups differently."""
         return self.p_at(start, s)
 
     def step(self) -> None:
-        """Move every group's p one step on."""
+        """Advance every group's p by one step."""
         self._set(self.base_ps, self.last_step + 1)
         self.last_step += 1
 
     def get_last_p(self) -> list[float | Tensor | None]:
-        """The p of each param group as it is now; None for a group without one."""
+        """Return the current p of each param group; None for a group without p."""
         return [group.get("p") for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer, as primitive values."""
+        """Return everything but the optimizer, as primitive values."""
         return {"schedule": type(self).__name__} | {k: v for k, v in self.__dict__.items() if k != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the saved schedule was, and set p in the param groups to what it was there.
+        """Restore a saved schedule, and set p in the param groups accordingly.
 
         Args:
-            state_dict: what ``state_dict()`` of a schedule of the same kind gave.
+            state_dict: the result of ``state_dict()`` of a schedule of the same class.
 
         Raises:
-            ValueError: the state is of another kind of schedule, of more groups than there are, or of groups of
-                which others have a p; nothing is changed then.
+            ValueError: the state is from another schedule class, has more groups than the optimizer, or disagrees
+                about which groups have a p. Nothing is changed then.
         """
         if state_dict.get("schedule") != type(self).__name__:
             raise ValueError(
-                f"this state is of {state_dict.get('schedule', 'no schedule of p')}, not of {type(self).__name__}: "
-                "load it into the kind of schedule that saved it"
+                f"this state is from {state_dict.get('schedule', 'no schedule of p')}, not from {type(self).__name__}: "
+                "load it into the class of schedule that saved it"
             )
-        # Fewer is fine: the optimizer may have got groups after the schedule was made.
+        # Fewer is fine: groups may have been added to the optimizer after the schedule was created.
         groups, starts = self.optimizer.param_groups, state_dict["base_ps"]
         if len(starts) > len(groups):
             raise ValueError(
-                f"this state is of {len(starts)} param groups, but the optimizer has only {len(groups)}: rebuild the "
-                "groups as they were saved"
+                f"this state has {len(starts)} param groups, but the optimizer has only {len(groups)}: rebuild the "
+                "groups that were saved"
             )
         for i, (start, group) in enumerate(zip(starts, groups, strict=False)):
             if (start is None) != (group.get("p") is None):
-                has = ("none", "one") if start is None else ("one", "none")
+                ours, saved = ("a", "no") if start is None else ("no", "a")
                 raise ValueError(
-                    f"group {i} has {has[1]} p here and {has[0]} in this state: rebuild the groups as saved"
+                    f"group {i} has {ours} p here and {saved} p in this state: rebuild the groups that were saved"
                 )
         trial = copy.copy(self)
         trial.__dict__.update({k: v for k, v in state_dict.items() if k != "schedule"})
@@ -118,18 +118,18 @@ class PSchedule(ABC):
         return f"{type(self).__name__}({state})"
 
     def _set(self, starts: list[float | None], s: int) -> None:
-        # All of them, or none is set.
+        # Compute all before setting any, so that an error changes nothing.
         ps = [None if start is None else self._p_of(i, start, s) for i, start in enumerate(starts)]
-        # Groups added since the schedule was made keep their own p, as under torch's LR schedulers.
+        # Groups added after construction keep their own p, as with torch's LR schedulers.
         for group, p in zip(self.optimizer.param_groups, ps, strict=False):
             if isinstance(group.get("p"), Tensor):
-                group["p"].fill_(p)  # in place: a compiled or captured step reads this very tensor
+                group["p"].fill_(p)  # in place, because a compiled or captured step reads this tensor
             elif p is not None:
                 group["p"] = p
 
 
-def along_the_exponent(start: float, end: float, weight: float) -> float:
-    """p whose 1/(p−1) lies between those of two orders: ``start`` at weight 1, ``end`` at weight 0; neither is 1."""
+def interpolate_exponent(start: float, end: float, weight: float) -> float:
+    """Interpolate p linearly in 1/(p−1): ``start`` at weight 1, ``end`` at weight 0; neither may be 1."""
     if weight == 1:
         return start
     e_start, e_end = 1 / (start - 1), 1 / (end - 1)

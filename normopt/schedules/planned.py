@@ -1,4 +1,4 @@
-"""Schedules of p that are known beforehand: p follows from the number of the step."""
+"""Schedules of p that depend only on the step number."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Literal
 from torch.optim import Optimizer
 
 from normopt._checks import check_choice, check_number
-from normopt.schedules.base import PSchedule, along_the_exponent
+from normopt.schedules.base import PSchedule, interpolate_exponent
 
 
 class AnnealedP(PSchedule):
-    """From the group's p to ``p_end`` along a curve that falls from 1 to 0."""
+    """The base of schedules that anneal p from the group's p to ``p_end`` along a curve falling from 1 to 0."""
 
     def __init__(
         self,
@@ -34,22 +34,22 @@ class AnnealedP(PSchedule):
         self.space = space
         super().__init__(optimizer)
         if self.p_end == 1 and any(group.get("scale") == "power" for group in optimizer.param_groups):
-            raise ValueError('p_end = 1 is where scale="power" diverges: end above 1, or use another scale')
+            raise ValueError('scale="power" diverges at p_end = 1: use p_end > 1 or another scale')
 
     def p_at(self, start: float, s: int) -> float:
-        """p at step s; refused, before any group is touched, where the curve cannot leave or reach its ends.
+        """Return p at step s; raise, before any group is changed, if an endpoint is infinite in this space.
 
         Args:
-            start: p of the group when the schedule was made.
+            start: the group's p when the schedule was created.
             s: the step, 1, 2, …
 
         Raises:
-            ValueError: an end is ∞ in the space "p", or 1 in the space "exponent".
+            ValueError: an endpoint is ∞ in the space "p", or 1 in the space "exponent".
         """
         if self.space == "p" and math.inf in (start, self.p_end):
             raise ValueError('p = ∞ cannot be annealed in p itself: use space="exponent", which anneals 1/(p−1)')
         if self.space == "exponent" and 1 in (start, self.p_end):
-            raise ValueError('1/(p−1) has no value at p = 1: use space="p"')
+            raise ValueError('1/(p−1) is undefined at p = 1: use space="p"')
         if self.total_steps == 1:
             return start
         weight = self.curve(min(s - 1, self.total_steps - 1) / (self.total_steps - 1))
@@ -57,36 +57,36 @@ class AnnealedP(PSchedule):
             return start
         if self.space == "p":
             return self.p_end + (start - self.p_end) * weight
-        return along_the_exponent(start, self.p_end, weight)
+        return interpolate_exponent(start, self.p_end, weight)
 
     @abstractmethod
     def curve(self, t: float) -> float:
-        """A number that is 1 at t = 0 and 0 at t = 1.
+        """Return the weight of the initial p, 1 at t = 0 and 0 at t = 1.
 
         Args:
-            t: how much of the way is done, from 0 to 1.
+            t: the fraction of the schedule that is done, from 0 to 1.
         """
 
 
 class CosineP(AnnealedP):
-    """The paper's schedule: p falls from its start to 2 along half a cosine.
+    """The paper's schedule: anneal p from its initial value to 2 along half a cosine.
 
     ::
 
         p_s = p_end + (p_start − p_end)·(1 + cos(π(s−1)/(S−1)))/2          s = 1 … S, then p_end
 
-    S = 1 keeps p at its start. The paper counts S in epochs; counting optimizer steps is as good.
+    S = 1 keeps p at its initial value. The paper counts S in epochs; optimizer steps work as well.
 
     Args:
-        optimizer: any optimizer with a p in its param groups; where they stand is p_start (p_max there).
-        total_steps: S ≥ 1, in optimizer steps or in epochs, as ``step()`` is called.
-        p_end: where p ends. Default 2 (SGD), the paper's.
-        space: anneal "p", as the paper does and by default, or the "exponent" 1/(p−1), which can start at p = ∞.
+        optimizer: any optimizer with a p in its param groups; their p is p_start (the paper's p_max).
+        total_steps: S ≥ 1, in optimizer steps or epochs: the unit in which ``step()`` is called.
+        p_end: the final p. Default 2 (SGD), the paper's.
+        space: anneal "p" (the default, as in the paper) or the "exponent" 1/(p−1), which can start at p = ∞.
 
     Raises:
         ValueError: S < 1, p_end < 1, an unknown space; p = ∞ in the space "p", p = 1 in the space "exponent", or
             p_end = 1 under scale="power"; no group of the optimizer has a p.
-        TypeError: S is no integer, p_end no number, or the optimizer none.
+        TypeError: S is not an integer, p_end not a number, or ``optimizer`` not an optimizer.
 
     Source: arXiv:2606.02078.
 
@@ -107,23 +107,23 @@ class CosineP(AnnealedP):
 
 
 class LinearP(AnnealedP):
-    """p goes from its start to ``p_end`` in a straight line.
+    """Anneal p linearly from its initial value to ``p_end``.
 
     ::
 
         p_s = p_start + (p_end − p_start)·(s−1)/(S−1)                      s = 1 … S, then p_end
 
     Args:
-        optimizer: any optimizer with a p in its param groups; where they stand is p_start.
-        total_steps: S ≥ 1, in optimizer steps or in epochs, as ``step()`` is called. S = 1 keeps p at its start.
-        p_end: where p ends. Default 2 (SGD), as `CosineP`'s.
+        optimizer: any optimizer with a p in its param groups; their p is p_start.
+        total_steps: S ≥ 1, in optimizer steps or epochs, as ``step()`` is called. S = 1 keeps p at its initial value.
+        p_end: the final p. Default 2 (SGD), as for `CosineP`.
         space: anneal "p" (the default) or the "exponent" 1/(p−1), which can start at p = ∞.
 
     Raises:
-        ValueError: as `CosineP`.
-        TypeError: as `CosineP`.
+        ValueError: as for `CosineP`.
+        TypeError: as for `CosineP`.
 
-    Source: ours, to compare with `CosineP`.
+    Source: ours, for comparison with `CosineP`.
     """
 
     def curve(self, t: float) -> float:
@@ -131,13 +131,13 @@ class LinearP(AnnealedP):
 
 
 class ConstantP(PSchedule):
-    """p stays where it is: the control of the others, with the same calls.
+    """Keep p constant: the control for the other schedules, with the same interface.
 
     Args:
         optimizer: any optimizer with a p in its param groups.
 
     Raises:
-        TypeError: what is given is not an optimizer.
+        TypeError: ``optimizer`` is not an optimizer.
         ValueError: no group of the optimizer has a p.
 
     Source: ours.
@@ -148,23 +148,23 @@ class ConstantP(PSchedule):
 
 
 class PiecewiseP(PSchedule):
-    """p jumps to given values at given steps.
+    """Set p to given values at given steps.
 
     ::
 
-        p_s = values[i] from the step after milestones[i] on, its start before the first
+        p_s = values[i] from the step after milestones[i] on; the initial p before the first
 
     Args:
         optimizer: any optimizer with a p in its param groups.
-        milestones: how many ``step()`` calls until each jump: increasing integers ≥ 1, as in torch's MultiStepLR.
-        values: p from each milestone on, as many as there are milestones; ∞ is allowed.
+        milestones: the number of ``step()`` calls before each change: increasing integers ≥ 1, as in MultiStepLR.
+        values: p from each milestone on, one value per milestone; ∞ is allowed.
 
     Raises:
-        ValueError: no milestones, not increasing, not as many values, or a value below 1; no group of the optimizer
-            has a p.
-        TypeError: a milestone is no integer, a value no number, or the optimizer none.
+        ValueError: milestones are missing or not increasing, their number differs from that of values, or a value is
+            below 1; no group of the optimizer has a p.
+        TypeError: a milestone is not an integer, a value not a number, or ``optimizer`` not an optimizer.
 
-    Source: ours; the milestones are torch.optim.lr_scheduler.MultiStepLR's.
+    Source: ours; the milestones follow torch.optim.lr_scheduler.MultiStepLR.
     """
 
     def __init__(self, optimizer: Optimizer, milestones: Sequence[int], values: Sequence[float]) -> None:
@@ -173,9 +173,9 @@ class PiecewiseP(PSchedule):
                 raise TypeError(f"milestones must be integers, but one is {m!r} ({type(m).__name__})")
         self.milestones = [int(m) for m in milestones]
         if not self.milestones or self.milestones[0] < 1 or sorted(set(self.milestones)) != self.milestones:
-            raise ValueError(f"milestones must be increasing integers ≥ 1, at least one, but are {list(milestones)}")
+            raise ValueError(f"milestones must be one or more increasing integers ≥ 1, but are {list(milestones)}")
         if len(values) != len(self.milestones):
-            raise ValueError(f"{len(self.milestones)} milestones need as many values, but there are {len(values)}")
+            raise ValueError(f"{len(self.milestones)} milestones need as many values, but got {len(values)}")
         for value in values:
             check_number("each value", value, low=1)
         self.values = [float(v) for v in values]

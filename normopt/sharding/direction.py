@@ -89,7 +89,7 @@ def _of_sums(
         return u, scales.unit_pair(dual)
     l2 = Lp(2.0)
     lengths = yield from combined(l2.measure([*c, *u]), [*layouts, *layouts], l2.combine)
-    u, factors = scales.lengthened(u, *lengths.tensor_split(2))
+    u, factors = scales.rescale_to_norm(u, *lengths.tensor_split(2))
     return u, NormPair(factors.to(dual), dual)
 
 

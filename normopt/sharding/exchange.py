@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import is_fake
 
-from normopt.norms.base import Norm, real, working
+from normopt.norms.base import Norm, as_real, to_compute_dtype
 from normopt.sharding.layout import Layout, layout_of, local, resolved
 
 if TYPE_CHECKING:
@@ -166,5 +166,5 @@ def as_one_vector(norm: Norm, xs: Sequence[Tensor]) -> Tensor:
         xs: tensors of real floats of 32 bits or more, or parts of them.
     """
     layouts = [layout_of(x) for x in xs]
-    sums = norm.measure([working(real(resolved(local(x)))) for x in xs])
+    sums = norm.measure([to_compute_dtype(as_real(resolved(local(x)))) for x in xs])
     return norm.combine(torch.cat(lockstep([pieces(sums, layouts)])[0]))[0]

@@ -1,6 +1,6 @@
-"""What happens to a gradient on its way to the weights: one file a stage, functions over lists of tensors.
+"""The stages from a gradient to a weight update, one file per stage, as functions over lists of tensors.
 
-The lists are parallel: entry i of each belongs to parameter i. No stage knows of optimizers, param
-groups or other stages; [`engine`][normopt.engine] walks them in their one order. A function whose
-name ends in ``_`` writes into its first argument; every other one leaves its inputs as they were.
+The lists are parallel: entry i of each belongs to parameter i. Stages do not depend on optimizers, param
+groups or each other; [`engine`][normopt.engine] calls them in a fixed order. A function whose name ends
+in ``_`` writes to its first argument; all others leave their inputs unchanged.
 """

@@ -1,10 +1,10 @@
-"""Adaptive gradient regularization: the entries that dominate a gradient are held back the most.
+"""Adaptive gradient regularization: damp the dominant entries of a gradient the most.
 
-Split as a norm is, into what each piece of a tensor adds, what that comes to, and what is done with it::
+Like a norm, it is split into partials per piece of a tensor, their reduction, and an elementwise map::
 
-    measure(g)         → partials [n, 3]        of each piece: M, m/M and Σ|g|/M of all entries but one of size m,
-                                                with m its largest |entry| and M = m kept off 0 and ∞
-    combine(partials)  → scalars [..., 3]       the same of a tensor, from its pieces
+    measure(g)         → partials [n, 3]        per piece: M, m/M and Σ|g|/M over all entries but one of size m,
+                                                with m the largest |entry| and M = m clamped to normal numbers
+    combine(partials)  → scalars [..., 3]       the same for a tensor, from its pieces
     apply(g, scalars)  → g·(1 − |g|/Σ|g|)
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def agr(g: list[Tensor]) -> list[Tensor]:
-    """``g ← g·(1 − |g|/Σ|g|)`` with Σ over each tensor: an order-preserving soft cap on every entry.
+    """Return ``g·(1 − |g|/Σ|g|)`` with Σ over each tensor: an order-preserving soft cap on every entry.
 
-    Computed as ``g·r/Σ|g|`` with r the sum of the OTHER magnitudes, because 1 − |g|/Σ|g| cancels where
-    one entry dominates; that entry's r is summed without it. An all-zero tensor stays zero, and a
-    tensor of one element is left alone: the formula would erase it (the paper does not treat it). It
-    does erase an entry that is alone among zeros in a larger tensor. No sign ever changes.
+    Computed as ``g·r/Σ|g|`` with r the sum of the OTHER magnitudes, because 1 − |g|/Σ|g| cancels if one
+    entry dominates; r of the largest entry is summed without it. An all-zero tensor stays zero. A tensor
+    of one element is left unchanged: the formula would erase it (a case the paper does not treat). In a
+    larger tensor, a single nonzero entry is erased. Signs never change.
 
     Source: Adaptive Gradient Regularization, arXiv:2407.16944.
     """
@@ -28,19 +28,19 @@ def agr(g: list[Tensor]) -> list[Tensor]:
 
 
 def measure(g: list[Tensor]) -> Tensor:
-    """What each of n pieces adds, shape [n, 3]: M, m/M, and the sum of the others relative to M."""
+    """Return the partials of n pieces, shape [n, 3]: M, m/M, and the sum of the others relative to M."""
     rows = []
     for x in g:
         size = x.abs().reshape(-1) if x.numel() else x.new_zeros(1)
         first = size.argmax(keepdim=True)
-        top = kept_off_the_ends(size[first])
+        top = clamp_normal(size[first])
         size = size / top  # relative, so that the sum cannot overflow
         rows.append(torch.cat([top, size[first], size.scatter(0, first, 0).sum(0, keepdim=True)]))
     return torch.stack([row.to(rows[0].device) for row in rows])
 
 
 def combine(partials: Tensor) -> Tensor:
-    """The scalars of a tensor, shape [..., 3], from those of its k pieces, shape [..., k, 3]."""
+    """Reduce the partials of a tensor's k pieces, shape [..., k, 3], to its scalars, shape [..., 3]."""
     if partials.shape[-2] == 1:
         return partials[..., 0, :]
     tops, largest, others = partials.unbind(-1)
@@ -51,12 +51,12 @@ def combine(partials: Tensor) -> Tensor:
 
 
 def apply(g: list[Tensor], scalars: Tensor, sizes: list[int]) -> list[Tensor]:
-    """The regularized pieces, as new tensors, given the scalars of the tensors that they are of, shape [n, 3].
+    """Return the regularized pieces as new tensors, given the scalars of their tensors, shape [n, 3].
 
     Args:
         g: the pieces.
-        scalars: what ``combine`` gave, a row a piece.
-        sizes: how many entries the tensors have: those of one are left alone.
+        scalars: results of ``combine``, one row per piece.
+        sizes: the tensors' numbers of entries; tensors of one entry are left unchanged.
     """
     return [_apply(x, s.to(x)) if size > 1 else x for x, s, size in zip(g, scalars, sizes, strict=True)]
 
@@ -69,7 +69,7 @@ def _apply(g: Tensor, scalars: Tensor) -> Tensor:
     return g * (r / torch.where(total == 0, 1, total))
 
 
-def kept_off_the_ends(x: Tensor) -> Tensor:
-    """x ≥ 0 between the smallest normal number and the largest finite one, so that to divide by it makes no NaN."""
+def clamp_normal(x: Tensor) -> Tensor:
+    """Clamp x ≥ 0 to the normal range of its dtype, so that dividing by it gives no 0/0 or ∞/∞."""
     limits = torch.finfo(x.dtype)
     return x.clamp(limits.tiny, limits.max)

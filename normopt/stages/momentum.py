@@ -1,5 +1,5 @@
-"""Momentum: three rules. μ always weights the OLD state, and each rule returns (c, m): what the norm
-reads as c, and the buffer m, written in place where there was one.
+"""Three momentum rules. μ always weights the OLD state. Each returns (c, m): the norm's input c, and the
+buffer m, which is updated in place if it existed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ Momentum = tuple[list[Tensor], list[Tensor]]
 
 
 def heavy(m: Buffers, g: list[Tensor], mu: float, dampening: float, nesterov: bool) -> Momentum:
-    """Heavy ball: ``m ← μm + (1−τ)g``, the first m = g; c = m, or with Nesterov c = g + μm.
+    """Update by heavy ball: ``m ← μm + (1−τ)g``, the first m = g; c = m, or with Nesterov c = g + μm.
 
-    τ is the dampening. Source: torch.optim.SGD, whose bits this reproduces.
+    τ is the dampening. Source: torch.optim.SGD, reproduced bit for bit.
     """
     old = [(b, x) for b, x in zip(m, g, strict=True) if b is not None]
     if old:
@@ -26,7 +26,7 @@ def heavy(m: Buffers, g: list[Tensor], mu: float, dampening: float, nesterov: bo
 
 
 def ema(m: Buffers, g: list[Tensor], mu: float, nesterov: bool) -> Momentum:
-    """Moving average: ``m ← μm + (1−μ)g`` from m = 0; c = m, or with Nesterov c = (1−μ)g + μm.
+    """Update a moving average: ``m ← μm + (1−μ)g`` from m = 0; c = m, or with Nesterov c = (1−μ)g + μm.
 
     Source: LPSGDM, arXiv:2606.02078; Nesterov as in torch.optim.Muon. No bias correction, as in both.
     """
@@ -36,7 +36,7 @@ def ema(m: Buffers, g: list[Tensor], mu: float, nesterov: bool) -> Momentum:
 
 
 def lion(m: Buffers, g: list[Tensor], mu: float, beta2: float) -> Momentum:
-    """Lion's: ``c = μm + (1−μ)g``, then ``m ← β₂m + (1−β₂)g``, from m = 0.
+    """Update by Lion's rule: ``c = μm + (1−μ)g``, then ``m ← β₂m + (1−β₂)g``, from m = 0.
 
     Source: Lion, arXiv:2302.06675, whose β₁ is μ.
     """

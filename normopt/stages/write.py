@@ -1,4 +1,4 @@
-"""The last stage: the step itself, and how its result is rounded into weights that hold fewer bits."""
+"""The last stage: the update itself, and rounding of its result to lower-precision weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def descend_(w: list[Tensor], u: list[Tensor], lr: float | Tensor) -> None:
-    """``w ← w − ηu``; a tensor η is never read, so that nothing waits for the device."""
+    """Apply ``w ← w − ηu``; a tensor η is not read on the host, which would sync."""
     if isinstance(lr, Tensor):
         torch._foreach_sub_(w, torch._foreach_mul(u, lr))
     else:
@@ -15,24 +15,24 @@ def descend_(w: list[Tensor], u: list[Tensor], lr: float | Tensor) -> None:
 
 
 def scale_(w: list[Tensor], factors: list[Tensor]) -> None:
-    """``w ← w · factor``, elementwise: what ℓp decay does after the step."""
+    """Apply ``w ← w · factor`` elementwise, as ℓp decay does after the step."""
     if w:
         torch._foreach_mul_(w, factors)
 
 
 def nearest_(weights: list[Tensor], w: list[Tensor]) -> None:
-    """Round working copies to the nearest weight; a weight that was its own working copy stays."""
+    """Round float32 copies to nearest into the weights; skip weights that were updated without a copy."""
     for p, x in zip(weights, w, strict=True):
         if x is not p:
             p.copy_(x)
 
 
 def stochastic_(weights: list[Tensor], w: list[Tensor]) -> None:
-    """Round float32 up or down to bfloat16 at random, so that the mean is the float32 value.
+    """Round float32 up or down to bfloat16 at random, so that the expected value is the float32 value.
 
-    bfloat16 is the upper half of a float32: adding 16 random bits to the lower half and cutting it off
-    carries into the upper half with a probability equal to what is cut off. ∞ and NaN are copied.
-    Draws from torch's generator of the device.
+    bfloat16 is the upper half of a float32. Adding 16 random bits to the lower half carries into the upper
+    half with a probability equal to the fraction that is then truncated. ∞ and NaN are copied.
+    Uses torch's generator of the device.
     """
     for p, x in zip(weights, w, strict=True):
         if x is p:
@@ -43,10 +43,10 @@ def stochastic_(weights: list[Tensor], w: list[Tensor]) -> None:
 
 
 def kahan_(weights: list[Tensor], w: list[Tensor], compensations: list[Tensor]) -> None:
-    """Round to nearest and keep what was lost: weight + compensation is w to twice the weight's bits.
+    """Round to nearest and store the rounding error: weight + compensation is w to twice the weight's bits.
 
-    The next step reads that sum as its weight (Kahan summation across steps). Where the weight is not
-    finite nothing is kept.
+    The next step uses that sum as its weight (Kahan summation across steps). The compensation is 0 where
+    the weight is not finite.
     """
     for p, x, lost in zip(weights, w, compensations, strict=True):
         p.copy_(x)

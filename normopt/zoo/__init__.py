@@ -1,4 +1,4 @@
-"""The zoo: every named optimizer, each a signature, its rule, and the engine's settings. Nothing runs here."""
+"""The zoo of named optimizers. Each class is a signature, a documented rule, and settings of the engine."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ZOO: dict[str, type[SteepestDescent]] = {cls.__name__.lower(): cls for cls in ME
 
 
 def list_optimizers(pattern: str = "*") -> list[str]:
-    """The names of the optimizers that match a shell pattern.
+    """List the names of the optimizers that match a shell pattern.
 
     Args:
-        pattern: as of a shell, without regard to case. Default "*", all of them.
+        pattern: a shell pattern, case-insensitive. Default "*", all of them.
 
     Returns:
-        Names in lower case, sorted; each is one for `get_optimizer`.
+        Sorted lower-case names, as `get_optimizer` accepts.
 
     Example:
         >>> normopt.list_optimizers("*sgd*")
@@ -33,17 +33,17 @@ def list_optimizers(pattern: str = "*") -> list[str]:
 
 
 def get_optimizer(name: str) -> type[SteepestDescent]:
-    """The optimizer class of a name.
+    """Return the optimizer class with a name.
 
     Args:
-        name: one of `list_optimizers()`, without regard to case.
+        name: one of `list_optimizers()`, case-insensitive.
 
     Returns:
         The class, to be called with params.
 
     Raises:
-        ValueError: no optimizer has that name; the message lists the near ones.
-        TypeError: the name is no string.
+        ValueError: no optimizer has that name; the message suggests similar ones.
+        TypeError: the name is not a string.
 
     Example:
         >>> normopt.get_optimizer("lpsgdm")

@@ -1,7 +1,7 @@
 """The matrix family: steepest descent under norms of a matrix's singular values or of its rows.
 
-These are for tensors that are matrices (linear layers, convolutions, attention). Give embeddings,
-norms and biases to another optimizer, or param groups of their own norm here.
+These are for matrices (linear layers, convolutions, attention). Use another optimizer, or param groups
+with another norm, for embeddings, norm layers and biases.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.optim.optimizer import ParamsT
 from normopt._checks import check_number
 from normopt.engine import SteepestDescent
 from normopt.settings import Common, Decay, Settings
-from normopt.zoo.face import face
+from normopt.zoo.fixed import fixed_kwargs
 
 
 class Muon(SteepestDescent):
-    """Unit steps under the spectral norm of a moving average: the orthogonalised momentum.
+    """Unit steps under the spectral norm with a moving average: the orthogonalised momentum.
 
     ::
 
@@ -27,30 +27,29 @@ class Muon(SteepestDescent):
         w ← (1 − ηλ)w − ηu
 
     Args:
-        params: parameters or param groups, of matrices; convolutions are taken as out × rest.
+        params: parameters or param groups of matrices; convolutions are read as out × rest.
         lr: η. Default 0.02, Keller Jordan's; torch's is 1e-3.
         momentum: μ. Default 0.95, both conventions'.
-        nesterov: Default True, both conventions'.
+        nesterov: use Nesterov momentum. Default True, both conventions'.
         method: "newton-schulz", both conventions' polynomial, "polar-express", or "svd", which is exact.
-        steps: of the polynomial iteration. Default 5.
-        aspect: the factor f, of a matrix of so many rows and columns: "original" √max(1, rows/columns)
-            (Keller Jordan's, torch's default), "match_rms_adamw" 0.2·√max(rows, columns), "rms"
-            √(rows/columns), or "none".
-        dtype: of the iteration, "bfloat16" or "float32".
+        steps: the number of polynomial iterations. Default 5.
+        aspect: the factor f by the matrix's shape: "original" √max(1, rows/columns) (Keller Jordan's, torch's
+            default), "match_rms_adamw" 0.2·√max(rows, columns), "rms" √(rows/columns), or "none".
+        dtype: the dtype of the iteration, "bfloat16" or "float32".
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`. λ is 0 by
-            default, as Keller Jordan's; torch's is 0.1.
+            default, as in Keller Jordan's; torch's is 0.1.
 
     State: one buffer per parameter.
 
     Raises:
-        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
-        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule.
+        ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
-    Differs from torch.optim.Muon: gradients below 1e-7 in norm are orthogonalised too (there they fade),
-    and no dual map touches the momentum (there, in bfloat16 without Nesterov, it is overwritten). From
-    the same state a step agrees with torch's within 2^-7 of its length.
+    Differs from torch.optim.Muon: gradients below 1e-7 in norm are orthogonalised too (torch's fade out),
+    and the momentum is never overwritten (torch does so in bfloat16 without Nesterov). From the same state,
+    a step agrees with torch's within 2^-7 of its length.
 
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the frame is
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the framework is
     arXiv:2409.20325; "match_rms_adamw" is arXiv:2502.16982.
     """
 
@@ -69,7 +68,7 @@ class Muon(SteepestDescent):
         dtype: str = "bfloat16",
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = face("Muon", settings, norm="spectral", scale="unit", momentum_rule="ema")
+        fixed = fixed_kwargs("Muon", settings, norm="spectral", scale="unit", momentum_rule="ema")
         iteration: dict[str, Any] = {
             "norm_method": method,
             "norm_steps": steps,
@@ -80,7 +79,7 @@ class Muon(SteepestDescent):
 
 
 class SpectralSGD(SteepestDescent):
-    """True steepest descent under the spectral norm: as Muon, but as long as the gradient's nuclear norm.
+    """Steepest descent under the spectral norm: Muon's direction, scaled by the gradient's nuclear norm.
 
     ::
 
@@ -88,19 +87,19 @@ class SpectralSGD(SteepestDescent):
         w ← (1 − ηλ)w − η · (Σσ) · UVᵀ          of m = UΣVᵀ
 
     Args:
-        params: parameters or param groups, of matrices.
+        params: parameters or param groups of matrices.
         lr: η. Default 1e-3, our choice.
         momentum: μ. Default 0.
         method: "svd", which is exact, "newton-schulz" or "polar-express".
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
-    State: one buffer per parameter if momentum ≠ 0, else none.
+    State: one buffer per parameter if momentum ≠ 0, otherwise none.
 
     Raises:
-        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
-        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule.
+        ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
-    Source: Carlson et al., "Preconditioned Spectral Descent for Deep Learning", 2015; the frame is
+    Source: Carlson et al., "Preconditioned Spectral Descent for Deep Learning", 2015; the framework is
     arXiv:2409.20325.
     """
 
@@ -113,12 +112,12 @@ class SpectralSGD(SteepestDescent):
         method: str = "svd",
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = face("SpectralSGD", settings, norm="spectral", scale="dual", momentum_rule="ema")
+        fixed = fixed_kwargs("SpectralSGD", settings, norm="spectral", scale="dual", momentum_rule="ema")
         super().__init__(params, lr, momentum=momentum, norm_method=method, **fixed)
 
 
 class NucGD(SteepestDescent):
-    """Unit steps under the nuclear norm: one rank a step, the top singular pair.
+    """Unit steps under the nuclear norm: rank-one updates along the top singular pair.
 
     ::
 
@@ -126,23 +125,23 @@ class NucGD(SteepestDescent):
         w ← (1 − ηλ)w − η · u₁v₁ᵀ               of m = UΣVᵀ
 
     Args:
-        params: parameters or param groups, of matrices.
-        lr: η, the length of a step in the Frobenius norm. Default 1e-2, our choice.
+        params: parameters or param groups of matrices.
+        lr: η, the Frobenius norm of a step. Default 1e-2, our choice.
         momentum: μ. Default 0.
-        method: "lanczos", products of the matrix with a few vectors, or "svd", which is exact.
-        steps: of Lanczos, two such products each. Default 24: on Gaussian matrices of 256 × 256, 128 × 512 and
-            512 × 128 it then finds uᵀmv within 0.3 % of σ₁, within 0.002 % on average (16 steps: 2.2 % and
-            0.08 %), and on a CPU 24 of 256 × 256 take a seventh of the time of their SVDs. Exact from
-            min(rows, columns) on.
+        method: "lanczos", a few matrix–vector products, or "svd", which is exact.
+        steps: the number of Lanczos steps, with two such products each. Default 24. On Gaussian matrices of
+            256 × 256, 128 × 512 and 512 × 128, uᵀmv is then within 0.3 % of σ₁, and within 0.002 % on average
+            (16 steps: 2.2 % and 0.08 %). On a CPU, 24 steps on 256 × 256 matrices take a seventh of the time of their
+            SVDs. Exact from min(rows, columns) steps on.
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
-    State: one buffer per parameter if momentum ≠ 0, else none.
+    State: one buffer per parameter if momentum ≠ 0, otherwise none.
 
     Raises:
-        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
-        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule.
+        ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
-    Source: the nuclear norm's member of the frame of arXiv:2409.20325; see also arXiv:2512.09678.
+    Source: the nuclear-norm case of the framework of arXiv:2409.20325; see also arXiv:2512.09678.
     """
 
     _usual_fields: ClassVar = {"norm_steps": 24}
@@ -157,12 +156,12 @@ class NucGD(SteepestDescent):
         steps: int = 24,
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = face("NucGD", settings, norm="nuclear", scale="unit", momentum_rule="ema")
+        fixed = fixed_kwargs("NucGD", settings, norm="nuclear", scale="unit", momentum_rule="ema")
         super().__init__(params, lr, momentum=momentum, norm_method=method, norm_steps=steps, **fixed)
 
 
 class Freon(SteepestDescent):
-    """A power of the singular values: ``(GGᵀ)^(−c) G``, from SGD (c = 0) over Muon (c = 1/2) to beyond.
+    """A power of the singular values: ``(GGᵀ)^(−c) G``, from SGD (c = 0) to Muon (c = 1/2) and beyond.
 
     ::
 
@@ -170,23 +169,23 @@ class Freon(SteepestDescent):
         w ← (1 − ηλ)w − η · U Σ^(1−2c) Vᵀ       of m = UΣVᵀ
 
     For c ≤ 1/2 this is the power scale of a Schatten norm, 1 − 2c = 1/(p−1). For c > 1/2, where the paper
-    reports its best exponents on GPT-2, the exponent is negative and it is the step of no norm.
+    reports its best exponents on GPT-2, the exponent is negative and corresponds to no norm.
 
     Args:
-        params: parameters or param groups, of matrices.
+        params: parameters or param groups of matrices.
         lr: η. Default 1e-2, our choice.
         c: the power of GGᵀ. Default 0.5, which is Muon's direction.
-        momentum: μ. Default 0.95, as Muon's.
+        momentum: μ. Default 0.95, as in Muon.
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter.
 
     Raises:
-        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
-        ValueError: c is not finite; a setting out of range, or in contradiction to another; see `SteepestDescent`, for
-            warnings too.
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule.
+        ValueError: c is not finite; a setting is out of range or contradicts another. See `SteepestDescent`, also for
+            warnings.
 
-    Differs from the paper: the power is taken through an SVD; there, through an iteration (QDWH).
+    Differs from the paper: the power is computed by an SVD instead of an iteration (QDWH).
 
     Source: Shumaylov et al., "Muon is Not That Special", arXiv:2605.11181, where c = 1 − q/2. HTMuon's
     σ^0.125, arXiv:2603.10067, is c = 0.4375.
@@ -201,45 +200,45 @@ class Freon(SteepestDescent):
         **settings: Unpack[Settings],
     ) -> None:
         check_number("c", c, open_low=True, open_high=True)
-        fixed = face("Freon", settings, norm="spectral", scale="power", momentum_rule="ema")
+        fixed = fixed_kwargs("Freon", settings, norm="spectral", scale="power", momentum_rule="ema")
         super().__init__(params, lr, momentum=momentum, norm_exponent=1 - 2 * c, **fixed)
 
 
 class Scion(SteepestDescent):
-    """Unit steps in a norm ball of radius r around the weights, or towards the ball's edge: a conditional gradient.
+    """Steps of norm ηr; with weight decay a conditional gradient, which keeps the weights in a norm ball.
 
     ::
 
         m ← μm + (1−μ)g  (first m = 0)
         w ← (1 − ηλ)w − ηr·D(m)                 D(m) = √(out/in)·UVᵀ by default
 
-    λ = 1 is Scion: w stays a mean of points of the ball, so that ‖w‖ ≤ r for ever if it starts there (1.2r with
-    "newton-schulz", whose D(m) may be that long). λ = 0 is unconstrained Scion, and between them the ball has
-    radius r/λ. Each kind of layer has its own norm and radius: [`param_groups`][normopt.param_groups] gives the
-    paper's with ``preset="scion"``::
+    λ = 1 is Scion: w stays a convex combination of points of the ball, so that ‖w‖ ≤ r always holds if it does
+    initially (1.2r with "newton-schulz", whose ‖D(m)‖ may reach 1.2). λ = 0 is unconstrained Scion; in between
+    the ball has radius r/λ. Each kind of layer has its own norm and radius:
+    [`param_groups`][normopt.param_groups] sets the paper's with ``preset="scion"``::
 
         opt = normopt.Scion(normopt.param_groups(model, preset="scion"), lr=2**-12)
 
     Args:
-        params: parameters or param groups. A plain list is taken as hidden layers: matrices and convolutions
-            under the RMS → RMS norm, biases and gains under their RMS.
+        params: parameters or param groups. A plain list is treated as hidden layers: matrices and convolutions
+            under the RMS → RMS norm, biases and gains under the RMS.
         lr: η. Default 2⁻¹², the paper's for a GPT with the radii of the preset.
         momentum: μ, the weight of the OLD state: the paper's α is 1 − μ. Default 0.9, its α = 0.1.
-        radius: r. Default 50, the paper's for hidden layers of a GPT; it has 8 for a small CNN, 1 for an MLP.
+        radius: r. Default 50, the paper's for hidden layers of a GPT; it uses 8 for a small CNN and 1 for an MLP.
         weight_decay: λ. Default 1.
-        decay: the kind of decay. Default "decoupled"; with "lp" the weights stay in no ball.
+        decay: the kind of decay. Default "decoupled"; "lp" does not keep the weights in a ball.
         method: "newton-schulz", as in the paper, "polar-express", or "svd", which is exact.
         **settings: any of [`Common`][normopt.settings.Common], as in `SteepestDescent`.
 
-    State: one buffer per parameter if momentum ≠ 0, else none.
+    State: one buffer per parameter if momentum ≠ 0, otherwise none.
 
     Raises:
-        TypeError: a setting of the wrong type, an unknown one, or one that is fixed here:
-            norm, scale, momentum_rule, norm_aspect.
-        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule, norm_aspect.
+        ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
-    Differs from the paper: it draws the initial weights from the ball's edge (for λ = 1, start inside the
-    ball: PyTorch's own initialisations are, at these radii), and adds 1e-8 to every norm, where D(0) = 0 here.
+    Differs from the paper: it draws the initial weights from the ball's boundary. For λ = 1, start inside the
+    ball, as PyTorch's default initialisations do at these radii. It also adds 1e-8 to every norm, where D(0) = 0
+    here.
 
     Source: Pethick et al., "Training Deep Learning Models with Norm-Constrained LMOs", arXiv:2502.07529.
     """
@@ -258,7 +257,7 @@ class Scion(SteepestDescent):
         method: str = "newton-schulz",
         **settings: Unpack[Common],
     ) -> None:
-        fixed = face("Scion", settings, norm="spectral", scale="unit", momentum_rule="ema", norm_aspect="rms")
+        fixed = fixed_kwargs("Scion", settings, norm="spectral", scale="unit", momentum_rule="ema", norm_aspect="rms")
         iteration: dict[str, Any] = {"norm_method": method, "norm_dtype": "bfloat16"}
         super().__init__(
             params,
@@ -273,35 +272,34 @@ class Scion(SteepestDescent):
 
 
 class SCALE(SteepestDescent):
-    """Each output unit's gradient at RMS 1, without momentum but in the last layer.
+    """Normalise each output unit's gradient to RMS 1; only the last layer uses momentum.
 
     ::
 
-        m ← μm + (1−μ)g  (first m = 0)          μ = 0 but for the last layer: there is no m then
+        m ← μm + (1−μ)g  (first m = 0)          in the last layer; elsewhere μ = 0 and m = g
         w_i ← (1 − ηλ)w_i − η · m_i/RMS(m_i)    for the weights of each output unit i; 0 where m_i = 0
 
-    [`param_groups`][normopt.param_groups] says which layer is the last, and how embeddings lie::
+    [`param_groups`][normopt.param_groups] finds the last layer and the orientation of embeddings::
 
         opt = normopt.SCALE(normopt.param_groups(model, preset="scale"), lr=1e-3)
 
     Args:
-        params: parameters or param groups. A plain list is taken as layers before the last.
-        lr: η. Default 1e-3, the size of the authors' own.
+        params: parameters or param groups. A plain list is treated as layers before the last.
+        lr: η. Default 1e-3, of the order of the authors'.
         momentum: μ. Default 0; the preset gives the last layer 0.9, the authors'.
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
-    State: none, but one buffer for each parameter of a group with momentum.
+    State: one buffer per parameter in groups with momentum, otherwise none.
 
     Raises:
-        TypeError: a setting of the wrong type, an unknown one, or one that is fixed here:
-            norm, scale, momentum_rule, norm_aspect.
-        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule, norm_aspect.
+        ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
-    A column of the paper's d_in × d_out matrices is a row of PyTorch's; for embeddings, which lie the other
-    way, the preset turns the matrix. RMS instead of the paper's ℓ2 norm is what the authors' code divides by.
+    A column of the paper's d_in × d_out matrices is a row of PyTorch's. Embeddings have the opposite layout, so
+    the preset transposes them. As in the authors' code, the divisor is the RMS, not the paper's ℓ2 norm.
 
-    Differs from the authors' code: vectors take sign steps with the preset, where theirs take AdamW's;
-    they clamp the RMS at 1e-8, where D(0) = 0 here.
+    Differs from the authors' code: with the preset, vectors take sign steps, where theirs use AdamW. They
+    clamp the RMS at 1e-8, where D(0) = 0 here.
 
     Source: Glentis et al., "A Minimalist Optimizer Design for LLM Pretraining", arXiv:2506.16659.
     """
@@ -309,12 +307,12 @@ class SCALE(SteepestDescent):
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-3, momentum: float = 0.0, **settings: Unpack[Settings]
     ) -> None:
-        fixed = face("SCALE", settings, norm="row", scale="unit", momentum_rule="ema", norm_aspect="columns")
+        fixed = fixed_kwargs("SCALE", settings, norm="row", scale="unit", momentum_rule="ema", norm_aspect="columns")
         super().__init__(params, lr, momentum=momentum, **fixed)
 
 
 class RowNormSGD(SteepestDescent):
-    """Unit steps under the largest row: every row of every matrix moves by exactly lr.
+    """Unit steps under the largest row norm: every row of every matrix moves by exactly lr.
 
     ::
 
@@ -322,22 +320,23 @@ class RowNormSGD(SteepestDescent):
         w_i ← (1 − ηλ)w_i − η · m_i/‖m_i‖₂      for each row i; 0 where m_i = 0
 
     Args:
-        params: parameters or param groups; a convolution's rows are its output channels, a vector's its entries.
-        lr: η, the length of each row's step. Default 1e-2, our choice.
+        params: parameters or param groups; the rows of a convolution are its output channels, those of a vector its
+            entries.
+        lr: η, the ℓ2 norm of each row's step. Default 1e-2, our choice.
         momentum: μ. Default 0.9, our choice.
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
-    State: one buffer per parameter if momentum ≠ 0, else none.
+    State: one buffer per parameter if momentum ≠ 0, otherwise none.
 
     Raises:
-        TypeError: a setting of the wrong type, an unknown one, or norm, scale or momentum_rule, which are fixed here.
-        ValueError: a setting out of range, or in contradiction to another; see `SteepestDescent`, for warnings too.
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule.
+        ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
-    Source: the 2 → ∞ operator norm's member of the frame of arXiv:2409.20325.
+    Source: the 2 → ∞ operator norm in the framework of arXiv:2409.20325.
     """
 
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-2, momentum: float = 0.9, **settings: Unpack[Settings]
     ) -> None:
-        fixed = face("RowNormSGD", settings, norm="row", scale="unit", momentum_rule="ema")
+        fixed = fixed_kwargs("RowNormSGD", settings, norm="row", scale="unit", momentum_rule="ema")
         super().__init__(params, lr, momentum=momentum, **fixed)

@@ -366,18 +366,18 @@ def test_it_detaches_in_the_middle(name):
 @pytest.mark.parametrize(
     ("wanted", "error", "message"),
     [
-        (dict(p=0), ValueError, "^p must lie in"),
+        (dict(p=0), ValueError, "^p must be in"),
         (dict(p="1"), TypeError, "^p must be a number"),
-        (dict(p=math.inf), ValueError, "^p must lie in"),
-        (dict(weight_decay=-1), ValueError, "^weight_decay must lie in"),
+        (dict(p=math.inf), ValueError, "^p must be in"),
+        (dict(weight_decay=-1), ValueError, "^weight_decay must be in"),
         (dict(weight_decay=torch.ones(2)), ValueError, "1-element"),
         (dict(over="row"), ValueError, "did you mean 'rows'"),
         (dict(over="heads"), ValueError, "give heads"),
         (dict(over="heads", heads=3), ValueError, "which 3 heads do not divide"),
-        (dict(over="heads", heads=0), ValueError, "^heads must lie in"),
+        (dict(over="heads", heads=0), ValueError, "^heads must be in"),
         (dict(heads=2), ValueError, 'over="heads"'),
         (dict(warmup=1.5), TypeError, "^warmup must be an integer"),
-        (dict(warmup=-1), ValueError, "^warmup must lie in"),
+        (dict(warmup=-1), ValueError, "^warmup must be in"),
         (dict(elastic=1), TypeError, "^elastic must be True or False"),
     ],
 )

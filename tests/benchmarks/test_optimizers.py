@@ -132,7 +132,7 @@ def test_length_of_lpsgdm_stands_still_without_a_gradient_and_refuses_what_is_ou
     LengthOfLPSGDM([w], p=math.inf).step()
     assert torch.equal(w.detach(), torch.ones(3))
     for wrong in (dict(p=1.0), dict(lr=-1.0), dict(momentum=1.0)):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must lie in"):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be in"):
             LengthOfLPSGDM([w], **wrong)
 
 

@@ -61,10 +61,10 @@ def optim_inputs(name):
 def error_inputs(device, dtype):
     """What must be refused at construction: torch's list for all its optimizers, and ours."""
     ours = [
-        ({"lr": -1e-2}, "lr must lie in", "negative lr"),
-        ({"weight_decay": -0.1}, "weight_decay must lie in", "negative weight decay"),
+        ({"lr": -1e-2}, "lr must be in", "negative lr"),
+        ({"weight_decay": -0.1}, "weight_decay must be in", "negative weight decay"),
         ({"decay": "l1"}, "decay must be one of", "unknown decay"),
-        ({"decay_p": 0.0}, "decay_p must lie in", "decay_p of zero"),
+        ({"decay_p": 0.0}, "decay_p must be in", "decay_p of zero"),
         ({"rounding": "up"}, "rounding must be one of", "unknown rounding"),
     ]
     return get_error_inputs_for_all_optims(device, dtype) + [

@@ -173,7 +173,7 @@ def test_16_bit_norms_do_not_overflow():
 
 @pytest.mark.parametrize("p", [0.5, 0, -1, math.nan])
 def test_no_norm_below_one(p):
-    with pytest.raises(ValueError, match="p must lie in"):
+    with pytest.raises(ValueError, match="p must be in"):
         Lp(p)
 
 

@@ -105,7 +105,7 @@ def test_in_the_engine(scale):
         (lambda: Mixed(2.0, 2.0, blocks=0), ValueError, "blocks"),
         (lambda: normopt.RowNormSGD([torch.nn.Parameter(torch.ones(2, dtype=torch.cfloat))]), ValueError, "real"),
         (lambda: normopt.SteepestDescent([torch.nn.Parameter(torch.ones(2))], norm="mixed"), ValueError, "needs"),
-        (lambda: normopt.SteepestDescent([torch.nn.Parameter(torch.ones(2))], norm="row", p=2.0), ValueError, "no p"),
+        (lambda: normopt.SteepestDescent([torch.nn.Parameter(torch.ones(2))], norm="row", p=2.0), ValueError, "take p"),
     ],
 )
 def test_bad_input(make, error, message):

@@ -108,7 +108,7 @@ def test_an_object_without_a_name_says_how_to_get_one():
 
 @pytest.mark.parametrize(("alias", "p"), [("l1", 1.0), ("l2", 2.0), ("linf", math.inf)])
 def test_aliases_are_lp_with_p_fixed(alias, p):
-    """The name leaves no p in the group: there is none to override or to schedule."""
+    """The group has no p under such a name: there is none to override or to schedule."""
     opt = normopt.SteepestDescent(params(), norm=alias)
     group = opt.param_groups[0]
     assert (group["norm"], group["p"]) == (alias, None)

@@ -335,7 +335,7 @@ def test_gradient_and_momentum_are_never_aliased(dtype, foreach):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Schatten(0.5), ValueError, "p must lie in"),
+        (lambda: Schatten(0.5), ValueError, "p must be in"),
         (lambda: Schatten(3.0, method="newton-schulz"), ValueError, "p = ∞"),
         (lambda: Schatten(1.0, method="polar-express"), ValueError, "p = ∞"),
         (lambda: Schatten(math.inf, method="lanczos"), ValueError, 'p = 1 .*use method="svd"'),

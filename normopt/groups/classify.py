@@ -1,4 +1,4 @@
-"""What each parameter of a model is: an embedding's, a linear layer's, a convolution's, a norm layer's, a bias."""
+"""Classify a model's parameters: embedding, linear, convolution, output, norm layer or bias."""
 
 from __future__ import annotations
 
@@ -15,58 +15,58 @@ KINDS: tuple[Kind, ...] = ("embedding", "linear", "conv", "output", "norm", "bia
 MATRICES: tuple[Kind, ...] = ("embedding", "linear", "conv", "output")
 
 NORM_LAYERS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.PReLU)
-GATES = {"LSTM": 4, "GRU": 3}  # of a recurrent layer, whose matrices are stacked by rows
+GATES = {"LSTM": 4, "GRU": 3}  # of recurrent layers, whose gates are stacked along the rows
 
 
 @dataclass
-class Claim:
-    """A parameter and what it is.
+class ParamInfo:
+    """A parameter and its classification.
 
     Attributes:
         name: its first name in ``model.named_parameters()``.
         param: the parameter.
-        places: the names of the modules that hold it: several, where it is shared.
+        modules: the names of the modules that own it; several if it is shared.
         module: the first of these modules.
-        kind: what it is; None if nothing here knows.
-        matrix: how a matrix norm is to read it: ``matrix_view`` and ``blocks``, where they are not the default.
+        kind: its kind; None if unknown.
+        matrix: non-default settings of a matrix norm: ``matrix_view`` and ``blocks``.
     """
 
     name: str
     param: nn.Parameter
-    places: list[str]
+    modules: list[str]
     module: nn.Module
     kind: Kind | None
     matrix: dict[str, str | int] = field(default_factory=dict)
 
 
-def claims(model: nn.Module, output: str | None) -> list[Claim]:
-    """Every parameter of the model, in its order, once.
+def classify_params(model: nn.Module, output: str | None) -> list[ParamInfo]:
+    """Return every parameter of the model once, in the model's order.
 
     Args:
         model: any module.
-        output: the name of the module that is the output layer; "last" is the last linear layer or convolution in
-            the order of definition; None is none.
+        output: the name of the output layer's module; "last" is the last linear layer or convolution in the order of
+            definition; None means no output layer.
 
     Raises:
         ValueError: a parameter has no shape yet, or no module is called ``output``.
     """
-    found: dict[int, Claim] = {}
-    for place, module in model.named_modules():
+    found: dict[int, ParamInfo] = {}
+    for prefix, module in model.named_modules():
         for attribute, param in module.named_parameters(recurse=False):
             if isinstance(param, UninitializedParameter):
-                raise ValueError(f"{place}.{attribute} has no shape yet: run a batch through the model first")
+                raise ValueError(f"{prefix}.{attribute} has no shape yet: run a batch through the model first")
             if id(param) in found:
-                found[id(param)].places.append(place)
+                found[id(param)].modules.append(prefix)
                 continue
-            kind, matrix = _of(module, attribute, param)
-            name = f"{place}.{attribute}" if place else attribute
-            found[id(param)] = Claim(name, param, [place], module, kind, matrix)
+            kind, matrix = _classify(module, attribute, param)
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            found[id(param)] = ParamInfo(name, param, [prefix], module, kind, matrix)
     _mark_output(model, list(found.values()), output)
     return list(found.values())
 
 
-def _of(module: nn.Module, attribute: str, param: nn.Parameter) -> tuple[Kind | None, dict[str, str | int]]:
-    """The kind of a module's own parameter, and how it is a matrix."""
+def _classify(module: nn.Module, attribute: str, param: nn.Parameter) -> tuple[Kind | None, dict[str, str | int]]:
+    """Return the kind of a module's own parameter, and its matrix settings."""
     if isinstance(module, NORM_LAYERS) or ("norm" in type(module).__name__.lower() and param.dim() <= 1):
         return "norm", {}
     if "bias" in attribute and (param.dim() <= 1 or isinstance(module, nn.MultiheadAttention)):
@@ -83,31 +83,33 @@ def _of(module: nn.Module, attribute: str, param: nn.Parameter) -> tuple[Kind | 
     if isinstance(module, _ConvTransposeNd):
         return "conv", {"matrix_view": "transposed"}
     if isinstance(module, _ConvNd):
-        # Groups do not mix: the map is block-diagonal, and its spectral norm that of its largest block.
+        # Groups do not mix: the map is block-diagonal, so its spectral norm is that of the largest block.
         return "conv", {"blocks": module.groups} if module.groups > 1 else {}
     return None, {}
 
 
-def _mark_output(model: nn.Module, found: list[Claim], output: str | None) -> None:
+def _mark_output(model: nn.Module, found: list[ParamInfo], output: str | None) -> None:
     if output is None:
         return
     if output == "last":
         layers = [c for c in found if c.kind in ("linear", "conv") and not isinstance(c.module, nn.RNNBase)]
-        # The last place of a tied weight counts: the head, where an embedding comes first.
+        # A tied weight counts by its last module, which is the head if the embedding comes first.
         order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
-        tied = [c for c in found if c.kind == "embedding" and len(c.places) > 1]
-        last = max([*layers, *tied], key=lambda c: max(order[place] for place in c.places), default=None)
+        tied = [c for c in found if c.kind == "embedding" and len(c.modules) > 1]
+        last = max([*layers, *tied], key=lambda c: max(order[name] for name in c.modules), default=None)
         marked = [] if last is None else [last]
     else:
         if output not in dict(model.named_modules()):
-            last_names = [c.places[-1] for c in found if c.kind in ("linear", "conv")][-3:]
+            last_names = [c.modules[-1] for c in found if c.kind in ("linear", "conv")][-3:]
             raise ValueError(
-                f"no module of the model is called {output!r}, which is to be its output layer: give the name of one, "
-                f'such as {", ".join(map(repr, last_names)) or "…"}, or "last", or None for none'
+                f"no module of the model is called {output!r}: set output to the name of the output layer, "
+                f'such as {", ".join(map(repr, last_names)) or "…"}, to "last", or to None for no output layer'
             )
-        marked = [c for c in found if output in c.places and c.kind in MATRICES]
+        marked = [c for c in found if output in c.modules and c.kind in MATRICES]
         if not marked:
-            raise ValueError(f"the module {output!r} has no weight matrix of a kind that is known: give another output")
-    for claim in marked:
-        claim.kind = "output"
-        claim.matrix.pop("matrix_view", None)  # a tied embedding, vocabulary × features, is the head's out × in
+            raise ValueError(
+                f"the module {output!r} has no weight matrix of a known kind: set output to another module"
+            )
+    for info in marked:
+        info.kind = "output"
+        info.matrix.pop("matrix_view", None)  # a tied embedding (vocabulary × features) is the head's out × in
