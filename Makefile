@@ -25,10 +25,10 @@ demo: $(READY) ## Run a quick ablation of the optimizers
 	$(BIN)/python -m benchmarks run quick
 
 test: $(READY) ## Run the tests, on two workers: enough cases that every value of every parameter occurs
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: $(READY) ## Run every case of every test
-	$(BIN)/python -m pytest -n 2 --all
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --all
 
 conformance: $(READY) ## Ask PyTorch's questions of every optimizer; writes docs/conformance.md
 	$(BIN)/python -m pytest tests/conformance -n 2 --all --conformance-table docs/conformance.md

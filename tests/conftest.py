@@ -8,6 +8,7 @@ everything; so does naming a test by its id. A test whose parameters matter in p
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ import pytest
 import torch
 
 import normopt
+
+ONE_WORKER = ("sharding", "site")  # folders whose tests share processes, or the site, that are slow to make
 
 PREAMBLE = """# Conformance
 
@@ -45,11 +48,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+    os.environ.setdefault("NORMOPT_FUZZ", "300" if config.getoption("--all") else "60")  # lives of a random test
     if path := config.getoption("--conformance-table"):
         config.pluginmanager.register(Table(Path(path)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if (folder := item.path.parent.name) in ONE_WORKER:
+            item.add_marker(pytest.mark.xdist_group(folder))
     if config.getoption("--all") or any("::" in argument for argument in config.args):
         return
     tests: dict[str, list[pytest.Item]] = defaultdict(list)

@@ -59,6 +59,7 @@ def test_lightning_example():
     assert lr == 0
 
 
+@pytest.mark.exhaustive
 def test_accelerate_example():
     out = run_example("accelerate_digits.py")
     accuracy, zeros, p = re.search(r"accuracy (\S+), (\S+)% of the weights are zero, p = (\S+)", out).groups()

@@ -22,7 +22,7 @@ import normopt
 from normopt.engine import BUFFER
 from tests.oracle import Rule
 
-SEQUENCES = int(os.environ.get("NORMOPT_FUZZ", "100"))
+SEQUENCES = int(os.environ["NORMOPT_FUZZ"])
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 2**-6}
 SHAPES = [(3, 4), (5,), (), (2, 2, 2), (1,), (0, 2)]
 RULE_KEYS = set(Rule.__dataclass_fields__) - {"c", "u"}

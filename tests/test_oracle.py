@@ -16,9 +16,6 @@ import normopt
 from normopt.engine import BUFFER
 from tests.oracle import Rule, direction
 
-# Rule, scale, p and regularizer in pairs: each stage reads what the one before it made, and its own settings alone.
-pytestmark = pytest.mark.pairs
-
 PS = [1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 64.0, math.inf]
 SCALES = ["power", "dual", "unit", "matched"]
 TOLERANCE = {
@@ -119,6 +116,8 @@ def test_every_optimizer_scale_and_p(name, scale, dtype, recorded):
         assert left_out < 1e-3 * total
 
 
+# In pairs: each stage reads what the one before it made, and its own settings alone.
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 @pytest.mark.parametrize("name", sorted(MOMENTA))

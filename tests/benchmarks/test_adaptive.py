@@ -43,6 +43,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return collect(Store(folder))
 
 
+@pytest.mark.exhaustive
 def test_what_is_kept_is_what_was_found(small, tmp_path):
     kept = adaptive.condensed(small)
     write(kept, tmp_path / "kept.json")

@@ -137,6 +137,7 @@ def test_an_unfinished_study_has_a_report_too(tmp_path):
     assert "Not finished" in said("report", str(tmp_path / "out"))
 
 
+@pytest.mark.exhaustive
 def test_failures_are_named_and_are_the_exit_code(tmp_path, monkeypatch):
     (tmp_path / "broken_of_test.py").write_text(
         "import torch\nclass Broken(torch.optim.SGD):\n    def step(self): raise RuntimeError('no step today')\n"

@@ -425,6 +425,7 @@ def small_default(monkeypatch):
     monkeypatch.setattr(run, "startup", lambda rule, device: pytest.fail("no first steps were asked for"))
 
 
+@pytest.mark.exhaustive
 def test_the_command_from_end_to_end(small_default, tmp_path):
     out = tmp_path / "speed"
     arguments = ["speed", "--model", "small", "--threads", "1", "--rounds", "2", "--out", str(out), "--no-startup"]

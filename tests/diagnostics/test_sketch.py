@@ -140,6 +140,7 @@ HARD = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", HARD)
 def test_intervals_hold_on_hard_vectors(name):
     steps, n = 41, 500

@@ -673,14 +673,14 @@ class Handled(RuleBasedStateMachine):
 
 TestHandled = Handled.TestCase
 TestHandled.settings = settings(
-    max_examples=int(os.environ.get("NORMOPT_FUZZ", "300")),
+    max_examples=int(os.environ["NORMOPT_FUZZ"]),
     stateful_step_count=12,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 
 
-PARTS = 8  # of the combinations, so that processes can share them
+PARTS = 16  # of the combinations, so that processes can share them
 PART = [part if part == 0 else pytest.param(part, marks=pytest.mark.exhaustive) for part in range(PARTS)]
 
 

@@ -63,20 +63,25 @@ def test_every_optimizer_wears_every_regularizer(name, regularizer, dtype, recor
     ],
     ids=str,
 )
-def test_momenta_and_decays(settings, recorded):  # noqa: F811
-    for p, scale in ((3.0, "power"), (2.7, "dual"), (math.inf, "matched")):
-        own = dict(p=p, scale=scale, **settings)
-        check(normopt.SteepestDescent, dict(norm="lp", fused=True, **own), Rule(**own), recorded, torch.float32)
+@pytest.mark.parametrize(("p", "scale"), [(3.0, "power"), (2.7, "dual"), (math.inf, "matched")])
+def test_momenta_and_decays(p, scale, settings, recorded):  # noqa: F811
+    own = dict(p=p, scale=scale, **settings)
+    check(normopt.SteepestDescent, dict(norm="lp", fused=True, **own), Rule(**own), recorded, torch.float32)
 
 
 @pytest.mark.parametrize("p", [1.5, 2.0, 2.7, math.inf])
-def test_eps_and_whole_groups(p, recorded):  # noqa: F811
-    for own in (
-        dict(p=p, scale="power", eps=1e-3),
-        dict(p=p, scale="unit", scope="group", agr=True),
-        dict(p=p, scale="dual", scope="group"),
-    ):
-        check(normopt.SteepestDescent, dict(norm="lp", fused=True, **own), Rule(**own), recorded, torch.float32)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(scale="power", eps=1e-3),
+        dict(scale="unit", scope="group", agr=True),
+        dict(scale="dual", scope="group"),
+    ],
+    ids=str,
+)
+def test_eps_and_whole_groups(p, settings, recorded):  # noqa: F811
+    own = dict(p=p, **settings)
+    check(normopt.SteepestDescent, dict(norm="lp", fused=True, **own), Rule(**own), recorded, torch.float32)
 
 
 SHAPES = [(), (1,), (7,), (3, 0), (0,), (15, 17), (4097,), (3, 4096), (16385,)]
@@ -283,6 +288,15 @@ def test_denormals_zeros_and_empty_chunks_beside_ordinary_entries(scale, rule):
     np.testing.assert_allclose(ours, u, rtol=3e-6, atol=0)
     assert ours[5] != 0
     assert (ours[g.numpy() == 0] == 0).all()
+
+
+def test_agr_where_chunks_have_the_same_largest_entry():
+    g = np.full(3 * CHUNK, 1e-3)
+    g[[5, CHUNK + 7, CHUNK + 9]] = 1.0, -1.0, 1.0
+    p = torch.nn.Parameter(torch.zeros(len(g)))
+    p.grad = torch.tensor(g).float()
+    normopt.SteepestDescent([p], lr=1.0, norm="l2", agr=True, fused=True).step()
+    np.testing.assert_allclose(-p.detach().double().numpy(), agr(p.grad.double().numpy()), rtol=1e-6)
 
 
 def test_agr_of_a_dominant_entry_does_not_cancel():

@@ -342,6 +342,14 @@ def test_the_for_loop_entry_by_entry_at_the_ends(p, scale):
                     assert ((a - b).abs() <= 2e-4 * torch.maximum(b.abs(), b[fine].abs().max() * 1e-3))[fine].all()
 
 
+def test_agr_where_chunks_have_the_same_largest_entry():
+    g = np.full(3 * CHUNK, 1e-3)
+    g[[5, CHUNK + 7, CHUNK + 9]] = 1.0, -1.0, 1.0
+    run = Stepped([np.zeros(g.shape)], lr=1.0, p=2.0, scale="power", agr=True)
+    run.step([g])
+    np.testing.assert_allclose(-numbers(run.weights[0]), agr(g.astype(np.float32).astype(float)), rtol=1e-6)
+
+
 def test_infinite_weights_under_every_lp_decay():
     w = torch.tensor([[1e25, -3e38, math.inf, -math.inf, math.nan, 1.0]])
     for p in (0.3, 1.0, 1.5, 2.0, 3.0, 4.0):

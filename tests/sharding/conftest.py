@@ -21,7 +21,7 @@ def four() -> Iterator[Ranks]:
     ranks.stop()
 
 
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def ranks(request: pytest.FixtureRequest) -> Ranks:
     """Two processes, then four."""
     found: Ranks = request.getfixturevalue({2: "two", 4: "four"}[request.param])

@@ -172,6 +172,7 @@ def changes(one: Any, parts: tuple[str, ...], act: Any) -> None:
         assert old != new, part
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("control", "key", "parts"),
     [

@@ -157,6 +157,7 @@ def test_a_run_that_kills_its_workers_is_a_failure_and_the_innocent_are_not(tmp_
     assert Counter(told(log, "begin"))[next(iter(store.failures))] == 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no kill −9")
 def test_a_worker_that_is_killed_costs_the_runs_in_work_alone(tmp_path, whole, monkeypatch):
     log = tmp_path / "log"
