@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 import types
@@ -38,8 +39,8 @@ def cells(source: str) -> list[tuple[bool, int, str]]:
     return found
 
 
-def run(script: Path) -> tuple[str, Figures]:
-    """Run a script: its page as Markdown, and its figures, file name to SVG text."""
+def run(script: Path, execute: bool = True) -> tuple[str, Figures]:
+    """Run a script: its page as Markdown, and its figures, file name to SVG text. Without ``execute``, code alone."""
     module = types.ModuleType(f"tutorial_{script.stem}")
     sys.modules[module.__name__] = module  # dataclasses look their module up
     page: list[str] = []
@@ -54,8 +55,9 @@ def run(script: Path) -> tuple[str, Figures]:
                 out = io.StringIO()
                 # The blank lines make a traceback point at the right line of the script.
                 code = compile("\n" * line + body, str(script), "exec")
-                with contextlib.redirect_stdout(out):
-                    exec(code, module.__dict__)
+                if execute:
+                    with contextlib.redirect_stdout(out):
+                        exec(code, module.__dict__)
                 page.append(f"```python\n{body.strip()}\n```")
                 if out.getvalue():
                     page.append(f"```text\n{out.getvalue().rstrip()}\n```")
@@ -75,10 +77,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
     folder = Path(config.docs_dir) / "tutorials"
+    only = os.environ.get("NORMOPT_TUTORIALS")  # names, separated by commas; the others are shown and not run
     for script in sorted(folder.glob("*.py")):
         key = (script, script.read_text(encoding="utf-8"))
         if key not in _done:
-            _done[key] = run(script)
+            _done[key] = run(script, only is None or script.stem in only.split(","))
         page, figures = _done[key]
         files.append(File.generated(config, f"tutorials/{script.stem}.md", content=page))
         for name, content in figures.items():

@@ -33,20 +33,24 @@ def built_site() -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built with the tutorials run short if need be: once, whatever the number of workers."""
+def site(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The site; built, if need be, with the tutorials run short, or with one of them run if not everything is tested.
+
+    Once, whatever the number of workers.
+    """
     if (made := built_site()) is not None:
         return made
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     folder = shared / "site"
+    some = {} if request.config.getoption("--all") else {"NORMOPT_TUTORIALS": "lp_schedule_on_digits"}
     with FileLock(shared / "site.lock"):
         if not (folder / "sitemap.xml").exists():  # the last that a build writes
             done = subprocess.run(
                 [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
                 cwd=ROOT,
-                env={**os.environ, "NORMOPT_DOCS_FAST": "1", "NO_MKDOCS_2_WARNING": "1"},
+                env={**os.environ, **some, "NORMOPT_DOCS_FAST": "1", "NO_MKDOCS_2_WARNING": "1"},
                 capture_output=True,
                 text=True,
                 timeout=patience(100),
