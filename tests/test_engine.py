@@ -362,6 +362,22 @@ def test_tensor_lr_of_every_shape_equals_the_float():
 
 
 @pytest.mark.parametrize("rule", ["heavy", "ema", "lion"])
+def test_differentiable_steps_have_the_values_of_plain_ones(rule):
+    found = []
+    for differentiable in (False, True):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(3, 4))
+        opt = SteepestDescent([p], lr=0.1, momentum=0.9, momentum_rule=rule, differentiable=differentiable)
+        opt.param_groups[0]["params"][0] = w = p.detach().clone()
+        for _ in range(4):
+            w.grad = torch.randn(3, 4)
+            opt.step()
+        found.append((w, opt.state[w]["momentum_buffer"]))
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", ["heavy", "ema", "lion"])
 @pytest.mark.parametrize("scale", ["power", "dual", "unit", "matched"])
 @pytest.mark.parametrize("tensor", [False, True])
 def test_differentiable_through_three_steps(rule, scale, tensor):
