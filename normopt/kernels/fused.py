@@ -113,13 +113,13 @@ class Operand:
         return same
 
     def extents(self) -> tuple[Array, Array]:
-        """The first address of each tensor and the one after its last, shape [n] each; both 0 of an empty one."""
+        """The first address of each tensor and the one after its last, shape [n] each; of an empty one the same."""
         sizes = self._bytes
         if not all(self.memory.contiguous):
             last = (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) for x in self.tensors)
             spans = [(1 + k) * x.element_size() for k, x in zip(last, self.tensors, strict=True)]
             sizes = np.where(sizes > 0, spans, 0)
-        begins = np.array(self.memory.address, dtype=np.int64) * (sizes > 0)
+        begins = self._tabled(self.memory.address)
         return begins, begins + sizes
 
     def flat(self) -> list[Tensor]:
@@ -128,9 +128,13 @@ class Operand:
         if not all(self.memory.contiguous):
             tensors = [x.contiguous() for x in tensors]
             addresses = list(map(Tensor.data_ptr, tensors))
+        self._tabled(addresses)
+        return tensors
+
+    def _tabled(self, addresses: list[int]) -> Array:
         if addresses != self._in_table:
             self._in_table, self.table = addresses, np.array(addresses, dtype=np.int64)
-        return tensors
+        return self.table
 
 
 class Stepper:
@@ -150,7 +154,8 @@ class Stepper:
         self._chunks = Chunks([])
         self._kept: dict[str, Any] = {}
         self.overlaps = False  # what is written lies in part in the same memory
-        self._written = np.empty(0, np.int64), np.empty(0, np.int64)  # where it begins and ends, in order
+        # Where it begins and ends, in order, and after all beginnings one that is nowhere.
+        self._written = np.empty(0, np.int64), np.empty(0, np.int64)
 
     def look(self, plan: Plan, params: list[Tensor], state: State, gradients: list[Tensor] | None = None) -> bool:
         """Check all memory that the kernels will read or write. Nothing is written.
@@ -208,12 +213,13 @@ class Stepper:
         if any(operand.has_moved for operand in written):
             begins, ends = (np.concatenate(x) for x in zip(*(operand.extents() for operand in written), strict=True))
             order = np.argsort(begins, kind="stable")
-            self._written = begins[order], np.maximum.accumulate(ends[order])
-            self.overlaps = bool((self._written[0][1:] < self._written[1][:-1]).any())
+            begins, ends = begins[order], np.maximum.accumulate(ends[order])
+            self.overlaps = bool((begins[1:] < ends[:-1]).any())
+            self._written = np.append(begins, np.iinfo(np.int64).max), ends
         begins, ends = gradients.extents()
         first, last = self._written
         there = np.searchsorted(last, begins, side="right")  # of what is written, the first that ends after they begin
-        hit = (there < len(first)) & (first[np.minimum(there, len(first) - 1)] < ends)
+        hit = first[there] < ends
         for operand in (*written, gradients):
             operand.has_moved = False
         if not hit.any():
