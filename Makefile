@@ -24,9 +24,8 @@ $(READY): pyproject.toml
 demo: $(READY) ## Run a quick ablation of the optimizers
 	$(BIN)/python -m benchmarks run quick
 
-# Three workers on two cores: some tests wait for processes of theirs.
 test: $(READY) ## Run the tests: enough cases that every value of every parameter occurs
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: $(READY) ## Run every case of every test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --all

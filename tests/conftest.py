@@ -2,7 +2,8 @@
 
 `make test` is for every change and takes minutes. Of a test with many cases it runs enough that every value of every
 parameter occurs, and it leaves out what is marked `exhaustive`. `make test-all`, which is pytest with ``--all``, runs
-everything; so does naming a test by its id. A test whose parameters matter in pairs is marked `pairs`.
+everything; so does naming a test by its id. A test whose parameters matter in pairs is marked `pairs`. How long random
+and repeated tests go on is set here too: NORMOPT_FUZZ and NORMOPT_STEPS.
 """
 
 from __future__ import annotations
@@ -13,13 +14,26 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import normopt
 
-ONE_WORKER = ("sharding", "site")  # folders whose tests share processes, or the site, that are slow to make
+# Folders and files whose tests share what is slow to make: ranks and others forked by tests/forked.py, the site, a
+# study that has been run, workers, a wheel.
+ONE_WORKER = {
+    "sharding": "forked",
+    "test_compiling.py": "forked",
+    "test_docs.py": "forked",
+    "test_resume.py": "forked",
+    "test_sharding.py": "forked",
+    "site": "site",
+    "test_cli.py": "study",
+    "test_execute.py": "workers",
+    "test_packaging.py": "wheel",
+}
 
 PREAMBLE = """# Conformance
 
@@ -51,16 +65,32 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
-    os.environ.setdefault("NORMOPT_FUZZ", "300" if config.getoption("--all") else "60")  # lives of a random test
+    everything = asks_for_everything(config)
+    os.environ.setdefault("NORMOPT_FUZZ", "300" if everything else "60")  # lives of a random test
+    os.environ.setdefault("NORMOPT_STEPS", "20" if everything else "6")  # of one optimizer beside another
     if path := config.getoption("--conformance-table"):
         config.pluginmanager.register(Table(Path(path)))
 
 
+def asks_for_everything(config: pytest.Config) -> bool:
+    return bool(config.getoption("--all")) or any("::" in argument for argument in config.args)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Schedule as ``--dist loadgroup`` does, by ONE_WORKER: xdist 3.8 marks groups where pytest 9.2 looks no longer."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            places = nodeid.split("::")[0].split("/")
+            return next((ONE_WORKER[place] for place in places if place in ONE_WORKER), nodeid)
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadgroup" else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if (folder := item.path.parent.name) in ONE_WORKER:
-            item.add_marker(pytest.mark.xdist_group(folder))
-    if config.getoption("--all") or any("::" in argument for argument in config.args):
+    if asks_for_everything(config):
         return
     tests: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from normopt.kernels import compiling
+from tests.forked import run_file
 from tests.patience import patience
 
 STEP = """
@@ -85,16 +86,20 @@ def test_without_a_lock_the_function_is_called_all_the_same(fault, tmp_path, mon
     assert compiling.called(lambda x: x + 1, 2, compiled=SimpleNamespace(signatures=[])) == 3
 
 
-def test_without_a_folder_for_the_cache_kernels_are_compiled_in_memory():
-    code = "from numba.core import caching\ncaching.CacheImpl._locator_classes = []\n" + STEP
-    done = run(code)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Numba cannot cache compiled kernels on disk") == 1
-    assert "NUMBA_CACHE_DIR" in done.stderr
+def test_without_a_folder_for_the_cache_kernels_are_compiled_in_memory(tmp_path):
+    code = tmp_path / "step.py"
+    code.write_text("from numba.core import caching\ncaching.CacheImpl._locator_classes = []\n" + STEP)
+    said = run_file(code, tmp_path, "default")
+    assert said.count("Numba cannot cache compiled kernels on disk") == 1
+    assert "NUMBA_CACHE_DIR" in said
 
 
-def test_a_disabled_compiler_is_a_reason_not_to_fuse():
-    code = """
+@pytest.mark.parametrize("first", ["", "import numba\n"])
+def test_a_disabled_compiler_is_a_reason_not_to_fuse(first, tmp_path):
+    code = tmp_path / "step.py"
+    code.write_text(
+        first
+        + """
 import torch, normopt
 w = torch.nn.Parameter(torch.ones(5))
 w.grad = torch.ones(5)
@@ -104,7 +109,5 @@ try:
 except ValueError as error:
     print(error)
 """
-    for first in ("", "import numba\n"):
-        done = run(first + code, NUMBA_DISABLE_JIT="1")
-        assert done.returncode == 0, done.stderr
-        assert "NUMBA_DISABLE_JIT is set" in done.stdout
+    )
+    assert "NUMBA_DISABLE_JIT is set" in run_file(code, tmp_path, "default", NUMBA_DISABLE_JIT="1")

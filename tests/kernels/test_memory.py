@@ -680,8 +680,11 @@ TestHandled.settings = settings(
 )
 
 
-PARTS = 16  # of the combinations, so that processes can share them
-PART = [part if part == 0 else pytest.param(part, marks=pytest.mark.exhaustive) for part in range(PARTS)]
+def pytest_generate_tests(metafunc):
+    """With --all, the combinations are in parts, which several workers can share; without, a few of them are tried."""
+    if "one_of" in metafunc.fixturenames:
+        parts = [(i, 16) for i in range(16)] if metafunc.config.getoption("--all") else [(0, 40)]
+        metafunc.parametrize("one_of", parts, ids=lambda part: "{} of {}".format(*part))
 
 
 def guard_pages(*arguments, **environment):
@@ -692,19 +695,17 @@ def guard_pages(*arguments, **environment):
     return done.returncode, f"{shlex.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("part", PART)
-def test_numba_kernels_between_guard_pages(part):
+def test_numba_kernels_between_guard_pages(one_of):
     """Every pair of settings, sizes round every length of a vector and of a chunk, one and two threads."""
-    code, said = guard_pages("numba", part, PARTS)
+    code, said = guard_pages("numba", *one_of)
     assert code == 0, said
 
 
-@pytest.mark.parametrize("part", PART)
-def test_triton_kernels_between_guard_pages(part):
+def test_triton_kernels_between_guard_pages(one_of):
     pytest.importorskip("triton", reason="triton is for Linux")
     if torch.cuda.is_available():
         pytest.skip("guard pages are in the memory of the host")
-    code, said = guard_pages("triton", part, PARTS, TRITON_INTERPRET="1")
+    code, said = guard_pages("triton", *one_of, TRITON_INTERPRET="1")
     assert code == 0, said
 
 

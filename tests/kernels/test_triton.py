@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,13 @@ POINTERS = dict(table="*i64", chunks="*i64", numbers="*fp64", unscale="*fp32", f
 POINTERS |= dict(regularizers="*fp32", measured="*fp64", sums="*fp64", spans="*i64")
 
 
-@pytest.mark.parametrize("half", ["-k every_momentum or launches", "-k not (every_momentum or launches)"])
+def pytest_generate_tests(metafunc):
+    """With --all, the results are in two halves, which two workers can share; without, one process has them all."""
+    if "half" in metafunc.fixturenames:
+        first = "every_momentum or launches"
+        metafunc.parametrize("half", [first, f"not ({first})"] if metafunc.config.getoption("--all") else [""])
+
+
 def test_results(half, request):
     """In a process of their own: triton has to be imported as an interpreter, or not."""
     every = ["--all"] if request.config.getoption("--all") else []
@@ -37,11 +44,12 @@ def test_results(half, request):
         "no:xdist",
         *every,
         str(CASES),
+        "-k",
         half,
     ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYTEST_"))} | interpret
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[2])
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
 
 
 @pytest.fixture(scope="module")
@@ -99,25 +107,36 @@ def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, momentum, 
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_everything_compiles_without_atomics(capability, compile_kernel):
+@pytest.mark.parametrize("what", ["scaled", "smoothed", "stochastic", "kahan", "float16"])
+def test_every_walk_compiles_without_atomics(what, capability, compile_kernel):
     from normopt.kernels import flags as f
     from normopt.kernels import triton as kernels
 
     low = dict(weight=torch.bfloat16, gradient=torch.bfloat16, state=torch.float32)
     scaled = dict(mode="general", scaled=True, matched=True, agr=True, coupled=True, maximize=True)
     heavy = dict(momentum=f.HEAVY, nesterov=True)
-    for changes, absent in (
-        (scaled | heavy, ()),
-        (dict(mode="general", smoothed=True, momentum=f.LION, decay=f.LP, decay_mode=f.GENERAL), ("seed", "measured")),
-        (low | dict(rounding=f.STOCHASTIC, decay=f.DECOUPLED), ("unscale",)),
-        (low | heavy | dict(rounding=f.KAHAN, decay=f.LP, decay_mode=f.LINEAR, decay_steep=True), ("found_inf",)),
-        (dict.fromkeys(("weight", "gradient", "state"), torch.float16) | heavy, ()),
-    ):
-        constants = kernels.constants_of(flags(**changes)) | dict(WHOLE_GROUP=False, ALIGNED=True)
-        for measuring in {False, constants["SCALED"]}:
-            text = compile_kernel(kernels.walk, capability, absent, **constants, MEASURING=measuring)
-            assert not re.search(r"\b(atom|red)\.", text)
-            assert VECTOR.search(text)
+    smoothed = dict(mode="general", smoothed=True, momentum=f.LION, decay=f.LP, decay_mode=f.GENERAL)
+    changes, absent = {
+        "scaled": (scaled | heavy, ()),
+        "smoothed": (smoothed, ("seed", "measured")),
+        "stochastic": (low | dict(rounding=f.STOCHASTIC, decay=f.DECOUPLED), ("unscale",)),
+        "kahan": (
+            low | heavy | dict(rounding=f.KAHAN, decay=f.LP, decay_mode=f.LINEAR, decay_steep=True),
+            ("found_inf",),
+        ),
+        "float16": (dict.fromkeys(("weight", "gradient", "state"), torch.float16) | heavy, ()),
+    }[what]
+    constants = kernels.constants_of(flags(**changes)) | dict(WHOLE_GROUP=False, ALIGNED=True)
+    for measuring in {False, constants["SCALED"]}:
+        text = compile_kernel(kernels.walk, capability, absent, **constants, MEASURING=measuring)
+        assert not re.search(r"\b(atom|red)\.", text)
+        assert VECTOR.search(text)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_beside_the_walk_compiles_without_atomics(capability, compile_kernel):
+    from normopt.kernels import triton as kernels
+
     for kernel, constants in (
         (kernels.gradient_sums, dict(GRADIENT_TYPE=kernels.TYPES[torch.float32], ALIGNED=True)),
         (kernels.regularizer, {}),

@@ -1,4 +1,7 @@
-"""Processes that are the ranks of a gloo group, to call functions in: every call under a watchdog."""
+"""Processes that are the ranks of a gloo group, to call functions in: every call under a watchdog.
+
+They are forked from the one of tests/forked.py, because what they import takes as long as most of the tests.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.forked import context
 from tests.patience import patience
 
 TIMEOUT = patience(40)  # seconds for a call
@@ -31,7 +34,6 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = mp.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(self.k):
