@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all conformance fuzz lint types docs docs-serve clean
+.PHONY: help demo test test-all conformance fuzz generate lint types docs docs-serve clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -35,6 +35,9 @@ conformance: $(READY) ## Ask PyTorch's questions of every optimizer; writes docs
 
 fuzz: $(READY) ## The nightly fuzz tests: 5,000 random lives of an optimizer, and of its memory
 	NORMOPT_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py tests/kernels/test_memory.py::TestHandled
+
+generate: $(READY) ## Write the types and docs of settings anew, after a declaration has changed
+	$(BIN)/python docs/generate.py
 
 lint: $(READY) ## Check style and form
 	$(BIN)/ruff check

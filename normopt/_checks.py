@@ -94,7 +94,7 @@ def near(value: object, choices: Iterable[str]) -> str:
 
 def equals(value: object, number: float) -> bool:
     """Return whether a setting equals a number; False for a tensor, because reading it would sync."""
-    return isinstance(value, numbers.Real) and value == number
+    return (type(value) in (float, int) or isinstance(value, numbers.Real)) and value == number
 
 
 def is_low_precision(x: Tensor) -> bool:

@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, cast, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from normopt._checks import is_low_precision, plain
-from normopt.kernels.fused import Remembered, Stepper
+from normopt._checks import plain
+from normopt.arguments import check_unknown_arguments, check_unknown_keys, check_unused, show_settings, warn_vectors
+from normopt.kernels.fused import FusedBatch, Stepper
 from normopt.loading import match_params, prepare_state_dict
-from normopt.norms import registry, scales
-from normopt.norms.base import Norm, Scale, as_real, num_reals, to_compute_dtype, without_autocast
+from normopt.norms import registry
+from normopt.norms.base import without_autocast
 from normopt.norms.lp import Lp
 from normopt.norms.scales import NormPair, group_norms
-from normopt.params import batches, check_admissible, warn_if_stuck, with_gradients
-from normopt.plan import Plan, make_plan
-from normopt.settings import (
-    DEFAULT_BETA2,
-    DEFAULT_DECAY_P,
-    Decay,
-    MomentumRule,
-    Rounding,
-    Scope,
-    check_settings,
-    check_unknown_arguments,
-    check_unknown_keys,
-    check_unused,
-    warn_vectors,
+from normopt.params import (
+    are_plain,
+    batches,
+    check_admissible,
+    check_tensors,
+    warn_if_stuck,
+    with_gradients,
 )
+from normopt.recipe import Recipe, Remembered, check_settings, make_recipe, slots_of
+from normopt.settings import Arguments
 from normopt.sharding.agreement import check_agreement
-from normopt.sharding.direction import direction
-from normopt.sharding.exchange import Walk, alone, combined, lockstep
-from normopt.sharding.layout import any_dtensor, check_parts, gradient_of, layout_of, local, resolved, spread
-from normopt.stages import agr
-from normopt.stages.decay import coupled, decoupled_, lp_factors
-from normopt.stages.momentum import ema, heavy, lion
-from normopt.stages.write import descend_, kahan_, nearest_, scale_, stochastic_
-from normopt.state import BUFFER, COMPENSATION, check_like, check_writable, state_dtype
+from normopt.sharding.exchange import run_together
+from normopt.sharding.layout import any_dtensor, check_parts, resolved
+from normopt.stages import Batch
+from normopt.stages.base import owners
 
 
 class SteepestDescent(Optimizer):
     """Steepest descent under any norm: the engine of every optimizer of normopt.
 
-    One step walks every gradient through the same stages, each of which is optional but the norm::
+    One step takes every gradient through the same stages, each of which is optional but the norm::
 
         g ← −g                                   maximize
         g ← g·(1 − |g|/Σ|g|)                     agr
@@ -72,43 +62,39 @@ class SteepestDescent(Optimizer):
 
     Args:
         params: parameters, named parameters or param-group dicts, as for torch.optim.
-        lr: η, a float or a one-element tensor; a tensor is never read on the host. Default 1e-3, as torch's SGD.
-        norm: a registered name ("lp", "l1", "l2", "linf", or your own) or a Norm object, which is
-            unpacked into ``norm``, ``p`` and ``norm_<field>``. Default "l2".
-        p: the norm's order, for norms that have one; 1 ≤ p ≤ ∞ for "lp", a float or a one-element tensor. None
-            (the default) for the others.
-        scale: "power" (the un-normalised power map; needs p > 1), "dual" (true steepest descent),
-            "unit" (the LMO step), or "matched" (SGD's step length at every p). Default "dual".
-        scope: the norm over each "tensor" (the default), or over the whole param "group" as one vector.
-        radius: r > 0, the radius of the norm's ball, by which a group's steps differ from another's under
-            the same learning rate; the weight decay is not scaled by it. Default 1.
-        eps: ε of the power scale, ``c·(|c| + ε)^(−ρ)``. Default 0, which is exact at p = 2 and ∞.
-        momentum: μ, the weight of the OLD state, 0 ≤ μ < 1 (heavy: ≤ 1). Default 0, which keeps no buffer.
-        momentum_rule: "heavy" (the default, torch.optim.SGD's), "ema" or "lion".
-        beta2: β₂ of "lion", the weight of the old state in what is stored. Default 0.99, as Lion's.
-        dampening: τ, any finite number, of "heavy" alone. Default 0, as torch's SGD.
-        nesterov: c = g + μm ("heavy") or (1−μ)g + μm ("ema").
-        agr: adaptive gradient regularization.
+        lr: η, a float or a one-element tensor, which is never read on the host. Default 0.001.
+        maximize: maximize the objective: negate the gradient. Default False.
+        agr: adaptive gradient regularization. Default False.
         weight_decay: λ ≥ 0, a float or a one-element tensor. Default 0.
-        decay: "coupled", "decoupled" or "lp"; runs if λ ≠ 0. Default "decoupled".
-        decay_p: p of the ℓp decay, p > 0 (p < 1 too); only tensors of 2 or more dims are ℓp-decayed. Default 1, the
-            authors' script's.
-        state_dtype: the dtype of the momentum, such as "float32"; None is the parameter's own.
-        rounding: how 16-bit weights take a step: to the "nearest" (the default; a step below half a unit in the last
-            place is lost), "stochastic" (bfloat16; right on average), or "kahan" (one more buffer, in
-            which what was lost is kept). Weights of 32 bits and more are not touched by it.
-        maximize: walk uphill.
-        foreach: multi-tensor operations; None leaves the choice to ``fused`` and to what is faster.
-        fused: kernels that do the whole step of a group in one to three passes: Triton's on CUDA, Numba's on a CPU
-            (the extra "cpu"). For ℓp norms with p > 1. None takes them on CUDA wherever they work, and not on
-            a CPU; `backend` says what was chosen, and why.
-        differentiable: let autograd see the step.
-        **norm_fields: ``norm_<field>=value`` for the other fields of a norm of your own.
+        decay: "coupled", "decoupled", "lp", or your own; runs if λ ≠ 0. Default "decoupled".
+        decay_p: p of decay="lp", p > 0 (p < 1 too), which acts on tensors of 2 or more dims. Default 1.
+        momentum: μ, the weight of the OLD state, 0 ≤ μ < 1 (heavy: ≤ 1); 0 keeps no buffer. Default 0.
+        momentum_rule: "heavy" (torch.optim.SGD's), "ema", "lion", or your own. Default "heavy".
+        beta2: β₂ of "lion", the weight of the old state. Default 0.99.
+        dampening: τ of "heavy", any finite number. Default 0.
+        nesterov: c = g + μm ("heavy") or (1−μ)g + μm ("ema"). Default False.
+        state_dtype: the momentum's dtype; None is the parameter's own. Default None.
+        norm: a registered name ("lp", "l1", "l2", "linf", or your own) or a Norm object, which is unpacked into
+            ``norm``, ``p`` and ``norm_<field>``. Default "l2".
+        p: the norm's order, for norms that have one; 1 ≤ p ≤ ∞, a float or a one-element tensor. Default None.
+        scale: "power" (the un-normalised power map; needs p > 1), "dual" (true steepest descent), "unit" (the LMO
+            step) or "matched" (SGD's step length at every p). Default "dual".
+        scope: the norm over each "tensor", or over the param "group" as one vector. Default "tensor".
+        eps: ε of scale="power", ``c·(|c| + ε)^(−ρ)``; 0 is exact at p = 2 and ∞. Default 0.
+        radius: r > 0, the radius of the norm's ball: it multiplies the step, and not the decay. Default 1.
+        rounding: how 16-bit weights are rounded: "nearest" (a step below half a unit in the last place is lost),
+            "stochastic" (bfloat16; right on average) or "kahan" (the rounding error is kept, in one more buffer).
+            Default "nearest".
+        foreach: multi-tensor operations; None uses them where they are faster. Default None.
+        fused: kernels that do the whole step of a group, Triton's on CUDA and Numba's on CPU (the extra "cpu"), for
+            ℓp norms with p > 1; None uses them on CUDA, where supported. Default None.
+        differentiable: let autograd differentiate through the step. Default False.
+        **settings: also ``norm_<field>=value`` for the fields of a norm, and the settings of stages of your own.
 
     State: ``momentum_buffer``, shaped like its parameter, if momentum ≠ 0, and ``kahan_compensation``,
     shaped and typed like it, if a 16-bit weight is rounded so; else none. Complex parameters are taken as pairs of
-    reals. 16-bit parameters are computed in float32. Of DTensors, such as FSDP2's, each rank steps the part that
-    it has, by norms of the whole tensor, and the state lies as they do; all ranks must step alike. lr, p and
+    reals. 16-bit parameters are computed in float32. Of DTensors, such as FSDP2's, each rank steps its local shard by
+    norms of the whole tensor, and the state has their placements; all ranks must make the same step. lr, p and
     weight_decay given as tensors are never read on the host. Each group has its own copies, as ``group["lr"]``:
     changing those in place neither syncs nor recompiles, and changing the tensor that was given does nothing. One that
     requires a gradient is not copied. The momentum of a complex parameter has its dtype.
@@ -139,73 +125,31 @@ class SteepestDescent(Optimizer):
     _usual_fields: ClassVar[Mapping[str, Any]] = {}
     _no_momentum: ClassVar[bool] = False
 
-    # None is saved: what the last step measured, what fused steps keep of each group's tables, and whether the ranks
-    # were asked if they are about to make the same step: before the first, or after a change.
-    _measured: list[tuple[Plan, list[NormPair | None]]]
+    # Not saved: the sizes of the last step, the recipe of each group, the tables of fused steps by group and batch, and
+    # whether the ranks have compared what they are about to do: before the first step, and after a change.
+    _measured: list[tuple[list[NormPair | None], bool, float]]
     _remembered: dict[int, Remembered]
-    _steppers: dict[tuple[int, int], Stepper]
+    _steppers: dict[int, list[Stepper]]
     _agreed: bool
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        *,
-        norm: str | Norm = "l2",
-        p: float | Tensor | None = None,
-        scale: Scale = "dual",
-        scope: Scope = "tensor",
-        radius: float = 1.0,
-        eps: float = 0.0,
-        momentum: float = 0.0,
-        momentum_rule: MomentumRule = "heavy",
-        beta2: float = DEFAULT_BETA2,
-        dampening: float = 0.0,
-        nesterov: bool = False,
-        agr: bool = False,
-        weight_decay: float | Tensor = 0.0,
-        decay: Decay = "decoupled",
-        decay_p: float = DEFAULT_DECAY_P,
-        state_dtype: str | torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        differentiable: bool = False,
-        **norm_fields: Any,
-    ) -> None:
-        settings = dict(
-            lr=lr,
-            norm=norm,
-            p=p,
-            scale=scale,
-            scope=scope,
-            radius=radius,
-            eps=eps,
-            momentum=momentum,
-            momentum_rule=momentum_rule,
-            beta2=beta2,
-            dampening=dampening,
-            nesterov=nesterov,
-            agr=agr,
-            weight_decay=weight_decay,
-            decay=decay,
-            decay_p=decay_p,
-            state_dtype=_dtype_name(state_dtype),
-            rounding=rounding,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            differentiable=differentiable,
-            **norm_fields,
-        )
-        check_unknown_arguments(type(self).__name__, norm, norm_fields, settings)
-        settings |= registry.flatten(norm, settings)
-        settings = {key: plain(value) for key, value in settings.items()}
-        check_settings(settings)  # refuse before the base class has touched anything
+    def __init__(self, params: ParamsT, lr: float | Tensor = 1e-3, **settings: Unpack[Arguments]) -> None:
+        declared = {name: stage.settings[name].default for name, stage in owners().items()}
+        given: dict[str, Any] = {"lr": lr, **settings}
+        check_unknown_arguments(type(self).__name__, given.get("norm", declared["norm"]), given, declared)
+        values = declared | given
+        values["state_dtype"] = _dtype_name(values["state_dtype"])
+        values |= registry.flatten(values["norm"], values)
+        values = {key: plain(value) for key, value in values.items()}
+        check_settings(values)  # refuse before the base class has touched anything
         self._forget()
-        super().__init__(params, settings)
-        check_unused(settings, self.param_groups, self._usual_fields, self._no_momentum)
+        super().__init__(params, values)
+        check_unused(values, self.param_groups, self._usual_fields, self._no_momentum)
+
+    def __init_subclass__(cls) -> None:
+        """Show the keyword arguments behind ``**settings`` by name, in help() and to inspect.signature."""
+        super().__init_subclass__()
+        if "__init__" in vars(cls):
+            show_settings(cls.__init__)
 
     def _forget(self) -> None:
         self._measured, self._remembered, self._steppers, self._agreed = [], {}, {}, False
@@ -249,30 +193,29 @@ class SteepestDescent(Optimizer):
         """Check a new group, of which ``chosen`` says whether it names its norm itself."""
         check_admissible(group["params"])
         _unshare(group)
-        plan = self._plan(group, group["params"])
+        recipe = self._make_recipe(group, group["params"])
         check_parts(group["params"])
-        if plan.decays == "lp" and plan.decay_p < 2:
-            warn_if_stuck(group["params"], plan.decay_p)
+        if recipe.decay.runs() and recipe.decay.decay == "lp" and recipe.decay.decay_p < 2:
+            warn_if_stuck(group["params"], recipe.decay.decay_p)
         if not chosen:
-            warn_vectors(type(self).__name__, plan.norm, group["params"])
+            warn_vectors(type(self).__name__, recipe.norm, group["params"])
 
-    def _plan(self, settings: Mapping[str, Any], params: list[Tensor]) -> Plan:
-        """The plan of a group's settings, which are checked against those that the optimizer fixes, too."""
-        plan = make_plan(settings, params)
-        if self._no_momentum and plan.momentum != 0:
+    def _make_recipe(self, settings: Mapping[str, Any], params: list[Tensor]) -> Recipe:
+        """Return a group's recipe, after checking its settings against those that the optimizer fixes, too."""
+        recipe = make_recipe(settings, params)
+        if self._no_momentum and recipe.momentum.runs():
             raise ValueError(
-                f"{type(self).__name__} fixes momentum = 0, but a param group has {plan.momentum:g}. OneCycleLR and "
-                "CyclicLR set it unless they are given cycle_momentum=False; for a rule with momentum, use another "
-                "optimizer, such as normopt.SteepestDescent"
+                f"{type(self).__name__} fixes momentum = 0, but a param group has {recipe.momentum.momentum:g}. "
+                "OneCycleLR and CyclicLR set it unless they are given cycle_momentum=False; for a rule with momentum, "
+                "use another optimizer, such as normopt.SteepestDescent"
             )
-        return plan
+        return recipe
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and give what an older version pickled the settings that are newer."""
         self._forget()
         super().__setstate__(state)
-        newer = inspect.signature(SteepestDescent.__init__).parameters.items()
-        self.defaults = {k: v.default for k, v in newer if v.default is not v.empty} | self.defaults
+        self.defaults = {name: stage.settings[name].default for name, stage in owners().items()} | self.defaults
         for group in self.param_groups:
             group.update({**self.defaults, **group})
             _unshare(group)
@@ -299,18 +242,18 @@ class SteepestDescent(Optimizer):
         seen: list[dict[str, Any]] = []
 
         def complete(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-            name, read = type(self).__name__, (BUFFER, COMPENSATION)
-            seen.append(prepare_state_dict(name, self.param_groups, state, read, self._plan))
+            seen.append(prepare_state_dict(type(self).__name__, self.param_groups, state, self._make_recipe))
             return seen[0]
 
         def restore(_: Optimizer) -> None:
+            self._remembered = {}
             for group in self.param_groups:
                 _unshare(group)
             for group, i, p in match_params(self.param_groups, seen[0]):
-                buffer = seen[0]["state"].get(i, {}).get(BUFFER)
-                if buffer is not None:
-                    dtype = state_dtype(group["state_dtype"], p)
-                    self.state[p][BUFFER] = resolved(buffer.to(device=p.device, dtype=dtype))
+                for slot in slots_of(group):
+                    x = seen[0]["state"].get(i, {}).get(slot.name)
+                    if x is not None:
+                        self.state[p][slot.name] = resolved(x.to(device=p.device, dtype=slot.dtype_of(p)))
 
         # After the user's own pre-hooks, which may rewrite the state, and before their post-hooks.
         before = self.register_load_state_dict_pre_hook(complete)
@@ -329,8 +272,23 @@ class SteepestDescent(Optimizer):
             ValueError: a setting was made wrong since construction; the next ``step()`` would refuse it, too.
             TypeError: one was made of the wrong type.
         """
-        plans = (self._plan(group, group["params"]) for group in self.param_groups)
-        return "\n".join(f"group {i}: {plan}" for i, plan in enumerate(plans))
+        recipes = (self._make_recipe(group, group["params"]) for group in self.param_groups)
+        return "\n".join(f"group {i}: {recipe}" for i, recipe in enumerate(recipes))
+
+    def __repr__(self) -> str:
+        """Return the size, the learning rate, the user's own keys and the stages of each group."""
+        text = ""
+        for i, group in enumerate(self.param_groups):
+            params = group["params"]
+            shown = {k: v for k, v in group.items() if k == "lr" or k not in (*self.defaults, "params", "param_names")}
+            try:
+                stages = str(self._make_recipe(group, params))
+            except (ValueError, TypeError) as error:
+                stages = f"the next step is refused: {error}"
+            lines = [f"group {i}: {len(params)} tensors, {sum(p.numel() for p in params):,} entries"]
+            lines += [f"    {k}: {v}" for k, v in shown.items() if not k.startswith("norm_")] + [f"    {stages}"]
+            text += "".join(f"    {line}\n" for line in lines)
+        return f"{type(self).__name__}(\n{text})"
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -357,93 +315,100 @@ class SteepestDescent(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for i in [i for i in self._remembered if i >= len(self.param_groups)]:  # of a group that was taken away
-            del self._remembered[i]
+        if len(self._remembered) > len(self.param_groups):  # groups were taken away
+            self._remembered, self._steppers = {}, {}
         # Everything that can be refused is refused before anything is written.
         work = [self._ready(i, group) for i, group in enumerate(self.param_groups)]
         if not self._agreed and not torch.compiler.is_compiling():
-            check_agreement([(plan, [p for params, _ in parts for p in params]) for plan, parts in work])
+            check_agreement([(recipe, [p for batch in found for p in batch]) for recipe, found in work])
             self._agreed = True
         # ℓp norms have no products of matrices, which are all that autocast changes of a step.
-        kinds = {p.device.type for plan, parts in work if not isinstance(plan.norm, Lp) for ps, _ in parts for p in ps}
+        kinds = {p.device.type for recipe, found in work if not isinstance(recipe.norm, Lp) for b in found for p in b}
         without_autocast(kinds, self._step_all, work)
         return loss
 
-    def _step_all(self, work: list[tuple[Plan, list[tuple[list[Tensor], Stepper | None]]]]) -> None:
-        """Step every group, given what `_ready` says of each."""
+    def _step_all(self, work: list[tuple[Recipe, Sequence[Batch]]]) -> None:
+        """Step every group: unsharded tensors batch by batch through all stages, sharded ones together, by stages."""
         self._measured = []
-        together: list[Walk[NormPair | None]] = []  # of DTensors: what they ask other ranks travels together
-        places: list[tuple[int, int]] = []
-        for i, (plan, parts) in enumerate(work):
-            pairs: list[NormPair | None] = []
-            self._measured.append((plan, pairs))
-            with torch.set_grad_enabled(plan.differentiable and torch.is_grad_enabled()):
-                for j, (batch, stepper) in enumerate(parts):
-                    walk = self._fused(plan, batch, stepper) if stepper else self._walk(plan, batch)
-                    sharded = bool(stepper.layouts) if stepper else any_dtensor(batch)
-                    if sharded:
-                        together.append(walk)
-                        places.append((i, j))
-                    pairs.append(None if sharded else alone(walk))
-        with torch.no_grad():
-            for (i, j), pair in zip(places, lockstep(together), strict=True):
-                self._measured[i][1][j] = pair
+        together: list[Batch] = []
+        for recipe, found in work:
+            with torch.set_grad_enabled(recipe.differentiable and torch.is_grad_enabled()):
+                for batch in found:
+                    batch.load()
+                    if batch.layouts:
+                        together.append(batch)
+                        continue
+                    for stage in batch.phases:
+                        partials = stage.measure(batch)
+                        stage.apply(batch, None if partials is None else stage.combine(partials[:, None]))
+                    batch.release()
+        if together:
+            with torch.no_grad():
+                run_together(together)
+        for recipe, found in work:
+            pairs = [batch.pair for batch in found]
+            self._measured.append((pairs, recipe.direction.whole_group, recipe.write.radius))
 
-    def _ready(self, i: int, group: dict[str, Any]) -> tuple[Plan, list[tuple[list[Tensor], Stepper | None]]]:
-        """A group's plan, and its parameters that have gradients: batch by batch, with what steps them if it is fused.
+    def _ready(self, i: int, group: dict[str, Any]) -> tuple[Recipe, Sequence[Batch]]:
+        """Return a group's recipe, and its parameters that have gradients, batch by batch, after checking all.
 
         Raises:
             RuntimeError: a gradient or a state has not the shape of its parameter, or a tensor has lost its memory.
         """
-        known = None if torch.compiler.is_compiling() else self._remembered.get(i)
-        if known is not None and known.holds(group, self.state):
-            return known.plan, [(group["params"], known.stepper)]
-        self._remembered.pop(i, None)
-        plan, ready = self._plan(group, group["params"]), with_gradients(group["params"])
-        if not torch.compiler.is_compiling():
-            check_like("gradient", ((cast(Tensor, p.grad), p) for p in ready))
-            check_writable("parameter", ready)
-            for name in (BUFFER, COMPENSATION):
-                kept = [(x, p) for p in ready if (x := self.state.get(p, {}).get(name)) is not None]
-                check_like(name, kept)
-                check_writable(name, (x for x, _ in kept))
-        if plan.backend != "fused":
-            return plan, [(params, None) for params in batches(plan, ready)]
-        parts: list[tuple[list[Tensor], Stepper | None]] = []
-        waiting = list(batches(plan, ready))
+        compiling = torch.compiler.is_compiling()
+        known = None if compiling else self._remembered.get(i)
+        recipe = None if known is None else known.look(group)
+        if recipe is None:
+            recipe = self._make_recipe(group, group["params"])
+            if not compiling:
+                known = self._remembered[i] = Remembered(group, recipe)
+        params, gradients = with_gradients(group["params"])
+        if recipe.backend == "fused":
+            return recipe, self._fused(i, recipe, params, gradients)
+        if compiling:
+            return recipe, [Batch(recipe, some, self.state) for some in batches(recipe, params)]
+        states = {slot.name: [self.state.get(p, {}).get(slot.name) for p in params] for slot in recipe.slots}
+        check_tensors(params, gradients, states)
+        if known and recipe.backend == "foreach" and are_plain(params, gradients, known.kinds):
+            return recipe, [Batch(recipe, params, self.state, gradients, states)]
+        return recipe, [Batch(recipe, some, self.state) for some in batches(recipe, params)]
+
+    def _fused(self, i: int, recipe: Recipe, params: list[Tensor], gradients: list[Tensor]) -> list[FusedBatch]:
+        """Return a group's batches for the kernels, after checking all memory; what overlaps is stepped one by one."""
+        grad_scale, found_inf = (cast(Tensor | None, getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
+        known = self._steppers.get(i, [])
+        if len(known) == 1 and known[0].look_again(recipe, params, self.state, gradients):
+            return [FusedBatch(recipe, params, self.state, known[0], grad_scale, found_inf)]
+        found, waiting = [], list(batches(recipe, params))
+        self._steppers[i] = []
         while waiting:
-            params, stepper = waiting.pop(0), self._steppers.setdefault((i, len(parts)), Stepper())
-            stepper.look(plan, params, self.state)
-            if not stepper.overlaps or any_dtensor(params):
-                parts.append((params, stepper))
-            # Those that share memory are stepped one after the other, as by the for-loop.
-            elif len(params) > 1 and plan.scope != "group":
-                waiting = [[p] for p in params] + waiting
+            some = waiting.pop(0)
+            stepper = known.pop(0) if known else Stepper()
+            stepper.look(recipe, some, self.state)
+            if not stepper.overlaps or any_dtensor(some):
+                found.append(FusedBatch(recipe, some, self.state, stepper, grad_scale, found_inf))
+                self._steppers[i].append(stepper)
+            elif len(some) > 1:
+                waiting = [[p] for p in some] + waiting
             else:
                 raise RuntimeError(
                     "parameters or states share memory that a fused step would write at once: give each its own, or "
                     "set fused=False"
                 )
-        if len(parts) == 1 and len(ready) == len(group["params"]) and not any_dtensor(ready):
-            self._remembered[i] = Remembered(group, plan, cast(Stepper, parts[0][1]), list(self.defaults))
-        return plan, parts
+        return found
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by GradScaler: whether the step unscales its gradients, and skips itself, without the host knowing.
 
-        A heavy ball with dampening has to know whether its first step was skipped.
+        A rule whose first step is another has to know whether that was skipped.
         """
         if any(any_dtensor(group["params"]) for group in self.param_groups):
             return False  # ranks would not skip the same steps
-        plans = [self._plan(group, group["params"]) for group in self.param_groups]
-        return all(p.backend == "fused" and not (p.momentum_rule == "heavy" and p.dampening) for p in plans)
-
-    def _fused(self, plan: Plan, params: list[Tensor], stepper: Stepper) -> Walk[NormPair | None]:
-        """The walk, by fused kernels."""
-        grad_scale, found_inf = (cast(Tensor | None, getattr(self, k, None)) for k in ("grad_scale", "found_inf"))
-        unscale = None if grad_scale is None else 1 / grad_scale
-        return stepper.step(plan, params, self.state, unscale, found_inf)
+        recipes = [self._make_recipe(group, group["params"]) for group in self.param_groups]
+        return all(
+            r.backend == "fused" and not (r.momentum.momentum_rule == "heavy" and r.momentum.dampening) for r in recipes
+        )
 
     def norm_pairs(self) -> list[NormPair | None]:
         """How large the last step was: of each param group, its update's norm, and the dual norm of what it is made of.
@@ -464,101 +429,8 @@ class SteepestDescent(Optimizer):
             >>> for group, pair in zip(opt.param_groups, opt.norm_pairs()):
             ...     print(group["norm"], pair and (float(pair.update), float(pair.dual)))
         """
-        known = [group_norms(pairs, plan.scope == "group", plan.radius) for plan, pairs in self._measured]
+        known = [group_norms(*measured) for measured in self._measured]
         return known and known + [None] * (len(self.param_groups) - len(known))
-
-    def _walk(self, plan: Plan, params: list[Tensor]) -> Walk[NormPair | None]:
-        """The walk of a gradient: the one place where the order of the stages stands."""
-        weights, w, g = self._read(plan, params)
-        layouts = [layout_of(p) for p in params]
-        # What follows could be said once, for cut and whole tensors alike, but torch.compile loses what a
-        # `yield from` gives.
-        cut = any(layouts)
-        # What autograd keeps must not be written; without autograd nothing is kept.
-        old = [x.clone() for x in w] if plan.differentiable else w
-        lr, weight_decay = (_like(x, w) for x in (plan.lr, plan.weight_decay))
-        reach = lr if plan.radius == 1 else lr * plan.radius
-        if plan.agr and cut:
-            sums = yield from combined(agr.measure(g), layouts, agr.combine)
-            g = agr.apply(g, sums, list(map(num_reals, params)))
-        elif plan.agr:
-            g = agr.agr(g)
-        if plan.decays == "coupled":
-            g = coupled(g, old, weight_decay)
-        c = self._momentum(plan, params, g)
-        norm, whole_group = plan.norm.on(w[0].device), plan.scope == "group"
-        if cut:
-            u, measured = yield from direction(norm, c, layouts, plan.scale, whole_group, plan.eps)
-        else:
-            u, measured = scales.direction(norm, c, plan.scale, whole_group, plan.eps)
-        if plan.decays == "lp":
-            wide = [i for i, p in enumerate(params) if p.dim() >= 2]
-            factors = lp_factors([old[i] for i in wide], plan.decay_p, lr * weight_decay)
-            descend_(w, u, reach)
-            scale_([w[i] for i in wide], factors)
-        else:
-            if plan.decays == "decoupled":
-                decoupled_(w, lr * weight_decay)
-            descend_(w, u, reach)
-        self._write(plan, params, weights, w)
-        return measured
-
-    def _read(self, plan: Plan, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Weights as reals, the same in the dtype that is computed in (no copy if it is theirs), and gradients.
-
-        Of DTensors they are the parts that are here.
-        """
-        weights = [as_real(local(p)) for p in params]
-        w = [to_compute_dtype(x) for x in weights]
-        if plan.rounding == "kahan":
-            for p, x in zip(params, w, strict=True):
-                if is_low_precision(p) and COMPENSATION in self.state[p]:
-                    x.add_(local(self.state[p][COMPENSATION]))
-        g = [as_real(gradient_of(p)).to(x.dtype) for p, x in zip(params, w, strict=True)]
-        return weights, w, list(torch._foreach_neg(g)) if plan.maximize else g
-
-    def _write(self, plan: Plan, params: list[Tensor], weights: list[Tensor], w: list[Tensor]) -> None:
-        """Round what was computed in more bits into the weights, as the plan says."""
-        if plan.rounding == "stochastic":
-            stochastic_(weights, w)
-        elif plan.rounding == "kahan" and any(is_low_precision(p) for p in params):
-            low = [(p, x, y) for p, x, y in zip(params, weights, w, strict=True) if is_low_precision(p)]
-            for p, x, _ in low:
-                if COMPENSATION not in self.state[p]:
-                    self.state[p][COMPENSATION] = spread(torch.zeros_like(x), p)
-            kahan_([x for _, x, _ in low], [y for *_, y in low], [local(self.state[p][COMPENSATION]) for p, *_ in low])
-        else:
-            nearest_(weights, w)
-
-    def _momentum(self, plan: Plan, params: list[Tensor], g: list[Tensor]) -> list[Tensor]:
-        """c from g and the state; buffers are made when they are first needed, never before."""
-        if plan.momentum == 0:
-            return g
-        kept = [self.state[p].get(BUFFER) for p in params]
-        stored = [None if b is None else local(b) for b in kept]
-        old = [None if b is None else as_real(b).to(x.dtype) for b, x in zip(stored, g, strict=True)]
-        if plan.differentiable:
-            old = [None if m is None else m.clone() for m in old]
-        if plan.momentum_rule == "heavy":
-            c, new = heavy(old, g, plan.momentum, plan.dampening, plan.nesterov)
-        elif plan.momentum_rule == "ema":
-            c, new = ema(old, g, plan.momentum, plan.nesterov)
-        else:
-            c, new = lion(old, g, plan.momentum, plan.beta2)
-        for p, b, m in zip(params, stored, new, strict=True):
-            dtype = state_dtype(plan.state_dtype, p)
-            if b is None or b.dtype != dtype or plan.differentiable:  # != where the parameter's has changed since
-                self.state[p][BUFFER] = spread((torch.view_as_complex(m) if p.is_complex() else m).to(dtype), p)
-            elif as_real(b).dtype != m.dtype:  # m is a copy in more bits; else it is b itself, already written
-                as_real(b).copy_(m)
-        return c
-
-
-def _like(value: float | Tensor, w: list[Tensor]) -> float | Tensor:
-    """A number as it is; a tensor on the device and in the widest dtype of w, in which 1 − ηλ loses nothing."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.reshape(()).to(w[0].device, functools.reduce(torch.promote_types, [x.dtype for x in w]))
 
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
@@ -571,3 +443,6 @@ def _unshare(group: dict[str, Any]) -> None:
     for key in ("lr", "p", "weight_decay"):
         if isinstance(group[key], Tensor) and not group[key].requires_grad:
             group[key] = group[key].clone()
+
+
+show_settings(SteepestDescent.__init__)

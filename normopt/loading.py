@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from normopt._checks import warn
-from normopt.settings import SYNONYMS
+from normopt.arguments import SYNONYMS
+from normopt.stages.base import stages_in_order
 
 Groups = list[dict[str, Any]]
 
@@ -23,8 +24,7 @@ def prepare_state_dict(
     name: str,
     param_groups: Groups,
     state_dict: dict[str, Any],
-    read: Collection[str],
-    plan: Callable[[Mapping[str, Any], list[Tensor]], object],
+    check: Callable[[Mapping[str, Any], list[Tensor]], object],
 ) -> dict[str, Any]:
     """Validate a checkpoint, and fill in the settings that it lacks from the optimizer's current groups.
 
@@ -32,8 +32,7 @@ def prepare_state_dict(
         name: the loading optimizer's name, for messages.
         param_groups: the optimizer's groups.
         state_dict: the checkpoint.
-        read: the state keys that the optimizer reads.
-        plan: checks a group's settings against its parameters.
+        check: checks a group's settings against its parameters.
 
     Raises:
         ValueError: state of the wrong shape, invalid settings, or state or settings of another optimizer.
@@ -41,6 +40,7 @@ def prepare_state_dict(
     Warns:
         UserWarning: a normopt checkpoint has extra state keys.
     """
+    read = {name for stage in stages_in_order() for name in stage.state}
     for _, i, p in match_params(param_groups, state_dict):
         for key, value in state_dict["state"].get(i, {}).items():
             if key in read and isinstance(value, Tensor) and value.shape != p.shape:
@@ -48,7 +48,7 @@ def prepare_state_dict(
                     f"the checkpoint's {key} of parameter {i} has the shape {tuple(value.shape)}, but the parameter "
                     f"has {tuple(p.shape)}: load it into an optimizer of the same parameters in the same order"
                 )
-    foreign = {key for state in state_dict["state"].values() for key in state} - set(read)
+    foreign = {key for state in state_dict["state"].values() for key in state} - read
     groups = state_dict["param_groups"]
     of_normopt = all("norm" in group for group in groups)
     if not of_normopt:
@@ -62,7 +62,7 @@ def prepare_state_dict(
     kept += [{}] * (len(groups) - len(kept))  # torch reports a mismatch in number
     complete = [{**own, **group} for own, group in zip(kept, groups, strict=False)]
     for ours, saved in zip(param_groups, complete, strict=False):
-        plan(saved, ours["params"])
+        check(saved, ours["params"])
         if other := {k: saved[k] for k in ("norm", "scale", "momentum_rule") if saved[k] != ours[k]}:
             raise ValueError(
                 f"the checkpoint would make {name} another optimizer: {other} instead of "

@@ -13,7 +13,7 @@ import pytest
 
 import normopt
 import normopt.integrations.timm
-import normopt.plan
+import normopt.recipe
 from tests.forked import run_file
 from tests.patience import patience
 
@@ -24,7 +24,7 @@ PUBLIC = (
     + [f"normopt.norms.{name}" for name in normopt.norms.__all__]
     + [f"normopt.schedules.{name}" for name in normopt.schedules.__all__]
     + [f"normopt.sparsity.{name}" for name in normopt.sparsity.__all__]
-    + ["normopt.plan.Plan", "normopt.plan.make_plan", "normopt.settings.Settings", "normopt.settings.Common"]
+    + ["normopt.recipe.Recipe", "normopt.recipe.make_recipe", "normopt.settings.Settings", "normopt.settings.Common"]
     + ["normopt.integrations.timm.register"]
 )
 

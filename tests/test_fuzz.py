@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import normopt
-from normopt.engine import BUFFER
 from tests.oracle import Rule
+
+BUFFER = "momentum_buffer"
 
 SEQUENCES = int(os.environ["NORMOPT_FUZZ"])
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 2**-6}

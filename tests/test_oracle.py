@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import normopt
-from normopt.engine import BUFFER
 from tests.oracle import Rule, direction
+
+BUFFER = "momentum_buffer"
 
 PS = [1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 64.0, math.inf]
 SCALES = ["power", "dual", "unit", "matched"]

@@ -100,7 +100,7 @@ def on_paper(method: Method, shapes: Sequence[Shape], ranks: int, entry: int = 4
         all-gathers   one a phase; of each of n tensors w numbers of 8 bytes, from k − 1 ranks:   8·w·n·(k − 1)
         all-to-alls   two a shape; P entries in all, of which a rank maps a k-th:
                       in:     P/k · (k − 1)/k entries
-                      back:   the same, and 2 numbers of each tensor that others map:   2·n·(k − 1)/k entries
+                      back:   the same, and a number of each tensor that others map:   n·(k − 1)/k entries
 
     Args:
         method: which.
@@ -115,7 +115,7 @@ def on_paper(method: Method, shapes: Sequence[Shape], ranks: int, entry: int = 4
     collectives = len(method.gathered)
     if method.whole:
         entries = sum(torch.Size(s).numel() for s in shapes)
-        received += entry * away * (2 * entries / ranks + 2 * n)
+        received += entry * away * (2 * entries / ranks + n)
         collectives += 2 * len(set(shapes))
     return Traffic(collectives=collectives, received=received)
 

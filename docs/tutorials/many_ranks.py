@@ -107,8 +107,8 @@ print(torchrun(1, *words))
 
 # %%
 from normopt.norms import Lp, Mixed, Schatten
-from normopt.sharding.direction import way_of
 from normopt.sharding.layout import Layout
+from normopt.stages.direction import way_of
 
 SAY = {
     "local": "nothing of other ranks",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from normopt.norms.lp import norm_from_partials, relative_sum
-from normopt.sharding.exchange import lockstep, pieces
+from normopt.sharding.exchange import gather_pieces
 from normopt.sharding.layout import Layout
 
 
@@ -33,7 +33,7 @@ def block_norms(w: Tensor, layout: Layout | None, over: str, heads: int | None) 
     if layout is None or (complete and over != "heads"):
         found = sums[:, None]
     else:
-        found = torch.stack(lockstep([pieces(sums, [layout] * count)])[0])
+        found = torch.stack(gather_pieces([(sums, [layout] * count)])[0])
     if heads is None:
         each = norm_from_partials(found, 2.0)
     else:

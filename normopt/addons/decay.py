@@ -17,8 +17,7 @@ from normopt.engine import SteepestDescent
 from normopt.norms.base import as_real, to_compute_dtype
 from normopt.params import warn_if_stuck
 from normopt.sharding.layout import is_dtensor, layout_of, local
-from normopt.stages.decay import lp_factors
-from normopt.stages.write import scale_
+from normopt.stages.decay import lp_factors, scale_
 
 Over = Literal["entries", "rows", "columns", "heads"]
 

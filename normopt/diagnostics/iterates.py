@@ -17,7 +17,7 @@ from torch import Tensor
 
 from normopt.diagnostics.measures import as_dense_real
 from normopt.diagnostics.sketch import Sketch
-from normopt.sharding.exchange import summed
+from normopt.sharding.exchange import sum_over_ranks
 from normopt.sharding.layout import layout_of, local
 
 Array = NDArray[np.float64]
@@ -90,7 +90,7 @@ class FlatParams:
         """Sum over all ranks that hold parts of the vector."""
         if self.layout is None:
             return sums
-        return summed(torch.from_numpy(sums).to(next(iter(self.by_device))), self.layout).cpu().numpy()
+        return sum_over_ranks(torch.from_numpy(sums).to(next(iter(self.by_device))), self.layout).cpu().numpy()
 
 
 def _shape(p: Tensor) -> torch.Size:

@@ -29,7 +29,7 @@ def can_cache() -> bool:
         njit(cache=True)(can_cache)  # looks for the folder and compiles nothing
     except (RuntimeError, OSError) as error:
         warnings.warn(
-            f"Numba cannot cache compiled kernels on disk ({error}): each process compiles them anew, which takes "
+            f"Numba cannot cache compiled kernels on disk ({error}): each process compiles them again, which takes "
             "seconds. Set NUMBA_CACHE_DIR to a folder that can be written",
             RuntimeWarning,
             stacklevel=2,

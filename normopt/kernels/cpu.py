@@ -13,142 +13,205 @@ from torch import Tensor
 from normopt.kernels import numba as kernels
 from normopt.kernels import totals
 from normopt.kernels.compiling import called
-from normopt.kernels.flags import EMA, GENERAL, HEAVY, LINEAR, NONE, Flags, Numbers
+from normopt.kernels.flags import GENERAL, LINEAR, SAME, Flags, Numbers
 from normopt.kernels.pool import share_out
-from normopt.kernels.tables import Array, Batch, Block, Chunks
-from normopt.norms.base import Scale
-from normopt.sharding.exchange import Partials, Walk
+from normopt.kernels.tables import Array, Block, Chunks, Phase, Tables, nothing
 from normopt.sharding.layout import Layout
 
 F = np.float32
 Places = tuple[Array, Array, int, int]  # where the sums of each tensor begin and end, and which tensors are meant
-SCALES = {"dual": totals.DUAL, "unit": totals.UNIT, "matched": totals.MATCHED}
 COLUMNS = kernels.WIDE + 1
 BLOCK = 1 << 21  # entries of tensors whose powers are kept, in 4 bytes each, from one pass to the next
 ROOM = 1 << 24  # entries of a larger tensor up to which its powers are kept too
 
 
-def run(
-    flags: Flags,
-    numbers: Numbers,
-    scale: Scale,
-    whole_group: bool,
-    batch: Batch,
-    *,
-    unscale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    seed: Tensor | int = 0,
-    layouts: Sequence[Layout] = (),
-) -> Walk[tuple[Tensor, Tensor] | None]:
-    """One step of a batch, in place; where it needs sums, ``‖c‖⋆`` and the factor of D(c) of each tensor, float64 [n].
+class Step:
+    """One step of a batch, in place.
 
     Args:
-        flags, numbers: what the plan means.
-        scale: the plan's, where its direction needs sums.
-        whole_group: all tensors are one vector of the norm.
-        batch: the tensors.
+        flags, numbers: the stages' parts of the step.
+        tables: the tensors.
         unscale: what gradients are multiplied by, for a GradScaler.
         found_inf: where it is not 0, nothing is written.
         seed: of stochastic rounding.
-        layouts: how the tensors lie, if the batch is what is here of tensors that are cut over ranks.
+        layouts: how the tensors are sharded, if they are local shards.
+
+    Attributes:
+        measured: after the step ``‖c‖⋆`` and the factor of D(c) of each tensor, float64 [n]; None if it needs no sums.
     """
-    if found_inf is not None and float(found_inf) != 0:
-        return None
-    chunks, kept = batch.chunks, batch.kept
-    factor = 1.0 if unscale is None else float(unscale)
-    ready: _Ready | None = kept.get("ready")
-    if ready is None or ready.numbers is not numbers or ready.unscale != factor:
-        ready = kept["ready"] = _Ready(flags, numbers, whole_group or bool(layouts), chunks, factor, kept)
-    rows, values, powers = ready.rows, ready.values, ready.powers
-    if flags.momentum == HEAVY and batch.new:
-        rows[batch.new, kernels.KEPT], rows[batch.new, kernels.NEW] = 0, 1
-        kept.pop("ready")  # the next step's weigh them all alike again
-    states, lost = (ready.none if x is None else x for x in (batch.states, batch.compensations))
-    tensors = batch.weights, batch.gradients, states, lost, chunks.tensor, chunks.start, chunks.count
-    n = len(chunks.sizes)
-    sums, partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 4))
-    duals, factors = np.empty(n), np.empty(n)
-    for block, place in ready.blocks:
 
-        def everywhere(kernel: kernels.Kernel, *more: object, block: Block = block) -> None:
-            def work(a: int, b: int) -> None:
-                kernel(*tensors, a, b, *more)
+    def __init__(
+        self,
+        flags: Flags,
+        numbers: Numbers,
+        tables: Tables,
+        *,
+        unscale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        seed: Tensor | int = 0,
+        layouts: Sequence[Layout] = (),
+    ) -> None:
+        self.flags, self.numbers, self.layouts, self.seed = flags, numbers, layouts, int(seed)
+        self.skipped = found_inf is not None and float(found_inf) != 0
+        self.measured: tuple[Tensor, Tensor] | None = None
+        chunks, cache = tables.chunks, tables.cache
+        factor = 1.0 if unscale is None else float(unscale)
+        ready: _Ready | None = cache.get("ready")
+        if ready is None or not ready.renew(flags, numbers, factor):
+            ready = cache["ready"] = _Ready(flags, numbers, bool(layouts), chunks, factor, cache)
+        self.ready, self.chunks = ready, chunks
+        if flags.momentum and numbers.first != numbers.take and tables.new:
+            ready.rows[tables.new, kernels.TAKE] = numbers.first
+            ready.numbers = None  # the next step has the same weight for all
+        states, lost = (ready.none if x is None else x for x in (tables.states, tables.compensations))
+        self.tensors = tables.weights, tables.gradients, states, lost, chunks.tensor, chunks.start, chunks.count
+        n = len(chunks.sizes)
+        self.sums, self.partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 4))
+        self.duals, self.factors = np.empty(n), np.empty(n)
+        self.spared = ready.spared
 
-            called(share_out, work, chunks, block.chunk, block.chunks, compiled=kernel)
+    def phases(self) -> list[Phase]:
+        """Return the phases: for unsharded tensors one, which goes block by block, so that a block stays cached."""
+        if self.skipped:
+            return []
+        if not self.layouts:
+            return [Phase(nothing, lambda _, __: self._run_blocks())]
+        flags, (block, place) = self.flags, self.ready.blocks[0]
+        last = Phase(nothing, lambda _, __: self._update(block, place))
+        norms = [Phase(lambda _: self._norms_of_shards(block, place), self._set_norms)] if flags.scaled else []
+        return ([Phase(lambda _: self._sums_of_shards(block), self._set_agr)] if flags.agr else []) + norms + [last]
 
-        where: Places = (chunks.first, chunks.ends, block.tensor, block.tensors)
-        if flags.agr:
-            everywhere(ready.agr, values[kernels.UNSCALE], sums)
-            if layouts:
-                called(totals.largest_of_each, sums, chunks.first, chunks.ends, here := np.empty((n, 2)))
-                sums, where = yield from _of_all_ranks(here, layouts)
-            sizes = np.array([lay.shape.numel() for lay in layouts]) if layouts else chunks.sizes
-            called(totals.regularizers, sums, sizes, *where, rows)
-        spared = ready.spared
-        if flags.scaled:
-            everywhere(ready.norms, rows, values, ready.exponent, partials, powers, place)
-            exponent, how = float(numbers.exponent), SCALES[scale]
-            if layouts:
-                here = np.empty((n, 4))
-                called(totals.merge_each, partials, chunks.first, chunks.ends, exponent, how == totals.MATCHED, here)
-                partials, where = yield from _of_all_ranks(here, layouts)
-            known = whole_group, exponent, how, ready.spared, rows, duals, factors
-            spared = called(totals.duals, partials, *where, *known)
-        update = ready.update if spared == ready.spared else ready.unspared
-        everywhere(update, rows, values, ready.exponent, ready.decay_exponent, int(seed), powers, place)
-    return (torch.from_numpy(duals), torch.from_numpy(factors)) if flags.scaled else None
+    def _run_blocks(self) -> None:
+        for block, place in self.ready.blocks:
+            where = self.chunks.first, self.chunks.ends, block.tensor, block.tensors
+            if self.flags.agr:
+                self._everywhere(block, self.ready.agr, self.ready.values[kernels.UNSCALE], self.sums)
+                self._regularize(self.sums, where)
+            if self.flags.scaled:
+                self._measure_norms(block, place)
+                self._combine_norms(self.partials, where)
+            self._update(block, place)
+
+    def _everywhere(self, block: Block, kernel: kernels.Kernel, *more: object) -> None:
+        """Run a kernel on the chunks of a block, shared out among threads."""
+
+        def work(a: int, b: int) -> None:
+            kernel(*self.tensors, a, b, *more)
+
+        called(share_out, work, self.chunks, block.chunk, block.chunks, compiled=kernel)
+
+    def _sums_of_shards(self, block: Block) -> Tensor:
+        self._everywhere(block, self.ready.agr, self.ready.values[kernels.UNSCALE], self.sums)
+        found, chunks = np.empty((len(self.duals), 2)), self.chunks
+        called(totals.largest_of_each, self.sums, chunks.first, chunks.ends, found)
+        return torch.from_numpy(found)
+
+    def _set_agr(self, _: Any, found: Tensor | None) -> None:
+        self._regularize(*_all_ranks(found))
+
+    def _regularize(self, sums: Array, where: Places) -> None:
+        sizes = np.array([lay.shape.numel() for lay in self.layouts]) if self.layouts else self.chunks.sizes
+        called(totals.regularizers, sums, sizes, *where, self.ready.rows)
+
+    def _measure_norms(self, block: Block, place: Array) -> None:
+        ready = self.ready
+        self._everywhere(
+            block, ready.norms, ready.rows, ready.values, ready.exponent, self.partials, ready.powers, place
+        )
+
+    def _norms_of_shards(self, block: Block, place: Array) -> Tensor:
+        self._measure_norms(block, place)
+        found, chunks, exponent = np.empty((len(self.duals), 4)), self.chunks, float(self.numbers.exponent)
+        called(totals.merge_each, self.partials, chunks.first, chunks.ends, exponent, self.flags.matched, found)
+        return torch.from_numpy(found)
+
+    def _set_norms(self, _: Any, found: Tensor | None) -> None:
+        self._combine_norms(*_all_ranks(found))
+
+    def _combine_norms(self, partials: Array, where: Places) -> None:
+        ready, flags = self.ready, self.flags
+        scale = totals.MATCHED if flags.matched else totals.DUAL if flags.dual else totals.UNIT
+        known = float(self.numbers.exponent), scale, ready.spared, ready.rows, self.duals, self.factors
+        self.spared = called(totals.duals, partials, *where, *known)
+        self.measured = torch.from_numpy(self.duals), torch.from_numpy(self.factors)
+
+    def _update(self, block: Block, place: Array) -> None:
+        ready = self.ready
+        kernel = ready.update if self.spared == ready.spared else ready.unspared
+        self._everywhere(
+            block,
+            kernel,
+            ready.rows,
+            ready.values,
+            ready.exponent,
+            ready.decay_exponent,
+            self.seed,
+            ready.powers,
+            place,
+        )
 
 
-def _of_all_ranks(here: Array, layouts: Sequence[Layout]) -> Walk[tuple[Array, Places]]:
-    """The sums of each tensor from all ranks, one below the other, and where they are."""
-    found = yield Partials(torch.from_numpy(here), layouts[0])
-    n, ranks = len(layouts), layouts[0].ranks
+def _all_ranks(found: Tensor | None) -> tuple[Array, Places]:
+    """Return the partial sums of all ranks, one row below the other, and where those of each tensor are."""
+    assert found is not None
+    n, ranks = found.shape[:2]
     first = np.arange(n) * ranks
     return found.reshape(n * ranks, -1).numpy(), (first, first + ranks, 0, n)
 
 
 class _Ready:
-    """All that follows from a plan's flags and numbers and from the chunks: made once, for as long as they stay."""
+    """What follows from flags, exponents and chunks, kept from step to step as long as they stay the same."""
 
     def __init__(
-        self, flags: Flags, numbers: Numbers, at_once: bool, chunks: Chunks, unscale: float, kept: dict[str, Any]
+        self, flags: Flags, numbers: Numbers, at_once: bool, chunks: Chunks, unscale: float, cache: dict[str, Any]
     ) -> None:
         n = len(chunks.sizes)
-        self.numbers, self.unscale = numbers, unscale
-        self.values = _values(numbers, unscale)
-        self.exponent, self.decay_exponent = (exponent_of(float(e)) for e in (numbers.exponent, numbers.decay_exponent))
+        self.flags, self.exponents = flags, _exponents(numbers)
+        self.exponent, self.decay_exponent = map(exponent_of, self.exponents)
         self.rows = np.zeros((n, COLUMNS), F)
-        self.rows[:, kernels.KEPT], self.rows[:, kernels.NEW], self.rows[:, kernels.WIDE] = (
-            numbers.mu,
-            numbers.new,
-            chunks.wide,
-        )
+        self.rows[:, kernels.WIDE] = chunks.wide | (not flags.decay_wide)
+        self.numbers: Numbers | None = None
+        self.unscale = unscale
+        self.renew(flags, numbers, unscale)
         self.none = np.zeros(n, np.int64)
         # Powers that have a way of their own are cheaper to take twice than to keep; those above 1 may overflow.
         general = flags.scaled and flags.mode == GENERAL and float(numbers.exponent) <= 1
         self.spared = general and not at_once and bool(chunks.sizes.max() <= ROOM)
         blocks = chunks.blocks(BLOCK) if self.spared else [Block(0, n, 0, len(chunks))]
         self.blocks = [(block, chunks.before[:-1] - chunks.before[block.chunk]) for block in blocks]
-        if self.spared and "powers" not in kept:
-            kept["powers"] = np.empty(max(chunks.before[b.chunks] - chunks.before[b.chunk] for b in blocks), F)
-        self.powers: Array = kept["powers"] if self.spared else np.empty(0, F)
-        early = flags.scaled and flags.momentum in (HEAVY, EMA) and not flags.nesterov and flags.state == torch.float32
+        if self.spared and "powers" not in cache:
+            cache["powers"] = np.empty(max(chunks.before[b.chunks] - chunks.before[b.chunk] for b in blocks), F)
+        self.powers: Array = cache["powers"] if self.spared else np.empty(0, F)
+        early = bool(flags.scaled and flags.momentum & SAME and flags.state == torch.float32)
         self.agr = kernels.agr_kernel(flags.gradient == torch.bfloat16)
-        undecayed = flags._replace(decay=NONE, decay_mode=LINEAR, decay_steep=False)
-        self.norms = kernels.norm_kernel(undecayed, early, self.spared)
-        self.update, self.unspared = (
-            kernels.update_kernel(flags._replace(matched=False), early, spared) for spared in (self.spared, False)
-        )
+        undecayed = flags._replace(decay=False, shrinks=False, decay_mode=LINEAR, decay_steep=False)
+        self.norms = kernels.norm_kernel(undecayed._replace(dual=False), early, self.spared)
+        one = flags._replace(matched=False, dual=False, decay_wide=True)  # other values change nothing in this kernel
+        self.update, self.unspared = (kernels.update_kernel(one, early, spared) for spared in (self.spared, False))
+
+    def renew(self, flags: Flags, numbers: Numbers, unscale: float) -> bool:
+        """Take other numbers; return whether that suffices for these flags."""
+        if flags != self.flags or self.exponents != _exponents(numbers):
+            return False
+        if self.numbers is not numbers or self.unscale != unscale:
+            self.numbers, self.unscale, self.values = numbers, unscale, _values(numbers, unscale)
+            self.rows[:, kernels.TAKE] = numbers.take
+        return True
+
+
+def _exponents(numbers: Numbers) -> tuple[float, float]:
+    return float(numbers.exponent), float(numbers.decay_exponent)
 
 
 def _values(numbers: Numbers, unscale: float) -> Array:
-    """The numbers that all tensors share, in float32."""
+    """Return the table of the numbers that all tensors share, in float32."""
     n = Numbers(*map(float, numbers))
-    return np.array([unscale, n.reach, n.mu, n.beta2, 1 - n.beta2, n.coupled, n.shrink, n.pull, n.eps], dtype=F)
+    shared = unscale, n.reach, n.keep, n.from_old, n.from_gradient, n.from_new, n.coupled, n.shrink, n.pull, n.eps
+    return np.array(shared, dtype=F)
 
 
 def exponent_of(e: float) -> kernels.Exponent:
-    """An exponent as the kernels take it."""
+    """Return an exponent in the form that the kernels take."""
     mantissa, place = math.frexp(e)
     high = math.ldexp(round(mantissa * 4096), place - 12)
     with np.errstate(over="ignore"):

@@ -7,6 +7,7 @@ tensor at every step (`Memory`), in a few passes that run in C; only what has ch
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import MutableMapping
 from operator import eq, is_
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -15,22 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normopt._checks import is_low_precision
-from normopt.kernels.flags import Flags, Numbers, flags_of, numbers_of
+from normopt.kernels.flags import NEAREST, STOCHASTIC, Flags, Numbers
 from normopt.kernels.support import DTYPES
-from normopt.kernels.tables import Array, Batch, Chunks
+from normopt.kernels.tables import Array, Chunks, Phase, Tables, nothing
 from normopt.norms.scales import NormPair
-from normopt.sharding.exchange import Walk
-from normopt.sharding.layout import Layout, gradient_of, layout_of, local, spread
-from normopt.state import BUFFER, COMPENSATION, check_like, check_writable, state_dtype
+from normopt.params import check_like, check_writable, dtype_of
+from normopt.sharding.layout import gradient_of, layout_of, local, spread
+from normopt.stages.base import Batch, Slot
 
 if TYPE_CHECKING:
-    from normopt.plan import Plan
+    from normopt.recipe import Recipe
 
-State = MutableMapping[Tensor, dict[str, Any]]
-Group = dict[str, Any]
-
-_dtype, _grad = cast(Any, Tensor.dtype).__get__, cast(Any, Tensor.grad).__get__
+State = MutableMapping[Tensor, Any]
 
 
 class Memory(NamedTuple):
@@ -56,7 +53,7 @@ def memory_of(xs: list[Tensor]) -> Memory:
         list(map(type, xs)),
         list(map(Tensor.is_contiguous, xs)),
         list(map(Tensor.is_neg, xs)),
-        list(map(_dtype, xs)),
+        list(map(dtype_of, xs)),
         list(map(cast(Any, Tensor.storage_offset), xs)),
         list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, xs))),
     )
@@ -145,69 +142,88 @@ class Stepper:
 
     def __init__(self) -> None:
         self._weights, self._gradients = Operand("parameter"), Operand("gradient")
-        self._momenta, self._lost = Operand(BUFFER), Operand(COMPENSATION)
-        self._plan: Plan | None = None  # of which these are the flags and the numbers
-        self._flags: Flags | None = None
-        self._numbers: Numbers | None = None
-        self.layouts: list[Layout] = []  # of parameters that are sharded
+        self._states: dict[Slot, Operand] = {}
+        self._params: list[Tensor] = []
+        self._made_for: object = None  # the recipe, its version and the dtypes of these
+        self._flags = self._numbers = cast(Any, None)
+        self.layouts: list[Any] = []  # of sharded parameters
         self._shapes: list[torch.Size] = []
         self._chunks = Chunks([])
-        self._kept: dict[str, Any] = {}
-        self.overlaps = False  # what is written lies in part in the same memory
+        self._cache: dict[str, Any] = {}
+        self.overlaps = False  # some of what is written shares memory
         # Where it begins and ends, in order, and after all beginnings one that is nowhere.
         self._written = np.empty(0, np.int64), np.empty(0, np.int64)
 
-    def look(self, plan: Plan, params: list[Tensor], state: State, gradients: list[Tensor] | None = None) -> bool:
+    def look(self, recipe: Recipe, params: list[Tensor], state: State) -> None:
         """Check all memory that the kernels will read or write. Nothing is written.
 
         Args:
-            plan: a plan whose backend is "fused".
+            recipe: a recipe whose backend is "fused".
             params: the parameters, which have dense gradients.
             state: the optimizer's.
-            gradients: theirs, if the parameters are those of the last step and no DTensors; the look is then given up
-                as soon as more than addresses has changed of them.
-
-        Returns:
-            False if it was given up.
 
         Raises:
             RuntimeError: a tensor has no memory, or not the shape or the device of its parameter.
         """
-        again = gradients is not None
-        weights = params if again else [local(p) for p in params]
-        gradients = gradients or [gradient_of(p) for p in params]
-        if not (self._weights.look(weights, again) and self._gradients.look(gradients, again)):
-            if again:
-                return False
-            self.layouts = [lay for p in params if (lay := layout_of(p)) is not None]
-            self._gradients.look(gradients)
-            check_like("gradient", zip(gradients, weights, strict=True))
-            # What no kernel reads, or not together with the others, is cast as the other backends cast it.
-            dtypes = set(self._gradients.memory.dtype)
-            if any(g.is_complex() for g in gradients):
-                raise RuntimeError("a gradient is complex, but its parameter is real: take its real part")
-            if len(dtypes) > 1 or not dtypes <= {*DTYPES[weights[0].device.type]}:
-                self._gradients.look([g.float() for g in gradients])
-        for operand in self._states_of(plan, weights):
-            stored = self._stored(operand, params, state, again)
-            tensors = [x for x in stored if x is not None]
-            if not operand.look(tensors) or not again:
-                like = (w for w, x in zip(weights, stored, strict=True) if x is not None)
-                check_like(operand.name, zip(tensors, like, strict=True))
-        shared = self._shared(self._states_of(plan, weights))
-        if again and (self.overlaps or len(shared)):
-            return False
-        if len(shared):  # gradients are what they were before anything was written
+        self._params = list(params)
+        weights, gradients = [local(p) for p in params], [gradient_of(p) for p in params]
+        self.layouts = [lay for p in params if (lay := layout_of(p)) is not None]
+        self._weights.look(weights)
+        self._gradients.look(gradients)
+        check_like("gradient", gradients, weights)
+        # What no kernel reads, or not together with the others, is cast as the other backends cast it.
+        dtypes = set(self._gradients.memory.dtype)
+        if any(g.is_complex() for g in gradients):
+            raise RuntimeError("a gradient is complex, but its parameter is real: take its real part")
+        if len(dtypes) > 1 or not dtypes <= {*DTYPES[weights[0].device.type]}:
+            self._gradients.look([g.float() for g in gradients])
+        self._look_at_states(recipe, state, weights)
+        if len(shared := self._shared()):  # gradients are what they were before anything was written
             known = self._gradients.tensors
             self._gradients.look([g.clone() if i in shared else g for i, g in enumerate(known)])
+
+    def look_again(self, recipe: Recipe, params: list[Tensor], state: State, gradients: list[Tensor]) -> bool:
+        """Do what `look` does where nothing but addresses has changed since the last step; return whether that is so.
+
+        Args:
+            recipe, params, state: as in `look`.
+            gradients: those of the parameters.
+        """
+        known = self._params
+        if self.overlaps or self.layouts or len(known) != len(params) or not all(map(is_, known, params)):
+            return False
+        try:
+            return (
+                self._weights.look(params, as_before=True)
+                and self._gradients.look(gradients, as_before=True)
+                and self._look_at_states(recipe, state, params, as_before=True)
+                and not self._shared()
+                and not self.overlaps
+            )
+        except RuntimeError:  # which `look` raises
+            return False
+
+    def _look_at_states(self, recipe: Recipe, state: State, weights: list[Tensor], as_before: bool = False) -> bool:
+        params = self._params
+        slots = [slot for slot in recipe.slots if slot.exists(params[0])]
+        self._states = {slot: self._states.get(slot) or Operand(slot.name) for slot in slots}
+        # A state that belongs to these parameters alone, in their order: no need to hash them.
+        in_order = as_before and len(state) == len(params) and all(map(is_, state, params))
+        for slot, operand in self._states.items():
+            own = state.values() if in_order else (state.get(p, {}) for p in params)
+            stored = [x.get(slot.name) for x in own]
+            tensors = [x if as_before else local(x) for x in stored if x is not None]
+            if operand.look(tensors) and as_before:
+                continue
+            check_like(slot.name, tensors, [w for w, x in zip(weights, stored, strict=True) if x is not None])
         return True
 
-    def _shared(self, states: list[Operand]) -> list[int]:
-        """Find out whether what is written overlaps, and which gradients lie where something is written.
+    def _shared(self) -> list[int]:
+        """Find out whether what is written overlaps, and return which gradients share memory with it.
 
         One that is its weight, entry by entry, is not among them.
         """
-        written, gradients = [self._weights, *states], self._gradients
+        written, gradients = [self._weights, *self._states.values()], self._gradients
         if not any(operand.has_moved for operand in (*written, gradients)):
             return []
         if any(operand.has_moved for operand in written):
@@ -229,132 +245,108 @@ class Stepper:
         gradients.has_moved = bool(shared)  # look again at the next step
         return shared
 
-    def step(
-        self, plan: Plan, params: list[Tensor], state: State, unscale: Tensor | None, found_inf: Tensor | None
-    ) -> Walk[NormPair | None]:
-        """Run the kernels on the tensors that `look` has just checked.
-
-        Args:
-            plan, params, state: as in `look`; what is missing in the state is made.
-            unscale: what their gradients are multiplied by, for a GradScaler.
-            found_inf: where it is not 0, nothing is written.
-
-        Returns:
-            ``‖u‖`` and ``‖c‖⋆`` of each tensor, where the step needs them.
-        """
-        states = self._states_of(plan, self._weights.tensors)
+    def phases(self, batch: FusedBatch) -> list[Phase]:
+        """Make the missing state, and return the phases of a step on the tensors that `look` has just checked."""
+        recipe = batch.recipe
         new: list[int] = []
-        for operand in states:
-            new = self._complete(operand, plan, params, state) or new
+        for slot, operand in self._states.items():
+            new = self._complete(slot, operand, batch.state) or new
         if self._shapes != (shapes := self._weights.shapes):
-            self._shapes, self._chunks, self._kept = shapes, Chunks(shapes), {}
+            self._shapes, self._chunks, self._cache = shapes, Chunks(shapes), {}
         if not len(self._chunks) and not self.layouts:
-            return None
-        operands = [self._weights, self._gradients, *states]
+            return []
+        operands = [self._weights, self._gradients, *self._states.values()]
         flat = [operand.flat() for operand in operands]
         device = flat[0][0].device
-        if device.type == "cuda":
-            from normopt.kernels.triton import run
-        else:
-            from normopt.kernels.cpu import run
-        momentum = self._momenta if self._momenta in states else self._weights
-        dtypes = flat[0][0].dtype, flat[1][0].dtype, momentum.memory.dtype[0]
-        if self._plan is not plan or self._flags is None or self._flags[-3:] != dtypes or plan.has_tensors:
-            self._plan, self._flags, self._numbers = plan, flags_of(plan, *dtypes), numbers_of(plan)
-        measured = yield from run(
+        kernels: Any = importlib.import_module(f"normopt.kernels.{'triton' if device.type == 'cuda' else 'cpu'}")
+        by_name = {slot.name: operand for slot, operand in self._states.items()}
+        momenta, lost = by_name.get("momentum_buffer"), by_name.get("kahan_compensation")
+        dtypes = flat[0][0].dtype, flat[1][0].dtype, (momenta or self._weights).memory.dtype[0]
+        made_for = recipe, recipe.version, dtypes
+        if self._made_for != made_for or recipe.has_tensors:
+            flags, self._numbers = cast(tuple[dict[str, Any], Numbers], recipe.lower())
+            weight, gradient, state = dtypes
+            self._made_for, self._flags = made_for, Flags(**flags, weight=weight, gradient=gradient, state=state)
+            if dtypes[0] not in (torch.bfloat16, torch.float16):
+                self._flags = self._flags._replace(rounding=NEAREST)
+        tables = Tables(
+            self._chunks,
+            device,
+            self._weights.table,
+            self._gradients.table,
+            None if momenta is None else momenta.table,
+            None if lost is None else lost.table,
+            new,
+            self._cache,
+        )
+        scale, found_inf = batch.grad_scale, batch.found_inf
+        step = kernels.Step(
             self._flags,
-            cast(Numbers, self._numbers),
-            plan.scale,
-            plan.scope == "group",
-            Batch(
-                self._chunks,
-                device,
-                self._weights.table,
-                self._gradients.table,
-                self._momenta.table if self._momenta in states else None,
-                self._lost.table if self._lost in states else None,
-                new,
-                self._kept,
-            ),
-            unscale=unscale if unscale is None else unscale.to(device, non_blocking=True),
-            found_inf=found_inf if found_inf is None else found_inf.to(device, non_blocking=True),
-            seed=_seed(device) if plan.rounding == "stochastic" else 0,
+            self._numbers,
+            tables,
+            unscale=None if scale is None else (1 / scale).to(device, non_blocking=True),
+            found_inf=None if found_inf is None else found_inf.to(device, non_blocking=True),
+            seed=_seed(device) if self._flags.rounding == STOCHASTIC else 0,
             layouts=self.layouts,
         )
-        for operand, written in zip(operands, flat, strict=True):
-            if operand is not self._gradients:
-                if written is not operand.tensors:
-                    torch._foreach_copy_(operand.tensors, written)
-                # The kernels wrote behind autograd's back: a graph that still needs the old values must not use these.
-                torch.autograd.graph.increment_version(operand.tensors)
-            operand.tensors = []  # theirs to free
-        if measured is None:
-            return None
-        dual, factor = measured
-        return NormPair(torch.where(dual > 0, factor, dual), dual)
 
-    def _states_of(self, plan: Plan, weights: list[Tensor]) -> list[Operand]:
-        """The operands that a plan keeps state in."""
-        kahan = plan.rounding == "kahan" and is_low_precision(weights[0])
-        return [x for x, is_kept in ((self._momenta, plan.momentum != 0), (self._lost, kahan)) if is_kept]
+        def finish(batch: FusedBatch, _: Tensor | None) -> None:
+            for operand, written in zip(operands, flat, strict=True):
+                if operand is not self._gradients:
+                    if written is not operand.tensors:
+                        torch._foreach_copy_(operand.tensors, written)
+                    # The kernels wrote unseen by autograd: a graph that still needs the old values must not use these.
+                    torch.autograd.graph.increment_version(operand.tensors)
+                operand.tensors = []  # may be freed
+            if step.measured is not None:
+                dual, factor = step.measured
+                batch.pair = NormPair(torch.where(dual > 0, factor, dual), dual)
 
-    def _stored(self, operand: Operand, params: list[Tensor], state: State, again: bool) -> list[Tensor | None]:
-        """The local state of each parameter, None where there is none yet."""
-        # A state that belongs to these parameters alone, in their order: no need to hash them.
-        if again and len(state) == len(params) and all(map(is_, state, params)):
-            return [own.get(operand.name) for own in state.values()]
-        stored = [state.get(p, {}).get(operand.name) for p in params]
-        return [x if x is None else local(x) for x in stored]
+        return [*step.phases(), Phase(nothing, finish)]
 
-    def _complete(self, operand: Operand, plan: Plan, params: list[Tensor], state: State) -> list[int]:
-        """Make the state that is missing, or was made for another dtype; the places where a momentum is new."""
-        memory = operand.memory
-        dtype = state_dtype(plan.state_dtype, params[0]) if operand is self._momenta else params[0].dtype
+    def _complete(self, slot: Slot, operand: Operand, state: State) -> list[int]:
+        """Make the state that is missing, or has another dtype than it should; return the indices of the new."""
+        memory, params = operand.memory, self._params
+        dtype = slot.dtype_of(params[0])
         if len(memory.dtype) == memory.dtype.count(dtype) == len(params):
             return []
         tensors, new = [], []
         for i, p in enumerate(params):
-            x = state[p].get(operand.name)
+            x = state[p].get(slot.name)
             if x is None:
                 zeros = torch.zeros_like(local(p), dtype=dtype, memory_format=torch.contiguous_format)
-                state[p][operand.name] = x = spread(zeros, p)
+                state[p][slot.name] = x = spread(zeros, p)
                 new.append(i)
             elif x.dtype != dtype:  # the parameter's has changed since
-                state[p][operand.name] = x = x.to(dtype)
+                state[p][slot.name] = x = x.to(dtype)
             tensors.append(local(x))
         operand.look(tensors)
-        return new if operand is self._momenta else []
+        return new if slot.name == "momentum_buffer" else []
+
+
+class FusedBatch(Batch):
+    """Tensors that fused kernels step, in the phases that other batches have of their stages."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        params: list[Tensor],
+        state: State,
+        stepper: Stepper,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        super().__init__(recipe, params, state)
+        self.stepper, self.layouts, self.grad_scale, self.found_inf = stepper, stepper.layouts, grad_scale, found_inf
+
+    def load(self) -> None:
+        self.phases = self.stepper.phases(self)
+
+    def release(self) -> None:
+        self.phases = []
 
 
 def _seed(device: torch.device) -> Tensor | int:
-    """A seed from the device's generator; a tensor on CUDA, where a captured graph draws a new one at every replay."""
+    """Draw a seed from the device's generator; a tensor on CUDA, where a captured graph draws a new one per replay."""
     drawn = torch.randint(2**31, (1,), device=device)
     return drawn if device.type == "cuda" else int(drawn)
-
-
-class Remembered:
-    """The plan of a group's last step and what it was stepped by, where all of its tensors are one batch."""
-
-    def __init__(self, group: Group, plan: Plan, stepper: Stepper, names: list[str]) -> None:
-        self.plan, self.stepper = plan, stepper
-        self._names = names
-        self._settings = self._settings_of(group)
-        self._params = list(group["params"])
-
-    def holds(self, group: Group, state: State) -> bool:
-        """Return whether the plan is still valid: the settings are equal, and of the tensors only addresses differ."""
-        params = group["params"]
-        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
-            return False
-        for old, value in zip(self._settings, self._settings_of(group), strict=True):
-            if value is not old and (type(value) is not type(old) or isinstance(value, Tensor) or value != old):
-                return False
-        try:
-            gradients = list(map(_grad, params))
-            return self.stepper.look(self.plan, params, state, gradients)
-        # A gradient is None or sparse, a state is no dict, or something is wrong, which the long way says.
-        except (TypeError, AttributeError, RuntimeError):
-            return False
-
-    def _settings_of(self, group: Group) -> list[Any]:
-        return [group.get(name) for name in self._names]

@@ -1,4 +1,4 @@
-"""The fused step's kernels on CPUs, compiled by Numba: AGR's sums, the norms' sums, and the walk of every entry.
+"""The fused step's kernels on CPUs, compiled by Numba: AGR's sums, the norms' sums, and the update of every entry.
 
 A kernel is made for one set of `Flags`, which are constants to its compiler; it walks the chunks ``begin`` to ``end``
 of its tables and releases the interpreter's lock, so that threads of Python can share the chunks out. Sums are kept
@@ -26,13 +26,11 @@ from numba.extending import intrinsic, overload
 from normopt.kernels.compiling import can_cache
 from normopt.kernels.flags import (
     ABOVE,
-    DECOUPLED,
-    HEAVY,
+    GRADIENT,
     KAHAN,
     LINEAR,
-    LION,
-    LP,
-    NONE,
+    NEW,
+    OLD,
     SIGN,
     SQRT,
     SQUARE,
@@ -43,12 +41,11 @@ from normopt.kernels.tables import CHUNK
 
 Kernel = Callable[..., None]
 
-# Columns of the table of what is a tensor's own: AGR's four, what |c| is multiplied by and its power too, powers of two
-# for both where float32 does not have the number, the weights of the old momentum and of the gradient, and whether ℓp
-# decay acts on it.
-AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, SHIFT, LIFT, KEPT, NEW, WIDE = range(11)
+# Columns of the table of tensors: AGR's four, what |c| is multiplied by and its power too, powers of two for both where
+# float32 does not have the number, the gradient's weight in the momentum, and whether the decay's factor acts on it.
+AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, SHIFT, LIFT, TAKE, WIDE = range(10)
 # Places in the table of the numbers that all tensors share.
-UNSCALE, REACH, MU, BETA2, BETA2_NEW, COUPLED, SHRINK, PULL, EPS = range(9)
+UNSCALE, REACH, KEEP, FROM_OLD, FROM_GRADIENT, FROM_NEW, COUPLED, SHRINK, PULL, EPS = range(10)
 
 
 class Exponent(NamedTuple):
@@ -218,7 +215,7 @@ def signed(a, c):
 
 @njit(**INLINE)
 def gradient_of(g, w, maximize, unscale, agr, scale, top, rest, inverse, coupled, decay):
-    """The gradient on its way to the momentum: unscaled, negated, regularized, with the coupled decay."""
+    """Return the gradient after the stages before the momentum: unscaled, negated, regularized, with coupled decay."""
     x = F(load(g) * unscale)
     if maximize:
         x = -x
@@ -232,16 +229,19 @@ def gradient_of(g, w, maximize, unscale, agr, scale, top, rest, inverse, coupled
 
 
 @njit(**INLINE)
-def moved(m, x, rule, nesterov, mu, kept, new, beta2, beta2_new):
-    """(c, the new m). ``kept`` and ``new`` weigh m and x: μ and 1−τ or 1−μ; 0 and 1 at a heavy ball's first step."""
-    if rule == NONE:
+def moved(m, x, rule, keep, take, from_old, from_gradient, from_new):
+    """(c, the new m) of a momentum rule with these bits and coefficients."""
+    if rule == 0:
         return x, m
-    if rule == LION:
-        return F(mu * m + new * x), F(beta2 * m + beta2_new * x)
-    after = F(kept * m + new * x)
-    if nesterov:
-        return F((x if rule == HEAVY else new * x) + mu * after), after
-    return after, after
+    after = F(keep * m + take * x)
+    c = ZERO
+    if rule & OLD:
+        c = F(from_old * m)
+    if rule & GRADIENT:
+        c = F(c + from_gradient * x)
+    if rule & NEW:
+        c = F(c + from_new * after)
+    return c, after
 
 
 @njit(**INLINE)
@@ -304,15 +304,15 @@ def summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, again
     ``flags`` are those of `norm_kernel`, ``near`` is M and ``relative`` 1/M. If ``again`` it has been here before, and
     no special case is left out.
     """
-    mode, matched, rule, nesterov, maximize, agr, coupled, kahan, early, spared = flags
-    unscale, mu, beta2, beta2_new = numbers[UNSCALE], numbers[MU], numbers[BETA2], numbers[BETA2_NEW]
-    decay = numbers[COUPLED]
+    mode, matched, rule, maximize, agr, coupled, kahan, early, spared = flags
+    unscale, keep, decay = numbers[UNSCALE], numbers[KEEP], numbers[COUPLED]
+    from_old, from_gradient, from_new = numbers[FROM_OLD], numbers[FROM_GRADIENT], numbers[FROM_NEW]
     scale, agr_top, agr_others, inverse = row[AGR_SCALE], row[AGR_TOP], row[AGR_OTHERS], row[AGR_INVERSE]
-    kept, new = row[KEPT], row[NEW]
+    take = row[TAKE]
     relative_power = power(relative, mode, exponent)
     largest, least, sum_q, sum_2, sum_d = J(0), NO_BITS, ZERO, ZERO, ZERO
     for i in range(n):
-        m0 = load(m[i]) if rule != NONE else ZERO
+        m0 = load(m[i]) if rule != 0 else ZERO
         if early and again:
             c = m0  # since the first time
         else:
@@ -320,7 +320,7 @@ def summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, again
             if kahan and coupled:
                 old = F(old + load(k[i]))
             x = gradient_of(g[i], old, maximize, unscale, agr, scale, agr_top, agr_others, inverse, coupled, decay)
-            c = moved(m0, x, rule, nesterov, mu, kept, new, beta2, beta2_new)[0]
+            c = moved(m0, x, rule, keep, take, from_old, from_gradient, from_new)[0]
         if early and not again:
             m[i] = c
         a = abs(c)
@@ -353,7 +353,7 @@ def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
     matched, kahan = f.matched, f.rounding == KAHAN
-    flags = f.mode, matched, f.momentum, f.nesterov, f.maximize, f.agr, f.coupled, kahan, early, spared
+    flags = f.mode, matched, f.momentum, f.maximize, f.agr, f.coupled, kahan, early, spared
 
     @njit(**SUMS)
     def sums(
@@ -392,7 +392,7 @@ def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
             powered = powers[place[j] : place[j] + n] if spared else powers
             # By a guess of the size, or unscaled where the powers are kept. Where a sum or an entry shows that this was
             # wrong, once more with the largest entry's.
-            near, relative = (ONE, ONE) if spared else guessed(abs(load(g[0]) * numbers[UNSCALE] * row[NEW]))
+            near, relative = (ONE, ONE) if spared else guessed(abs(load(g[0]) * numbers[UNSCALE] * row[TAKE]))
             largest, least, sum_q, sum_2, sum_d = summed(
                 n, w, g, m, k, row, numbers, exponent, powered, near, relative, False, flags
             )
@@ -425,9 +425,9 @@ def update_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
     If ``early`` c is the momentum; if ``spared`` its power is at hand.
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
-    mode, smoothed, scaled, rule, nesterov = f.mode, f.smoothed, f.scaled, f.momentum, f.nesterov
+    mode, smoothed, scaled, rule = f.mode, f.smoothed, f.scaled, f.momentum
     maximize, agr, coupled = f.maximize, f.agr, f.coupled
-    decoupled, lp, decay_mode, steep = f.decay == DECOUPLED, f.decay == LP, f.decay_mode, f.decay_steep
+    shrinks, decays, decay_mode, steep = f.shrinks, f.decay, f.decay_mode, f.decay_steep
     stochastic, kahan = f.rounding == STOCHASTIC, f.rounding == KAHAN
     chunk = CHUNK  # with it in its closure, a kernel that was compiled for another size is not taken from the cache
 
@@ -450,14 +450,14 @@ def update_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
         powers,
         place,
     ):
-        unscale, mu, beta2, beta2_new = numbers[UNSCALE], numbers[MU], numbers[BETA2], numbers[BETA2_NEW]
-        decay, eps = numbers[COUPLED], numbers[EPS]
+        unscale, keep, decay, eps = numbers[UNSCALE], numbers[KEEP], numbers[COUPLED], numbers[EPS]
+        from_old, from_gradient, from_new = numbers[FROM_OLD], numbers[FROM_GRADIENT], numbers[FROM_NEW]
         reach, shrink, pull = numbers[REACH], numbers[SHRINK], numbers[PULL]
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
             scale, agr_top = rows[t, AGR_SCALE], rows[t, AGR_TOP]
             agr_others, inverse = rows[t, AGR_OTHERS], rows[t, AGR_INVERSE]
-            kept, new, size, factor = rows[t, KEPT], rows[t, NEW], rows[t, SIZE], rows[t, FACTOR]
+            take, size, factor = rows[t, TAKE], rows[t, SIZE], rows[t, FACTOR]
             shift, lift = rows[t, SHIFT], rows[t, LIFT]
             pulled = pull if rows[t, WIDE] != ZERO else ZERO
             if weight16:
@@ -486,8 +486,8 @@ def update_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
                     x = gradient_of(
                         g[i], old, maximize, unscale, agr, scale, agr_top, agr_others, inverse, coupled, decay
                     )
-                    m0 = load(m[i]) if rule != NONE else ZERO
-                    c, m1 = moved(m0, x, rule, nesterov, mu, kept, new, beta2, beta2_new)
+                    m0 = load(m[i]) if rule != 0 else ZERO
+                    c, m1 = moved(m0, x, rule, keep, take, from_old, from_gradient, from_new)
                 if spared:
                     u = F(powered[i] * factor)
                 elif smoothed:
@@ -498,10 +498,10 @@ def update_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
                     u = F(u * lift)
                 else:
                     u = signed(power(abs(c), mode, exponent), c)
-                after = F((shrink * old if decoupled else old) - reach * u)
-                if lp:
+                after = F((shrink * old if shrinks else old) - reach * u)
+                if decays:
                     after = F(after * shrunk(abs(old), decay_mode, steep, pulled, decay_exponent))
-                if rule != NONE and not early:
+                if rule != 0 and not early:
                     if state16:
                         m[i] = bfloat16(m1)
                     else:

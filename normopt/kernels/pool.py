@@ -1,7 +1,7 @@
 """Threads for kernels that release the interpreter's lock. torch's own pool is left alone, and so are its settings.
 
 Numba's pools are not used: one kind dies when two threads enter it at once, another in a process that was forked.
-These are plain threads of Python, made anew in a forked process, and any number of steps may share them.
+These are plain threads of Python. A forked process makes its own, and any number of steps may share them.
 """
 
 from __future__ import annotations

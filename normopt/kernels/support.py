@@ -1,4 +1,4 @@
-"""Whether a param group's step can be fused, and if not, why not. Imports no kernel."""
+"""Find out whether the tensors of a param group can be stepped by fused kernels. Imports no kernel."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from normopt._checks import equals
-from normopt.norms.base import Norm, Scale
-from normopt.norms.lp import Lp
-from normopt.sharding.layout import any_dtensor, is_dtensor
+from normopt.sharding.layout import is_dtensor
 
 # What the kernels of a kind of device are compiled by, the extra that brings it, and the dtypes that they take.
 COMPILERS = {"cpu": ("numba", 'the extra "cpu"'), "cuda": ("triton", "PyTorch's CUDA wheels")}
@@ -24,14 +21,14 @@ DTYPES = {
 }
 
 
-def why_not(
-    norm: Norm, scale: Scale, scope: str, differentiable: bool, state_dtype: str | None, params: Sequence[Tensor]
-) -> str | None:
-    """What stands in the way of a fused step, as the end of a sentence; None if nothing does."""
-    if not isinstance(norm, Lp):
-        return f"{norm!r} does not work entry by entry"
-    if equals(norm.p, 1):
-        return "at p = 1 a single entry of each tensor moves"
+def why_not(differentiable: bool, state_dtype: str | None, params: Sequence[Tensor]) -> str | None:
+    """Return what prevents a fused step of stages that all have a kernel, as the end of a sentence; None if nothing.
+
+    Args:
+        differentiable: whether autograd is to record the step.
+        state_dtype: the momentum's dtype by name.
+        params: the parameters.
+    """
     if differentiable:
         return "a kernel has no derivative"
     if torch.compiler.is_compiling():
@@ -45,16 +42,12 @@ def why_not(
             return f"{compiler} is not installed, which {source} brings"
         if compiler == "numba" and _jit_is_disabled():
             return "NUMBA_DISABLE_JIT is set"
-    if scope == "group" and any_dtensor(params):
-        return 'scope="group" spans several ranks'
     if any(type(p) not in (Tensor, torch.nn.Parameter) and not is_dtensor(p) for p in params):
         return "some parameters are tensors of a class of their own"
     for dtype, kind in {(p.dtype, p.device.type) for p in params}:
         if dtype not in DTYPES[kind] or (state_dtype or "float32") not in _names(DTYPES[kind]):
             offered = ", ".join(_names(DTYPES[kind]))
             return f"on {kind} it takes weights and momentum in {offered}, but some are {state_dtype or _name(dtype)}"
-    if scope == "group" and len({(p.dtype, p.device) for p in params}) > 1:
-        return 'scope="group" spans several dtypes or devices'
     return None
 
 

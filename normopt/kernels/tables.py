@@ -1,8 +1,8 @@
-"""Where the tensors of a group lie: their addresses, and the chunks that they are cut into, as tables for a kernel."""
+"""Tables for kernels: the addresses of a group's tensors, and the chunks into which they are split."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -15,8 +15,23 @@ Array = np.ndarray
 CHUNK = 4096  # entries: 16 KB of float32, so that what a chunk reads twice it finds in the nearest cache
 
 
+class Phase(NamedTuple):
+    """A phase of a fused step, with the methods of a `Stage`; ``measure`` returns None if no rank has to be asked."""
+
+    measure: Callable[[Any], torch.Tensor | None]
+    apply: Callable[[Any, torch.Tensor | None], None]
+
+    def reduce(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the partial sums of all ranks, shape [n, k, w]: kernels combine them."""
+        return torch.stack(list(pieces))
+
+
+def nothing(batch: Any) -> None:
+    """Measure nothing."""
+
+
 class Block(NamedTuple):
-    """A range of tensors, and that of their chunks."""
+    """A range of tensors, and the range of their chunks."""
 
     tensor: int
     tensors: int
@@ -25,7 +40,7 @@ class Block(NamedTuple):
 
 
 class Chunks:
-    """Tensors of given sizes, none of them empty, cut into chunks.
+    """The chunks of tensors of given shapes, none of them empty.
 
     Attributes:
         sizes: the number of entries of each tensor, shape [n].
@@ -47,7 +62,7 @@ class Chunks:
         self.before = np.concatenate(([0], np.cumsum(self.count)))
 
     def blocks(self, entries: int) -> list[Block]:
-        """Consecutive tensors of together at most so many entries, or single larger ones."""
+        """Return blocks of consecutive tensors of at most so many entries together, or of single larger ones."""
         ends = np.cumsum(self.sizes)
         found, t = [], 0
         while t < len(self.sizes):
@@ -62,24 +77,24 @@ class Chunks:
         return len(self.tensor)
 
     def shared(self, parts: int, begin: int, end: int) -> list[tuple[int, int]]:
-        """The chunks ``begin`` to ``end`` in ranges, at most so many, of about the same number of entries."""
+        """Split the chunks ``begin`` to ``end`` into at most so many ranges of about the same number of entries."""
         goals = np.linspace(self.before[begin], self.before[end], parts + 1)
         ends = np.searchsorted(self.before, goals).clip(begin, end).tolist()
         return [(a, b) for a, b in pairwise(ends) if a < b]
 
 
 @dataclass
-class Batch:
-    """Where n tensors of one group, one device and one dtype each lie, none of them empty and all contiguous.
+class Tables:
+    """The addresses of n tensors of one group, one device and one dtype each, none of them empty and all contiguous.
 
     Attributes:
-        chunks: how they are cut up.
+        chunks: the chunks into which they are split.
         device: where they are.
         weights, gradients: the addresses of their memory, shape [n], int64.
         states: those of the momentum, None without one.
         compensations: those of what Kahan's rounding keeps, None without it.
-        new: the places of momenta that were made in this step, and are zero: a heavy ball's is then the gradient.
-        kept: what a backend keeps from step to step, such as tables on its device.
+        new: the indices of momenta that were made in this step, and are zero.
+        cache: what a backend keeps from step to step, such as tables on its device.
     """
 
     chunks: Chunks
@@ -89,4 +104,4 @@ class Batch:
     states: Array | None
     compensations: Array | None
     new: list[int]
-    kept: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)

@@ -62,19 +62,15 @@ def largest_of_each(partials, first, ends, found):
 
 
 @njit(**OPTIONS)
-def duals(partials, first, ends, begin, end, whole_group, exponent, scale, spared, rows, norms, factors):
+def duals(partials, first, ends, begin, end, exponent, scale, spared, rows, norms, factors):
     """The dual norm of the tensors ``begin`` to ``end``, by what their D(c) is multiplied, and both in ``rows``.
 
-    ``partials`` has each chunk's M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent). If
-    ``whole_group`` all of them are one vector. Returns whether the powers at hand, if ``spared``, serve all of them:
-    they are those of |c|, not of |c|/‖c‖⋆, and of a norm that is no normal float32 they may be none either.
+    ``partials`` has each chunk's M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent). Returns whether
+    the powers at hand, if ``spared``, serve all of them: they are those of |c|, not of |c|/‖c‖⋆, and of a norm that is
+    no normal float32 they may be none either.
     """
     for t in range(begin, end):
-        if t > begin and whole_group:
-            norms[t], factors[t] = norms[begin], factors[begin]
-        else:
-            some, past = (first[begin], ends[end - 1]) if whole_group else (first[t], ends[t])
-            norms[t], factors[t] = summed(partials, some, past, exponent, scale)
+        norms[t], factors[t] = summed(partials, first[t], ends[t], exponent, scale)
         spared = spared and within(norms[t]) == 1
     for t in range(begin, end):
         # Signs do not depend on the size: beside an infinite entry the others keep theirs.

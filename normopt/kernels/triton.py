@@ -6,7 +6,7 @@ chunk and added in their order, in float64, by a program of its own: there are n
 bit by bit. A step is one launch; AGR adds two, and a norm over tensors or over the group two.
 
 Nothing is read on the host, and a number that changes from step to step recompiles nothing: numbers come to the kernels
-in a table too. The tables are made anew when what is in them changes and never written over, so that a captured graph,
+in a table too. A table is replaced when its contents change and never overwritten, so that a captured graph,
 which keeps its own, stays valid whatever is stepped between its replays.
 
 Arithmetic is in float32. Roots and powers are not left to the hardware's approximations, and divisions only where that
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -28,9 +28,7 @@ from torch import Tensor
 
 from normopt.kernels import flags as choices
 from normopt.kernels.flags import Flags, Numbers
-from normopt.kernels.tables import CHUNK, Array, Batch, Chunks
-from normopt.norms.base import Scale
-from normopt.sharding.exchange import Partials, Walk
+from normopt.kernels.tables import CHUNK, Array, Chunks, Phase, Tables, nothing
 from normopt.sharding.layout import Layout
 
 BLOCK = tl.constexpr(CHUNK)  # entries of a chunk, the last one of a tensor excepted
@@ -39,8 +37,6 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 # A kernel may read no global but a constant of Triton's.
 SIGN, LINEAR, SQRT, SQUARE = (tl.constexpr(x) for x in (choices.SIGN, choices.LINEAR, choices.SQRT, choices.SQUARE))
-NONE, HEAVY, LION = (tl.constexpr(x) for x in (choices.NONE, choices.HEAVY, choices.LION))
-DECOUPLED, LP = tl.constexpr(choices.DECOUPLED), tl.constexpr(choices.LP)
 STOCHASTIC, KAHAN = tl.constexpr(choices.STOCHASTIC), tl.constexpr(choices.KAHAN)
 INFINITY = tl.constexpr(math.inf)
 LARGEST, TINY = tl.constexpr(float(np.finfo(np.float32).max)), tl.constexpr(float(np.finfo(np.float32).tiny))
@@ -51,9 +47,21 @@ WEIGHT, GRADIENT, STATE, COMPENSATION, FRESH, TENSOR = (tl.constexpr(i) for i in
 OF, BEGIN, COUNT, WIDE, CHUNKS = (tl.constexpr(i) for i in range(5))
 FIRST, MANY, SIZE, SPAN = (tl.constexpr(i) for i in range(4))
 # Places of the numbers, which are float64.
-REACH, MU, NEW, BETA2, DECAY, SHRINK, PULL, EXPONENT, EPS, DECAY_EXPONENT = (
-    tl.constexpr(i) for i in range(len(Numbers._fields))
-)
+(
+    REACH,
+    KEEP,
+    TAKE,
+    FIRST_TAKE,
+    FROM_OLD,
+    FROM_GRADIENT,
+    FROM_NEW,
+    DECAY,
+    SHRINK,
+    PULL,
+    EXPONENT,
+    EPS,
+    DECAY_EXPONENT,
+) = (tl.constexpr(i) for i in range(len(Numbers._fields)))
 # What is known of each vector that a norm is over, float64: the dual norm, the factor of D(c), and what an entry of c
 # is divided by before its power, and that multiplied by; both in two parts, the first a power of two.
 DUAL, FACTOR, SHIFT, DIVISOR, LIFT, MULTIPLIER, MEASURED = (tl.constexpr(i) for i in range(7))
@@ -199,18 +207,21 @@ def walk(
     AGR: tl.constexpr,
     COUPLED: tl.constexpr,
     MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
+    C_FROM_OLD: tl.constexpr,
+    C_FROM_GRADIENT: tl.constexpr,
+    C_FROM_NEW: tl.constexpr,
     MODE: tl.constexpr,
     SMOOTHED: tl.constexpr,
     SCALED: tl.constexpr,
     MATCHED: tl.constexpr,
-    WHOLE_GROUP: tl.constexpr,
+    SHRINKS: tl.constexpr,
     DECAYS: tl.constexpr,
     DECAY_MODE: tl.constexpr,
     DECAY_STEEP: tl.constexpr,
+    DECAY_WIDE: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
-    """The walk of a chunk's gradient to its weights, or, ``MEASURING``, to the norm: then the chunk's sums are written.
+    """Step a chunk, or, ``MEASURING``, only compute c and write its sums.
 
     They are the largest |c| = M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent).
     """
@@ -249,20 +260,19 @@ def walk(
                     x += number(numbers, DECAY) * w
 
             c = x
-            if MOMENTUM != NONE:
+            if MOMENTUM:
                 states = entries(table, t, STATE, begin, STATE_TYPE, ALIGNED)
-                m = tl.load(states, mask, other=0).to(tl.float32)
-                mu, new = number(numbers, MU), number(numbers, NEW)
-                if MOMENTUM == LION:
-                    c = mu * m + new * x
-                    beta2 = tl.load(numbers + BETA2)
-                    m = beta2.to(tl.float32) * m + (1 - beta2).to(tl.float32) * x
-                else:
-                    fresh = tl.load(table + t * TENSOR + FRESH) != 0  # a heavy ball's first m is the gradient
-                    m = tl.where(fresh, x, mu * m + new * x)
-                    c = m
-                    if NESTEROV:
-                        c = (x if MOMENTUM == HEAVY else new * x) + mu * m
+                old_m = tl.load(states, mask, other=0).to(tl.float32)
+                fresh = tl.load(table + t * TENSOR + FRESH) != 0
+                take = tl.where(fresh, number(numbers, FIRST_TAKE), number(numbers, TAKE))
+                m = number(numbers, KEEP) * old_m + take * x
+                c = tl.zeros_like(x)
+                if C_FROM_OLD:
+                    c = number(numbers, FROM_OLD) * old_m
+                if C_FROM_GRADIENT:
+                    c += number(numbers, FROM_GRADIENT) * x
+                if C_FROM_NEW:
+                    c += number(numbers, FROM_NEW) * m
                 if not MEASURING:
                     tl.store(states, stored(m, STATE_TYPE), mask)
 
@@ -280,7 +290,7 @@ def walk(
                 if SMOOTHED:
                     u = c * raised(tl.abs(c) + number(numbers, EPS), high, low)
                 elif SCALED:
-                    known = measured + (0 if WHOLE_GROUP else t) * MEASURED
+                    known = measured + t * MEASURED
                     a = tl.abs(c) * number(known, SHIFT)
                     r = tl.div_rn(a, tl.broadcast_to(number(known, DIVISOR), [BLOCK]))
                     u = signed(power(r, high, low, MODE), c) * number(known, MULTIPLIER) * number(known, LIFT)
@@ -288,14 +298,14 @@ def walk(
                     u = signed(power(tl.abs(c), high, low, MODE), c)
 
                 old = w
-                if DECAYS == DECOUPLED:
+                if SHRINKS:
                     w *= number(numbers, SHRINK)
                 w -= number(numbers, REACH) * u
-                if DECAYS == LP:
+                if DECAYS:
                     decay_high, decay_low = exponent_of(numbers, DECAY_EXPONENT)
                     pull = number(numbers, PULL)
                     factor = shrunk(tl.abs(old), decay_high, decay_low, pull, DECAY_MODE, DECAY_STEEP)
-                    w *= tl.where(tl.load(chunks + j * CHUNKS + WIDE) != 0, factor, 1.0)
+                    w *= tl.where((tl.load(chunks + j * CHUNKS + WIDE) != 0) | (not DECAY_WIDE), factor, 1.0)
 
                 if ROUNDING == STOCHASTIC:
                     tl.store(weights, cut_off(w, noise(tl.load(seed), j)), mask)
@@ -415,78 +425,106 @@ def measure(spans, sums, numbers, measured, MATCHED: tl.constexpr, DUAL_SCALE: t
     tl.store(known + MULTIPLIER, multiplier * within(multiplier))
 
 
-def run(
-    flags: Flags,
-    numbers: Numbers,
-    scale: Scale,
-    whole_group: bool,
-    batch: Batch,
-    *,
-    unscale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    seed: Tensor | int = 0,
-    layouts: Sequence[Layout] = (),
-) -> Walk[tuple[Tensor, Tensor] | None]:
-    """One step of a batch, in place; where it needs sums, ``‖c‖⋆`` and the factor of D(c) of each tensor, float64 [n].
+class Step:
+    """One step of a batch, in place.
 
     Args:
-        flags, numbers: what the plan means.
-        scale: the plan's, where its direction needs sums.
-        whole_group: all tensors are one vector of the norm.
-        batch: the tensors.
+        flags, numbers: the stages' parts of the step.
+        tables: the tensors.
         unscale: what gradients are multiplied by, for a GradScaler; one element on their device.
         found_inf: where it is not 0, nothing is written; likewise.
         seed: of stochastic rounding. In a captured graph an int is the same at every replay.
-        layouts: how the tensors lie, if the batch is what is here of tensors that are cut over ranks.
+        layouts: how the tensors are sharded, if they are local shards.
+
+    Attributes:
+        measured: after the step ``‖c‖⋆`` and the factor of D(c) of each tensor, float64 [n]; None if it needs no sums.
 
     Raises:
         RuntimeError: a graph is captured of the first step of these tensors.
     """
-    device, chunks, n = batch.device, batch.chunks, len(batch.weights)
-    tables = Tables(batch.kept, device)
-    rows = _rows(flags, batch)
-    aligned = not (rows[:, : FRESH.value] & 15).any()
-    table, values = tables.changing("tensors", rows), tables.numbers(numbers)
-    cuts = tables.constant("chunks", chunks.tensor, chunks.start, chunks.count, chunks.wide[chunks.tensor])
-    spans = tables.constant("spans", chunks.first, np.diff(chunks.first, append=len(chunks)), chunks.sizes)
-    if flags.rounding == choices.STOCHASTIC and not isinstance(seed, Tensor):
-        seed = tables.changing("seed", np.array([seed]))
 
-    grid, constants = (len(chunks),), {**constants_of(flags), "WHOLE_GROUP": whole_group, "ALIGNED": aligned, **OPTIONS}
-    regularizers = measured = None
-    if layouts:
-        ranks = layouts[0].ranks
-        sizes = np.array([lay.shape.numel() for lay in layouts])
-        spans = tables.constant("ranks", np.arange(n) * ranks, np.full(n, ranks), sizes)
-        padded = tables.constant("padded", *_padded(chunks))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        if flags.agr:
-            sums = torch.empty(len(chunks), 2, dtype=torch.float64, device=device)
-            regularizers = torch.empty(n, 4, dtype=torch.float32, device=device)
+    def __init__(
+        self,
+        flags: Flags,
+        numbers: Numbers,
+        tables: Tables,
+        *,
+        unscale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        seed: Tensor | int = 0,
+        layouts: Sequence[Layout] = (),
+    ) -> None:
+        device, chunks, n = tables.device, tables.chunks, len(tables.weights)
+        kept = Kept(tables.cache, device)
+        rows = _rows(flags, tables)
+        aligned = not (rows[:, : FRESH.value] & 15).any()
+        self.flags, self.device, self.chunks, self.n = flags, device, chunks, n
+        self.table, self.values, self.exponent = kept.changing("tensors", rows), kept.numbers(numbers), numbers.exponent
+        self.cuts = kept.constant("chunks", chunks.tensor, chunks.start, chunks.count, chunks.wide[chunks.tensor])
+        self.spans = kept.constant("spans", chunks.first, np.diff(chunks.first, append=len(chunks)), chunks.sizes)
+        stochastic = flags.rounding == choices.STOCHASTIC
+        if stochastic and not isinstance(seed, Tensor):
+            seed = kept.changing("seed", np.array([seed]))
+        self.given = self.table, self.cuts, self.values, unscale, found_inf, seed if stochastic else None
+        self.unscale = unscale
+        self.constants = {**constants_of(flags), "ALIGNED": aligned, **OPTIONS}
+        self.regularizers: Tensor | None = None
+        self.measured: tuple[Tensor, Tensor] | None = None
+        self.is_sharded = bool(layouts)
+        if layouts:
+            ranks = layouts[0].ranks
+            sizes = np.array([lay.shape.numel() for lay in layouts])
+            self.spans = kept.constant("ranks", np.arange(n) * ranks, np.full(n, ranks), sizes)
+            self.padded = kept.constant("padded", *_padded(chunks))
+
+    def phases(self) -> list[Phase]:
+        """Return the phases: AGR's sums, the norms' sums, and the walk."""
+        agr = [Phase(self._sums, self._set_agr)] if self.flags.agr else []
+        norms = [Phase(self._norms, self._set_norms)] if self.flags.scaled else []
+        return [*agr, *norms, Phase(nothing, self._update)]
+
+    def _launched(self) -> AbstractContextManager[None]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _sums(self, _: Any) -> Tensor | None:
+        chunks = self.chunks
+        self.sums = sums = torch.empty(len(chunks), 2, dtype=torch.float64, device=self.device)
+        kind, aligned = self.constants["GRADIENT_TYPE"], self.constants["ALIGNED"]
+        with self._launched():
             if len(chunks):
-                gradient_sums[grid](table, cuts, unscale, sums, constants["GRADIENT_TYPE"], aligned, **OPTIONS)
-            if layouts:
-                here = _largest_and_others(torch.nn.functional.pad(sums, (0, 0, 0, 1))[padded])
-                sums = (yield Partials(here, layouts[0])).flatten(0, 1).contiguous()
-            regularizer[(n,)](spans, sums, regularizers, **OPTIONS)
-        given = table, cuts, values, unscale, found_inf, seed if flags.rounding == choices.STOCHASTIC else None
-        if flags.scaled:
-            if whole_group:
-                spans = tables.constant("group", *(np.array([x]) for x in (0, len(chunks), chunks.before[-1])))
-            sums = torch.empty(len(chunks), 4, dtype=torch.float64, device=device)
-            measured = torch.empty(len(spans), MEASURED.value, dtype=torch.float64, device=device)
-            if len(chunks):
-                walk[grid](*given, regularizers, None, sums, MEASURING=True, **constants)
-            if layouts:
-                here = _merged(sums, padded, numbers.exponent)
-                sums = (yield Partials(here, layouts[0])).flatten(0, 1).contiguous()
-            measure[(len(spans),)](spans, sums, values, measured, flags.matched, scale == "dual", **OPTIONS)
-        if len(chunks):
-            walk[grid](*given, regularizers, measured, None, MEASURING=False, **constants)
-    if measured is None:
+                gradient_sums[len(chunks),](self.table, self.cuts, self.unscale, sums, kind, aligned, **OPTIONS)
+            if self.is_sharded:
+                return _largest_and_others(torch.nn.functional.pad(sums, (0, 0, 0, 1))[self.padded])
         return None
-    dual, factor = measured[:, : SHIFT.value].expand(n, -1).unbind(1)
-    return dual, factor
+
+    def _set_agr(self, _: Any, found: Tensor | None) -> None:
+        sums = self.sums if found is None else found.flatten(0, 1).contiguous()
+        self.regularizers = torch.empty(self.n, 4, dtype=torch.float32, device=self.device)
+        with self._launched():
+            regularizer[self.n,](self.spans, sums, self.regularizers, **OPTIONS)
+
+    def _norms(self, _: Any) -> Tensor | None:
+        self.sums = torch.empty(len(self.chunks), 4, dtype=torch.float64, device=self.device)
+        with self._launched():
+            self._walk(None, self.sums, measuring=True)
+            return _merged(self.sums, self.padded, self.exponent) if self.is_sharded else None
+
+    def _set_norms(self, _: Any, found: Tensor | None) -> None:
+        sums, flags = self.sums if found is None else found.flatten(0, 1).contiguous(), self.flags
+        self.norms = torch.empty(self.n, MEASURED.value, dtype=torch.float64, device=self.device)
+        with self._launched():
+            measure[self.n,](self.spans, sums, self.values, self.norms, flags.matched, flags.dual, **OPTIONS)
+        dual, factor = self.norms[:, : SHIFT.value].unbind(1)
+        self.measured = dual, factor
+
+    def _update(self, _: Any, __: Tensor | None) -> None:
+        with self._launched():
+            self._walk(self.norms if self.measured else None, None, measuring=False)
+
+    def _walk(self, norms: Tensor | None, sums: Tensor | None, measuring: bool) -> None:
+        if len(self.chunks):
+            launch = walk[len(self.chunks),]
+            launch(*self.given, self.regularizers, norms, sums, MEASURING=measuring, **self.constants)
 
 
 def _padded(chunks: Chunks) -> list[Array]:
@@ -505,7 +543,7 @@ def _largest_and_others(sums: Tensor) -> Tensor:
 def _merged(sums: Tensor, padded: Tensor, exponent: float | Tensor) -> Tensor:
     """M and the sums relative to it of each tensor, shape [n, 4], from those of its chunks."""
     tops, totals, squares, powers = torch.nn.functional.pad(sums, (0, 0, 0, 1))[padded].unbind(-1)
-    top = tops.amax(1).clamp_min(SMALLEST.value)  # of a tensor of which nothing is here
+    top = tops.amax(1).clamp_min(SMALLEST.value)  # of an empty shard
     ratios = tops / top[:, None]
     each = totals * ratios ** (1 + exponent), squares * ratios**2, powers * ratios ** (2 * exponent)
     return torch.stack([top, *(x.sum(1) for x in each)], 1)
@@ -520,33 +558,37 @@ def constants_of(flags: Flags) -> dict[str, Any]:
         "MAXIMIZE": flags.maximize,
         "AGR": flags.agr,
         "COUPLED": flags.coupled,
-        "MOMENTUM": flags.momentum,
-        "NESTEROV": flags.nesterov,
+        "MOMENTUM": bool(flags.momentum),
+        "C_FROM_OLD": bool(flags.momentum & choices.OLD),
+        "C_FROM_GRADIENT": bool(flags.momentum & choices.GRADIENT),
+        "C_FROM_NEW": bool(flags.momentum & choices.NEW),
         "MODE": flags.mode,
         "SMOOTHED": flags.smoothed,
         "SCALED": flags.scaled,
         "MATCHED": flags.matched,
+        "SHRINKS": flags.shrinks,
         "DECAYS": flags.decay,
         "DECAY_MODE": flags.decay_mode,
         "DECAY_STEEP": flags.decay_steep,
+        "DECAY_WIDE": flags.decay_wide,
         "ROUNDING": flags.rounding,
     }
 
 
-def _rows(flags: Flags, batch: Batch) -> Array:
-    """The table of tensors: four addresses each, and whether a heavy ball has just been made."""
-    rows = np.zeros((len(batch.weights), TENSOR.value), dtype=np.int64)
-    rows[:, WEIGHT.value], rows[:, GRADIENT.value] = batch.weights, batch.gradients
-    if batch.states is not None:
-        rows[:, STATE.value] = batch.states
-    if batch.compensations is not None:
-        rows[:, COMPENSATION.value] = batch.compensations
-    if flags.momentum == choices.HEAVY:
-        rows[batch.new, FRESH.value] = 1
+def _rows(flags: Flags, tables: Tables) -> Array:
+    """Return the table of tensors: four addresses each, and whether the momentum has just been made."""
+    rows = np.zeros((len(tables.weights), TENSOR.value), dtype=np.int64)
+    rows[:, WEIGHT.value], rows[:, GRADIENT.value] = tables.weights, tables.gradients
+    if tables.states is not None:
+        rows[:, STATE.value] = tables.states
+    if tables.compensations is not None:
+        rows[:, COMPENSATION.value] = tables.compensations
+    if flags.momentum:
+        rows[tables.new, FRESH.value] = 1
     return rows
 
 
-class Tables:
+class Kept:
     """What a device knows of a batch, kept from step to step."""
 
     def __init__(self, kept: dict[str, Any], device: torch.device) -> None:

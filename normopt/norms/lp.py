@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_number, equals
-from normopt.norms.base import Needs, Norm, Scale, stack, to_compute_dtype
+from normopt.norms.base import Needs, Norm, Scale, fast_scalar, stack, to_compute_dtype
 from normopt.norms.registry import register
 
 
@@ -191,7 +191,15 @@ def match_dtype(value: float | Tensor, x: Tensor) -> float | Tensor:
 def signed_power(c: list[Tensor], exponent: float | Tensor) -> list[Tensor]:
     """Return ``sign(c)·|c|^exponent`` elementwise, as new tensors; exponent ≥ 0, where 0 gives the sign."""
     if equals(exponent, 0):
-        return [torch.where(x.isnan(), x, x.sign()) for x in c]
+        # A NaN stays one: torch.sign alone would make it 0.
+        dtypes = {x.dtype for x in c}
+        if not torch.is_grad_enabled() and len(dtypes) == 1:
+            large = fast_scalar(2.0**800 if torch.float64 in dtypes else 2.0**100, c)
+            u = torch._foreach_mul(c, large)
+            torch._foreach_mul_(u, large)  # at least 1, even of denormals
+            return [x.clamp_(-1, 1) for x in u]
+        finite = torch._foreach_clamp_max(torch._foreach_abs(c), 1)
+        return list(torch._foreach_lerp(torch._foreach_sign(c), finite, 0.0))
     if equals(exponent, 1):
         return [x.clone() for x in c]
     magnitude = torch._foreach_abs(c)
@@ -202,8 +210,14 @@ def signed_power(c: list[Tensor], exponent: float | Tensor) -> list[Tensor]:
         general = [(sign, x, a.pow(match_dtype(exponent, x)).copysign(x)) for sign, x, a in ends]
         return [torch.where(exponent == 0, s, torch.where(exponent == 1, x, u)) for s, x, u in general]
     # p = 3 is a square root, ten times as fast as a general power.
-    power = torch._foreach_sqrt(magnitude) if exponent == 0.5 else torch._foreach_pow(magnitude, exponent)
-    return [a.copysign(x) for a, x in zip(power, c, strict=True)]
+    if torch.is_grad_enabled():
+        power = torch._foreach_sqrt(magnitude) if exponent == 0.5 else torch._foreach_pow(magnitude, exponent)
+        return [a.copysign(x) for a, x in zip(power, c, strict=True)]
+    if exponent == 0.5:
+        torch._foreach_sqrt_(magnitude)
+    else:
+        torch._foreach_pow_(magnitude, exponent)
+    return [a.copysign_(x) for a, x in zip(magnitude, c, strict=True)]
 
 
 def relative_sums(c: list[Tensor], q: float | Tensor) -> Tensor:

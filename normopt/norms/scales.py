@@ -1,4 +1,4 @@
-"""The four scales: the update direction u from c, per tensor or for a whole group as one vector."""
+"""The size of a step in its norm, and rescaling of directions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normopt.norms.base import Norm, Scale
-from normopt.norms.lp import Lp, safe_divide, unbind_like
+from normopt.norms.lp import safe_divide, unbind_like
 
 
 class NormPair(NamedTuple):
@@ -24,35 +23,6 @@ class NormPair(NamedTuple):
     dual: Tensor
 
 
-def direction(
-    norm: Norm, c: list[Tensor], scale: Scale, whole_group: bool, eps: float
-) -> tuple[list[Tensor], NormPair | None]:
-    """Return the steepest-descent direction u of c under a norm; u may be c itself, so never write to it.
-
-    ::
-
-        unit      u = D(c)
-        dual      u = ‖c‖⋆ · D(c)
-        power     u = ‖c‖⋆^κ · D(c), κ = 1/(p−1): elementwise for ℓp
-        matched   u = D(c) · RMS(c)/RMS(D(c)), per tensor: SGD's step length, another direction
-
-    With ``whole_group``, ‖·‖⋆ and D are those of all tensors as one vector.
-
-    Also return ``‖u‖`` and ``‖c‖⋆`` of each tensor, shape [n] each, or None if u was computed without them.
-    """
-    if norm.is_identity(scale):
-        return c, None
-    if scale == "power" or norm.needs(scale) == "none":
-        return norm.power(c, eps), None
-    u, dual = norm.scaled(c, 1 if scale == "dual" else 0, whole_group)
-    if scale == "dual":
-        return u, NormPair(dual, dual)
-    if scale == "unit":
-        return u, unit_pair(dual)
-    u, factors = matched(u, c)
-    return u, NormPair(factors.to(dual), dual)
-
-
 def unit_pair(dual: Tensor) -> NormPair:
     """Return the pair of a unit step: norm 1, except that a dual norm of 0 or NaN is kept."""
     return NormPair(torch.where(dual > 0, 1, dual), dual)
@@ -66,12 +36,6 @@ def group_norms(pairs: list[NormPair | None], whole_group: bool, radius: float) 
     device = known[0].dual.device
     updates, duals = (torch.cat([x.detach().to(device) for x in column]) for column in zip(*known, strict=True))
     return NormPair(updates.amax() * radius, duals[0] if whole_group else duals.sum())
-
-
-def matched(d: list[Tensor], c: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Return ``d · ‖c‖₂/‖d‖₂`` for each d, 0 if d is 0; and the factors ``‖c‖₂/‖d‖₂``, shape [n]."""
-    l2 = Lp(2.0)
-    return rescale_to_norm(d, *l2.combine(l2.measure([*c, *d])[:, None]).tensor_split(2))
 
 
 def rescale_to_norm(d: list[Tensor], target: Tensor, current: Tensor) -> tuple[list[Tensor], Tensor]:

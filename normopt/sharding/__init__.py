@@ -1,5 +1,5 @@
-"""DTensors: how what a norm needs whole is met where tensors are spread over the ranks of a process group.
+"""DTensors: how tensors are sharded over the ranks of a process group, and what the ranks exchange in a step.
 
-`layout` says how a tensor lies; `exchange` lets the walks of a step go in lockstep, so that what they have to
-know of other ranks travels together; `direction` meets each norm's needs, and `matrices` brings whole ones together.
+`layout` describes a sharding, `exchange` gathers partial sums, `matrices` maps whole tensors, and `agreement`
+checks that all ranks make the same step.
 """

@@ -1,13 +1,9 @@
-"""What ranks have to know of each other in a step, brought together: one collective for all tensors, a phase.
-
-A walk is a generator. Where it needs the partial sums of the other ranks it yields its own, and is sent all of them.
-All walks of a step go in lockstep, so that what they ask for at the same time travels together.
-"""
+"""Reduce partial sums over the ranks that hold shards of a tensor: one collective a phase for all tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,99 +17,63 @@ from normopt.sharding.layout import Layout, layout_of, local, resolved
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-T = TypeVar("T")
-
-
-class Partials(NamedTuple):
-    """What a walk asks with: the partial sums of n tensors on this rank, shape [n, w], and how one of them lies."""
-
-    sums: Tensor
-    layout: Layout
-
-
-Walk = Generator[Partials, Tensor, T]
 Layouts = Sequence[Layout | None]
 
 
-def pieces(sums: Tensor, layouts: Layouts) -> Walk[list[Tensor]]:
-    """The partial sums of n tensors from all ranks that have parts of them, in their order: n of shape [k, w].
+def run_together(batches: Sequence[Any]) -> None:
+    """Take batches of sharded tensors through their phases, all ranks alike: as many collectives as there are phases.
 
     Args:
-        sums: this rank's, shape [n, w].
-        layouts: how the tensors lie; those that are cut, over the same ranks.
+        batches: each has ``layouts``, and ``phases`` with ``measure``, ``reduce`` and ``apply``, as `Stage` has them.
     """
-    cut = next((lay for lay in layouts if lay is not None), None)
-    if cut is None:
-        return list(sums[:, None])
-    found = yield Partials(sums, cut)
-    return [x[:1] if lay is None else x for x, lay in zip(found, layouts, strict=True)]
+    waiting: list[tuple[Any, Iterator[Any]]] = [(batch, iter(batch.phases)) for batch in batches]
+    while waiting:
+        asked = []
+        for batch, phases in waiting:
+            for phase in phases:
+                partials = phase.measure(batch)
+                if partials is not None:
+                    asked.append((batch, phases, phase, partials))
+                    break
+                phase.apply(batch, None)
+        found = gather_pieces([(partials, batch.layouts) for batch, _, _, partials in asked])
+        for (batch, _, phase, _), pieces in zip(asked, found, strict=True):
+            phase.apply(batch, phase.reduce(pieces))
+        waiting = [(batch, phases) for batch, phases, _, _ in asked]
 
 
-def combined(sums: Tensor, layouts: Layouts, combine: Callable[[Tensor], Tensor]) -> Walk[Tensor]:
-    """What the partial sums of each of n tensors come to, shape [n, s].
+def gather_pieces(asked: Sequence[tuple[Tensor, Layouts]]) -> list[list[Tensor]]:
+    """Return the partial sums of all ranks: of n tensors each a list of n, shape [k, w], in the order of the k ranks.
+
+    One collective for each process group. Sums travel in float64, which holds every smaller float exactly.
 
     Args:
-        sums: this rank's, shape [n, w].
-        layouts: how the tensors lie; those that are cut, over the same ranks.
-        combine: from [n, k, w], of k ranks, to [n, s].
+        asked: this rank's partial sums of n tensors, shape [n, w], and how the tensors are sharded: those that are,
+            over the same ranks.
     """
-    found = yield from pieces(sums, layouts)
-    if len({len(x) for x in found}) == 1:
-        return combine(torch.stack(found))
-    return torch.cat([combine(x[None]) for x in found])
-
-
-def alone(walk: Walk[T]) -> T:
-    """The result of a walk that has nothing to ask.
-
-    Raises:
-        RuntimeError: it asks.
-    """
-    try:
-        next(walk)
-    except StopIteration as done:
-        return done.value  # type: ignore[no-any-return]
-    raise RuntimeError("a walk over whole tensors has asked for those of other ranks")
-
-
-def lockstep(walks: Sequence[Walk[T]]) -> list[T]:
-    """The results of walks that all ranks make in the same order: as many collectives as a walk has phases."""
-    found: dict[int, T] = {}
-    answers: dict[int, Tensor | None] = dict.fromkeys(range(len(walks)))
-    while answers:
-        asked: dict[int, Partials] = {}
-        for i, answer in answers.items():
-            try:
-                asked[i] = next(walks[i]) if answer is None else walks[i].send(answer)
-            except StopIteration as done:
-                found[i] = done.value
-        answers = dict(zip(asked, gathered(list(asked.values())), strict=True))
-    return [found[i] for i in range(len(walks))]
-
-
-def gathered(asked: Sequence[Partials]) -> list[Tensor]:
-    """The partial sums [n, k, w] of all ranks for each that is asked: one collective for each process group.
-
-    They travel in float64, in which every smaller float is exact.
-    """
-    found: dict[int, Tensor] = {}
-    for members in by_group([a.layout for a in asked]):
-        sums, layout = [asked[i].sums for i in members], asked[members[0]].layout
+    shardings = [next((lay for lay in layouts if lay is not None), None) for _, layouts in asked]
+    found: dict[int, list[Tensor]] = {}
+    for members in by_group(shardings):
+        sums, layout = [asked[i][0] for i in members], shardings[members[0]]
+        if layout is None:
+            found |= {i: list(x[:, None]) for i, x in zip(members, sums, strict=True)}
+            continue
         mine = torch.cat([x.to(sums[0].device, torch.float64).reshape(-1) for x in sums])
         everyones = mine.new_empty(layout.ranks, len(mine))
         dist.all_gather(list(everyones), mine, group=layout.group)
         parts = torch.split(everyones, [x.numel() for x in sums], dim=1)
         for i, x, part in zip(members, sums, parts, strict=True):
-            found[i] = part.reshape(layout.ranks, *x.shape).transpose(0, 1).to(x)
+            all_ranks = part.reshape(layout.ranks, *x.shape).transpose(0, 1).to(x)
+            found[i] = [y[:1] if lay is None else y for y, lay in zip(all_ranks, asked[i][1], strict=True)]
     return [found[i] for i in range(len(asked))]
 
 
-def swapped(parts: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> list[Tensor]:
-    """What each rank has for this one, from what this one has for each: one all-to-all.
+def swap(parts: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> list[Tensor]:
+    """Send a vector to each rank and return those received, by one all-to-all.
 
     Args:
         parts: a vector for each rank.
-        sizes: how many numbers each rank has for this one.
+        sizes: the number of entries that each rank sends to this one.
         group: the ranks.
     """
     given = torch.cat([x.reshape(-1) for x in parts])
@@ -123,7 +83,7 @@ def swapped(parts: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) 
 
 
 def by_group(layouts: Layouts) -> list[list[int]]:
-    """Which tensors can be asked for together: those that are whole or cut over the same ranks."""
+    """Return the indices of tensors that are sharded over the same ranks, or unsharded, list by list."""
     found: dict[object, list[int]] = {}
     for i, lay in enumerate(layouts):
         found.setdefault(None if lay is None else lay.group, []).append(i)
@@ -133,15 +93,15 @@ def by_group(layouts: Layouts) -> list[list[int]]:
 def of_each(
     xs: Sequence[Tensor], measure: Callable[[Tensor], Tensor], combine: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """What the partial sums of each tensor come to, wherever its parts lie: shape [s] each.
+    """Return the reduced partial sums of each tensor, sharded or not: shape [s] each.
 
     Args:
         xs: tensors, of any layouts.
-        measure: the partial sums of what is here of a tensor, shape [w].
-        combine: from [n, k, w], of k ranks, to [n, s].
+        measure: returns the partial sums of a local shard, shape [w].
+        combine: reduces [n, k, w], of k ranks, to [n, s].
     """
-    walks = [combined(measure(local(x))[None], [layout_of(x)], combine) for x in xs]
-    return [scalars[0] for scalars in lockstep(walks)]
+    asked = [(measure(local(x))[None], [layout_of(x)]) for x in xs]
+    return [combine(pieces[0][None])[0] for pieces in gather_pieces(asked)]
 
 
 def nonzero(params: Sequence[Tensor]) -> list[bool]:
@@ -152,19 +112,18 @@ def nonzero(params: Sequence[Tensor]) -> list[bool]:
     return [bool(x) for x in found]
 
 
-def summed(numbers: Tensor, layout: Layout) -> Tensor:
-    """The sum of numbers over the ranks of a layout, in their order."""
-    walk = combined(numbers.reshape(1, -1), [layout], lambda x: x.sum(1))
-    return lockstep([walk])[0].view_as(numbers)
+def sum_over_ranks(numbers: Tensor, layout: Layout) -> Tensor:
+    """Return the sum of numbers over the ranks of a layout, in their order."""
+    return gather_pieces([(numbers.reshape(1, -1), [layout])])[0][0].sum(0).view_as(numbers)
 
 
 def as_one_vector(norm: Norm, xs: Sequence[Tensor]) -> Tensor:
-    """The dual norm, 0-d, of tensors as one vector; those that are cut, over the same ranks.
+    """Return the dual norm, 0-d, of tensors as one vector.
 
     Args:
-        norm: one that is of partial sums: of needs "tensor".
-        xs: tensors of real floats of 32 bits or more, or parts of them.
+        norm: one that needs no more than partial sums ("tensor").
+        xs: real floating-point tensors; those that are sharded, over the same ranks.
     """
     layouts = [layout_of(x) for x in xs]
     sums = norm.measure([to_compute_dtype(as_real(resolved(local(x)))) for x in xs])
-    return norm.combine(torch.cat(lockstep([pieces(sums, layouts)])[0]))[0]
+    return norm.combine(torch.cat(gather_pieces([(sums, layouts)])[0]))[0]

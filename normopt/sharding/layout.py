@@ -1,4 +1,4 @@
-"""How a tensor lies over ranks: which part of it is here."""
+"""How a tensor is sharded over ranks, and its local shard."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor is cut along one dim over the ranks of a process group, in their order; the last parts may be empty.
+    """How a tensor is sharded along one dim over the ranks of a process group, in their order; the last may be empty.
 
     Attributes:
         group: the process group.
         ranks, rank: how many they are, and which this one is.
-        dim: the dim that is cut, as torch.chunk does.
+        dim: the sharded dim, split as by torch.chunk.
         shape: of the whole tensor.
     """
 
@@ -34,43 +34,43 @@ class Layout:
     shape: torch.Size
 
     def lengths(self) -> list[int]:
-        """How long each rank's part is along the dim that is cut."""
+        """Return the length of each rank's shard along the sharded dim."""
         length = self.shape[self.dim]
         each = -(-length // self.ranks)
         return [max(0, min(each, length - r * each)) for r in range(self.ranks)]
 
     def shapes(self) -> list[list[int]]:
-        """The shape of each rank's part."""
+        """Return the shape of each rank's shard."""
         return [[*self.shape[: self.dim], n, *self.shape[self.dim + 1 :]] for n in self.lengths()]
 
 
 def is_dtensor(x: object) -> bool:
-    """Whether it is a DTensor, of which nothing is imported to say so."""
+    """Return whether x is a DTensor, without importing DTensor."""
     return hasattr(x, "device_mesh") and hasattr(x, "to_local")
 
 
 def any_dtensor(params: Iterable[object]) -> bool:
-    """Whether any of them is a DTensor."""
+    """Return whether any parameter is a DTensor."""
     return any(map(is_dtensor, params))
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of a tensor that is here, sharing its memory: all of it, unless it is a DTensor."""
+    """Return the local shard of a DTensor, sharing its memory; another tensor itself."""
     if not is_dtensor(x):
         return x
     with torch.no_grad():
         here = cast("DTensor", x).to_local()
-    # What a collective is still bringing.
+    # The result of an asynchronous collective.
     return cast(Tensor, cast(Any, here).wait()) if hasattr(here, "wait") else here.detach()
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a tensor, on every rank: itself, unless it is a DTensor, of which the parts are brought together."""
+    """Gather a DTensor on every rank; return another tensor itself."""
     return cast(Tensor, cast(Any, x.detach()).full_tensor()) if is_dtensor(x) else x
 
 
 def spread(x: Tensor, like: Tensor) -> Tensor:
-    """What `local` of a tensor that lies as ``like`` does would be, as such a tensor, sharing its memory."""
+    """Return a local shard as a DTensor with the placements of ``like``, sharing memory; x if like is no DTensor."""
     if not is_dtensor(like):
         return x
     from torch.distributed.tensor import DTensor
@@ -82,10 +82,10 @@ def spread(x: Tensor, like: Tensor) -> Tensor:
 
 
 def layout_of(x: Tensor) -> Layout | None:
-    """How a tensor is cut; None if every rank has all of it.
+    """Return how a tensor is sharded; None if every rank has all of it.
 
     Raises:
-        ValueError: a DTensor that is cut along several dims of its mesh, or holds partial sums.
+        ValueError: a DTensor is sharded along several dims of its mesh, or holds partial sums.
     """
     if not is_dtensor(x):
         return None
@@ -99,21 +99,21 @@ def layout_of(x: Tensor) -> Layout | None:
         return None
     if len(cut) > 1 or type(d.placements[cut[0]]) is not Shard:
         raise ValueError(
-            f"{_described(d)}, and normopt takes tensors that one dim of the mesh cuts, by Shard, and the others "
-            "replicate: FSDP2 on one dim, HSDP, or tensor parallelism without FSDP"
+            f"{_described(d)}, and normopt takes tensors that are sharded along one dim of the mesh, by Shard, and "
+            "replicated along the others: FSDP2 on one dim, HSDP, or tensor parallelism without FSDP"
         )
     dim = cast(Shard, d.placements[cut[0]]).dim % max(d.dim(), 1)
     ranks, rank = _place(mesh, cut[0])
     return Layout(mesh.get_group(cut[0]), ranks, rank, dim, d.shape)
 
 
-# Numbers alone: what held a mesh or a group would keep it alive after it was taken down, which gloo answers by an abort
-# at the interpreter's exit.
+# Numbers only: a reference to a mesh or a group would keep it alive after it was destroyed, and gloo aborts at the
+# interpreter's exit then.
 _places: WeakKeyDictionary[DeviceMesh, dict[tuple[int, int], tuple[int, int]]] = WeakKeyDictionary()
 
 
 def _place(mesh: DeviceMesh, of_mesh: int) -> tuple[int, int]:
-    """(how many ranks, which one this is) along a dim of a mesh, which takes ten microseconds to tell."""
+    """Return the number of ranks along a dim of a mesh and this rank's index; cached, because it takes 10 µs."""
     known = _places.setdefault(mesh, {})
     key = torch.distributed.get_rank(), of_mesh
     if key not in known:
@@ -122,10 +122,10 @@ def _place(mesh: DeviceMesh, of_mesh: int) -> tuple[int, int]:
 
 
 def check_parts(params: Iterable[Tensor]) -> None:
-    """Raise unless the parts that are here are those that their layouts say.
+    """Raise unless the local shards have the shapes that their layouts say.
 
     Raises:
-        ValueError: a DTensor that is cut unlike torch.chunk, or whose mesh counts the ranks in another order.
+        ValueError: a DTensor is split unlike torch.chunk, or its mesh orders the ranks otherwise than their group.
     """
     for p in params:
         layout = layout_of(p)
@@ -134,13 +134,14 @@ def check_parts(params: Iterable[Tensor]) -> None:
         here = tuple(local(p).shape)
         if list(here) != layout.shapes()[layout.rank] or layout.rank != torch.distributed.get_rank(layout.group):
             raise ValueError(
-                f"{_described(cast('DTensor', p))}, of which rank {layout.rank} has {here}, not the part that "
+                f"{_described(cast('DTensor', p))}, of which rank {layout.rank} has {here}, not the shard that "
                 "torch.chunk would give it: distribute it with torch.distributed.tensor.distribute_tensor"
             )
 
 
 def _described(d: DTensor) -> str:
-    return f"a parameter of shape {tuple(d.shape)} lies as {d.placements} on a mesh of {tuple(d.device_mesh.shape)}"
+    mesh = tuple(d.device_mesh.shape)
+    return f"a parameter of shape {tuple(d.shape)} has the placements {d.placements} on a mesh of {mesh}"
 
 
 def resolved(x: Tensor) -> Tensor:
@@ -149,11 +150,11 @@ def resolved(x: Tensor) -> Tensor:
 
 
 def gradient_of(p: Tensor) -> Tensor:
-    """The part of the gradient that belongs to the part of the parameter that is here."""
+    """Return the shard of the gradient that belongs to the local shard of a parameter."""
     grad = cast(Tensor, p.grad)
     if is_dtensor(p) and is_dtensor(grad):
         place, given = cast("DTensor", p), cast("DTensor", grad)
         if place.placements != given.placements:  # such as partial sums, under tensor parallelism
             grad = given.redistribute(placements=place.placements)
     grad = local(grad)
-    return resolved(cast(Any, grad).wait() if hasattr(grad, "wait") else grad)  # of a collective that is under way
+    return resolved(cast(Any, grad).wait() if hasattr(grad, "wait") else grad)  # of an asynchronous collective

@@ -1,6 +1,33 @@
-"""The stages from a gradient to a weight update, one file per stage, as functions over lists of tensors.
+"""The stages from a gradient to a weight update, one file per stage, in the order in which they run.
 
-The lists are parallel: entry i of each belongs to parameter i. Stages do not depend on optimizers, param
-groups or each other; [`engine`][normopt.engine] calls them in a fixed order. A function whose name ends
-in ``_`` writes to its first argument; all others leave their inputs unchanged.
+A stage owns everything about itself: its settings with their checks, its state, its arithmetic on lists of tensors,
+and what a fused kernel needs to know of it; see `base`. Lists are parallel: entry i of each belongs to parameter i. A
+function whose name ends in ``_`` writes to its first argument; all others leave their inputs unchanged.
 """
+
+from normopt.stages.agr import Maximize, Regularization
+from normopt.stages.base import Batch, Op, Slot, Stage, register_stage, setting
+from normopt.stages.decay import Decay, register_decay  # also in the gradient, after AGR
+from normopt.stages.momentum import Coefficients, Momentum, register_momentum
+
+from normopt.stages.direction import Direction, Rescale  # isort: skip
+from normopt.stages.write import Write
+
+__all__ = [
+    "Batch",
+    "Coefficients",
+    "Decay",
+    "Direction",
+    "Maximize",
+    "Momentum",
+    "Op",
+    "Regularization",
+    "Rescale",
+    "Slot",
+    "Stage",
+    "Write",
+    "register_decay",
+    "register_momentum",
+    "register_stage",
+    "setting",
+]

@@ -10,8 +10,13 @@ Like a norm, it is split into partials per piece of a tensor, their reduction, a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from normopt.norms.base import num_reals
+from normopt.stages.base import Batch, Op, Stage, flag, register_stage, setting
 
 
 def agr(g: list[Tensor]) -> list[Tensor]:
@@ -73,3 +78,54 @@ def clamp_normal(x: Tensor) -> Tensor:
     """Clamp x ≥ 0 to the normal range of its dtype, so that dividing by it gives no 0/0 or ∞/∞."""
     limits = torch.finfo(x.dtype)
     return x.clamp(limits.tiny, limits.max)
+
+
+@register_stage
+@dataclass
+class Maximize(Stage):
+    """Negate the gradient, to maximize."""
+
+    place = "gradient"
+
+    maximize: bool = setting(False, flag(), "maximize the objective: negate the gradient")
+
+    def runs(self) -> bool:
+        return self.maximize
+
+    def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+        batch.c = batch.g = list(torch._foreach_neg(batch.g))
+
+    def lower(self) -> Op | str:
+        return Op({"maximize": True})
+
+    def describe(self) -> str:
+        return "−g"
+
+
+@register_stage
+@dataclass
+class Regularization(Stage):
+    """Adaptive gradient regularization, `agr`, with the sums taken over the shards of each tensor."""
+
+    place = "gradient"
+
+    agr: bool = setting(False, flag(), "adaptive gradient regularization")
+
+    def runs(self) -> bool:
+        return self.agr
+
+    def measure(self, batch: Batch) -> Tensor | None:
+        return measure(batch.g)
+
+    def combine(self, partials: Tensor) -> Tensor:
+        return combine(partials)
+
+    def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+        assert scalars is not None
+        batch.c = batch.g = apply(batch.g, scalars, [num_reals(p) for p in batch.params])
+
+    def lower(self) -> Op | str:
+        return Op({"agr": True})
+
+    def describe(self) -> str:
+        return "AGR"

@@ -2,23 +2,188 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeVar
+
 import torch
 from torch import Tensor
 
-Number = float | Tensor
+from normopt.kernels.flags import mode_of, wide
+from normopt.stages.base import Batch, Number, Op, Stage, is_zero, number, one_of, register_stage, setting
+
+
+class Rule:
+    """A kind of weight decay. A subclass overrides ``update`` and, to run fused, ``lower``.
+
+    Attributes:
+        name: how ``backend()`` calls it.
+        before_momentum: whether it changes the gradient, by ``in_gradient``, and not the update.
+        reads_p: whether it depends on ``decay_p``.
+    """
+
+    name: str = ""
+    before_momentum: ClassVar[bool] = False
+    reads_p: ClassVar[bool] = False
+
+    def in_gradient(self, batch: Batch, s: Decay) -> None:
+        """Change the gradient before the momentum. Default: no change."""
+
+    def update(self, batch: Batch, s: Decay) -> None:
+        """Update batch.w by the step u, and decay it."""
+        descend_(batch.w, batch.u, batch.reach)
+
+    def lower(self, lr: Number, s: Decay) -> Op | str:
+        """Return the decay as a kernel computes it, or the reason why it cannot.
+
+        A kernel computes ``w ← (shrink·w − ηru)·F`` with one of two factors of the old weight::
+
+            F = X/(X + pull)       steep=False       X = |w|^exponent; pull = 0 gives 1
+            F = 1/(1 + pull·X)     steep=True
+
+        ``coupled`` adds ``coupled·w`` to the gradient. With ``wide=True``, F is 1 for tensors of less than 2 dims.
+        """
+        return f"the decay {type(self).__name__} has no kernel"
+
+
+NO_DECAY = Rule()
+R = TypeVar("R", bound=type[Rule])
+RULES: dict[str, Rule] = {}
+
+
+def register_decay(name: str) -> Callable[[R], R]:
+    """Register a kind of weight decay, so that ``decay="name"`` works in every optimizer. A decorator of a `Rule`.
+
+    Args:
+        name: the kind's name.
+    """
+
+    def decorate(cls: R) -> R:
+        RULES[name] = cls()
+        RULES[name].name = {"lp": "ℓp"}.get(name, name)
+        return cls
+
+    return decorate
+
+
+def factor(exponent: float, pull: Number, steep: bool, wide: bool) -> Op:
+    """Return the `Op` of a factor F of the update; see `Rule.lower`."""
+    flags = {"decay_mode": mode_of(exponent), "decay_steep": steep, "decay": True, "decay_wide": wide}
+    return Op(flags, {"decay_exponent": exponent, "pull": pull})
+
+
+@register_decay("coupled")
+class Coupled(Rule):
+    """``g ← g + λw``, before the momentum. Source: torch.optim.SGD."""
+
+    before_momentum = True
+
+    def in_gradient(self, batch: Batch, s: Decay) -> None:
+        batch.c = batch.g = coupled(batch.g, batch.old, batch.weight_decay)
+
+    def lower(self, lr: Number, s: Decay) -> Op | str:
+        return Op({"coupled": True}, {"coupled": wide(s.weight_decay)})
+
+
+@register_decay("decoupled")
+class Decoupled(Rule):
+    """``w ← (1 − ηλ)w − ηru``. Source: AdamW, arXiv:1711.05101."""
+
+    def update(self, batch: Batch, s: Decay) -> None:
+        torch._foreach_mul_(batch.w, 1 - batch.lr * batch.weight_decay)
+        descend_(batch.w, batch.u, batch.reach)
+
+    def lower(self, lr: Number, s: Decay) -> Op | str:
+        return Op({"shrinks": True}, {"shrink": 1 - lr * wide(s.weight_decay)})
+
+
+@register_decay("lp")
+class LpDecay(Rule):
+    """``w ← (w − ηru)·X/(X + pηλ)`` with X = |w|^(2−p), on tensors of 2 or more dims; see `lp_factors`."""
+
+    reads_p = True
+
+    def update(self, batch: Batch, s: Decay) -> None:
+        wide = [i for i, p in enumerate(batch.params) if p.dim() >= 2]
+        factors = lp_factors([batch.old[i] for i in wide], s.decay_p, batch.lr * batch.weight_decay)
+        descend_(batch.w, batch.u, batch.reach)
+        scale_([batch.w[i] for i in wide], factors)
+
+    def lower(self, lr: Number, s: Decay) -> Op | str:
+        return factor(abs(2 - s.decay_p), s.decay_p * lr * wide(s.weight_decay), s.decay_p >= 2, True)
+
+
+@register_stage
+@dataclass
+class Decay(Stage):
+    """Weight decay of the kind that ``decay`` names; λ = 0 runs none. A λ that is a tensor always runs."""
+
+    place = "gradient"
+
+    weight_decay: float | Tensor = setting(
+        0.0, number(low=0, open_high=True, tensor=True), "λ ≥ 0, a float or a one-element tensor"
+    )
+    decay: Literal["coupled", "decoupled", "lp"] | str = setting(
+        "decoupled", one_of(RULES), '"coupled", "decoupled", "lp", or your own; runs if λ ≠ 0'
+    )
+    decay_p: float = setting(
+        1.0,
+        number(low=0, open_low=True, open_high=True),
+        'p of decay="lp", p > 0 (p < 1 too), which acts on tensors of 2 or more dims',
+    )
+
+    def runs(self) -> bool:
+        return not is_zero(self.weight_decay)
+
+    @property
+    def reads_p(self) -> bool:
+        """Whether the kind of decay depends on ``decay_p``, if it runs or not."""
+        return RULES[self.decay].reads_p
+
+    @property
+    def rule(self) -> Rule:
+        """The kind of decay; one that does nothing if λ = 0."""
+        return RULES[self.decay] if self.runs() else NO_DECAY
+
+    def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+        if self.rule.before_momentum:
+            self.rule.in_gradient(batch, self)
+
+    def lower(self) -> Op | str:
+        return self.rule.lower(0.0, self) if self.rule.before_momentum else Op()  # the write lowers the others
+
+    def structure(self) -> object:
+        return self.decay, self.runs(), self.decay_p, isinstance(self.weight_decay, Tensor)
+
+    def describe(self) -> str:
+        return self.words() if self.rule.before_momentum else ""
+
+    def words(self) -> str:
+        """Return the decay in words, with its numbers."""
+        strength = "a tensor" if isinstance(self.weight_decay, Tensor) else f"{self.weight_decay:g}"
+        return f"{self.rule.name} decay λ = {strength}" + (f", p = {self.decay_p:g}" if self.rule.reads_p else "")
 
 
 def coupled(g: list[Tensor], w: list[Tensor], weight_decay: Number) -> list[Tensor]:
-    """Return ``g + λw``, the gradient before momentum. Source: torch.optim.SGD."""
+    """Return ``g + λw``, the gradient before momentum."""
     if isinstance(weight_decay, Tensor):
         decayed = zip(torch._foreach_mul(w, weight_decay), g, strict=True)
         return list(torch._foreach_add(g, [x.to(y.dtype) for x, y in decayed]))  # 0-d tensors may have been promoted
     return list(torch._foreach_add(g, w, alpha=weight_decay))
 
 
-def decoupled_(w: list[Tensor], lr_times_decay: Number) -> None:
-    """Apply ``w ← (1 − ηλ)w``, separately from the step. Source: AdamW, arXiv:1711.05101."""
-    torch._foreach_mul_(w, 1 - lr_times_decay)
+def descend_(w: list[Tensor], u: list[Tensor], reach: Number) -> None:
+    """Apply ``w ← w − ηru``; a tensor is not read on the host, which would sync."""
+    if isinstance(reach, Tensor):
+        torch._foreach_sub_(w, torch._foreach_mul(u, reach))
+    else:
+        torch._foreach_add_(w, u, alpha=-reach)
+
+
+def scale_(w: list[Tensor], factors: list[Tensor]) -> None:
+    """Apply ``w ← w · factor`` elementwise, as ℓp decay does after the step."""
+    if w:
+        torch._foreach_mul_(w, factors)
 
 
 def lp_factors(w: list[Tensor], p: float, lr_times_decay: Number) -> list[Tensor]:

@@ -1,50 +1,208 @@
-"""Three momentum rules. μ always weights the OLD state. Each returns (c, m): the norm's input c, and the
-buffer m, which is updated in place if it existed.
+"""Momentum: every rule with one buffer is five coefficients. μ always weights the OLD state.
+
+::
+
+    m' = a·m + b·g          c = d·m + e·g + f·m'
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, cast
+
 import torch
 from torch import Tensor
 
-Buffers = list[Tensor | None]
-Momentum = tuple[list[Tensor], list[Tensor]]
+from normopt._checks import check_number
+from normopt.kernels.flags import GRADIENT, NEW, OLD, RUNS, SAME
+from normopt.norms.base import fast_scalar
+from normopt.stages.base import Batch, Number, Op, Slot, Stage, flag, number, one_of, register_stage, setting
+
+STATE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def heavy(m: Buffers, g: list[Tensor], mu: float, dampening: float, nesterov: bool) -> Momentum:
-    """Update by heavy ball: ``m ← μm + (1−τ)g``, the first m = g; c = m, or with Nesterov c = g + μm.
+class Coefficients(NamedTuple):
+    """The coefficients of a momentum rule, ``m' = a·m + b·g`` and ``c = d·m + e·g + f·m'``, from m = 0.
+
+    Attributes:
+        a, b, d, e, f: as above.
+        first: b of the first step, None for b itself.
+        averages: whether m' and c are weighted averages, a + b = 1 and d + e + f = 1, which are computed as
+            interpolations: other roundings than a sum of products.
+    """
+
+    a: float
+    b: float
+    d: float = 0.0
+    e: float = 0.0
+    f: float = 1.0
+    first: float | None = None
+    averages: bool = False
+
+
+Rule = Callable[["Momentum"], Coefficients]
+RULES: dict[str, Rule] = {}
+
+
+def register_momentum(name: str) -> Callable[[Rule], Rule]:
+    """Register a momentum rule, so that ``momentum_rule="name"`` works in every optimizer, also fused. A decorator.
+
+    Args:
+        name: the rule's name.
+
+    Returns:
+        The decorator of a function from the settings (``momentum``, ``beta2``, ``dampening``, ``nesterov``) to
+        `Coefficients`.
+    """
+
+    def decorate(rule: Rule) -> Rule:
+        RULES[name] = rule
+        return rule
+
+    return decorate
+
+
+@register_momentum("heavy")
+def heavy(s: Momentum) -> Coefficients:
+    """Heavy ball: ``m ← μm + (1−τ)g``, the first m = g; c = m, or with Nesterov c = g + μm.
 
     τ is the dampening. Source: torch.optim.SGD, reproduced bit for bit.
     """
-    old = [(b, x) for b, x in zip(m, g, strict=True) if b is not None]
-    if old:
-        buffers, grads = [b for b, _ in old], [x for _, x in old]
-        torch._foreach_mul_(buffers, mu)
-        torch._foreach_add_(buffers, grads, alpha=1 - dampening)
-    new = [x.clone() if b is None else b for b, x in zip(m, g, strict=True)]
-    return (list(torch._foreach_add(g, new, alpha=mu)) if nesterov else new), new
+    rule = Coefficients(s.momentum, 1 - s.dampening, first=1.0)
+    return rule._replace(e=1.0, f=s.momentum) if s.nesterov else rule
 
 
-def ema(m: Buffers, g: list[Tensor], mu: float, nesterov: bool) -> Momentum:
-    """Update a moving average: ``m ← μm + (1−μ)g`` from m = 0; c = m, or with Nesterov c = (1−μ)g + μm.
+@register_momentum("ema")
+def ema(s: Momentum) -> Coefficients:
+    """Moving average: ``m ← μm + (1−μ)g`` from m = 0; c = m, or with Nesterov c = (1−μ)g + μm.
 
     Source: LPSGDM, arXiv:2606.02078; Nesterov as in torch.optim.Muon. No bias correction, as in both.
     """
-    new = _from_zero(m, g)
-    torch._foreach_lerp_(new, g, 1 - mu)
-    return (list(torch._foreach_lerp(g, new, mu)) if nesterov else new), new
+    rule = Coefficients(s.momentum, 1 - s.momentum, averages=True)
+    return rule._replace(e=1 - s.momentum, f=s.momentum) if s.nesterov else rule
 
 
-def lion(m: Buffers, g: list[Tensor], mu: float, beta2: float) -> Momentum:
-    """Update by Lion's rule: ``c = μm + (1−μ)g``, then ``m ← β₂m + (1−β₂)g``, from m = 0.
+@register_momentum("lion")
+def lion(s: Momentum) -> Coefficients:
+    """Lion's rule: ``c = μm + (1−μ)g``, then ``m ← β₂m + (1−β₂)g``, from m = 0.
 
     Source: Lion, arXiv:2302.06675, whose β₁ is μ.
     """
-    new = _from_zero(m, g)
-    c = list(torch._foreach_lerp(new, g, 1 - mu))
-    torch._foreach_lerp_(new, g, 1 - beta2)
-    return c, new
+    return Coefficients(s.beta2, 1 - s.beta2, d=s.momentum, e=1 - s.momentum, f=0.0, averages=True)
 
 
-def _from_zero(m: Buffers, g: list[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(x) if b is None else b for b, x in zip(m, g, strict=True)]
+@register_stage
+@dataclass
+class Momentum(Stage):
+    """Momentum, by the rule that ``momentum_rule`` names; momentum = 0 runs none and keeps no buffer."""
+
+    place = "momentum"
+    state = ("momentum_buffer",)  # torch.optim.SGD's name: checkpoints load both ways
+
+    momentum: float = setting(
+        0.0, number(low=0, high=1), "μ, the weight of the OLD state, 0 ≤ μ < 1 (heavy: ≤ 1); 0 keeps no buffer"
+    )
+    momentum_rule: Literal["heavy", "ema", "lion"] | str = setting(
+        "heavy", one_of(RULES), '"heavy" (torch.optim.SGD\'s), "ema", "lion", or your own'
+    )
+    beta2: float = setting(0.99, number(low=0, high=1, open_high=True), 'β₂ of "lion", the weight of the old state')
+    dampening: float = setting(0.0, number(open_low=True, open_high=True), 'τ of "heavy", any finite number')
+    nesterov: bool = setting(False, flag(), 'c = g + μm ("heavy") or (1−μ)g + μm ("ema")')
+    state_dtype: str | torch.dtype | None = setting(
+        None, one_of(STATE_DTYPES, optional=True), "the momentum's dtype; None is the parameter's own"
+    )
+
+    def runs(self) -> bool:
+        return self.momentum != 0
+
+    def slots(self) -> tuple[Slot, ...]:
+        return (Slot("momentum_buffer", cast("str | None", self.state_dtype)),)
+
+    def reads(self, name: str) -> bool:
+        """Return whether the rule depends on a setting that is a number."""
+        other = replace(self, **{name: 0.5 * getattr(self, name) + 0.1})
+        return self.coefficients() != other.coefficients()
+
+    def coefficients(self) -> Coefficients:
+        """Return the rule's coefficients under these settings."""
+        return RULES[self.momentum_rule](self)
+
+    @property
+    def starts_otherwise(self) -> bool:
+        """Whether the first step weighs the gradient otherwise than later steps."""
+        k = self.coefficients()
+        return k.first is not None and k.first != k.b
+
+    def check(self) -> None:
+        heavy = self.momentum_rule == "heavy"
+        check_number("momentum", self.momentum, low=0, high=1, open_high=not heavy)
+        if self.nesterov and self.momentum_rule == "lion":
+            raise ValueError('nesterov=True has no meaning under momentum_rule="lion": use "heavy" or "ema"')
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError(
+                "nesterov=True needs momentum > 0 and dampening = 0, but "
+                f"momentum = {self.momentum}, dampening = {self.dampening}"
+            )
+        if self.dampening != 0 and not heavy:
+            raise ValueError(f'dampening belongs to momentum_rule="heavy", not {self.momentum_rule!r}: set dampening=0')
+
+    def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+        (slot,), k, g = self.slots(), self.coefficients(), batch.g
+        kept = batch.state_in_place(slot)
+        if kept is not None:
+            batch.c = step_(k, kept, g, fast_scalar(k.a, g))
+            return
+        old = batch.read(slot)
+        new = [i for i, m in enumerate(old) if m is None]
+        if k.first is None or not new:
+            m = [torch.zeros_like(x) if b is None else b for b, x in zip(old, g, strict=True)]
+            batch.c = step_(k, m, g)
+        else:  # those that are new have another b
+            m = [x * k.first if b is None else b for b, x in zip(old, g, strict=True)]
+            first = k._replace(a=1.0, b=0.0)
+            batch.c = [step_(first if i in new else k, [m[i]], [x])[0] for i, x in enumerate(g)]
+        batch.store(slot, m)
+
+    def lower(self) -> Op | str:
+        k = self.coefficients()
+        code = RUNS | OLD * (k.d != 0) | GRADIENT * (k.e != 0) | NEW * (k.f != 0)
+        first = k.b if k.first is None else k.first
+        numbers = dict(keep=k.a, take=k.b, first=first, from_old=k.d, from_gradient=k.e, from_new=k.f)
+        return Op({"momentum": code | SAME if (k.d, k.e, k.f) == (0, 0, 1) else code}, numbers)
+
+    def structure(self) -> object:
+        return self.momentum_rule, self.nesterov, self.state_dtype, self.momentum == 0, self.dampening == 0
+
+    def describe(self) -> str:
+        more = [f"β₂ = {self.beta2:g}"] if self.momentum_rule == "lion" else []
+        more += [f"dampening {self.dampening:g}"] if self.dampening != 0 else []
+        more += ["Nesterov"] if self.nesterov else []
+        more += [f"in {self.state_dtype}"] if self.state_dtype else []
+        return f"{self.momentum_rule} momentum {self.momentum:g}" + (f" ({', '.join(more)})" if more else "")
+
+
+def step_(k: Coefficients, m: list[Tensor], g: list[Tensor], a: Number | None = None) -> list[Tensor]:
+    """Update m in place and return c, which may be m. ``a`` is the coefficient of this name as a `fast_scalar`."""
+    c = g
+    if k.d != 0:  # of the old m
+        c = list(torch._foreach_lerp(m, g, k.e)) if k.averages and k.f == 0 else _sum(m, k.d, g, k.e)
+    if k.averages:
+        torch._foreach_lerp_(m, g, k.b)
+    else:
+        if k.a != 1:
+            torch._foreach_mul_(m, k.a if a is None else a)
+        if k.b != 0:
+            torch._foreach_add_(m, g, alpha=k.b)
+    if k.f == 0:
+        return c if k.d != 0 else list(torch._foreach_mul(g, k.e))
+    if k.d != 0:
+        return _sum(c, 1.0, m, k.f)
+    if k.e == 0:
+        return m if k.f == 1 else list(torch._foreach_mul(m, k.f))
+    return list(torch._foreach_lerp(g, m, k.f)) if k.averages else _sum(g, k.e, m, k.f)
+
+
+def _sum(x: list[Tensor], a: float, y: list[Tensor], b: float) -> list[Tensor]:
+    """Return ax + by."""
+    return list(torch._foreach_add(x if a == 1 else torch._foreach_mul(x, a), y, alpha=b))

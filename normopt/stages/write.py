@@ -2,22 +2,89 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
 import torch
 from torch import Tensor
 
+from normopt._checks import is_low_precision
+from normopt.kernels.flags import KAHAN, NEAREST, STOCHASTIC, wide
+from normopt.stages.base import Batch, Op, Slot, Stage, number, one_of, register_stage, setting
+from normopt.stages.decay import Decay
 
-def descend_(w: list[Tensor], u: list[Tensor], lr: float | Tensor) -> None:
-    """Apply ``w ← w − ηu``; a tensor η is not read on the host, which would sync."""
-    if isinstance(lr, Tensor):
-        torch._foreach_sub_(w, torch._foreach_mul(u, lr))
-    else:
-        torch._foreach_add_(w, u, alpha=-lr)
+ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "kahan": KAHAN}
+COMPENSATION = Slot("kahan_compensation", only_16_bit=True)
 
 
-def scale_(w: list[Tensor], factors: list[Tensor]) -> None:
-    """Apply ``w ← w · factor`` elementwise, as ℓp decay does after the step."""
-    if w:
-        torch._foreach_mul_(w, factors)
+@register_stage
+@dataclass
+class Write(Stage):
+    """``w ← w − ηru`` with the weight decay's change, rounded to the weights' dtype."""
+
+    place = "update"
+    state = (COMPENSATION.name,)
+
+    lr: float | Tensor = setting(
+        1e-3,
+        number(low=0, open_high=True, tensor=True),
+        "η, a float or a one-element tensor, which is never read on the host",
+    )
+    radius: float = setting(
+        1.0,
+        number(low=0, open_low=True, open_high=True),
+        "r > 0, the radius of the norm's ball: it multiplies the step, and not the decay",
+    )
+    rounding: Literal["nearest", "stochastic", "kahan"] = setting(
+        "nearest",
+        one_of(ROUNDINGS),
+        'how 16-bit weights are rounded: "nearest" (a step below half a unit in the last place is lost), "stochastic" '
+        '(bfloat16; right on average) or "kahan" (the rounding error is kept, in one more buffer)',
+    )
+    decaying: Decay = field(default=cast(Any, None), init=False)  # the weight decay, which the recipe sets
+
+    def slots(self) -> tuple[Slot, ...]:
+        return (COMPENSATION,) if self.rounding == "kahan" else ()
+
+    def widen(self, batch: Batch) -> None:
+        """Add the stored rounding errors of 16-bit weights to their float32 copies."""
+        if self.rounding == "kahan" and any(map(is_low_precision, batch.params)):
+            lost = batch.read(COMPENSATION)
+            for p, x, e in zip(batch.params, batch.w, lost, strict=True):
+                if e is not None and is_low_precision(p):
+                    x.add_(e)
+
+    def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+        self.decaying.rule.update(batch, self.decaying)
+        if batch.w is batch.weights:
+            return
+        if self.rounding == "stochastic":
+            stochastic_(batch.weights, batch.w)
+        elif self.rounding == "kahan" and any(map(is_low_precision, batch.params)):
+            batch.store(COMPENSATION, kahan_(batch.weights, batch.w))
+        else:
+            nearest_(batch.weights, batch.w)
+
+    def lower(self) -> Op | str:
+        lr, decay = wide(self.lr), Op()
+        if self._updates_with_decay():
+            lowered = self.decaying.rule.lower(lr, self.decaying)
+            if isinstance(lowered, str):
+                return lowered
+            decay = lowered
+        flags = {"rounding": ROUNDINGS[self.rounding], **decay.flags}
+        return Op(flags, {"reach": lr * self.radius, **decay.numbers})
+
+    def structure(self) -> object:
+        return self.rounding, isinstance(self.lr, Tensor)
+
+    def describe(self) -> str:
+        decay = f"{self.decaying.words()} → " if self._updates_with_decay() else ""
+        rounding = f" ({self.rounding})" if self.rounding != "nearest" else ""
+        return f"{decay}write{rounding}"
+
+    def _updates_with_decay(self) -> bool:
+        return self.decaying.runs() and not self.decaying.rule.before_momentum
 
 
 def nearest_(weights: list[Tensor], w: list[Tensor]) -> None:
@@ -42,12 +109,11 @@ def stochastic_(weights: list[Tensor], w: list[Tensor]) -> None:
         p.copy_(torch.where(x.isfinite(), bits.view(torch.float32), x))
 
 
-def kahan_(weights: list[Tensor], w: list[Tensor], compensations: list[Tensor]) -> None:
-    """Round to nearest and store the rounding error: weight + compensation is w to twice the weight's bits.
+def kahan_(weights: list[Tensor], w: list[Tensor]) -> list[Tensor]:
+    """Round to nearest and return the rounding errors: weight + error is w to twice the weight's bits.
 
-    The next step uses that sum as its weight (Kahan summation across steps). The compensation is 0 where
+    The next step uses that sum as its weight (Kahan summation across steps). The error is 0 where
     the weight is not finite.
     """
-    for p, x, lost in zip(weights, w, compensations, strict=True):
-        p.copy_(x)
-        lost.copy_(torch.where(p.isfinite(), x - p.to(x.dtype), 0))
+    nearest_(weights, w)
+    return [torch.where(p.isfinite(), x - p.to(x.dtype), 0) for p, x in zip(weights, w, strict=True)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Literal, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from normopt.engine import SteepestDescent
 from normopt.norms.base import Scale
-from normopt.settings import Common, Decay, Settings
+from normopt.settings import Common, Settings
 from normopt.zoo.fixed import fixed_kwargs
 
 
@@ -52,7 +52,7 @@ class SGD(SteepestDescent):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
-        decay: Decay = "coupled",
+        decay: Literal["coupled", "decoupled", "lp"] | str = "coupled",
         **settings: Unpack[Common],
     ) -> None:
         super().__init__(

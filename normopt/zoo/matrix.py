@@ -6,14 +6,14 @@ with another norm, for embeddings, norm layers and biases.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from normopt._checks import check_number
 from normopt.engine import SteepestDescent
-from normopt.settings import Common, Decay, Settings
+from normopt.settings import Common, Settings
 from normopt.zoo.fixed import fixed_kwargs
 
 
@@ -253,7 +253,7 @@ class Scion(SteepestDescent):
         *,
         radius: float = 50.0,
         weight_decay: float | Tensor = 1.0,
-        decay: Decay = "decoupled",
+        decay: Literal["coupled", "decoupled", "lp"] | str = "decoupled",
         method: str = "newton-schulz",
         **settings: Unpack[Common],
     ) -> None:

@@ -99,7 +99,7 @@ DECAYS: dict[str, dict[str, Any]] = {
 }
 CHOICES: dict[str, list[Any]] = dict(
     p=[1.005, 1.3, 1.5, 2.0, 2.7, 3.0, math.inf],
-    scale=["power", "smoothed", "dual", "unit", "matched", "group"],
+    scale=["power", "smoothed", "dual", "unit", "matched"],
     momentum=list(MOMENTA),
     decay=list(DECAYS),
     dtypes=[(F32, F32, F32), (BF16, BF16, BF16), (BF16, BF16, F32), (F32, BF16, F32), (BF16, F32, BF16)],
@@ -116,9 +116,8 @@ def is_valid(c: dict[str, Any]) -> bool:
 
 def stepped(c: dict[str, Any], how: dict[str, bool], put: Any) -> list[torch.Tensor]:
     """The weights after three steps; the first makes the state, which then is put where ``put`` puts it."""
-    scale = {"smoothed": "power", "group": "dual"}.get(c["scale"], c["scale"])
-    more = dict(scope="group") if c["scale"] == "group" else {}
-    more |= dict(eps=1e-3) if c["scale"] == "smoothed" else {}
+    scale = {"smoothed": "power"}.get(c["scale"], c["scale"])
+    more = dict(eps=1e-3) if c["scale"] == "smoothed" else {}
     weight, gradient, state = c["dtypes"]
     torch.manual_seed(0)
     params = [torch.nn.Parameter(put(torch.randn(s).to(weight))) for s in SHAPES]
@@ -168,9 +167,8 @@ def run_triton(c: dict[str, Any]) -> None:
         def placed(self, x: Any, dtype: torch.dtype) -> torch.Tensor:
             return guarded(torch.as_tensor(x).to(dtype))
 
-    scale = {"smoothed": "power", "group": "dual"}.get(c["scale"], c["scale"])
-    more: dict[str, Any] = dict(scope="group") if c["scale"] == "group" else {}
-    more |= dict(eps=1e-3) if c["scale"] == "smoothed" else {}
+    scale = {"smoothed": "power"}.get(c["scale"], c["scale"])
+    more: dict[str, Any] = dict(eps=1e-3) if c["scale"] == "smoothed" else {}
     more |= MOMENTA[c["momentum"]] | DECAYS[c["decay"]]
     weight, gradient, state = c["dtypes"]
     shapes = [(1,), (17,), (3, 5), (CHUNK + 1,)]

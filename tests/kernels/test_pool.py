@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import normopt
-from normopt.engine import BUFFER
 from normopt.kernels import pool
 from normopt.kernels.tables import Chunks
 from tests.patience import patience
+
+BUFFER = "momentum_buffer"
 
 
 @pytest.fixture

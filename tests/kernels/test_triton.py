@@ -76,11 +76,10 @@ def compile_kernel(tmp_path_factory):
 
 
 def flags(dtype=torch.float32, **changes):
-    from normopt.kernels.flags import GENERAL, LINEAR, NEAREST, NONE, SIGN, Flags
+    from normopt.kernels.flags import GENERAL, LINEAR, SIGN, Flags
 
     mode = {"sign": SIGN, "linear": LINEAR, "general": GENERAL}[changes.pop("mode", "linear")]
-    plain = dict.fromkeys(Flags._fields, False) | dict(momentum=NONE, decay=NONE, decay_mode=LINEAR, rounding=NEAREST)
-    return Flags(**(plain | dict(mode=mode, weight=dtype, gradient=dtype, state=dtype) | changes))
+    return Flags(**(dict(mode=mode, weight=dtype, gradient=dtype, state=dtype) | changes))
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -88,17 +87,15 @@ def flags(dtype=torch.float32, **changes):
 @pytest.mark.parametrize("mode", ["sign", "general"])
 @pytest.mark.parametrize("momentum", [False, True])
 def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, momentum, dtype, capability, compile_kernel):
-    from normopt.kernels.flags import EMA, NONE
+    from normopt.kernels.flags import NEW, RUNS, SAME
     from normopt.kernels.tables import CHUNK
     from normopt.kernels.triton import OPTIONS, constants_of, walk
 
     absent = ("unscale", "found_inf", "seed", "regularizers", "measured", "sums")
-    constants = constants_of(flags(dtype, mode=mode, momentum=EMA if momentum else NONE))
+    constants = constants_of(flags(dtype, mode=mode, momentum=RUNS | NEW | SAME if momentum else 0))
     found = {}
     for aligned in (True, False):
-        text = compile_kernel(
-            walk, capability, absent, **constants, MEASURING=False, WHOLE_GROUP=False, ALIGNED=aligned
-        )
+        text = compile_kernel(walk, capability, absent, **constants, MEASURING=False, ALIGNED=aligned)
         assert not re.search(r"\b(atom|red)\.", text)
         found[aligned] = [VECTOR.findall(text).count(way) for way in ("ld", "st")]
     entries = CHUNK // (32 * OPTIONS["num_warps"])  # of each thread
@@ -114,19 +111,22 @@ def test_every_walk_compiles_without_atomics(what, capability, compile_kernel):
 
     low = dict(weight=torch.bfloat16, gradient=torch.bfloat16, state=torch.float32)
     scaled = dict(mode="general", scaled=True, matched=True, agr=True, coupled=True, maximize=True)
-    heavy = dict(momentum=f.HEAVY, nesterov=True)
-    smoothed = dict(mode="general", smoothed=True, momentum=f.LION, decay=f.LP, decay_mode=f.GENERAL)
+    heavy = dict(momentum=f.RUNS | f.GRADIENT | f.NEW)
+    lion = dict(momentum=f.RUNS | f.OLD | f.GRADIENT)
     changes, absent = {
         "scaled": (scaled | heavy, ()),
-        "smoothed": (smoothed, ("seed", "measured")),
-        "stochastic": (low | dict(rounding=f.STOCHASTIC, decay=f.DECOUPLED), ("unscale",)),
+        "smoothed": (
+            lion | dict(mode="general", smoothed=True, decay=True, decay_mode=f.GENERAL),
+            ("seed", "measured"),
+        ),
+        "stochastic": (low | dict(rounding=f.STOCHASTIC, shrinks=True), ("unscale",)),
         "kahan": (
-            low | heavy | dict(rounding=f.KAHAN, decay=f.LP, decay_mode=f.LINEAR, decay_steep=True),
+            low | heavy | dict(rounding=f.KAHAN, decay=True, decay_wide=False, decay_mode=f.LINEAR, decay_steep=True),
             ("found_inf",),
         ),
         "float16": (dict.fromkeys(("weight", "gradient", "state"), torch.float16) | heavy, ()),
     }[what]
-    constants = kernels.constants_of(flags(**changes)) | dict(WHOLE_GROUP=False, ALIGNED=True)
+    constants = kernels.constants_of(flags(**changes)) | dict(ALIGNED=True)
     for measuring in {False, constants["SCALED"]}:
         text = compile_kernel(kernels.walk, capability, absent, **constants, MEASURING=measuring)
         assert not re.search(r"\b(atom|red)\.", text)

@@ -15,10 +15,9 @@ import triton
 
 import normopt
 from normopt.kernels import triton as kernels
-from normopt.kernels.flags import flags_of, numbers_of
-from normopt.kernels.tables import CHUNK, Batch, Chunks
-from normopt.plan import make_plan
-from normopt.sharding.exchange import alone
+from normopt.kernels.flags import NEAREST, Flags
+from normopt.kernels.tables import CHUNK, Chunks, Tables
+from normopt.recipe import make_recipe
 from normopt.sharding.layout import Layout
 from tests.oracle import Rule, agr, lp_decay_factor, lp_dual_norm
 
@@ -77,28 +76,36 @@ class Stepped:
 
     def step(self, gs, ms=None, **given):
         """One step; ms are the momenta to start from, None those of the step before."""
-        return alone(self.walk(gs, ms, **given))
+        step = self.prepared(gs, ms, **given)
+        for phase in step.phases():
+            assert phase.measure(None) is None
+            phase.apply(None, None)
+        return step.measured
 
-    def walk(self, gs, ms=None, **given):
-        """The step as a walk, that asks other ranks if it has ``layouts``."""
+    def prepared(self, gs, ms=None, **given):
+        """The step, whose phases ask other ranks if it has ``layouts``."""
         optimizer = normopt.SteepestDescent(self.weights, foreach=False, norm="lp", **self.settings)
-        plan = make_plan(optimizer.param_groups[0], self.weights)
+        recipe = make_recipe(optimizer.param_groups[0], self.weights)
         fresh = [self.momenta is None] * len(gs)
-        if plan.momentum and self.momenta is None:
+        if recipe.momentum.runs() and self.momenta is None:
             self.momenta = [self.placed(torch.zeros(w.shape), self.state) for w in self.weights]
         if ms is not None and ms[0] is not None:
             self.momenta, fresh = [self.placed(m, self.state) for m in ms], [False] * len(gs)
-        if plan.rounding == "kahan" and self.lost is None:
+        if recipe.write.rounding == "kahan" and self.lost is None:
             self.lost = [torch.zeros_like(w) for w in self.weights]
         gs = self.kept["gradients"] = [
             self.placed(g, self.gradient) for g in gs
-        ]  # which the walk only has addresses of
+        ]  # of which the step only has addresses
         chunks = self.kept.setdefault("cut", Chunks([w.shape for w in self.weights]))
         at = (xs and np.array([x.data_ptr() for x in xs]) for xs in (self.weights, gs, self.momenta, self.lost))
         new = [i for i, made in enumerate(fresh) if made]
-        batch = Batch(chunks, self.weights[0].device, *at, new, self.kept)
-        flags = flags_of(plan, self.weights[0].dtype, self.gradient, self.state)
-        return kernels.run(flags, numbers_of(plan), plan.scale, plan.scope == "group", batch, **given)
+        tables = Tables(chunks, self.weights[0].device, *at, new, self.kept)
+        flags, values = recipe.lower()
+        dtype = self.weights[0].dtype
+        if dtype == torch.float32:
+            flags["rounding"] = NEAREST
+        kinds = dict(weight=dtype, gradient=self.gradient, state=self.state)
+        return kernels.Step(Flags(**flags, **kinds), values, tables, **given)
 
 
 def numbers(x):
@@ -153,8 +160,7 @@ def check(
                 largest = rule.momentum * np.abs(m) + np.abs(gs[i]) + np.abs(w)
                 assert np.all(np.abs(numbers(run.momenta[i]) - new_ms[i]) <= TOLERANCE[kinds[2]] * largest)
         if measured is not None:
-            whole = [np.concatenate([c.ravel() for c in rule.c])] * len(ws)
-            duals = [lp_dual_norm(c, rule.p) for c in (whole if rule.scope == "group" else rule.c)]
+            duals = [lp_dual_norm(c, rule.p) for c in rule.c]
             np.testing.assert_allclose(numbers(measured[0]), np.array(duals, dtype=float), rtol=1e-6)
         ws, ms = new_ws, new_ms
     return worst
@@ -198,12 +204,6 @@ def test_many_chunks_odd_ends_and_unaligned_tensors(dtype, offset):
     shapes = [(2, CHUNK), (CHUNK - 1,), (1, 1, 2 * CHUNK + 5), ()]
     settings = dict(p=8.0, scale="unit", agr=True, weight_decay=0.1, decay="lp", **MOMENTA["ema"])
     check(shapes, dtype, offset=offset, **settings)
-
-
-@pytest.mark.parametrize("p", [1.5, 2.0, 3.0, 8.0, math.inf])
-@pytest.mark.parametrize("scale", ["unit", "dual"])
-def test_a_norm_over_the_group(scale, p):
-    check([(3, 5), (), (CHUNK + 2,)], p=p, scale=scale, scope="group", **MOMENTA["ema"])
 
 
 @pytest.mark.parametrize("p", [1.2, 1.7, 2.3, 5.0, 64.0])
@@ -407,8 +407,7 @@ def test_norms_from_tiny_to_huge_over_chunks_of_unlike_sizes():
 @pytest.mark.skipif(DEVICE == "cuda", reason="a constant of a compiled kernel cannot be changed")
 def test_sums_over_more_chunks_than_are_added_at_once(monkeypatch):
     monkeypatch.setattr(kernels, "SUMMED", triton.language.constexpr(2))
-    for scope in ("tensor", "group"):
-        check([(4, CHUNK), (2 * CHUNK + 3,)], p=3.0, scale="unit", scope=scope, agr=True)
+    check([(4, CHUNK), (2 * CHUNK + 3,)], p=3.0, scale="unit", agr=True)
     check([(4, CHUNK), (2 * CHUNK + 3,)], p=8.0, scale="matched", agr=True)
 
 
@@ -480,7 +479,7 @@ def test_bit_by_bit_the_same_again_and_wherever_gradients_lie():
 
 
 def test_tables_are_sent_anew_only_when_they_change_and_never_written_over():
-    tables = kernels.Tables({}, torch.device(DEVICE))
+    tables = kernels.Kept({}, torch.device(DEVICE))
     rows = np.arange(6).reshape(2, 3)
     first = tables.changing("tensors", rows)
     assert tables.changing("tensors", rows.copy()) is first
@@ -503,7 +502,7 @@ def test_tables_are_sent_anew_only_when_they_change_and_never_written_over():
         (dict(p=3.0, scale="power", weight_decay=0.1, decay="lp", **MOMENTA["lion"]), 1),
         (dict(p=3.0, scale="power", agr=True), 3),
         (dict(p=3.0, scale="matched"), 3),
-        (dict(p=3.0, scale="unit", scope="group", agr=True), 5),
+        (dict(p=3.0, scale="unit", agr=True), 5),
     ],
     ids=str,
 )
@@ -576,17 +575,13 @@ def test_parts_on_several_ranks_are_stepped_as_whole_tensors(p, scale, agr):
     for gs in steps:
         before = [w.clone() for w in whole.weights]
         expected = whole.step(gs)
-        walks = [parts[r].walk(part(gs, r), layouts=layouts[r]) for r in range(ranks)]
-        found, answer = [], None
-        while not found:
-            asked = []
-            for walk in walks:
-                try:
-                    asked.append(walk.send(answer))
-                except StopIteration as done:
-                    found.append(done.value)
-            assert len(asked) in (0, ranks)
-            answer = asked and torch.stack([a.sums for a in asked], 1)
+        ranked = [parts[r].prepared(part(gs, r), layouts=layouts[r]) for r in range(ranks)]
+        for phases in zip(*(step.phases() for step in ranked), strict=True):
+            asked = [phase.measure(None) for phase in phases]
+            answer = None if asked[0] is None else phases[0].reduce(torch.stack(asked, 1))
+            for phase in phases:
+                phase.apply(None, answer)
+        found = [step.measured for step in ranked]
         for i, w in enumerate(whole.weights):
             longest = float((w - before[i]).abs().max())
             torch.testing.assert_close(torch.cat([p.weights[i] for p in parts]), w, rtol=2e-6, atol=2e-6 * longest)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normopt.norms import Lp
-from normopt.norms.scales import direction
+from tests.directions import direction
 from tests.oracle import lp_dual_map, lp_dual_norm, lp_norm
 
 PS = [1.0, 1.01, 1.5, 2.0, 3.0, 4.0, 8.0, 64.0, 128.0, math.inf]  # 1e-30 to the 128th is still a longdouble

@@ -60,7 +60,6 @@ NORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one by one": (LP | dict(agr=True, foreach=False), {}),
     "spectral, matched": (dict(norm="spectral", scale="matched"), {}),
     "spectral, dual": (dict(norm="spectral"), {}),
-    "spectral over a group": (dict(norm="spectral", scope="group"), dict(replicated=SOME)),
     "spectral, cut along dim 1": (dict(norm="spectral", scale="unit"), dict(dim=1)),
     "spectral, blocks": (dict(norm="spectral", scale="unit", norm_blocks=2), dict(shapes=[(4, 6), (6, 2, 3), (2,)])),
     "rows": (dict(norm="row", scale="unit", norm_aspect="rms"), {}),
@@ -182,6 +181,8 @@ REFUSED = {
     "unlike chunk": "torch.chunk",
     "differentiable": "DTensors",
     "two meshes": "process group",
+    "matrices over a group": "whole tensors",
+    "p = 1 over a group, cut along dim 1": "whole tensors",
 }
 
 

@@ -16,8 +16,9 @@ import torch
 import normopt
 from normopt.norms.base import Scale
 from normopt.norms.lp import Lp
-from normopt.norms.scales import direction
-from normopt.stages.momentum import ema
+from normopt.stages import Momentum
+from normopt.stages.momentum import step_
+from tests.directions import direction
 from tests.patience import patience
 
 MAPS = Path(__file__).parents[2] / "docs/playground/maps.js"
@@ -125,7 +126,8 @@ def check(answer: str) -> None:
         same(theirs, schedule.p_at(start, s), (start, s, total, space, end))
     for theirs, (m, g, mu) in zip(found["momenta"], MOMENTA, strict=True):
         old, new = torch.tensor(m, dtype=torch.float64), torch.tensor(g, dtype=torch.float64)
-        same(theirs, ema([old], [new], mu, False)[0][0], (m, g, mu))
+        rule = Momentum(momentum=mu, momentum_rule="ema").coefficients()
+        same(theirs, step_(rule, [old], [new])[0], (m, g, mu))
     assert found["refused"] == ["RangeError"] * 5
 
 

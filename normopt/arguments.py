@@ -1,0 +1,137 @@
+"""Checks of the names of arguments and settings, and warnings about settings that have no effect."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from normopt import settings
+from normopt._checks import equals, near, warn
+from normopt.norms import registry
+from normopt.norms.base import Norm
+from normopt.norms.matrices import MatrixNorm
+from normopt.stages import Decay, Momentum
+from normopt.stages.base import owners
+
+SYNONYMS = {
+    "betas": "give β₁ as momentum and, under Lion's rule, β₂ as beta2",
+    "beta1": "β₁ is momentum",
+    "learning_rate": "the learning rate is lr",
+    "wd": "the strength of the decay is weight_decay",
+}
+
+
+def check_unused(
+    given: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], usual: Mapping[str, Any], no_momentum: bool
+) -> None:
+    """Raise if a constructor argument has no effect in any param group.
+
+    Warn instead if a schedule of the momentum or of p could give it an effect.
+
+    Args:
+        given: the constructor's arguments.
+        groups: the param groups made from them.
+        usual: norm fields that the constructor sets by default.
+        no_momentum: whether the momentum is fixed at 0.
+
+    Raises:
+        ValueError: an argument has no effect, and no schedule can change that.
+
+    Warns:
+        UserWarning: an argument has no effect until a schedule changes p or the momentum.
+    """
+    s, norms = given, [registry.build(group) for group in groups]
+    defaults = {name: stage.settings[name].default for name, stage in owners().items()}
+    reads_p = [Decay.of(group).reads_p for group in groups]
+    unread = [getattr(norm, "unread", ()) for norm in norms]
+    runs = [group["momentum"] != 0 for group in groups]
+    decays = [not equals(group["weight_decay"], 0) for group in groups]
+    p_is_fixed = all(group["p"] is None for group in groups)
+    # (argument, whether it was given, which groups use it, where it has no effect, whether no schedule changes that)
+    cases = [
+        ("decay_p", s["decay_p"] != defaults["decay_p"], reads_p, 'without decay="lp"', True),
+        ("decay", s["decay"] == "lp", decays, "at weight_decay = 0 (unless that is a tensor, for a schedule)", True),
+        (
+            "beta2",
+            s["beta2"] != defaults["beta2"],
+            [Momentum.of(group).reads("beta2") for group in groups],
+            'without momentum_rule="lion"',
+            True,
+        ),
+        ("dampening", s["dampening"] != 0, runs, "at momentum = 0", no_momentum),
+        ("state_dtype", s["state_dtype"] is not None, runs, "at momentum = 0", no_momentum),
+        ("eps", s["eps"] != 0, [not n.is_identity("power") for n in norms], "at p = 2", p_is_fixed),
+    ]
+    for field, default in registry.lookup(s["norm"]).fields.items():
+        if any(field in fields for fields in unread):
+            key = registry.setting_key(field)
+            used = [hasattr(n, field) and field not in fields for n, fields in zip(norms, unread, strict=True)]
+            cases.append((key, s[key] != usual.get(key, default), used, "under this norm_method", True))
+    for name, given, used, where, for_good in cases:
+        if given and not any(used):
+            message = f"{name} = {s[name]!r} does nothing {where}: leave it out, "
+            if for_good:
+                raise ValueError(message + "or set what it needs as well")
+            warn(message + "unless a schedule is going to change that")
+
+
+def check_unknown_arguments(name: str, norm: object, arguments: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise a TypeError for an argument that is neither a setting of the optimizer ``name`` nor a norm field."""
+    fields = {registry.setting_key(f) for f in registry.entry_of(norm).fields} - {"p"}
+    for key in arguments.keys() - fields - known.keys():
+        takes = f"; the norm {norm!r} takes {', '.join(sorted(fields))}" if key.startswith("norm_") and fields else ""
+        hint = f"; {SYNONYMS[key]}" if key in SYNONYMS else near(key, {*fields, *known} - arguments.keys())
+        raise TypeError(f"{name} got an unexpected argument {key!r}{hint}{takes}")
+
+
+def check_unknown_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise if a param group key looks like a misspelt setting; other unknown keys are allowed, as in torch."""
+    norm = group.get("norm", defaults["norm"])
+    fields = registry.entry_of(norm).fields
+    known = {*defaults, *(registry.setting_key(f) for f in fields)}
+    for key in group.keys() - known - {"params", "param_names"}:
+        if key in fields:
+            raise ValueError(f"a param group has {key!r}: as a setting it is called {registry.setting_key(key)!r}")
+        meant = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        if meant or key in SYNONYMS:
+            hint = f"did you mean {meant[0]!r}?" if meant else SYNONYMS[key]
+            raise ValueError(f"a param group has {key!r}, which is not a setting: {hint}")
+
+
+def warn_vectors(name: str, norm: Norm, params: Sequence[Tensor]) -> None:
+    """Warn if vectors get a matrix norm by default, as when a whole model's parameters are passed as one group.
+
+    The Frobenius norm is exempt: it treats every tensor as one vector.
+    """
+    vectors = [p for p in params if p.dim() <= 1 and p.requires_grad]
+    if vectors and isinstance(norm, MatrixNorm) and getattr(norm, "p", None) != 2:
+        warn(
+            f"{name} steps matrices, but some parameters are vectors or scalars, such as biases and the gains of norm "
+            f"layers: each is treated as a matrix of one column under {norm!r}. Embeddings and output layers, if any, "
+            "are treated as hidden layers, because their shapes look the same. Use normopt.param_groups(model) to give "
+            "each kind of layer its own norm, or name a norm in the param group to silence this"
+        )
+
+
+def show_settings(function: Any) -> None:
+    """Set the signature of a constructor that takes ``**settings``: with every setting that its type hint names.
+
+    The hint is one of the TypedDicts of `normopt.settings`.
+    """
+    signature = inspect.signature(function)
+    *named, last = signature.parameters.values()
+    if last.kind is not last.VAR_KEYWORD:
+        return
+    kind = getattr(settings, str(last.annotation).removesuffix("]").rpartition("[")[2].rpartition(".")[2], None)
+    kind = kind or settings.Arguments
+    shown = [name for name in owners() if name in kind.__annotations__ and name not in signature.parameters]
+    declared = [owners()[name].settings[name] for name in shown]
+    named += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=s.default, annotation=s.type)
+        for name, s in zip(shown, declared, strict=True)
+    ]
+    function.__signature__ = signature.replace(parameters=[*named, last.replace(annotation=Any)])

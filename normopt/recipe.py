@@ -1,0 +1,302 @@
+"""One param group's settings, checked, as the stages of its step and the backend that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from operator import is_, itemgetter
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from normopt._checks import plain
+from normopt.kernels import support
+from normopt.kernels.flags import Numbers
+from normopt.norms import registry
+from normopt.norms.base import Norm
+from normopt.norms.lp import Lp
+from normopt.params import kinds_of
+from normopt.sharding.layout import any_dtensor, layout_of
+from normopt.stages import Decay, Direction, Momentum, Rescale, Slot, Stage, Write, register_stage, setting
+from normopt.stages.base import check_setting, flag, owners, stages_in_order
+from normopt.stages.direction import way_of
+
+Backend = Literal["for-loop", "foreach", "fused"]
+
+# Entries of a tensor, on average, up to which a CPU does better with one call for all: beyond, a tensor that goes
+# through all stages alone stays in the cache, which saves more.
+SMALL = 1 << 14
+
+
+@register_stage
+@dataclass
+class Run(Stage):
+    """How a step is run: the settings of no stage."""
+
+    foreach: bool | None = setting(
+        None, flag(optional=True), "multi-tensor operations; None uses them where they are faster"
+    )
+    fused: bool | None = setting(
+        None,
+        flag(optional=True),
+        "kernels that do the whole step of a group, Triton's on CUDA and Numba's on CPU (the extra \"cpu\"), for ℓp "
+        "norms with p > 1; None uses them on CUDA, where supported",
+    )
+    differentiable: bool = setting(False, flag(), "let autograd differentiate through the step")
+
+    def check(self) -> None:
+        if self.foreach and self.fused:
+            raise ValueError(
+                "foreach=True and fused=True are two ways of running a step: set one of them to None or False"
+            )
+        if self.foreach and self.differentiable:
+            raise ValueError("foreach=True cannot be differentiated through: set foreach=None or differentiable=False")
+
+
+class Recipe:
+    """What one step of one param group does: its stages with their numbers, and its backend.
+
+    Made by [`make_recipe`][normopt.recipe.make_recipe] only, so that a Recipe is always valid. ``str(recipe)`` is its
+    line in ``backend()``.
+
+    Attributes:
+        every: all registered stages, in order, by their class.
+        stages: those that run.
+        direction: the stage of the norm.
+        momentum: the stage of the momentum.
+        decay: the stage of the weight decay.
+        write: the stage of the update.
+        run: the settings of how it is run.
+        norm: the norm, with its fields.
+        slots: the state that the stages keep.
+        backend: "for-loop", "foreach" or "fused".
+        why: the reason for that backend, in words.
+        differentiable: whether autograd records the step.
+        version: how often its numbers have changed.
+    """
+
+    momentum: Momentum
+    write: Write
+    run: Run
+
+    backend: Backend
+    why: str
+
+    def __init__(self, every: dict[type[Stage], Stage], norm: Norm) -> None:
+        self.every, self.norm, self.version = every, norm, 0
+        self.direction, self.decay = cast(Direction, every[Direction]), cast(Decay, every[Decay])
+        self.momentum, self.write, self.run = (cast(Any, every[cls]) for cls in (Momentum, Write, Run))
+        scale = self.direction.scale
+        matched = scale == "matched" and not norm.is_identity(scale) and norm.needs(scale) != "none"
+        # What stages need of each other and of the norm.
+        self.direction.map, self.write.decaying = norm, self.decay
+        cast(Rescale, every[Rescale]).matched = matched
+        self.stages = tuple(stage for stage in every.values() if stage.place != "none" and stage.runs())
+        self.slots: tuple[Slot, ...] = tuple(slot for stage in self.stages for slot in stage.slots())
+        self.differentiable: bool = self.run.differentiable
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether some of its numbers are tensors, whose values may change between steps."""
+        return any(isinstance(x, Tensor) for x in (self.write.lr, self.decay.weight_decay, self.direction.p))
+
+    def lower(self) -> tuple[dict[str, Any], Numbers] | str:
+        """Return the fields of `Flags` that the stages set, and the numbers; or the reason why a stage has neither."""
+        flags: dict[str, Any] = {}
+        numbers: dict[str, Any] = {}
+        for stage in self.stages:
+            op = stage.lower()
+            if isinstance(op, str):
+                return op
+            flags |= op.flags
+            numbers |= op.numbers
+        return flags, Numbers(**numbers)
+
+    def take_numbers(self, settings: Mapping[str, Any], changed: Iterable[str]) -> bool:
+        """Take the new values of some settings in place; return False if more than numbers has changed.
+
+        Args:
+            settings: the param group.
+            changed: the names of the settings whose values are new.
+
+        Returns:
+            Whether the recipe is right for the new values.
+
+        Raises:
+            ValueError: a setting is out of range.
+            TypeError: a setting is of the wrong type.
+        """
+        for name in changed:
+            owner, value = owners().get(name), plain(settings[name])
+            if owner is None:  # a field of the norm
+                return False
+            check_setting(name, value)
+            stage = self.every[owner]
+            structure = stage.structure()
+            setattr(stage, name, value)
+            if stage.structure() != structure:
+                return False
+            stage.check()
+            if name == "p":
+                if not isinstance(self.norm, Lp) or isinstance(value, Tensor):
+                    return False
+                self.norm = self.direction.map = Lp(value)
+        self.version += 1
+        return True
+
+    def __str__(self) -> str:
+        radius = f", radius {self.write.radius:g}" if self.write.radius != 1 else ""
+        words = [stage.describe() + radius * (stage is self.direction) for stage in self.stages]
+        return f"{' → '.join(filter(None, words))}, on {self.backend} ({self.why})"
+
+
+def slots_of(group: Mapping[str, Any]) -> list[Slot]:
+    """Return the state that a group's stages keep, those that do not run at present included."""
+    return [slot for cls in stages_in_order() for slot in cls.of(group).slots()]
+
+
+class Remembered:
+    """The recipe of a group's last step, for as long as nothing that it depends on has changed."""
+
+    def __init__(self, group: Mapping[str, Any], recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._names = tuple(name for name in group if name in owners() or name.startswith("norm_"))
+        self._get = itemgetter(*self._names)
+        self._params = list(group["params"])
+        self.kinds = kinds_of(self._params)
+        self._values = self._get(group)
+        self._types = tuple(map(type, self._values))
+
+    def look(self, group: Mapping[str, Any]) -> Recipe | None:
+        """Return the recipe with the group's present numbers; None if it has to be remade.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        params = group["params"]
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            return None
+        try:
+            values = self._get(group)
+        except KeyError:
+            return None
+        types = tuple(map(type, values))
+        if types != self._types or kinds_of(params) != self.kinds:
+            return None
+        # Tensors are compared by identity: equality would wait for the device.
+        if Tensor in types or values != self._values:
+            pairs = zip(self._names, values, self._values, strict=True)
+            changed = [n for n, x, y in pairs if x is not y and (isinstance(x, Tensor) or x != y)]
+            if changed and not self.recipe.take_numbers(group, changed):
+                return None
+            self._values = values
+        self.recipe.norm.check(self.recipe.direction.scale, params)
+        return self.recipe
+
+
+def make_recipe(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Recipe:
+    """Check a param group's settings and choose its backend.
+
+    Args:
+        settings: a param group, or all of its settings by name, as an optimizer's ``defaults`` has them.
+        params: the group's parameters, on which shapes, dtypes and devices the checks and the backend depend.
+            Default: none.
+
+    Returns:
+        The recipe. It holds the settings, numbers of other libraries such as ``np.float32`` as Python's, and does not
+        change when they do.
+
+    Raises:
+        ValueError: a setting is out of range, unknown, or contradicts another; the message names it.
+        TypeError: a setting is of the wrong type; the message names it.
+    """
+    check_settings(settings)
+    params = list(params)
+    recipe = Recipe({cls: cls.of(settings) for cls in stages_in_order()}, registry.build(settings))
+    for stage in recipe.every.values():
+        stage.check()
+    _check_together(recipe, params)
+    recipe.norm.check(recipe.direction.scale, params)
+    recipe.backend, recipe.why = _choose_backend(recipe, params)
+    return recipe
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check the type and range of each setting on its own.
+
+    Raises:
+        ValueError: a setting is out of range or not among its choices.
+        TypeError: a setting is of the wrong type.
+    """
+    for name in owners():
+        if name in settings:
+            check_setting(name, settings[name])
+
+
+def _check_together(recipe: Recipe, params: list[Tensor]) -> None:
+    """Check settings of several stages against each other and against the parameters."""
+    norm, rounding, whole_group = recipe.norm, recipe.write.rounding, recipe.direction.whole_group
+    if recipe.differentiable and not norm.differentiable:
+        raise ValueError(f"{norm!r} is not differentiable (it has no derivative): set differentiable=False")
+    if recipe.differentiable and rounding == "stochastic":
+        raise ValueError('rounding="stochastic" has no derivative: use "nearest" or "kahan" with differentiable=True')
+    if rounding == "stochastic" and any(p.dtype == torch.float16 for p in params):
+        raise ValueError('rounding="stochastic" is for bfloat16 weights, but some are float16: use "kahan"')
+    if rounding != "nearest" and any(p.dtype == torch.complex32 for p in params):
+        raise ValueError(f'rounding="{rounding}" is not for complex32 weights: use "nearest"')
+    numbers = {"lr": recipe.write.lr, "p": recipe.direction.p, "weight_decay": recipe.decay.weight_decay}
+    tensors = [name for name, value in numbers.items() if isinstance(value, Tensor)]
+    if whole_group and tensors and len({p.device for p in params}) > 1:
+        raise ValueError(
+            f'scope="group" over several devices takes numbers, but {", ".join(tensors)} is a tensor: give floats, or '
+            "a group for each device"
+        )
+    if not any_dtensor(params):
+        return
+    layouts = [layout for p in params if (layout := layout_of(p)) is not None]
+    if recipe.differentiable:
+        raise ValueError("differentiable=True steps unsharded tensors only, but some parameters are DTensors")
+    if whole_group and len({layout.group for layout in layouts}) > 1:
+        raise ValueError(
+            'scope="group" is over one process group, but some parameters are sharded over others: give each a param '
+            "group"
+        )
+    ways = {way_of(norm, recipe.direction.scale, layout) for layout in layouts}
+    if whole_group and not ways <= {"local", "sums"}:
+        raise ValueError(
+            f'scope="group" of DTensors needs a norm of partial sums, but {norm!r} needs whole tensors here: '
+            'use scope="tensor"'
+        )
+
+
+def _choose_backend(recipe: Recipe, params: list[Tensor]) -> tuple[Backend, str]:
+    """Return how the step is run, and why."""
+    foreach, fused = recipe.run.foreach, recipe.run.fused
+    if foreach is not None and not fused:
+        return ("foreach", "foreach=True") if foreach else ("for-loop", "foreach=False")
+    cuda, sharded = {p.device.type for p in params} == {"cuda"}, any_dtensor(params)
+    if fused or (fused is None and cuda and not sharded):
+        lowered = recipe.lower()
+        dtype = cast("str | None", recipe.momentum.state_dtype)
+        why_not = lowered if isinstance(lowered, str) else support.why_not(recipe.differentiable, dtype, params)
+        if why_not is None:
+            return "fused", "fused=True" if fused else "every parameter is a plain CUDA tensor"
+        if fused:
+            raise ValueError(
+                f"fused=True cannot be had here: {why_not}. Set fused=None or False; where a checkpoint brings it, "
+                "in the checkpoint's param_groups"
+            )
+    if recipe.differentiable:
+        return "for-loop", "differentiable=True"
+    if sharded:
+        return "foreach", "shards go together"
+    if recipe.norm.batches:
+        return "foreach", "matrices of one shape go together"
+    no_subclass = all(type(p) in (Tensor, torch.nn.Parameter) for p in params)
+    if cuda and no_subclass:
+        return "foreach", "every parameter is a plain CUDA tensor"
+    devices = sorted({p.device.type for p in params})
+    if devices == ["cpu"] and no_subclass and sum(p.numel() for p in params) <= SMALL * len(params):
+        return "foreach", "small tensors on a CPU"
+    return "for-loop", f"the default on {', '.join(devices) or 'no device yet'}"

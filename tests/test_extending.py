@@ -1,0 +1,214 @@
+"""A momentum rule, a decay and a stage with state that are added here: right, or refused by name, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import normopt
+from normopt.stages import (
+    Batch,
+    Coefficients,
+    Decay,
+    Momentum,
+    Op,
+    Slot,
+    Stage,
+    base,
+    decay,
+    momentum,
+    register_decay,
+    register_momentum,
+    register_stage,
+    setting,
+)
+from normopt.stages.base import number
+from normopt.stages.decay import Rule, descend_, factor, scale_
+
+SHAPES = [(13, 7), (40,), (1,), (4099,)]
+BACKENDS: dict[str, dict[str, Any]] = {
+    "for-loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    kept = dict(momentum.RULES), dict(decay.RULES), list(base._stages), dict(base._owners)
+    yield
+    for registry, before in zip((momentum.RULES, decay.RULES, base._stages, base._owners), kept, strict=True):
+        registry.clear()  # type: ignore[attr-defined]
+        (registry.extend if isinstance(registry, list) else registry.update)(before)  # type: ignore[arg-type]
+
+
+def steps(n: int = 4, **settings: Any) -> tuple[list[np.ndarray], list[list[np.ndarray]], list[list[np.ndarray]]]:
+    """The first weights, the gradients of each step and the weights after each."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s)) for s in SHAPES]
+    first = [p.detach().double().numpy() for p in params]
+    opt = normopt.SteepestDescent(params, **settings)
+    gradients, weights = [], []
+    for _ in range(n):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        gradients.append([p.grad.double().numpy() for p in params if p.grad is not None])
+        opt.step()
+        weights.append([p.detach().double().numpy() for p in params])
+    return first, gradients, weights
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_momentum_rule(backend: str) -> None:
+    """Quasi-hyperbolic momentum, arXiv:1810.06801: c = (1 − ν)g + νm, m an average, ν here beta2."""
+    if backend == "fused":
+        pytest.importorskip("numba")
+
+    @register_momentum("qhm")
+    def qhm(s: Momentum) -> Coefficients:
+        return Coefficients(s.momentum, 1 - s.momentum, e=1 - s.beta2, f=s.beta2)
+
+    for scale, p in (("power", 2.0), ("dual", 2.7)):
+        settings = dict(lr=0.1, norm="lp", p=p, scale=scale, momentum=0.9, beta2=0.7, momentum_rule="qhm")
+        w, gradients, found = steps(**settings, **BACKENDS[backend])
+        m = [np.zeros_like(x) for x in w]
+        for g, after in zip(gradients, found, strict=True):
+            m = [0.9 * a + 0.1 * b for a, b in zip(m, g, strict=True)]
+            c = [0.3 * b + 0.7 * a for a, b in zip(m, g, strict=True)]
+            q = p / (p - 1)
+            norms = [1.0 if scale == "power" else (np.abs(x) ** q).sum() ** (1 / q) for x in c]
+            u = [n * np.sign(x) * (np.abs(x) / n) ** (q - 1) for x, n in zip(c, norms, strict=True)]
+            w = [a - 0.1 * b for a, b in zip(w, u, strict=True)]
+            for ours, theirs in zip(after, w, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decay_with_a_kernel(backend: str) -> None:
+    """The proximal step of ‖w‖²λ/2, on tensors of all shapes: w ← (w − ηu)/(1 + ηλ)."""
+    if backend == "fused":
+        pytest.importorskip("numba")
+
+    @register_decay("proximal")
+    class Proximal(Rule):
+        def update(self, batch: Batch, s: Decay) -> None:
+            descend_(batch.w, batch.u, batch.reach)
+            shrink = 1 / (1 + batch.lr * batch.weight_decay)
+            scale_(batch.w, [torch.as_tensor(shrink, dtype=x.dtype) for x in batch.w])
+
+        def lower(self, lr: float | Tensor, s: Decay) -> Op:
+            return factor(0.0, lr * s.weight_decay, steep=True, wide=False)
+
+    w, gradients, found = steps(lr=0.1, momentum=0, weight_decay=0.5, decay="proximal", **BACKENDS[backend])
+    for g, after in zip(gradients, found, strict=True):
+        w = [(a - 0.1 * b) / 1.05 for a, b in zip(w, g, strict=True)]
+        for ours, theirs in zip(after, w, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
+
+
+def test_a_decay_without_a_kernel_is_refused_when_fused() -> None:
+    @register_decay("nothing")
+    class Nothing(Rule):
+        """One that does nothing."""
+
+    settings: dict[str, Any] = dict(lr=0.1, weight_decay=0.5, decay="nothing")
+    for backend in ("for-loop", "foreach"):
+        steps(**settings, **BACKENDS[backend])
+    with pytest.raises(ValueError, match="fused=True cannot be had here: the decay Nothing has no kernel"):
+        steps(**settings, fused=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stage_with_state(dtype: torch.dtype) -> None:
+    """Weights that are averaged as they go: state in float32, made, saved, loaded, checked and cast by the engine."""
+
+    @register_stage
+    @dataclass
+    class Average(Stage):
+        place = "weights"
+        state = ("average",)
+
+        keep: float = setting(0.0, number(low=0, high=1), "the weight of the old average; 0 keeps none")
+
+        def runs(self) -> bool:
+            return self.keep > 0
+
+        def slots(self) -> tuple[Slot, ...]:
+            return (Slot("average", "float32"),)
+
+        def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+            (slot,) = self.slots()
+            old = [x if a is None else a for a, x in zip(batch.read(slot), batch.w, strict=True)]
+            batch.store(slot, torch._foreach_lerp(old, batch.w, 1 - self.keep))
+
+    def make(**how: Any) -> tuple[list[torch.nn.Parameter], normopt.SteepestDescent]:
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in SHAPES]
+        return params, normopt.SteepestDescent(params, lr=0.1, momentum=0.9, keep=0.8, **how)
+
+    def go(params: list[torch.nn.Parameter], opt: normopt.SteepestDescent, seed: int) -> None:
+        torch.manual_seed(seed)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        opt.step()
+
+    runs = [make(foreach=how) for how in (False, True)]
+    expected: list[Tensor] = []
+    for seed in range(3):
+        for params, opt in runs:
+            go(params, opt, seed)
+        for i, p in enumerate(runs[0][0]):
+            now = p.detach().float().clone()
+            expected[i:] = [now if seed == 0 else expected[i] + 0.2 * (now - expected[i]), *expected[i + 1 :]]
+    for params, opt in runs:
+        for p, e in zip(params, expected, strict=True):
+            assert opt.state[p]["average"].dtype == torch.float32
+            # What a 16-bit weight loses when it is rounded, the average does not see.
+            torch.testing.assert_close(
+                opt.state[p]["average"],
+                e,
+                rtol=2**-7 if dtype != torch.float32 else 1e-6,
+                atol=1e-6 if dtype == torch.float32 else 2e-2,
+            )
+
+    params, opt = make()
+    opt.load_state_dict(runs[0][1].state_dict())
+    for ours, theirs in zip(opt.state.values(), runs[0][1].state.values(), strict=True):
+        assert torch.equal(ours["average"], theirs["average"])
+        assert ours["average"].dtype == torch.float32
+    saved = runs[0][1].state_dict()
+    saved["state"][0]["average"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="average of parameter 0 has the shape"):
+        make()[1].load_state_dict(saved)
+    opt.state[params[0]]["average"] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="average of a parameter of shape"):
+        go(params, opt, 5)
+    with pytest.raises(ValueError, match="fused=True cannot be had here: the stage Average has no kernel"):
+        make(fused=True)
+    with pytest.raises(ValueError, match="keep must be in"):
+        normopt.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1, keep=2.0)  # type: ignore[call-arg]
+
+
+def test_two_stages_cannot_have_one_setting() -> None:
+    with pytest.raises(ValueError, match="Write has a setting 'lr' already"):
+
+        @register_stage
+        @dataclass
+        class Other(Stage):
+            lr: float = setting(0.1, number(), "another")
+
+
+def test_a_stage_needs_a_place_that_exists() -> None:
+    with pytest.raises(ValueError, match="the place of Other must be one of"):
+
+        @register_stage
+        @dataclass
+        class Other(Stage):
+            place = "nowhere"  # type: ignore[assignment]
