@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from normopt._checks import plain
 from normopt.arguments import check_unknown_arguments, check_unknown_keys, check_unused, show_settings, warn_vectors
-from normopt.kernels.fused import FusedBatch, Stepper
+from normopt.kernels.fused import FusedBatch, FusedUpdate
 from normopt.loading import match_params, prepare_state_dict
 from normopt.norms import registry
 from normopt.norms.base import without_autocast
@@ -26,7 +26,7 @@ from normopt.params import (
     warn_if_stuck,
     with_gradients,
 )
-from normopt.recipe import Recipe, Remembered, check_settings, make_recipe, slots_of
+from normopt.recipe import CachedRecipe, Recipe, check_settings, make_recipe, slots_of
 from normopt.settings import Arguments
 from normopt.sharding.agreement import check_agreement
 from normopt.sharding.exchange import run_together
@@ -128,8 +128,8 @@ class SteepestDescent(Optimizer):
     # Not saved: the sizes of the last step, the recipe of each group, the tables of fused steps by group and batch, and
     # whether the ranks have compared what they are about to do: before the first step, and after a change.
     _measured: list[tuple[list[NormPair | None], bool, float]]
-    _remembered: dict[int, Remembered]
-    _steppers: dict[int, list[Stepper]]
+    _recipes: dict[int, CachedRecipe]
+    _updates: dict[int, list[FusedUpdate]]
     _agreed: bool
 
     def __init__(self, params: ParamsT, lr: float | Tensor = 1e-3, **settings: Unpack[Arguments]) -> None:
@@ -152,7 +152,7 @@ class SteepestDescent(Optimizer):
             show_settings(cls.__init__)
 
     def _forget(self) -> None:
-        self._measured, self._remembered, self._steppers, self._agreed = [], {}, {}, False
+        self._measured, self._recipes, self._updates, self._agreed = [], {}, {}, False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after checking its settings; a refused group leaves no trace.
@@ -246,7 +246,7 @@ class SteepestDescent(Optimizer):
             return seen[0]
 
         def restore(_: Optimizer) -> None:
-            self._remembered = {}
+            self._recipes = {}
             for group in self.param_groups:
                 _unshare(group)
             for group, i, p in match_params(self.param_groups, seen[0]):
@@ -315,8 +315,8 @@ class SteepestDescent(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if len(self._remembered) > len(self.param_groups):  # groups were taken away
-            self._remembered, self._steppers = {}, {}
+        if len(self._recipes) > len(self.param_groups):  # groups were taken away
+            self._recipes, self._updates = {}, {}
         # Everything that can be refused is refused before anything is written.
         work = [self._ready(i, group) for i, group in enumerate(self.param_groups)]
         if not self._agreed and not torch.compiler.is_compiling():
@@ -356,12 +356,12 @@ class SteepestDescent(Optimizer):
             RuntimeError: a gradient or a state has not the shape of its parameter, or a tensor has lost its memory.
         """
         compiling = torch.compiler.is_compiling()
-        known = None if compiling else self._remembered.get(i)
-        recipe = None if known is None else known.look(group)
+        known = None if compiling else self._recipes.get(i)
+        recipe = None if known is None else known.current(group)
         if recipe is None:
             recipe = self._make_recipe(group, group["params"])
             if not compiling:
-                known = self._remembered[i] = Remembered(group, recipe)
+                known = self._recipes[i] = CachedRecipe(group, recipe)
         params, gradients = with_gradients(group["params"])
         if recipe.backend == "fused":
             return recipe, self._fused(i, recipe, params, gradients)
@@ -376,18 +376,18 @@ class SteepestDescent(Optimizer):
     def _fused(self, i: int, recipe: Recipe, params: list[Tensor], gradients: list[Tensor]) -> list[FusedBatch]:
         """Return a group's batches for the kernels, after checking all memory; what overlaps is stepped one by one."""
         grad_scale, found_inf = (cast(Tensor | None, getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
-        known = self._steppers.get(i, [])
-        if len(known) == 1 and known[0].look_again(recipe, params, self.state, gradients):
+        known = self._updates.get(i, [])
+        if len(known) == 1 and known[0].check_unchanged(recipe, params, self.state, gradients):
             return [FusedBatch(recipe, params, self.state, known[0], grad_scale, found_inf)]
         found, waiting = [], list(batches(recipe, params))
-        self._steppers[i] = []
+        self._updates[i] = []
         while waiting:
             some = waiting.pop(0)
-            stepper = known.pop(0) if known else Stepper()
-            stepper.look(recipe, some, self.state)
-            if not stepper.overlaps or any_dtensor(some):
-                found.append(FusedBatch(recipe, some, self.state, stepper, grad_scale, found_inf))
-                self._steppers[i].append(stepper)
+            update = known.pop(0) if known else FusedUpdate()
+            update.check(recipe, some, self.state)
+            if not update.overlaps or any_dtensor(some):
+                found.append(FusedBatch(recipe, some, self.state, update, grad_scale, found_inf))
+                self._updates[i].append(update)
             elif len(some) > 1:
                 waiting = [[p] for p in some] + waiting
             else:

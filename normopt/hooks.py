@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt.sharding.layout import whole
+from normopt.sharding.layout import full_tensor
 
 _TORCH_FILE = Optimizer.profile_hook_step.__code__.co_filename
 
@@ -75,7 +75,7 @@ def _creates_state(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[st
     if not all(_is_zero(group.get("lr", 0)) for group in optimizer.param_groups):
         return False
     # With DTensors all ranks must agree: a sum of magnitudes reduces correctly under every placement.
-    return all(float(whole(torch.linalg.vector_norm(p.grad, 1))) == 0 for p in params)
+    return all(float(full_tensor(torch.linalg.vector_norm(p.grad, 1))) == 0 for p in params)
 
 
 def _is_zero(lr: object) -> bool:

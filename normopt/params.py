@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from normopt.sharding.exchange import nonzero
 from normopt.sharding.layout import is_dtensor, layout_of
-from normopt.stages.direction import way_of
+from normopt.stages.direction import comm_strategy
 
 if TYPE_CHECKING:
     from normopt.recipe import Recipe
@@ -173,7 +173,7 @@ def batches(recipe: Recipe, params: list[Tensor]) -> Iterator[list[Tensor]]:
         for p in params:  # a kernel has nothing to do for empty ones
             empty = recipe.backend == "fused" and not p.numel()
             layout = layout_of(p)
-            sharding = layout and (layout.group, way_of(recipe.norm, recipe.direction.scale, layout))
+            sharding = layout and (layout.group, comm_strategy(recipe.norm, recipe.direction.scale, layout))
             buckets.setdefault((p.device, p.dtype, empty, is_dtensor(p), sharding), []).append(p)
         yield from buckets.values()
 

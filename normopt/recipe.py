@@ -20,7 +20,7 @@ from normopt.params import kinds_of
 from normopt.sharding.layout import any_dtensor, layout_of
 from normopt.stages import Decay, Direction, Momentum, Rescale, Slot, Stage, Write, register_stage, setting
 from normopt.stages.base import check_setting, flag, owners, stages_in_order
-from normopt.stages.direction import way_of
+from normopt.stages.direction import comm_strategy
 
 Backend = Literal["for-loop", "foreach", "fused"]
 
@@ -156,7 +156,7 @@ def slots_of(group: Mapping[str, Any]) -> list[Slot]:
     return [slot for cls in stages_in_order() for slot in cls.of(group).slots()]
 
 
-class Remembered:
+class CachedRecipe:
     """The recipe of a group's last step, for as long as nothing that it depends on has changed."""
 
     def __init__(self, group: Mapping[str, Any], recipe: Recipe) -> None:
@@ -168,7 +168,7 @@ class Remembered:
         self._values = self._get(group)
         self._types = tuple(map(type, self._values))
 
-    def look(self, group: Mapping[str, Any]) -> Recipe | None:
+    def current(self, group: Mapping[str, Any]) -> Recipe | None:
         """Return the recipe with the group's present numbers; None if it has to be remade.
 
         Raises:
@@ -262,7 +262,7 @@ def _check_together(recipe: Recipe, params: list[Tensor]) -> None:
             'scope="group" is over one process group, but some parameters are sharded over others: give each a param '
             "group"
         )
-    ways = {way_of(norm, recipe.direction.scale, layout) for layout in layouts}
+    ways = {comm_strategy(norm, recipe.direction.scale, layout) for layout in layouts}
     if whole_group and not ways <= {"local", "sums"}:
         raise ValueError(
             f'scope="group" of DTensors needs a norm of partial sums, but {norm!r} needs whole tensors here: '

@@ -578,3 +578,47 @@ def test_sparse_gradients_are_refused_before_anything_is_written():
         opt.step()
     assert torch.equal(dense.detach(), torch.ones(3, 2))
     assert not opt.state
+
+
+PS = [1.0, 1.5, 2.0, 2.7, 3.0, math.inf]
+
+
+@pytest.mark.parametrize("how", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("scale", ["power", "dual", "unit", "matched"])
+def test_a_changed_number_is_that_of_a_new_optimizer(scale, how):
+    """A group's recipe is kept from step to step; what it may keep depends on what has changed."""
+    if "fused" in how:
+        pytest.importorskip("numba")
+    changes = [({"p": a}, {"p": b}) for a in PS for b in PS if a != b]
+    changes += [({key: a}, {key: b}) for key in ("momentum",) for a in (0.0, 0.5) for b in (0.0, 0.7)]
+    decays = [dict(weight_decay=a, decay="decoupled", decay_p=1.0) for a in (0.0, 0.5)]
+    changes += [(a, b) for a in decays for b in decays]
+    changes += [({"lr": 0.1}, {"lr": 0.0}), ({"radius": 1.0}, {"radius": 2.0}), ({"decay_p": 1.0}, {"decay_p": 2.0})]
+    changes += [
+        ({"decay": "lp"}, {"decay": "coupled"}),
+        ({"beta2": 0.99}, {"beta2": 0.5}),
+        ({"agr": True}, {"agr": False}),
+    ]
+    for before, after in changes:
+        settings = dict(lr=0.1, norm="lp", p=3.0, momentum=0.9, momentum_rule="lion", weight_decay=0.1, decay="lp")
+        if ("fused" in how or scale == "power") and 1.0 in (before.get("p"), after.get("p")):
+            continue
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s)) for s in [(3, 4), (7,)]]
+        opt = normopt.SteepestDescent(params, **(settings | before), scale=scale, **how)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        opt.step()
+        copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        for key, value in after.items():
+            opt.param_groups[0][key] = value
+        fresh = normopt.SteepestDescent(copies, **(settings | after), scale=scale, **how)
+        for p, q in zip(params, copies, strict=True):
+            fresh.state[q] = {key: x.clone() for key, x in opt.state[p].items()}
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        opt.step()
+        fresh.step()
+        assert opt.backend() == fresh.backend()
+        for p, q in zip(params, copies, strict=True):
+            assert torch.equal(p, q), (before, after)

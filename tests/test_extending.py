@@ -99,12 +99,12 @@ def test_a_decay_with_a_kernel(backend: str) -> None:
     @register_decay("proximal")
     class Proximal(Rule):
         def update(self, batch: Batch, s: Decay) -> None:
-            descend_(batch.w, batch.u, batch.reach)
+            descend_(batch.w, batch.u, batch.step_size)
             shrink = 1 / (1 + batch.lr * batch.weight_decay)
             scale_(batch.w, [torch.as_tensor(shrink, dtype=x.dtype) for x in batch.w])
 
         def lower(self, lr: float | Tensor, s: Decay) -> Op:
-            return factor(0.0, lr * s.weight_decay, steep=True, wide=False)
+            return factor(0.0, lr * s.weight_decay, inverse=True, wide=False)
 
     w, gradients, found = steps(lr=0.1, momentum=0, weight_decay=0.5, decay="proximal", **BACKENDS[backend])
     for g, after in zip(gradients, found, strict=True):

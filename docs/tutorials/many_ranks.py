@@ -108,7 +108,7 @@ print(torchrun(1, *words))
 # %%
 from normopt.norms import Lp, Mixed, Schatten
 from normopt.sharding.layout import Layout
-from normopt.stages.direction import way_of
+from normopt.stages.direction import comm_strategy
 
 SAY = {
     "local": "nothing of other ranks",
@@ -129,7 +129,7 @@ NORMS = {
 print(f"{'':27}{'cut along dim 0':39}cut along dim 1")
 for name, (norm, scale) in NORMS.items():
     cut = [Layout(None, 2, 0, dim, torch.Size((8, 8))) for dim in (0, 1)]
-    ways = [SAY[way_of(norm, scale, layout)] for layout in cut]
+    ways = [SAY[comm_strategy(norm, scale, layout)] for layout in cut]
     print(f"{name:27}{ways[0]:39}{ways[1]}")
 
 # %% [markdown]

@@ -14,7 +14,7 @@ from normopt.addons.attach import AddOn, Closure, check_dense_grads
 from normopt.engine import SteepestDescent
 from normopt.norms.base import as_real, num_reals, to_compute_dtype
 from normopt.sharding.exchange import of_each
-from normopt.sharding.layout import local, resolved
+from normopt.sharding.layout import resolved, to_local
 from normopt.stages import agr
 
 
@@ -127,8 +127,8 @@ def _regularize_all(gradients: list[Tensor]) -> Iterator[Tensor]:
     sums = of_each(gradients, lambda g: agr.measure([to_compute_dtype(as_real(resolved(g)))])[0], agr.combine)
     for g, scalars in zip(gradients, sums, strict=True):
         new = torch.empty_like(g)
-        shard = to_compute_dtype(as_real(resolved(local(g))))
-        as_real(local(new)).copy_(agr.apply([shard], scalars[None], [num_reals(g)])[0])
+        shard = to_compute_dtype(as_real(resolved(to_local(g))))
+        as_real(to_local(new)).copy_(agr.apply([shard], scalars[None], [num_reals(g)])[0])
         yield new
 
 

@@ -16,7 +16,7 @@ from normopt.addons.block_norms import block_norms
 from normopt.engine import SteepestDescent
 from normopt.norms.base import as_real, to_compute_dtype
 from normopt.params import warn_if_stuck
-from normopt.sharding.layout import is_dtensor, layout_of, local
+from normopt.sharding.layout import is_dtensor, layout_of, to_local
 from normopt.stages.decay import lp_factors, scale_
 
 Over = Literal["entries", "rows", "columns", "heads"]
@@ -304,7 +304,7 @@ def _current_p(group: Mapping[str, Any]) -> float:
 
 def _local_real(w: Tensor) -> Tensor:
     """Return the local shard as a real view; a lazy conjugation is undone."""
-    here = local(w)
+    here = to_local(w)
     # The factor does not depend on the sign of the imaginary part.
     return as_real(here.conj() if here.is_conj() else here)
 

@@ -30,7 +30,7 @@ from normopt.norms import registry
 from normopt.norms.base import Norm
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import check_integer
-from normopt.sharding.layout import whole
+from normopt.sharding.layout import full_tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -290,7 +290,7 @@ class _GroupSnapshot:
     def __init__(self, group: dict[str, Any], scope: NormScope) -> None:
         self.params, self.lr, self.p = _weights(group), scalar_setting(group, "lr"), scalar_setting(group, "p")
         self.scope = scope
-        self.weights = copy_buckets([as_dense_real(whole(p)) for p in self.params])
+        self.weights = copy_buckets([as_dense_real(full_tensor(p)) for p in self.params])
         self.gradient: Tensor | None = None
 
 

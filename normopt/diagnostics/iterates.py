@@ -18,7 +18,7 @@ from torch import Tensor
 from normopt.diagnostics.measures import as_dense_real
 from normopt.diagnostics.sketch import Sketch
 from normopt.sharding.exchange import sum_over_ranks
-from normopt.sharding.layout import layout_of, local
+from normopt.sharding.layout import layout_of, to_local
 
 Array = NDArray[np.float64]
 LOSS, LR = 0, 1  # columns of the per-step scalars
@@ -80,7 +80,7 @@ class FlatParams:
             torch.cat(
                 [
                     torch.empty(0, dtype=self.dtype, device=device),
-                    *(as_dense_real(local(p)).reshape(-1).to(device, self.dtype) for p in ps),
+                    *(as_dense_real(to_local(p)).reshape(-1).to(device, self.dtype) for p in ps),
                 ]
             )
             for device, ps in self.by_device.items()
@@ -95,7 +95,7 @@ class FlatParams:
 
 def _shape(p: Tensor) -> torch.Size:
     """Return the shape of a parameter's local shard as reals."""
-    here = local(p)
+    here = to_local(p)
     return torch.Size((*here.shape, 2)) if here.is_complex() else here.shape
 
 

@@ -14,7 +14,7 @@ from normopt._checks import equals
 from normopt.norms.base import Norm, as_real, stack, to_compute_dtype
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import MatrixNorm
-from normopt.sharding.layout import resolved, whole
+from normopt.sharding.layout import full_tensor, resolved
 from normopt.stages.agr import clamp_normal
 
 # Maximal number of entries of a bucket of tensors that are measured in one call. Bucketing saves calls for small
@@ -50,7 +50,7 @@ def gradient_metrics(params: Sequence[Tensor], scope: NormScope, scale: Tensor |
 
     The gradients are read from ``.grad`` and divided by ``scale``, the loss scale, if there is one.
     """
-    g = [to_compute_dtype(as_dense_real(whole(p.grad))) for p in params if p.grad is not None]
+    g = [to_compute_dtype(as_dense_real(full_tensor(p.grad))) for p in params if p.grad is not None]
     d = sum(x.numel() for x in g)
     if d == 0:
         return None
@@ -74,7 +74,7 @@ def gradient_metrics(params: Sequence[Tensor], scope: NormScope, scale: Tensor |
 
 def update_metrics(params: Sequence[Tensor], before: list[Bucket], scope: NormScope) -> Tensor | None:
     """Return update_norm, update_ratio and zeros of a step, shape [3]; None without entries."""
-    after = [as_dense_real(whole(p)) for p in params]
+    after = [as_dense_real(full_tensor(p)) for p in params]
     d = sum(x.numel() for x in after)
     if d == 0:
         return None

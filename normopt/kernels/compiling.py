@@ -7,18 +7,39 @@ there, and under it what an older source was compiled to, or another set of flag
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import update_wrapper
 from pathlib import Path
+from types import CellType, FunctionType
 from typing import Any
 
 try:
     import fcntl
 except ImportError:  # on Windows, where processes are left to Numba
     fcntl = None  # type: ignore[assignment]
+
+
+# Of all files that kernels are made from: Numba's cache watches only the one that a function is in.
+SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+
+
+def compiled(**options: Any) -> Callable[[Any], Any]:
+    """Return ``numba.njit(**options)``, with `SOURCES` in the key of its disk cache: in the function's closure."""
+    from numba import njit
+
+    def decorate(function: Any) -> Any:
+        code = function.__code__
+        code = code.replace(co_freevars=(*code.co_freevars, "sources"))
+        closure = (*(function.__closure__ or ()), CellType(SOURCES))
+        watching = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+        return njit(**options)(update_wrapper(watching, function))
+
+    return decorate
 
 
 def can_cache() -> bool:
@@ -38,7 +59,7 @@ def can_cache() -> bool:
     return True
 
 
-def called(function: Any, *args: Any, compiled: Any = None) -> Any:
+def call_with_jit_lock(function: Any, *args: Any, compiled: Any = None) -> Any:
     """``function(*args)``, alone on this machine if it has yet to be compiled or loaded in this process.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from normopt.kernels import numba as kernels
 from normopt.kernels import totals
-from normopt.kernels.compiling import called
+from normopt.kernels.compiling import call_with_jit_lock
 from normopt.kernels.flags import GENERAL, LINEAR, SAME, Flags, Numbers
 from normopt.kernels.pool import share_out
 from normopt.kernels.tables import Array, Block, Chunks, Phase, Tables, nothing
@@ -56,9 +56,9 @@ class Step:
         self.measured: tuple[Tensor, Tensor] | None = None
         chunks, cache = tables.chunks, tables.cache
         factor = 1.0 if unscale is None else float(unscale)
-        ready: _Ready | None = cache.get("ready")
+        ready: LaunchConfig | None = cache.get("ready")
         if ready is None or not ready.renew(flags, numbers, factor):
-            ready = cache["ready"] = _Ready(flags, numbers, bool(layouts), chunks, factor, cache)
+            ready = cache["ready"] = LaunchConfig(flags, numbers, bool(layouts), chunks, factor, cache)
         self.ready, self.chunks = ready, chunks
         if flags.momentum and numbers.first != numbers.take and tables.new:
             ready.rows[tables.new, kernels.TAKE] = numbers.first
@@ -68,7 +68,7 @@ class Step:
         n = len(chunks.sizes)
         self.sums, self.partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 4))
         self.duals, self.factors = np.empty(n), np.empty(n)
-        self.spared = ready.spared
+        self.powers_cached = ready.powers_cached
 
     def phases(self) -> list[Phase]:
         """Return the phases: for unsharded tensors one, which goes block by block, so that a block stays cached."""
@@ -98,12 +98,12 @@ class Step:
         def work(a: int, b: int) -> None:
             kernel(*self.tensors, a, b, *more)
 
-        called(share_out, work, self.chunks, block.chunk, block.chunks, compiled=kernel)
+        call_with_jit_lock(share_out, work, self.chunks, block.chunk, block.chunks, compiled=kernel)
 
     def _sums_of_shards(self, block: Block) -> Tensor:
         self._everywhere(block, self.ready.agr, self.ready.values[kernels.UNSCALE], self.sums)
         found, chunks = np.empty((len(self.duals), 2)), self.chunks
-        called(totals.largest_of_each, self.sums, chunks.first, chunks.ends, found)
+        call_with_jit_lock(totals.largest_of_each, self.sums, chunks.first, chunks.ends, found)
         return torch.from_numpy(found)
 
     def _set_agr(self, _: Any, found: Tensor | None) -> None:
@@ -111,7 +111,7 @@ class Step:
 
     def _regularize(self, sums: Array, where: Places) -> None:
         sizes = np.array([lay.shape.numel() for lay in self.layouts]) if self.layouts else self.chunks.sizes
-        called(totals.regularizers, sums, sizes, *where, self.ready.rows)
+        call_with_jit_lock(totals.regularizers, sums, sizes, *where, self.ready.rows)
 
     def _measure_norms(self, block: Block, place: Array) -> None:
         ready = self.ready
@@ -122,7 +122,9 @@ class Step:
     def _norms_of_shards(self, block: Block, place: Array) -> Tensor:
         self._measure_norms(block, place)
         found, chunks, exponent = np.empty((len(self.duals), 4)), self.chunks, float(self.numbers.exponent)
-        called(totals.merge_each, self.partials, chunks.first, chunks.ends, exponent, self.flags.matched, found)
+        call_with_jit_lock(
+            totals.merge_each, self.partials, chunks.first, chunks.ends, exponent, self.flags.matched, found
+        )
         return torch.from_numpy(found)
 
     def _set_norms(self, _: Any, found: Tensor | None) -> None:
@@ -131,13 +133,13 @@ class Step:
     def _combine_norms(self, partials: Array, where: Places) -> None:
         ready, flags = self.ready, self.flags
         scale = totals.MATCHED if flags.matched else totals.DUAL if flags.dual else totals.UNIT
-        known = float(self.numbers.exponent), scale, ready.spared, ready.rows, self.duals, self.factors
-        self.spared = called(totals.duals, partials, *where, *known)
+        known = float(self.numbers.exponent), scale, ready.powers_cached, ready.rows, self.duals, self.factors
+        self.powers_cached = call_with_jit_lock(totals.duals, partials, *where, *known)
         self.measured = torch.from_numpy(self.duals), torch.from_numpy(self.factors)
 
     def _update(self, block: Block, place: Array) -> None:
         ready = self.ready
-        kernel = ready.update if self.spared == ready.spared else ready.unspared
+        kernel = ready.update if self.powers_cached == ready.powers_cached else ready.update_without_cache
         self._everywhere(
             block,
             kernel,
@@ -159,7 +161,7 @@ def _all_ranks(found: Tensor | None) -> tuple[Array, Places]:
     return found.reshape(n * ranks, -1).numpy(), (first, first + ranks, 0, n)
 
 
-class _Ready:
+class LaunchConfig:
     """What follows from flags, exponents and chunks, kept from step to step as long as they stay the same."""
 
     def __init__(
@@ -176,18 +178,20 @@ class _Ready:
         self.none = np.zeros(n, np.int64)
         # Powers that have a way of their own are cheaper to take twice than to keep; those above 1 may overflow.
         general = flags.scaled and flags.mode == GENERAL and float(numbers.exponent) <= 1
-        self.spared = general and not at_once and bool(chunks.sizes.max() <= ROOM)
-        blocks = chunks.blocks(BLOCK) if self.spared else [Block(0, n, 0, len(chunks))]
+        self.powers_cached = general and not at_once and bool(chunks.sizes.max() <= ROOM)
+        blocks = chunks.blocks(BLOCK) if self.powers_cached else [Block(0, n, 0, len(chunks))]
         self.blocks = [(block, chunks.before[:-1] - chunks.before[block.chunk]) for block in blocks]
-        if self.spared and "powers" not in cache:
+        if self.powers_cached and "powers" not in cache:
             cache["powers"] = np.empty(max(chunks.before[b.chunks] - chunks.before[b.chunk] for b in blocks), F)
-        self.powers: Array = cache["powers"] if self.spared else np.empty(0, F)
-        early = bool(flags.scaled and flags.momentum & SAME and flags.state == torch.float32)
+        self.powers: Array = cache["powers"] if self.powers_cached else np.empty(0, F)
+        momentum_written = bool(flags.scaled and flags.momentum & SAME and flags.state == torch.float32)
         self.agr = kernels.agr_kernel(flags.gradient == torch.bfloat16)
-        undecayed = flags._replace(decay=False, shrinks=False, decay_mode=LINEAR, decay_steep=False)
-        self.norms = kernels.norm_kernel(undecayed._replace(dual=False), early, self.spared)
+        undecayed = flags._replace(decay=False, scales_weight=False, decay_mode=LINEAR, decay_inverse=False)
+        self.norms = kernels.norm_kernel(undecayed._replace(dual=False), momentum_written, self.powers_cached)
         one = flags._replace(matched=False, dual=False, decay_wide=True)  # other values change nothing in this kernel
-        self.update, self.unspared = (kernels.update_kernel(one, early, spared) for spared in (self.spared, False))
+        self.update, self.update_without_cache = (
+            kernels.update_kernel(one, momentum_written, powers_cached) for powers_cached in (self.powers_cached, False)
+        )
 
     def renew(self, flags: Flags, numbers: Numbers, unscale: float) -> bool:
         """Take other numbers; return whether that suffices for these flags."""
@@ -206,7 +210,18 @@ def _exponents(numbers: Numbers) -> tuple[float, float]:
 def _values(numbers: Numbers, unscale: float) -> Array:
     """Return the table of the numbers that all tensors share, in float32."""
     n = Numbers(*map(float, numbers))
-    shared = unscale, n.reach, n.keep, n.from_old, n.from_gradient, n.from_new, n.coupled, n.shrink, n.pull, n.eps
+    shared = (
+        unscale,
+        n.step_size,
+        n.keep,
+        n.from_old,
+        n.from_gradient,
+        n.from_new,
+        n.coupled,
+        n.weight_factor,
+        n.decay_strength,
+        n.eps,
+    )
     return np.array(shared, dtype=F)
 
 

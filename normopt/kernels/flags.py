@@ -38,10 +38,10 @@ class Flags(NamedTuple):
         momentum: the bits of the momentum rule, 0 without one.
         agr: the gradient is regularized, by sums over its tensor.
         coupled: λw is added to the gradient.
-        shrinks: the weight is multiplied by a number before the step.
+        scales_weight: the weight is multiplied by a number before the step.
         decay: the updated weight is multiplied by a factor of the old one, X/(X + k) or 1/(1 + kX), X = |w|^e.
         decay_mode: how X is computed.
-        decay_steep: the factor is 1/(1 + kX).
+        decay_inverse: the factor is 1/(1 + kX).
         decay_wide: only tensors of 2 or more dims have the factor.
         maximize: the gradient is negated.
         rounding: NEAREST, STOCHASTIC or KAHAN, of 16-bit weights.
@@ -56,10 +56,10 @@ class Flags(NamedTuple):
     momentum: int = 0
     agr: bool = False
     coupled: bool = False
-    shrinks: bool = False
+    scales_weight: bool = False
     decay: bool = False
     decay_mode: int = LINEAR
-    decay_steep: bool = False
+    decay_inverse: bool = False
     decay_wide: bool = True
     maximize: bool = False
     rounding: int = NEAREST
@@ -72,19 +72,19 @@ class Numbers(NamedTuple):
     """The numbers that a kernel reads; a tensor is never read on the host, and is used in float64.
 
     Attributes:
-        reach: ηr.
+        step_size: ηr.
         keep, take: a and b of the momentum rule.
         first: b of the first step.
         from_old, from_gradient, from_new: d, e and f of the momentum rule.
         coupled: λ of the coupled decay.
-        shrink: what the weight is multiplied by before the step.
-        pull: k of the factor of the updated weight.
+        weight_factor: what the weight is multiplied by before the step.
+        decay_strength: k of the factor of the updated weight.
         exponent: 1/(p−1), or −ρ if smoothed.
         eps: ε.
         decay_exponent: e of that factor.
     """
 
-    reach: Number
+    step_size: Number
     keep: float = 0.0
     take: float = 1.0
     first: float = 1.0
@@ -92,8 +92,8 @@ class Numbers(NamedTuple):
     from_gradient: float = 0.0
     from_new: float = 1.0
     coupled: Number = 0.0
-    shrink: Number = 1.0
-    pull: Number = 0.0
+    weight_factor: Number = 1.0
+    decay_strength: Number = 0.0
     exponent: Number = 1.0
     eps: float = 0.0
     decay_exponent: float = 1.0

@@ -21,7 +21,7 @@ from normopt.kernels.support import DTYPES
 from normopt.kernels.tables import Array, Chunks, Phase, Tables, nothing
 from normopt.norms.scales import NormPair
 from normopt.params import check_like, check_writable, dtype_of
-from normopt.sharding.layout import gradient_of, layout_of, local, spread
+from normopt.sharding.layout import gradient_of, layout_of, to_dtensor_like, to_local
 from normopt.stages.base import Batch, Slot
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Operand:
         return self.table
 
 
-class Stepper:
+class FusedUpdate:
     """The fused steps of parameters of one group, device and dtype, with gradients of one dtype.
 
     Tensors that are not contiguous are stepped as contiguous copies, and copied back.
@@ -154,7 +154,7 @@ class Stepper:
         # Where it begins and ends, in order, and after all beginnings one that is nowhere.
         self._written = np.empty(0, np.int64), np.empty(0, np.int64)
 
-    def look(self, recipe: Recipe, params: list[Tensor], state: State) -> None:
+    def check(self, recipe: Recipe, params: list[Tensor], state: State) -> None:
         """Check all memory that the kernels will read or write. Nothing is written.
 
         Args:
@@ -166,7 +166,7 @@ class Stepper:
             RuntimeError: a tensor has no memory, or not the shape or the device of its parameter.
         """
         self._params = list(params)
-        weights, gradients = [local(p) for p in params], [gradient_of(p) for p in params]
+        weights, gradients = [to_local(p) for p in params], [gradient_of(p) for p in params]
         self.layouts = [lay for p in params if (lay := layout_of(p)) is not None]
         self._weights.look(weights)
         self._gradients.look(gradients)
@@ -177,16 +177,16 @@ class Stepper:
             raise RuntimeError("a gradient is complex, but its parameter is real: take its real part")
         if len(dtypes) > 1 or not dtypes <= {*DTYPES[weights[0].device.type]}:
             self._gradients.look([g.float() for g in gradients])
-        self._look_at_states(recipe, state, weights)
+        self._check_states(recipe, state, weights)
         if len(shared := self._shared()):  # gradients are what they were before anything was written
             known = self._gradients.tensors
             self._gradients.look([g.clone() if i in shared else g for i, g in enumerate(known)])
 
-    def look_again(self, recipe: Recipe, params: list[Tensor], state: State, gradients: list[Tensor]) -> bool:
-        """Do what `look` does where nothing but addresses has changed since the last step; return whether that is so.
+    def check_unchanged(self, recipe: Recipe, params: list[Tensor], state: State, gradients: list[Tensor]) -> bool:
+        """Do what `check` does where nothing but addresses has changed since the last step; return whether that is so.
 
         Args:
-            recipe, params, state: as in `look`.
+            recipe, params, state: as in `check`.
             gradients: those of the parameters.
         """
         known = self._params
@@ -196,14 +196,14 @@ class Stepper:
             return (
                 self._weights.look(params, as_before=True)
                 and self._gradients.look(gradients, as_before=True)
-                and self._look_at_states(recipe, state, params, as_before=True)
+                and self._check_states(recipe, state, params, as_before=True)
                 and not self._shared()
                 and not self.overlaps
             )
-        except RuntimeError:  # which `look` raises
+        except RuntimeError:  # which `check` raises
             return False
 
-    def _look_at_states(self, recipe: Recipe, state: State, weights: list[Tensor], as_before: bool = False) -> bool:
+    def _check_states(self, recipe: Recipe, state: State, weights: list[Tensor], as_before: bool = False) -> bool:
         params = self._params
         slots = [slot for slot in recipe.slots if slot.exists(params[0])]
         self._states = {slot: self._states.get(slot) or Operand(slot.name) for slot in slots}
@@ -212,7 +212,7 @@ class Stepper:
         for slot, operand in self._states.items():
             own = state.values() if in_order else (state.get(p, {}) for p in params)
             stored = [x.get(slot.name) for x in own]
-            tensors = [x if as_before else local(x) for x in stored if x is not None]
+            tensors = [x if as_before else to_local(x) for x in stored if x is not None]
             if operand.look(tensors) and as_before:
                 continue
             check_like(slot.name, tensors, [w for w, x in zip(weights, stored, strict=True) if x is not None])
@@ -246,7 +246,7 @@ class Stepper:
         return shared
 
     def phases(self, batch: FusedBatch) -> list[Phase]:
-        """Make the missing state, and return the phases of a step on the tensors that `look` has just checked."""
+        """Make the missing state, and return the phases of a step on the tensors that `check` has just checked."""
         recipe = batch.recipe
         new: list[int] = []
         for slot, operand in self._states.items():
@@ -314,12 +314,12 @@ class Stepper:
         for i, p in enumerate(params):
             x = state[p].get(slot.name)
             if x is None:
-                zeros = torch.zeros_like(local(p), dtype=dtype, memory_format=torch.contiguous_format)
-                state[p][slot.name] = x = spread(zeros, p)
+                zeros = torch.zeros_like(to_local(p), dtype=dtype, memory_format=torch.contiguous_format)
+                state[p][slot.name] = x = to_dtensor_like(zeros, p)
                 new.append(i)
             elif x.dtype != dtype:  # the parameter's has changed since
                 state[p][slot.name] = x = x.to(dtype)
-            tensors.append(local(x))
+            tensors.append(to_local(x))
         operand.look(tensors)
         return new if slot.name == "momentum_buffer" else []
 
@@ -332,15 +332,15 @@ class FusedBatch(Batch):
         recipe: Recipe,
         params: list[Tensor],
         state: State,
-        stepper: Stepper,
+        update: FusedUpdate,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
         super().__init__(recipe, params, state)
-        self.stepper, self.layouts, self.grad_scale, self.found_inf = stepper, stepper.layouts, grad_scale, found_inf
+        self.update, self.layouts, self.grad_scale, self.found_inf = update, update.layouts, grad_scale, found_inf
 
     def load(self) -> None:
-        self.phases = self.stepper.phases(self)
+        self.phases = self.update.phases(self)
 
     def release(self) -> None:
         self.phases = []

@@ -6,8 +6,7 @@ chunk by chunk: no result depends on the number of threads.
 
 Arithmetic is in float32; a bfloat16 is the upper half of one. Constants and counters are wrapped in NumPy's types,
 because a bare Python number would make everything that it touches 64 bits wide. Compiled functions have no type hints:
-their types are the compiler's to find. All of them are in this one file, because it is this file that the cache of
-compiled kernels watches.
+the compiler infers their types.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic, overload
 
-from normopt.kernels.compiling import can_cache
+from normopt.kernels.compiling import can_cache, compiled
 from normopt.kernels.flags import (
     ABOVE,
     GRADIENT,
@@ -45,11 +44,11 @@ Kernel = Callable[..., None]
 # float32 does not have the number, the gradient's weight in the momentum, and whether the decay's factor acts on it.
 AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, SHIFT, LIFT, TAKE, WIDE = range(10)
 # Places in the table of the numbers that all tensors share.
-UNSCALE, REACH, KEEP, FROM_OLD, FROM_GRADIENT, FROM_NEW, COUPLED, SHRINK, PULL, EPS = range(10)
+UNSCALE, STEP_SIZE, KEEP, FROM_OLD, FROM_GRADIENT, FROM_NEW, COUPLED, WEIGHT_FACTOR, DECAY_STRENGTH, EPS = range(10)
 
 
 class Exponent(NamedTuple):
-    """An exponent for `raised`, in float32.
+    """An exponent for `pow_f32`, in float32.
 
     Attributes:
         high, low: in two parts, the first of 12 bits, so that its product with a float's own exponent is exact.
@@ -111,26 +110,26 @@ def _load(x):
     return lambda x: x
 
 
-@njit(**INLINE)
+@compiled(**INLINE)
 def size_bits(x):
     """The bits of |x|: as integers in the order of the sizes, ∞ and then NaN at the end, of which maxima are fast."""
     return J(bits_of(x) & J(0x7FFFFFFF))
 
 
-@njit(**INLINE)
+@compiled(**INLINE)
 def scale_of(largest):
     """(2^k, 2^−k) near the float of these bits, both within the range of normal numbers."""
     k = min(max(J((largest >> J(23)) - J(127)), J(-126)), J(126))
     return float_of(J(J(k + J(127)) << J(23))), float_of(J(J(J(127) - k) << J(23)))
 
 
-@njit(**INLINE)
-def guessed(a):
+@compiled(**INLINE)
+def scale_guess(a):
     """`scale_of` a first guess, or of 1 if that is 0."""
     return scale_of(bits_of(F(a if a > ZERO else ONE)))
 
 
-@njit(**INLINE)
+@compiled(**INLINE)
 def bfloat16(x):
     """The bits of the nearest bfloat16, ties to even."""
     b = bits_of(x)
@@ -139,7 +138,7 @@ def bfloat16(x):
     return np.uint16(kept if x != x else rounded)
 
 
-@njit(**INLINE)
+@compiled(**INLINE)
 def bfloat16_at_random(x, counter):
     """The bfloat16 above or below, by chance, so that the mean is x: random bits are added below, then cut off."""
     h = U(counter)
@@ -150,23 +149,23 @@ def bfloat16_at_random(x, counter):
     return up_or_down if abs(x) < INFINITY else bfloat16(x)
 
 
-def fitted(function: Callable[[Any], Any], low: float, high: float, degree: int) -> list[Any]:
+def chebyshev_fit(function: Callable[[Any], Any], low: float, high: float, degree: int) -> list[Any]:
     """The coefficients of a polynomial near a function on an interval, by interpolation at Chebyshev's points."""
     near = np.polynomial.Chebyshev.interpolate(function, degree, domain=[low, high])
     return [F(x) for x in near.convert(kind=np.polynomial.Polynomial, domain=[-1, 1]).coef]
 
 
 # log₂(1 + f)/f where 1 + f is in [√½, √2), to 1e-7 of the logarithm, and 2^r where r is in [−½, ½], to 1e-7.
-LOGARITHM = fitted(lambda f: np.log2(1 + f) / f, math.sqrt(0.5) - 1, math.sqrt(2) - 1, 7)
-E0, E1, E2, E3, E4, E5 = fitted(np.exp2, -0.5, 0.5, 5)
+LOGARITHM = chebyshev_fit(lambda f: np.log2(1 + f) / f, math.sqrt(0.5) - 1, math.sqrt(2) - 1, 7)
+E0, E1, E2, E3, E4, E5 = chebyshev_fit(np.exp2, -0.5, 0.5, 5)
 SQRT_HALF = J(0x3F3504F3)
 ROUNDS = F(1.5 * 2**23)  # adding and subtracting it rounds to an integer
 UP = F(2.0**24)
 LEAST, MOST = F(2.0**-30), F(2.0**40)  # a sum between them has lost nothing that counts, and its squares would not
 
 
-@njit(**INLINE)
-def raised(a, e, normal, finite):
+@compiled(**INLINE)
+def pow_f32(a, e, normal, finite):
     """``a^exponent`` for a ≥ 0, to 6e-7 relative, by the `Exponent` e; 0, ∞, NaN and denormals as ``pow`` has them.
 
     ``normal``: a is no denormal, or the exponent is above 1, so that the power of one is 0. ``finite``: so is a.
@@ -193,7 +192,7 @@ def raised(a, e, normal, finite):
     return y if finite or a < e.ceiling else a + INFINITY
 
 
-@njit(**INLINE)
+@compiled(**INLINE)
 def power(a, mode, e):
     """``a^exponent`` for a ≥ 0; at exponent 0 that of 0 is 0."""
     if mode == SIGN:
@@ -204,16 +203,16 @@ def power(a, mode, e):
         return F(math.sqrt(a))
     if mode == SQUARE:
         return F(a * a)
-    return raised(a, e, mode == ABOVE, False)
+    return pow_f32(a, e, mode == ABOVE, False)
 
 
-@njit(**INLINE)
+@compiled(**INLINE)
 def signed(a, c):
     """a with the sign of c."""
     return F(math.copysign(a, c))
 
 
-@njit(**INLINE)
+@compiled(**INLINE)
 def gradient_of(g, w, maximize, unscale, agr, scale, top, rest, inverse, coupled, decay):
     """Return the gradient after the stages before the momentum: unscaled, negated, regularized, with coupled decay."""
     x = F(load(g) * unscale)
@@ -228,8 +227,8 @@ def gradient_of(g, w, maximize, unscale, agr, scale, top, rest, inverse, coupled
     return x
 
 
-@njit(**INLINE)
-def moved(m, x, rule, keep, take, from_old, from_gradient, from_new):
+@compiled(**INLINE)
+def momentum_step(m, x, rule, keep, take, from_old, from_gradient, from_new):
     """(c, the new m) of a momentum rule with these bits and coefficients."""
     if rule == 0:
         return x, m
@@ -244,20 +243,20 @@ def moved(m, x, rule, keep, take, from_old, from_gradient, from_new):
     return c, after
 
 
-@njit(**INLINE)
-def shrunk(a, mode, steep, pull, e):
+@compiled(**INLINE)
+def decay_factor(a, mode, inverse, decay_strength, e):
     """The factor of ℓp decay for |w| = a."""
     x = power(a, mode, e)
-    if steep and mode == SIGN:
+    if inverse and mode == SIGN:
         x = ONE if a == a else a  # 0⁰ = 1
-    if steep:
-        return ONE / (ONE + pull * x)
+    if inverse:
+        return ONE / (ONE + decay_strength * x)
     x = LARGEST if x > LARGEST else x  # ∞/∞ would be NaN; a NaN stays
-    return x / (x + pull) if pull != ZERO else ONE
+    return x / (x + decay_strength) if decay_strength != ZERO else ONE
 
 
-@njit(**INLINE)
-def unharmed(total):
+@compiled(**INLINE)
+def sum_is_safe(total):
     """Whether a chunk's sum of terms that nobody has scaled is as good as one of scaled ones."""
     return total > F(2.0**-80) and total < F(2.0**100)
 
@@ -266,7 +265,7 @@ def unharmed(total):
 def agr_kernel(gradient16: bool) -> Kernel:
     """Of each chunk the largest |g|, and the sum of the others: beside a dominant entry they are not to be lost."""
 
-    @njit(**SUMS)
+    @compiled(**SUMS)
     def sums(weights, gradients, states, lost, tensor, start, count, begin, end, unscale, partials):
         for j in range(begin, end):
             n = count[j]
@@ -274,7 +273,7 @@ def agr_kernel(gradient16: bool) -> Kernel:
                 g = carray(pointer(gradients[tensor[j]] + 2 * start[j]), (n,), np.uint16)
             else:
                 g = carray(pointer(gradients[tensor[j]] + 4 * start[j]), (n,), np.float32)
-            near, relative = guessed(abs(load(g[0]) * unscale))
+            near, relative = scale_guess(abs(load(g[0]) * unscale))
             largest, total = J(0), ZERO
             for i in range(n):
                 a = F(load(g[i]) * unscale)
@@ -297,14 +296,14 @@ def agr_kernel(gradient16: bool) -> Kernel:
     return sums
 
 
-@njit(**SUMS, forceinline=True)
+@compiled(**SUMS, forceinline=True)
 def summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, again, flags):
     """A chunk's (largest entry's bits, least entry's bits less 1, Σ(|c|/M)^q and the two of "matched").
 
     ``flags`` are those of `norm_kernel`, ``near`` is M and ``relative`` 1/M. If ``again`` it has been here before, and
     no special case is left out.
     """
-    mode, matched, rule, maximize, agr, coupled, kahan, early, spared = flags
+    mode, matched, rule, maximize, agr, coupled, kahan, momentum_written, powers_cached = flags
     unscale, keep, decay = numbers[UNSCALE], numbers[KEEP], numbers[COUPLED]
     from_old, from_gradient, from_new = numbers[FROM_OLD], numbers[FROM_GRADIENT], numbers[FROM_NEW]
     scale, agr_top, agr_others, inverse = row[AGR_SCALE], row[AGR_TOP], row[AGR_OTHERS], row[AGR_INVERSE]
@@ -313,19 +312,19 @@ def summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, again
     largest, least, sum_q, sum_2, sum_d = J(0), NO_BITS, ZERO, ZERO, ZERO
     for i in range(n):
         m0 = load(m[i]) if rule != 0 else ZERO
-        if early and again:
+        if momentum_written and again:
             c = m0  # since the first time
         else:
             old = load(w[i]) if coupled else ZERO
             if kahan and coupled:
                 old = F(old + load(k[i]))
             x = gradient_of(g[i], old, maximize, unscale, agr, scale, agr_top, agr_others, inverse, coupled, decay)
-            c = moved(m0, x, rule, keep, take, from_old, from_gradient, from_new)[0]
-        if early and not again:
+            c = momentum_step(m0, x, rule, keep, take, from_old, from_gradient, from_new)[0]
+        if momentum_written and not again:
             m[i] = c
         a = abs(c)
-        if spared:
-            y = raised(a, exponent, not again, not again)
+        if powers_cached:
+            y = pow_f32(a, exponent, not again, not again)
             powered[i] = signed(y, c)
             if again:
                 largest = max(largest, size_bits(a))
@@ -344,18 +343,18 @@ def summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, again
 
 
 @cache
-def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
+def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel:
     """Of each chunk Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent), with M somewhere near |c|, or 1.
 
     M is a power of two, so that no quotient is rounded, or max |c|: at p near 1 the power of what is above 1 overflows.
-    If ``early`` the momentum is c, and is stored already here; if ``spared`` so is sign(c)·|c|^exponent, which the walk
-    is spared then.
+    If ``momentum_written``, the momentum is c and is stored already here; if ``powers_cached``, so is
+    sign(c)·|c|^exponent, which the update then reads.
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
     matched, kahan = f.matched, f.rounding == KAHAN
-    flags = f.mode, matched, f.momentum, f.maximize, f.agr, f.coupled, kahan, early, spared
+    flags = f.mode, matched, f.momentum, f.maximize, f.agr, f.coupled, kahan, momentum_written, powers_cached
 
-    @njit(**SUMS)
+    @compiled(**SUMS)
     def sums(
         weights,
         gradients,
@@ -389,20 +388,22 @@ def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
             else:
                 m = carray(pointer(states[t] + 4 * s), (n,), np.float32)
             k = carray(pointer(lost[t] + 2 * s), (n,), np.uint16)
-            powered = powers[place[j] : place[j] + n] if spared else powers
+            powered = powers[place[j] : place[j] + n] if powers_cached else powers
             # By a guess of the size, or unscaled where the powers are kept. Where a sum or an entry shows that this was
             # wrong, once more with the largest entry's.
-            near, relative = (ONE, ONE) if spared else guessed(abs(load(g[0]) * numbers[UNSCALE] * row[TAKE]))
+            near, relative = (
+                (ONE, ONE) if powers_cached else scale_guess(abs(load(g[0]) * numbers[UNSCALE] * row[TAKE]))
+            )
             largest, least, sum_q, sum_2, sum_d = summed(
                 n, w, g, m, k, row, numbers, exponent, powered, near, relative, False, flags
             )
-            if spared:
-                fine = least == NO_BITS or (least >= DENORMAL and unharmed(sum_q))
-                fine = fine and (not matched or least == NO_BITS or (unharmed(sum_2) and unharmed(sum_d)))
+            if powers_cached:
+                fine = least == NO_BITS or (least >= DENORMAL and sum_is_safe(sum_q))
+                fine = fine and (not matched or least == NO_BITS or (sum_is_safe(sum_2) and sum_is_safe(sum_d)))
             else:
                 fine = sum_q > LEAST and sum_q < MOST
             if not fine:
-                if spared:
+                if powers_cached:
                     largest = summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, True, flags)[0]
                     near, relative = scale_of(largest)
                 else:
@@ -419,19 +420,19 @@ def norm_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
 
 
 @cache
-def update_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
+def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel:
     """The walk itself, entry by entry: gradient, momentum, direction, decay, write.
 
-    If ``early`` c is the momentum; if ``spared`` its power is at hand.
+    If ``momentum_written`` c is the momentum; if ``powers_cached`` its power is at hand.
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
     mode, smoothed, scaled, rule = f.mode, f.smoothed, f.scaled, f.momentum
     maximize, agr, coupled = f.maximize, f.agr, f.coupled
-    shrinks, decays, decay_mode, steep = f.shrinks, f.decay, f.decay_mode, f.decay_steep
+    scales_weight, decays, decay_mode, decay_inverse = f.scales_weight, f.decay, f.decay_mode, f.decay_inverse
     stochastic, kahan = f.rounding == STOCHASTIC, f.rounding == KAHAN
-    chunk = CHUNK  # with it in its closure, a kernel that was compiled for another size is not taken from the cache
+    chunk = CHUNK
 
-    @njit(**EXACT)
+    @compiled(**EXACT)
     def update(
         weights,
         gradients,
@@ -452,14 +453,14 @@ def update_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
     ):
         unscale, keep, decay, eps = numbers[UNSCALE], numbers[KEEP], numbers[COUPLED], numbers[EPS]
         from_old, from_gradient, from_new = numbers[FROM_OLD], numbers[FROM_GRADIENT], numbers[FROM_NEW]
-        reach, shrink, pull = numbers[REACH], numbers[SHRINK], numbers[PULL]
+        step_size, weight_factor, decay_strength = numbers[STEP_SIZE], numbers[WEIGHT_FACTOR], numbers[DECAY_STRENGTH]
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
             scale, agr_top = rows[t, AGR_SCALE], rows[t, AGR_TOP]
             agr_others, inverse = rows[t, AGR_OTHERS], rows[t, AGR_INVERSE]
             take, size, factor = rows[t, TAKE], rows[t, SIZE], rows[t, FACTOR]
             shift, lift = rows[t, SHIFT], rows[t, LIFT]
-            pulled = pull if rows[t, WIDE] != ZERO else ZERO
+            pulled = decay_strength if rows[t, WIDE] != ZERO else ZERO
             if weight16:
                 w = carray(pointer(weights[t] + 2 * s), (n,), np.uint16)
             else:
@@ -473,35 +474,35 @@ def update_kernel(f: Flags, early: bool, spared: bool) -> Kernel:
             else:
                 m = carray(pointer(states[t] + 4 * s), (n,), np.float32)
             k = carray(pointer(lost[t] + 2 * s), (n,), np.uint16)
-            if spared:
+            if powers_cached:
                 powered = powers[place[j] : place[j] + n]
             drawn = J(seed + j * chunk)
             for i in range(n):
                 old = load(w[i])
                 if kahan:
                     old = F(old + load(k[i]))
-                if early:
+                if momentum_written:
                     c = m1 = load(m[i])
                 else:
                     x = gradient_of(
                         g[i], old, maximize, unscale, agr, scale, agr_top, agr_others, inverse, coupled, decay
                     )
                     m0 = load(m[i]) if rule != 0 else ZERO
-                    c, m1 = moved(m0, x, rule, keep, take, from_old, from_gradient, from_new)
-                if spared:
+                    c, m1 = momentum_step(m0, x, rule, keep, take, from_old, from_gradient, from_new)
+                if powers_cached:
                     u = F(powered[i] * factor)
                 elif smoothed:
                     a = F(abs(c) + eps)
-                    u = F(c / a) if mode == SIGN else F(c * raised(a, exponent, False, False))
+                    u = F(c / a) if mode == SIGN else F(c * pow_f32(a, exponent, False, False))
                 elif scaled:
                     u = F(signed(power(F(F(abs(c) * shift) * size), mode, exponent), c) * factor)
                     u = F(u * lift)
                 else:
                     u = signed(power(abs(c), mode, exponent), c)
-                after = F((shrink * old if shrinks else old) - reach * u)
+                after = F((weight_factor * old if scales_weight else old) - step_size * u)
                 if decays:
-                    after = F(after * shrunk(abs(old), decay_mode, steep, pulled, decay_exponent))
-                if rule != 0 and not early:
+                    after = F(after * decay_factor(abs(old), decay_mode, decay_inverse, pulled, decay_exponent))
+                if rule != 0 and not momentum_written:
                     if state16:
                         m[i] = bfloat16(m1)
                     else:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from normopt.kernels.compiling import compiled
 from normopt.kernels.numba import AGR_INVERSE, AGR_OTHERS, AGR_SCALE, AGR_TOP, EXACT, FACTOR, LIFT, SHIFT, SIZE
 
 OPTIONS = {key: EXACT[key] for key in ("nogil", "cache", "error_model")}
@@ -18,7 +18,7 @@ DUAL, UNIT, MATCHED = range(3)  # the scales that need sums
 TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def regularizers(partials, sizes, first, ends, begin, end, rows):
     """AGR's columns of the tensors ``begin`` to ``end``: (scale, largest, others, 1/sum) of |g|, the last three scaled.
 
@@ -37,7 +37,7 @@ def regularizers(partials, sizes, first, ends, begin, end, rows):
         rows[t, AGR_INVERSE] = 1 / (total * scale)
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def largest(partials, first, end):
     """The largest entry of the pieces ``first`` to ``end``, and the sum of all others."""
     top = 0.0
@@ -54,36 +54,36 @@ def largest(partials, first, end):
     return top, others
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def largest_of_each(partials, first, ends, found):
     """What `largest` says of each tensor's chunks, in ``found``, shape [n, 2]."""
     for t in range(len(first)):
         found[t, 0], found[t, 1] = largest(partials, first[t], ends[t])
 
 
-@njit(**OPTIONS)
-def duals(partials, first, ends, begin, end, exponent, scale, spared, rows, norms, factors):
+@compiled(**OPTIONS)
+def duals(partials, first, ends, begin, end, exponent, scale, powers_cached, rows, norms, factors):
     """The dual norm of the tensors ``begin`` to ``end``, by what their D(c) is multiplied, and both in ``rows``.
 
     ``partials`` has each chunk's M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent). Returns whether
-    the powers at hand, if ``spared``, serve all of them: they are those of |c|, not of |c|/‖c‖⋆, and of a norm that is
-    no normal float32 they may be none either.
+    the cached powers, if there are any, can be used for all of them: they are those of |c|, not of |c|/‖c‖⋆, and may be
+    out of range where the norm is no normal float32.
     """
     for t in range(begin, end):
         norms[t], factors[t] = summed(partials, first[t], ends[t], exponent, scale)
-        spared = spared and within(norms[t]) == 1
+        powers_cached = powers_cached and within(norms[t]) == 1
     for t in range(begin, end):
         # Signs do not depend on the size: beside an infinite entry the others keep theirs.
         size = 1.0 if exponent == 0 or norms[t] == 0 else norms[t]
-        factor = factors[t] / size**exponent if spared else factors[t]
+        factor = factors[t] / size**exponent if powers_cached else factors[t]
         rows[t, SHIFT] = within(size)
         rows[t, SIZE] = 1 / (size * within(size))
         rows[t, FACTOR] = factor * within(factor)
         rows[t, LIFT] = 1 / within(factor)
-    return spared
+    return powers_cached
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def within(x):
     """A power of two by which x > 0 becomes a normal float32; 1 for one, and for 0, ∞ and NaN."""
     if 0 < x < TINY:
@@ -91,7 +91,7 @@ def within(x):
     return 2.0**-64 if LARGEST < x < np.inf else 1.0
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def summed(partials, first, end, exponent, scale):
     """(‖c‖⋆, the factor) of the pieces ``first`` to ``end``."""
     top, total, squares, powers = merged(partials, first, end, exponent, scale == MATCHED)
@@ -106,7 +106,7 @@ def summed(partials, first, end, exponent, scale):
     return norm, top * math.sqrt(squares) / (length if length > 0 else 1.0)
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def merged(partials, first, end, exponent, matched):
     """M and the sums relative to it of the pieces ``first`` to ``end``; the last two are 0 unless ``matched``."""
     top = 0.0
@@ -122,7 +122,7 @@ def merged(partials, first, end, exponent, matched):
     return top, total, squares, powers
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def merge_each(partials, first, ends, exponent, matched, found):
     """What `merged` says of each tensor's pieces, in ``found``, shape [n, 4]."""
     for t in range(len(first)):

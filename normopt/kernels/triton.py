@@ -48,7 +48,7 @@ OF, BEGIN, COUNT, WIDE, CHUNKS = (tl.constexpr(i) for i in range(5))
 FIRST, MANY, SIZE, SPAN = (tl.constexpr(i) for i in range(4))
 # Places of the numbers, which are float64.
 (
-    REACH,
+    STEP_SIZE,
     KEEP,
     TAKE,
     FIRST_TAKE,
@@ -56,8 +56,8 @@ FIRST, MANY, SIZE, SPAN = (tl.constexpr(i) for i in range(4))
     FROM_GRADIENT,
     FROM_NEW,
     DECAY,
-    SHRINK,
-    PULL,
+    WEIGHT_FACTOR,
+    DECAY_STRENGTH,
     EXPONENT,
     EPS,
     DECAY_EXPONENT,
@@ -123,7 +123,7 @@ ROUNDS = tl.constexpr(1.5 * 2**23)  # adding and subtracting it rounds to an int
 
 
 @triton.jit
-def raised(a, high, low):
+def pow_f32(a, high, low):
     """``a^(high + low)`` for a ≥ 0; 0, ∞ and NaN as ``pow`` has them, denormals too.
 
     To 2e-7 relative for exponents up to 1, and 1.5e-7 times the exponent beyond.
@@ -163,7 +163,7 @@ def power(a, high, low, MODE: tl.constexpr):
     elif MODE == SQUARE:
         y = a * a
     else:  # exact where a tensor p is at ∞ or 2
-        y = tl.where(high == 0, tl.where(a > 0, 1.0, a), raised(a, high, low))
+        y = tl.where(high == 0, tl.where(a > 0, 1.0, a), pow_f32(a, high, low))
         y = tl.where((high == 1) & (low == 0), a, y)
     return y
 
@@ -175,15 +175,15 @@ def signed(a, c):
 
 
 @triton.jit
-def shrunk(a, high, low, pull, MODE: tl.constexpr, STEEP: tl.constexpr):
+def decay_factor(a, high, low, decay_strength, MODE: tl.constexpr, INVERSE: tl.constexpr):
     """The factor of ℓp decay for |w| = a."""
     one = tl.full(a.shape, 1.0, tl.float32)
     x = tl.where(a == a, one, a) if MODE == SIGN else power(a, high, low, MODE)  # 0⁰ and ∞⁰ are 1 here
-    if STEEP:
-        factor = tl.div_rn(one, 1 + pull * x)
+    if INVERSE:
+        factor = tl.div_rn(one, 1 + decay_strength * x)
     else:
         x = tl.where(x > LARGEST, LARGEST, x)  # ∞/∞ would be NaN
-        factor = tl.where(pull == 0, 1.0, tl.div_rn(x, x + pull))
+        factor = tl.where(decay_strength == 0, 1.0, tl.div_rn(x, x + decay_strength))
     return factor
 
 
@@ -214,10 +214,10 @@ def walk(
     SMOOTHED: tl.constexpr,
     SCALED: tl.constexpr,
     MATCHED: tl.constexpr,
-    SHRINKS: tl.constexpr,
+    SCALES_WEIGHT: tl.constexpr,
     DECAYS: tl.constexpr,
     DECAY_MODE: tl.constexpr,
-    DECAY_STEEP: tl.constexpr,
+    DECAY_INVERSE: tl.constexpr,
     DECAY_WIDE: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
@@ -288,7 +288,7 @@ def walk(
                     tl.store(sums + 4 * j + 3, tl.sum(y * y, 0).to(tl.float64))
             else:
                 if SMOOTHED:
-                    u = c * raised(tl.abs(c) + number(numbers, EPS), high, low)
+                    u = c * pow_f32(tl.abs(c) + number(numbers, EPS), high, low)
                 elif SCALED:
                     known = measured + t * MEASURED
                     a = tl.abs(c) * number(known, SHIFT)
@@ -298,13 +298,13 @@ def walk(
                     u = signed(power(tl.abs(c), high, low, MODE), c)
 
                 old = w
-                if SHRINKS:
-                    w *= number(numbers, SHRINK)
-                w -= number(numbers, REACH) * u
+                if SCALES_WEIGHT:
+                    w *= number(numbers, WEIGHT_FACTOR)
+                w -= number(numbers, STEP_SIZE) * u
                 if DECAYS:
                     decay_high, decay_low = exponent_of(numbers, DECAY_EXPONENT)
-                    pull = number(numbers, PULL)
-                    factor = shrunk(tl.abs(old), decay_high, decay_low, pull, DECAY_MODE, DECAY_STEEP)
+                    decay_strength = number(numbers, DECAY_STRENGTH)
+                    factor = decay_factor(tl.abs(old), decay_high, decay_low, decay_strength, DECAY_MODE, DECAY_INVERSE)
                     w *= tl.where((tl.load(chunks + j * CHUNKS + WIDE) != 0) | (not DECAY_WIDE), factor, 1.0)
 
                 if ROUNDING == STOCHASTIC:
@@ -566,10 +566,10 @@ def constants_of(flags: Flags) -> dict[str, Any]:
         "SMOOTHED": flags.smoothed,
         "SCALED": flags.scaled,
         "MATCHED": flags.matched,
-        "SHRINKS": flags.shrinks,
+        "SCALES_WEIGHT": flags.scales_weight,
         "DECAYS": flags.decay,
         "DECAY_MODE": flags.decay_mode,
-        "DECAY_STEEP": flags.decay_steep,
+        "DECAY_INVERSE": flags.decay_inverse,
         "DECAY_WIDE": flags.decay_wide,
         "ROUNDING": flags.rounding,
     }

@@ -12,7 +12,7 @@ from normopt._checks import check_number
 from normopt.norms.base import num_reals, stack
 from normopt.norms.lp import Lp
 from normopt.schedules.base import PSchedule, interpolate_exponent
-from normopt.sharding.exchange import as_one_vector
+from normopt.sharding.exchange import global_dual_norm
 
 GAUSSIAN = 2 / math.pi  # the density of a vector of independent Gaussian entries, as its size grows
 
@@ -155,5 +155,5 @@ class AdaptiveP(PSchedule):
 def density(x: list[Tensor]) -> Tensor:
     """Return ``‖x‖₁²/(d‖x‖₂²)`` of tensors as one vector, 0-d; NaN if all are zero."""
     g = [t.to_dense() if t.layout != torch.strided else t for t in x]
-    l1, l2 = (as_one_vector(norm, g) for norm in (Lp(math.inf), Lp(2.0)))
+    l1, l2 = (global_dual_norm(norm, g) for norm in (Lp(math.inf), Lp(2.0)))
     return (l1 / l2).square() / sum(map(num_reals, g))

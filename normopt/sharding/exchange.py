@@ -12,7 +12,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import is_fake
 
 from normopt.norms.base import Norm, as_real, to_compute_dtype
-from normopt.sharding.layout import Layout, layout_of, local, resolved
+from normopt.sharding.layout import Layout, layout_of, resolved, to_local
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -68,7 +68,7 @@ def gather_pieces(asked: Sequence[tuple[Tensor, Layouts]]) -> list[list[Tensor]]
     return [found[i] for i in range(len(asked))]
 
 
-def swap(parts: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> list[Tensor]:
+def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> list[Tensor]:
     """Send a vector to each rank and return those received, by one all-to-all.
 
     Args:
@@ -100,7 +100,7 @@ def of_each(
         measure: returns the partial sums of a local shard, shape [w].
         combine: reduces [n, k, w], of k ranks, to [n, s].
     """
-    asked = [(measure(local(x))[None], [layout_of(x)]) for x in xs]
+    asked = [(measure(to_local(x))[None], [layout_of(x)]) for x in xs]
     return [combine(pieces[0][None])[0] for pieces in gather_pieces(asked)]
 
 
@@ -117,7 +117,7 @@ def sum_over_ranks(numbers: Tensor, layout: Layout) -> Tensor:
     return gather_pieces([(numbers.reshape(1, -1), [layout])])[0][0].sum(0).view_as(numbers)
 
 
-def as_one_vector(norm: Norm, xs: Sequence[Tensor]) -> Tensor:
+def global_dual_norm(norm: Norm, xs: Sequence[Tensor]) -> Tensor:
     """Return the dual norm, 0-d, of tensors as one vector.
 
     Args:
@@ -125,5 +125,5 @@ def as_one_vector(norm: Norm, xs: Sequence[Tensor]) -> Tensor:
         xs: real floating-point tensors; those that are sharded, over the same ranks.
     """
     layouts = [layout_of(x) for x in xs]
-    sums = norm.measure([to_compute_dtype(as_real(resolved(local(x)))) for x in xs])
+    sums = norm.measure([to_compute_dtype(as_real(resolved(to_local(x)))) for x in xs])
     return norm.combine(torch.cat(gather_pieces([(sums, layouts)])[0]))[0]

@@ -54,7 +54,7 @@ def any_dtensor(params: Iterable[object]) -> bool:
     return any(map(is_dtensor, params))
 
 
-def local(x: Tensor) -> Tensor:
+def to_local(x: Tensor) -> Tensor:
     """Return the local shard of a DTensor, sharing its memory; another tensor itself."""
     if not is_dtensor(x):
         return x
@@ -64,12 +64,12 @@ def local(x: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, here).wait()) if hasattr(here, "wait") else here.detach()
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """Gather a DTensor on every rank; return another tensor itself."""
     return cast(Tensor, cast(Any, x.detach()).full_tensor()) if is_dtensor(x) else x
 
 
-def spread(x: Tensor, like: Tensor) -> Tensor:
+def to_dtensor_like(x: Tensor, like: Tensor) -> Tensor:
     """Return a local shard as a DTensor with the placements of ``like``, sharing memory; x if like is no DTensor."""
     if not is_dtensor(like):
         return x
@@ -131,7 +131,7 @@ def check_parts(params: Iterable[Tensor]) -> None:
         layout = layout_of(p)
         if layout is None:
             continue
-        here = tuple(local(p).shape)
+        here = tuple(to_local(p).shape)
         if list(here) != layout.shapes()[layout.rank] or layout.rank != torch.distributed.get_rank(layout.group):
             raise ValueError(
                 f"{_described(cast('DTensor', p))}, of which rank {layout.rank} has {here}, not the shard that "
@@ -156,5 +156,5 @@ def gradient_of(p: Tensor) -> Tensor:
         place, given = cast("DTensor", p), cast("DTensor", grad)
         if place.placements != given.placements:  # such as partial sums, under tensor parallelism
             grad = given.redistribute(placements=place.placements)
-    grad = local(grad)
+    grad = to_local(grad)
     return resolved(cast(Any, grad).wait() if hasattr(grad, "wait") else grad)  # of an asynchronous collective

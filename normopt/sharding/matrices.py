@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from normopt.sharding.exchange import swap
+from normopt.sharding.exchange import all_to_all
 from normopt.sharding.layout import Layout
 
 # Maps whole tensors to tensors of their shapes, and to one number each, shape [n].
 Map = Callable[[list[Tensor]], tuple[list[Tensor], Tensor]]
 
 
-def map_whole(shards: list[Tensor], layouts: Sequence[Layout], function: Map) -> tuple[list[Tensor], Tensor]:
+def map_full_tensors(shards: list[Tensor], layouts: Sequence[Layout], function: Map) -> tuple[list[Tensor], Tensor]:
     """Return the local shards of the mapped tensors, and the numbers of all tensors, shape [n].
 
     Args:
@@ -54,7 +54,7 @@ class _Share:
         """Return the tensors of this rank, whole."""
         given = [self._joined([shards[i] for i in members]) for members in self.of]
         shapes = self.layout.shapes()
-        got = swap(given, [len(self.mine) * math.prod(s) for s in shapes], self.layout.group)
+        got = all_to_all(given, [len(self.mine) * math.prod(s) for s in shapes], self.layout.group)
         split = [x.view(len(self.mine), *s) for x, s in zip(got, shapes, strict=True)]
         return dict(zip(self.mine, torch.cat(split, self.layout.dim + 1), strict=True))
 
@@ -69,7 +69,7 @@ class _Share:
         n = self.like.numel()
         found = {}
         sizes = [len(members) * (n + 1) for members in self.of]
-        for members, got in zip(self.of, swap(given, sizes, self.layout.group), strict=True):
+        for members, got in zip(self.of, all_to_all(given, sizes, self.layout.group), strict=True):
             for i, row in zip(members, got.view(len(members), n + 1), strict=True):
                 found[i] = row[:n].view(self.like.shape), row[n]
         return found

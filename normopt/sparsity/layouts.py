@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normopt._checks import check_choice
-from normopt.sharding.layout import is_dtensor, whole
+from normopt.sharding.layout import full_tensor, is_dtensor
 
 Layout = Literal["coo", "csr", "csc"]
 _LAYOUTS = {"coo": torch.sparse_coo, "csr": torch.sparse_csr, "csc": torch.sparse_csc}
@@ -200,7 +200,7 @@ def sparse_state_dict(model: nn.Module, layout: Layout = "csr") -> dict[str, Any
     def stored(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        w = whole(value)
+        w = full_tensor(value)
         return _to_layout(w, layout) if w.dim() == 2 or (w.dim() > 2 and layout == "coo") else w
 
     return {name: stored(value) for name, value in model.state_dict().items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from normopt._checks import is_quantized
-from normopt.sharding.layout import is_dtensor, whole
+from normopt.sharding.layout import full_tensor, is_dtensor
 from normopt.sparsity.layouts import SparseLinear, check_module, reshard
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Weight:
 
         A DTensor is gathered: all its ranks must call this.
         """
-        return self._units(whole(self.tensor))
+        return self._units(full_tensor(self.tensor))
 
     def _units(self, w: Tensor) -> Tensor:
         units = torch.unflatten(w, 0, (self.groups, len(w) // self.groups)) if len(w) else w[None]
@@ -49,7 +49,7 @@ class Weight:
 
     def zero_(self, mask: Tensor) -> None:
         """Zero the masked entries of ``units()`` in place; the mask broadcasts to their shape."""
-        w = whole(self.tensor)
+        w = full_tensor(self.tensor)
         self._units(w).masked_fill_(mask, 0)
         if is_dtensor(self.tensor):
             from torch.distributed.tensor import DTensor, Replicate

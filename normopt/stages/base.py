@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normopt._checks import check_bool, check_choice, check_number, equals, is_low_precision, plain
 from normopt.norms.base import as_real, to_compute_dtype
-from normopt.sharding.layout import gradient_of, layout_of, local, spread
+from normopt.sharding.layout import gradient_of, layout_of, to_dtensor_like, to_local
 
 if TYPE_CHECKING:
     from normopt.norms.scales import NormPair
@@ -231,14 +231,14 @@ class Batch:
         c: what the norm is applied to: the momentum, or the gradient without one.
         u: the update per unit of the learning rate.
         lr, weight_decay: as in the param group; a tensor is cast to the dtype and device of w.
-        reach: lr times the radius.
+        step_size: lr times the radius.
         pair: ``‖u‖`` and ``‖c‖⋆`` of each tensor, None where the step needs no norm.
         phases: the stages, or the kernels that replace them.
     """
 
     lr: Number
     weight_decay: Number
-    reach: Number
+    step_size: Number
     phases: Sequence[Any]
 
     def __init__(
@@ -274,12 +274,12 @@ class Batch:
         else:
             layouts = [layout_of(p) for p in params]
             self.layouts = layouts if any(layouts) else []
-            self.weights = [as_real(local(p)) for p in params]
+            self.weights = [as_real(to_local(p)) for p in params]
             self.w = [to_compute_dtype(x) for x in self.weights]
             self.g = [as_real(gradient_of(p)).to(x.dtype) for p, x in zip(params, self.w, strict=True)]
             write.widen(self)
         self.lr, self.weight_decay = like(write.lr, self.w), like(decay.weight_decay, self.w)
-        self.reach = self.lr if write.radius == 1 else self.lr * write.radius
+        self.step_size = self.lr if write.radius == 1 else self.lr * write.radius
         self.old = [x.clone() for x in self.w] if self.differentiable else self.w
         self.c = self.u = self.g
 
@@ -299,7 +299,7 @@ class Batch:
     def read(self, slot: Slot) -> list[Tensor | None]:
         """Return a slot's tensors, local and real, in the dtype of the arithmetic; None where there is none yet."""
         stored = [self.state[p].get(slot.name) if slot.exists(p) else None for p in self.params]
-        kept = self._kept[slot.name] = [None if x is None else as_real(local(x)) for x in stored]
+        kept = self._kept[slot.name] = [None if x is None else as_real(to_local(x)) for x in stored]
         found = [None if x is None else x.to(w.dtype) for x, w in zip(kept, self.w, strict=True)]
         return [None if x is None else x.clone() for x in found] if self.differentiable else found
 
@@ -310,7 +310,9 @@ class Batch:
                 continue
             dtype = slot.dtype_of(p)
             if kept is None or self.differentiable or self.state[p][slot.name].dtype != dtype:  # p's may have changed
-                self.state[p][slot.name] = spread((torch.view_as_complex(x) if p.is_complex() else x).to(dtype), p)
+                self.state[p][slot.name] = to_dtensor_like(
+                    (torch.view_as_complex(x) if p.is_complex() else x).to(dtype), p
+                )
             elif kept is not x:
                 kept.copy_(x)
 

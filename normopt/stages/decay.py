@@ -31,15 +31,15 @@ class Rule:
 
     def update(self, batch: Batch, s: Decay) -> None:
         """Update batch.w by the step u, and decay it."""
-        descend_(batch.w, batch.u, batch.reach)
+        descend_(batch.w, batch.u, batch.step_size)
 
     def lower(self, lr: Number, s: Decay) -> Op | str:
         """Return the decay as a kernel computes it, or the reason why it cannot.
 
-        A kernel computes ``w ← (shrink·w − ηru)·F`` with one of two factors of the old weight::
+        A kernel computes ``w ← (weight_factor·w − ηru)·F`` with one of two factors of the old weight::
 
-            F = X/(X + pull)       steep=False       X = |w|^exponent; pull = 0 gives 1
-            F = 1/(1 + pull·X)     steep=True
+            F = X/(X + strength)       inverse=False       X = |w|^exponent; strength = 0 gives 1
+            F = 1/(1 + strength·X)     inverse=True
 
         ``coupled`` adds ``coupled·w`` to the gradient. With ``wide=True``, F is 1 for tensors of less than 2 dims.
         """
@@ -66,10 +66,10 @@ def register_decay(name: str) -> Callable[[R], R]:
     return decorate
 
 
-def factor(exponent: float, pull: Number, steep: bool, wide: bool) -> Op:
+def factor(exponent: float, strength: Number, inverse: bool, wide: bool) -> Op:
     """Return the `Op` of a factor F of the update; see `Rule.lower`."""
-    flags = {"decay_mode": mode_of(exponent), "decay_steep": steep, "decay": True, "decay_wide": wide}
-    return Op(flags, {"decay_exponent": exponent, "pull": pull})
+    flags = {"decay_mode": mode_of(exponent), "decay_inverse": inverse, "decay": True, "decay_wide": wide}
+    return Op(flags, {"decay_exponent": exponent, "decay_strength": strength})
 
 
 @register_decay("coupled")
@@ -91,10 +91,10 @@ class Decoupled(Rule):
 
     def update(self, batch: Batch, s: Decay) -> None:
         torch._foreach_mul_(batch.w, 1 - batch.lr * batch.weight_decay)
-        descend_(batch.w, batch.u, batch.reach)
+        descend_(batch.w, batch.u, batch.step_size)
 
     def lower(self, lr: Number, s: Decay) -> Op | str:
-        return Op({"shrinks": True}, {"shrink": 1 - lr * wide(s.weight_decay)})
+        return Op({"scales_weight": True}, {"weight_factor": 1 - lr * wide(s.weight_decay)})
 
 
 @register_decay("lp")
@@ -106,7 +106,7 @@ class LpDecay(Rule):
     def update(self, batch: Batch, s: Decay) -> None:
         wide = [i for i, p in enumerate(batch.params) if p.dim() >= 2]
         factors = lp_factors([batch.old[i] for i in wide], s.decay_p, batch.lr * batch.weight_decay)
-        descend_(batch.w, batch.u, batch.reach)
+        descend_(batch.w, batch.u, batch.step_size)
         scale_([batch.w[i] for i in wide], factors)
 
     def lower(self, lr: Number, s: Decay) -> Op | str:
@@ -172,12 +172,12 @@ def coupled(g: list[Tensor], w: list[Tensor], weight_decay: Number) -> list[Tens
     return list(torch._foreach_add(g, w, alpha=weight_decay))
 
 
-def descend_(w: list[Tensor], u: list[Tensor], reach: Number) -> None:
+def descend_(w: list[Tensor], u: list[Tensor], step_size: Number) -> None:
     """Apply ``w ← w − ηru``; a tensor is not read on the host, which would sync."""
-    if isinstance(reach, Tensor):
-        torch._foreach_sub_(w, torch._foreach_mul(u, reach))
+    if isinstance(step_size, Tensor):
+        torch._foreach_sub_(w, torch._foreach_mul(u, step_size))
     else:
-        torch._foreach_add_(w, u, alpha=-reach)
+        torch._foreach_add_(w, u, alpha=-step_size)
 
 
 def scale_(w: list[Tensor], factors: list[Tensor]) -> None:

@@ -18,14 +18,14 @@ from normopt.norms.lp import Lp
 from normopt.norms.matrices import MatrixNorm
 from normopt.norms.scales import NormPair, rescale_to_norm, unit_pair
 from normopt.sharding.layout import Layout
-from normopt.sharding.matrices import map_whole
+from normopt.sharding.matrices import map_full_tensors
 from normopt.stages.base import Batch, Number, Op, Stage, one_of, register_stage, setting
 
 SCALES = ("power", "dual", "unit", "matched")
-Way = Literal["local", "sums", "rows", "whole"]
+CommStrategy = Literal["local", "sums", "rows", "whole"]
 
 
-def way_of(norm: Norm, scale: Scale, layout: Layout | None) -> Way:
+def comm_strategy(norm: Norm, scale: Scale, layout: Layout | None) -> CommStrategy:
     """Return how the direction of a tensor with this sharding is computed.
 
     ::
@@ -122,7 +122,7 @@ class Direction(Stage):
             )
 
     def measure(self, batch: Batch) -> Tensor | None:
-        way = self._way(batch.layouts) if batch.layouts else "local"
+        way = self._strategy(batch.layouts) if batch.layouts else "local"
         if way == "sums":
             return self.map.numbered(self.map.measure(batch.c), self._begins(batch))
         if way != "rows":
@@ -143,7 +143,7 @@ class Direction(Stage):
         return self.map.combine(partials)
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
-        norm, way = self.map, self._way(batch.layouts) if batch.layouts else "local"
+        norm, way = self.map, self._strategy(batch.layouts) if batch.layouts else "local"
         if isinstance(self.p, Tensor):
             norm = norm.on(batch.w[0].device)
         if norm.is_identity(self.scale):
@@ -153,7 +153,7 @@ class Direction(Stage):
         else:
             self._map(batch, norm, way, scalars)
 
-    def _map(self, batch: Batch, norm: Norm, way: Way, scalars: Tensor | None) -> None:
+    def _map(self, batch: Batch, norm: Norm, way: CommStrategy, scalars: Tensor | None) -> None:
         """Compute directions that need more than their own entries."""
         scale, c = self.scale, batch.c
         kappa = cast(Number, norm.power_exponent) if scale == "power" else 1 if scale == "dual" else 0
@@ -164,7 +164,7 @@ class Direction(Stage):
             return norm.scaled(x, kappa, whole_group=False)
 
         if way == "whole":
-            batch.u, dual = map_whole(c, cast(list[Layout], batch.layouts), mapped)
+            batch.u, dual = map_full_tensors(c, cast(list[Layout], batch.layouts), mapped)
         elif scalars is None:
             batch.u, dual = norm.scaled(c, kappa, self.whole_group)
         else:
@@ -174,8 +174,8 @@ class Direction(Stage):
         if scale != "power":
             batch.pair = NormPair(dual, dual) if scale == "dual" else unit_pair(dual)
 
-    def _way(self, layouts: Sequence[Layout | None]) -> Way:
-        ways = (way_of(self.map, self.scale, lay) for lay in layouts)
+    def _strategy(self, layouts: Sequence[Layout | None]) -> CommStrategy:
+        ways = (comm_strategy(self.map, self.scale, lay) for lay in layouts)
         return next((way for way in ways if way != "local"), "local")
 
     def _begins(self, batch: Batch) -> list[int]:
@@ -202,7 +202,7 @@ class Direction(Stage):
 
     def structure(self) -> object:
         p = self.p
-        kind = mode_of(1 / (p - 1)) if isinstance(p, float) and 1 < p < math.inf else p
+        kind = f"mode {mode_of(1 / (p - 1))}" if isinstance(p, float) and 1 < p < math.inf else p
         return type(self.map), self.norm, kind, self.scale, self.scope, self.eps == 0
 
     def describe(self) -> str:

@@ -101,7 +101,7 @@ class Momentum(Stage):
     state = ("momentum_buffer",)  # torch.optim.SGD's name: checkpoints load both ways
 
     momentum: float = setting(
-        0.0, number(low=0, high=1), "μ, the weight of the OLD state, 0 ≤ μ < 1 (heavy: ≤ 1); 0 keeps no buffer"
+        0.0, number(low=0), "μ, the weight of the OLD state, 0 ≤ μ < 1 (heavy: ≤ 1); 0 keeps no buffer"
     )
     momentum_rule: Literal["heavy", "ema", "lion"] | str = setting(
         "heavy", one_of(RULES), '"heavy" (torch.optim.SGD\'s), "ema", "lion", or your own'

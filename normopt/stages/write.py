@@ -73,7 +73,7 @@ class Write(Stage):
                 return lowered
             decay = lowered
         flags = {"rounding": ROUNDINGS[self.rounding], **decay.flags}
-        return Op(flags, {"reach": lr * self.radius, **decay.numbers})
+        return Op(flags, {"step_size": lr * self.radius, **decay.numbers})
 
     def structure(self) -> object:
         return self.rounding, isinstance(self.lr, Tensor)

@@ -32,7 +32,7 @@ def run(code, *, timeout=40, **environment):
 
 FORKING = """
 import os, time, types
-from normopt.kernels.compiling import called
+from normopt.kernels.compiling import call_with_jit_lock
 
 def compile_and_fork():
     if os.fork() == 0:  # as a DataLoader's worker is: it has what its parent has open
@@ -40,7 +40,7 @@ def compile_and_fork():
         time.sleep(60)
         os._exit(0)
 
-called(compile_and_fork, compiled=types.SimpleNamespace(signatures=[]))
+call_with_jit_lock(compile_and_fork, compiled=types.SimpleNamespace(signatures=[]))
 print("compiled", flush=True)
 os._exit(0)
 """
@@ -53,8 +53,8 @@ def test_a_child_forked_during_a_compile_does_not_keep_the_lock(tmp_path):
         assert first.stdout.readline() == "compiled\n"
         assert first.wait(60) == 0
         first.stdout.close()
-    waiting = "from normopt.kernels.compiling import called\nimport types\n"
-    waiting += "called(print, 'mine', compiled=types.SimpleNamespace(signatures=[]))"
+    waiting = "from normopt.kernels.compiling import call_with_jit_lock\nimport types\n"
+    waiting += "call_with_jit_lock(print, 'mine', compiled=types.SimpleNamespace(signatures=[]))"
     assert run(waiting, TMPDIR=str(tmp_path), timeout=13).stdout == "mine\n"
 
 
@@ -66,8 +66,8 @@ def test_the_lock_is_free_again_after_an_error():
 
     for _ in range(2):
         with pytest.raises(KeyError, match="in the compiler"):
-            compiling.called(fails, compiled=uncompiled)
-    assert compiling.called(lambda: 3, compiled=uncompiled) == 3
+            compiling.call_with_jit_lock(fails, compiled=uncompiled)
+    assert compiling.call_with_jit_lock(lambda: 3, compiled=uncompiled) == 3
 
 
 @pytest.mark.parametrize("fault", ["no folder", "another user's file", "no locks", "no fcntl"])
@@ -83,7 +83,7 @@ def test_without_a_lock_the_function_is_called_all_the_same(fault, tmp_path, mon
         monkeypatch.setattr(compiling.fcntl, "flock", flock)
     if fault == "no fcntl":
         monkeypatch.setattr(compiling, "fcntl", None)
-    assert compiling.called(lambda x: x + 1, 2, compiled=SimpleNamespace(signatures=[])) == 3
+    assert compiling.call_with_jit_lock(lambda x: x + 1, 2, compiled=SimpleNamespace(signatures=[])) == 3
 
 
 def test_without_a_folder_for_the_cache_kernels_are_compiled_in_memory(tmp_path):

@@ -504,11 +504,11 @@ def test_steps_go_back_to_one_batch_when_memory_is_shared_no_longer():
     trio = Trio([(40,), (40,)], **RULES["SGD"])
     trio.each(lambda params, _: setattr(params[1], "data", params[0].data))
     trio.step()
-    assert len(trio.opts[0]._steppers[0]) == 2
+    assert len(trio.opts[0]._updates[0]) == 2
     trio.each(lambda params, _: setattr(params[1], "data", params[0].data.clone()))
     trio.step()
     trio.step()
-    assert len(trio.opts[0]._steppers[0]) == 1
+    assert len(trio.opts[0]._updates[0]) == 1
 
 
 def test_a_complex_gradient_of_a_real_parameter_is_refused():

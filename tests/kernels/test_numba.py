@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 import normopt
 from normopt.kernels.cpu import exponent_of
-from normopt.kernels.numba import raised
+from normopt.kernels.numba import pow_f32
 from normopt.kernels.tables import CHUNK, Chunks
 from tests.oracle import Rule, agr, direction
 from tests.patience import patience
@@ -225,7 +226,7 @@ def test_powers_to_six_parts_in_ten_million_over_the_whole_range():
     def all_of(x, e, above):
         y = np.empty_like(x)
         for i in range(len(x)):
-            y[i] = raised(x[i], e, above, False)
+            y[i] = pow_f32(x[i], e, above, False)
         return y
 
     rng = np.random.default_rng(0)
@@ -466,6 +467,36 @@ def test_kernels_come_from_the_cache_in_another_process(tmp_path: Path):
     assert first.count("data saved") >= 3
     assert "data saved" not in second
     assert second.count("data loaded") >= 3
+
+
+@pytest.mark.exhaustive
+def test_an_edited_source_is_not_served_from_the_cache(tmp_path: Path):
+    """The bits of a momentum rule change their meaning in one file; the kernels that read them are in another."""
+    root = Path(normopt.__file__).parents[1]
+    shutil.copytree(root / "normopt", tmp_path / "normopt", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import torch, normopt\n"
+        "for rule in (dict(momentum_rule='lion'), dict(nesterov=True)):\n"
+        "    torch.manual_seed(0)\n"
+        "    p = torch.nn.Parameter(torch.randn(30))\n"
+        "    opt = normopt.SteepestDescent([p], 0.1, momentum=0.9, fused=True, **rule)\n"
+        "    for _ in range(3):\n"
+        "        p.grad = torch.randn(30)\n"
+        "        opt.step()\n"
+        "    print(float(p.double().square().sum()))\n"
+        "print(normopt.__file__)\n"
+    )
+    flags = tmp_path / "normopt/kernels/flags.py"
+    said = []
+    for _ in range(2):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=patience(60), check=True)
+        said.append(done.stdout)
+        text = flags.read_text(encoding="utf-8")
+        flags.write_text(text.replace("RUNS, OLD, GRADIENT, NEW, SAME", "RUNS, NEW, GRADIENT, OLD, SAME"), "utf-8")
+    assert "RUNS, NEW, GRADIENT, OLD, SAME" in flags.read_text(encoding="utf-8")
+    assert str(tmp_path) in said[0]
+    assert said[0] == said[1]
 
 
 @pytest.mark.exhaustive

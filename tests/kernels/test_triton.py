@@ -119,9 +119,9 @@ def test_every_walk_compiles_without_atomics(what, capability, compile_kernel):
             lion | dict(mode="general", smoothed=True, decay=True, decay_mode=f.GENERAL),
             ("seed", "measured"),
         ),
-        "stochastic": (low | dict(rounding=f.STOCHASTIC, shrinks=True), ("unscale",)),
+        "stochastic": (low | dict(rounding=f.STOCHASTIC, scales_weight=True), ("unscale",)),
         "kahan": (
-            low | heavy | dict(rounding=f.KAHAN, decay=True, decay_wide=False, decay_mode=f.LINEAR, decay_steep=True),
+            low | heavy | dict(rounding=f.KAHAN, decay=True, decay_wide=False, decay_mode=f.LINEAR, decay_inverse=True),
             ("found_inf",),
         ),
         "float16": (dict.fromkeys(("weight", "gradient", "state"), torch.float16) | heavy, ()),

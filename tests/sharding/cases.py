@@ -21,7 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import normopt
 from normopt.norms import schatten
 from normopt.norms.base import Norm, Scale
-from normopt.sharding.layout import Layout, gradient_of, layout_of, local
+from normopt.sharding.layout import Layout, gradient_of, layout_of, to_local
 from tests.directions import direction
 
 # On 4 ranks: even, uneven, with empty parts, a stack, a vector, and three of one shape.
@@ -288,7 +288,7 @@ def disagreed(case: str) -> list[str]:
             settings["lr"] = 0.2
         elif case == "AGR":
             settings["agr"] = True
-    before = [local(p).clone() for p in params]
+    before = [to_local(p).clone() for p in params]
     opt = normopt.SteepestDescent(params, **settings)
     said = []
     for _ in range(2):  # again as long as it is so
@@ -296,7 +296,7 @@ def disagreed(case: str) -> list[str]:
             opt.step()
         except RuntimeError as error:
             said.append(str(error))
-    assert all(torch.equal(a, local(b)) for a, b in zip(before, params, strict=True))
+    assert all(torch.equal(a, to_local(b)) for a, b in zip(before, params, strict=True))
     return said
 
 
