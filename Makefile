@@ -37,7 +37,7 @@ fuzz: $(READY) ## The nightly fuzz tests: 5,000 random lives of an optimizer, an
 	NORMOPT_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py tests/kernels/test_memory.py::TestHandled
 
 generate: $(READY) ## Write the types and docs of settings anew, after a declaration has changed
-	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/hooks/generate.py
 
 lint: $(READY) ## Check style and form
 	$(BIN)/ruff check

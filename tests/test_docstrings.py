@@ -321,7 +321,7 @@ def test_examples_give_what_they_show(name: str, tmp_path: Path, monkeypatch: py
 
 
 def test_what_is_generated_from_the_declared_settings_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("generate", Path(__file__).parents[1] / "docs/generate.py")
+    spec = importlib.util.spec_from_file_location("generate", Path(__file__).parents[1] / "docs/hooks/generate.py")
     assert spec is not None
     assert spec.loader is not None
     generate = importlib.util.module_from_spec(spec)

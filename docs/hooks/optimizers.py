@@ -51,7 +51,10 @@ def facts(name: str) -> str:
     rule = RULES[group["momentum_rule"]]
     momentum = f"{rule}, μ = {group['momentum']:g}" if group["momentum"] else f"none by default ({rule})"
     given = inspect.signature(cls).parameters
-    defaults = [f"`{k}={v.default!r}`" for k, v in given.items() if k not in NOT_SHOWN]
+    own = (
+        cls.__init__.__code__.co_varnames if cls is not normopt.SteepestDescent else given
+    )  # what all take is elsewhere
+    defaults = [f"`{k}={v.default!r}`" for k, v in given.items() if k in own and k not in NOT_SHOWN]
     rows = {
         "norm": f"`{group['norm']}`{order}" + (f" ({', '.join(fields)})" if fields else ""),
         "scale": SCALES[group["scale"]],

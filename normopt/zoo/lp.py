@@ -41,6 +41,9 @@ class SGD(SteepestDescent):
         ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
     Source: Sutskever et al., 2013, as implemented by torch.optim.SGD.
+
+    Example:
+        >>> opt = normopt.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     """
 
     def __init__(
@@ -91,6 +94,9 @@ class NormalizedSGD(SteepestDescent):
     ``SteepestDescent(norm="l2", scale="unit", scope="group", momentum_rule="ema")`` is the paper's rule.
 
     Source: Cutkosky and Mehta, "Momentum Improves Normalized SGD", arXiv:2002.03305.
+
+    Example:
+        >>> opt = normopt.NormalizedSGD(model.parameters(), lr=0.01, momentum=0.9)
     """
 
     def __init__(
@@ -119,6 +125,9 @@ class SignSGD(SteepestDescent):
         ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
     Source: Bernstein et al., "signSGD", arXiv:1802.04434.
+
+    Example:
+        >>> opt = normopt.SignSGD(model.parameters(), lr=1e-4)
     """
 
     _no_momentum = True
@@ -148,6 +157,9 @@ class Signum(SteepestDescent):
         ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
     Source: Bernstein et al., "signSGD", arXiv:1802.04434.
+
+    Example:
+        >>> opt = normopt.Signum(model.parameters(), lr=1e-4, weight_decay=0.1)
     """
 
     def __init__(
@@ -180,6 +192,9 @@ class Lion(SteepestDescent):
         ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.
+
+    Example:
+        >>> opt = normopt.Lion(model.parameters(), lr=1e-4, weight_decay=0.1)
     """
 
     def __init__(
@@ -220,6 +235,9 @@ class PowerStep(SteepestDescent):
 
     Source: Lu et al., "PowerStep: Memory-Efficient Adaptive Optimization via ℓp-Norm Steepest
     Descent", arXiv:2605.10335.
+
+    Example:
+        >>> opt = normopt.PowerStep(model.parameters(), lr=1e-3)
     """
 
     def __init__(
@@ -269,6 +287,9 @@ class LPSGD(SteepestDescent):
 
     Source: Xu and Yang, "Beyond ℓ2-norm and ℓ∞-norm: A Curvature-Inspired ℓp-Norm Scheme for Deep
     Neural Networks", arXiv:2606.02078.
+
+    Example:
+        >>> opt = normopt.LPSGD(model.parameters(), lr=0.03, p=8.0)
     """
 
     _no_momentum = True
@@ -318,6 +339,9 @@ class LPSGDM(SteepestDescent):
 
     Source: Xu and Yang, "Beyond ℓ2-norm and ℓ∞-norm: A Curvature-Inspired ℓp-Norm Scheme for Deep
     Neural Networks", arXiv:2606.02078.
+
+    Example:
+        >>> opt = normopt.LPSGDM(model.parameters(), lr=0.01, p=8.0, weight_decay=1e-2)
     """
 
     def __init__(

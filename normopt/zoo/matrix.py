@@ -51,6 +51,9 @@ class Muon(SteepestDescent):
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the framework is
     arXiv:2409.20325; "match_rms_adamw" is arXiv:2502.16982.
+
+    Example:
+        >>> opt = normopt.Muon(normopt.param_groups(model, preset="muon"), lr=0.02)
     """
 
     _usual_fields: ClassVar = {"norm_dtype": "bfloat16"}
@@ -101,6 +104,9 @@ class SpectralSGD(SteepestDescent):
 
     Source: Carlson et al., "Preconditioned Spectral Descent for Deep Learning", 2015; the framework is
     arXiv:2409.20325.
+
+    Example:
+        >>> opt = normopt.SpectralSGD([p for p in model.parameters() if p.dim() == 2], lr=1e-3)
     """
 
     def __init__(
@@ -142,6 +148,9 @@ class NucGD(SteepestDescent):
         ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
     Source: the nuclear-norm case of the framework of arXiv:2409.20325; see also arXiv:2512.09678.
+
+    Example:
+        >>> opt = normopt.NucGD([p for p in model.parameters() if p.dim() == 2], lr=1e-3)
     """
 
     _usual_fields: ClassVar = {"norm_steps": 24}
@@ -189,6 +198,9 @@ class Freon(SteepestDescent):
 
     Source: Shumaylov et al., "Muon is Not That Special", arXiv:2605.11181, where c = 1 − q/2. HTMuon's
     σ^0.125, arXiv:2603.10067, is c = 0.4375.
+
+    Example:
+        >>> opt = normopt.Freon([p for p in model.parameters() if p.dim() == 2], lr=0.01)
     """
 
     def __init__(
@@ -241,6 +253,9 @@ class Scion(SteepestDescent):
     here.
 
     Source: Pethick et al., "Training Deep Learning Models with Norm-Constrained LMOs", arXiv:2502.07529.
+
+    Example:
+        >>> opt = normopt.Scion(normopt.param_groups(model, preset="scion"), lr=2**-12)
     """
 
     _usual_fields: ClassVar = {"norm_dtype": "bfloat16"}
@@ -302,6 +317,9 @@ class SCALE(SteepestDescent):
     clamp the RMS at 1e-8, where D(0) = 0 here.
 
     Source: Glentis et al., "A Minimalist Optimizer Design for LLM Pretraining", arXiv:2506.16659.
+
+    Example:
+        >>> opt = normopt.SCALE(normopt.param_groups(model, preset="scale"), lr=1e-3)
     """
 
     def __init__(
@@ -333,6 +351,9 @@ class RowNormSGD(SteepestDescent):
         ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
     Source: the 2 → ∞ operator norm in the framework of arXiv:2409.20325.
+
+    Example:
+        >>> opt = normopt.RowNormSGD([p for p in model.parameters() if p.dim() == 2], lr=1e-3)
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Write what follows from the declared settings: `normopt/settings.py` and SteepestDescent's documented arguments.
 
-``python docs/generate.py``, which is ``make generate``, after a setting of a stage or a field of a norm has changed.
+``python docs/hooks/generate.py``, which is ``make generate``, after a setting or a field of a norm has changed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from normopt import recipe  # noqa: F401 (declares settings, too)
 from normopt.norms import registry
 from normopt.stages.base import Setting, owners
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TYPES, ENGINE = ROOT / "normopt/settings.py", ROOT / "normopt/engine.py"
 # Settings that a named optimizer gives or fixes itself, and which of them the two smaller types have.
 OWN = (
