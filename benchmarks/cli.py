@@ -314,6 +314,22 @@ def measure_overhead(
     console.print(f"The results: {out.resolve().as_uri()}", soft_wrap=True)
 
 
+@app.command("small")
+def measure_small(
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/small.json"),
+    rounds: Annotated[int | None, typer.Option(min=6, help="Blocks of steps of each entrant. Default: 200.")] = None,
+) -> None:
+    """Measure eager steps of a small network, with lr and p changed before each, relative to torch.optim.SGD's."""
+    from benchmarks.programs import small  # the speed program, which no other command needs
+
+    with dashboard(console) as watch:
+        result = small.measure(rounds or small.ROUNDS, counting(watch, 1))
+    kept.write(result, out)
+    for line in small.lines(result):
+        console.print(line, soft_wrap=True)
+    console.print(f"The results: {out.resolve().as_uri()}", soft_wrap=True)
+
+
 def _run(study: Study, folder: Path, processes: int | None, cluster: str | None) -> None:
     store = _open(folder)
     rehearse(study)

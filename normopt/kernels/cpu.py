@@ -64,7 +64,7 @@ class Step:
             ready.rows[tables.new, kernels.TAKE] = numbers.first
             ready.numbers = None  # the next step has the same weight for all
         states, lost = (ready.none if x is None else x for x in (tables.states, tables.compensations))
-        self.tensors = tables.weights, tables.gradients, states, lost, chunks.tensor, chunks.start, chunks.count
+        self.tensors = (tables.weights, tables.gradients, states, lost), (chunks.tensor, chunks.start, chunks.count)
         n = len(chunks.sizes)
         self.sums, self.partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 4))
         self.duals, self.factors = np.empty(n), np.empty(n)

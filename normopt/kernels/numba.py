@@ -110,6 +110,18 @@ def _load(x):
     return lambda x: x
 
 
+def entries(address, start, n, is_16_bit):
+    """The entries of a chunk: n from ``start`` on of the tensor at an address."""
+    raise NotImplementedError("only compiled code calls this")
+
+
+@overload(entries, prefer_literal=True)
+def _entries(address, start, n, is_16_bit):
+    if is_16_bit.literal_value:
+        return lambda address, start, n, is_16_bit: carray(pointer(address + 2 * start), (n,), np.uint16)
+    return lambda address, start, n, is_16_bit: carray(pointer(address + 4 * start), (n,), np.float32)
+
+
 @compiled(**INLINE)
 def size_bits(x):
     """The bits of |x|: as integers in the order of the sizes, ∞ and then NaN at the end, of which maxima are fast."""
@@ -266,13 +278,11 @@ def agr_kernel(gradient16: bool) -> Kernel:
     """Of each chunk the largest |g|, and the sum of the others: beside a dominant entry they are not to be lost."""
 
     @compiled(**SUMS)
-    def sums(weights, gradients, states, lost, tensor, start, count, begin, end, unscale, partials):
+    def sums(addresses, chunks, begin, end, unscale, partials):
+        (_, gradients, _, _), (tensor, start, count) = addresses, chunks
         for j in range(begin, end):
             n = count[j]
-            if gradient16:
-                g = carray(pointer(gradients[tensor[j]] + 2 * start[j]), (n,), np.uint16)
-            else:
-                g = carray(pointer(gradients[tensor[j]] + 4 * start[j]), (n,), np.float32)
+            g = entries(gradients[tensor[j]], start[j], n, gradient16)
             near, relative = scale_guess(abs(load(g[0]) * unscale))
             largest, total = J(0), ZERO
             for i in range(n):
@@ -355,39 +365,13 @@ def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel
     flags = f.mode, matched, f.momentum, f.maximize, f.agr, f.coupled, kahan, momentum_written, powers_cached
 
     @compiled(**SUMS)
-    def sums(
-        weights,
-        gradients,
-        states,
-        lost,
-        tensor,
-        start,
-        count,
-        begin,
-        end,
-        rows,
-        numbers,
-        exponent,
-        partials,
-        powers,
-        place,
-    ):
+    def sums(addresses, chunks, begin, end, rows, numbers, exponent, partials, powers, place):
+        (weights, gradients, states, lost), (tensor, start, count) = addresses, chunks
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
             row = rows[t]
-            if weight16:
-                w = carray(pointer(weights[t] + 2 * s), (n,), np.uint16)
-            else:
-                w = carray(pointer(weights[t] + 4 * s), (n,), np.float32)
-            if gradient16:
-                g = carray(pointer(gradients[t] + 2 * s), (n,), np.uint16)
-            else:
-                g = carray(pointer(gradients[t] + 4 * s), (n,), np.float32)
-            if state16:
-                m = carray(pointer(states[t] + 2 * s), (n,), np.uint16)
-            else:
-                m = carray(pointer(states[t] + 4 * s), (n,), np.float32)
-            k = carray(pointer(lost[t] + 2 * s), (n,), np.uint16)
+            w, g = entries(weights[t], s, n, weight16), entries(gradients[t], s, n, gradient16)
+            m, k = entries(states[t], s, n, state16), entries(lost[t], s, n, True)
             powered = powers[place[j] : place[j] + n] if powers_cached else powers
             # By a guess of the size, or unscaled where the powers are kept. Where a sum or an entry shows that this was
             # wrong, once more with the largest entry's.
@@ -433,24 +417,8 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
     chunk = CHUNK
 
     @compiled(**EXACT)
-    def update(
-        weights,
-        gradients,
-        states,
-        lost,
-        tensor,
-        start,
-        count,
-        begin,
-        end,
-        rows,
-        numbers,
-        exponent,
-        decay_exponent,
-        seed,
-        powers,
-        place,
-    ):
+    def update(addresses, chunks, begin, end, rows, numbers, exponent, decay_exponent, seed, powers, place):
+        (weights, gradients, states, lost), (tensor, start, count) = addresses, chunks
         unscale, keep, decay, eps = numbers[UNSCALE], numbers[KEEP], numbers[COUPLED], numbers[EPS]
         from_old, from_gradient, from_new = numbers[FROM_OLD], numbers[FROM_GRADIENT], numbers[FROM_NEW]
         step_size, weight_factor, decay_strength = numbers[STEP_SIZE], numbers[WEIGHT_FACTOR], numbers[DECAY_STRENGTH]
@@ -461,19 +429,8 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
             take, size, factor = rows[t, TAKE], rows[t, SIZE], rows[t, FACTOR]
             shift, lift = rows[t, SHIFT], rows[t, LIFT]
             pulled = decay_strength if rows[t, WIDE] != ZERO else ZERO
-            if weight16:
-                w = carray(pointer(weights[t] + 2 * s), (n,), np.uint16)
-            else:
-                w = carray(pointer(weights[t] + 4 * s), (n,), np.float32)
-            if gradient16:
-                g = carray(pointer(gradients[t] + 2 * s), (n,), np.uint16)
-            else:
-                g = carray(pointer(gradients[t] + 4 * s), (n,), np.float32)
-            if state16:
-                m = carray(pointer(states[t] + 2 * s), (n,), np.uint16)
-            else:
-                m = carray(pointer(states[t] + 4 * s), (n,), np.float32)
-            k = carray(pointer(lost[t] + 2 * s), (n,), np.uint16)
+            w, g = entries(weights[t], s, n, weight16), entries(gradients[t], s, n, gradient16)
+            m, k = entries(states[t], s, n, state16), entries(lost[t], s, n, True)
             if powers_cached:
                 powered = powers[place[j] : place[j] + n]
             drawn = J(seed + j * chunk)
