@@ -266,7 +266,7 @@ class SteepestDescent(Optimizer):
             self._agreed = False
 
     def backend(self) -> str:
-        """What each param group does, and on which backend and why: one line a group.
+        """Return the stages of each param group, its backend and the reason for it: one line a group.
 
         Raises:
             ValueError: a setting was made wrong since construction; the next ``step()`` would refuse it, too.
@@ -411,7 +411,7 @@ class SteepestDescent(Optimizer):
         )
 
     def norm_pairs(self) -> list[NormPair | None]:
-        """How large the last step was: of each param group, its update's norm, and the dual norm of what it is made of.
+        """Return the norm of each param group's last update, and the dual norm of what it was made from.
 
         That is c: the gradient after AGR and coupled decay, or the momentum where there is one. Both are the
         step's own numbers, so that reading them costs nothing more than adding them up; where a method is

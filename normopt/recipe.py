@@ -32,7 +32,7 @@ SMALL = 1 << 14
 @register_stage
 @dataclass
 class Run(Stage):
-    """How a step is run: the settings of no stage."""
+    """The settings of the backend, which belong to no stage."""
 
     foreach: bool | None = setting(
         None, flag(optional=True), "multi-tensor operations; None uses them where they are faster"
@@ -55,7 +55,7 @@ class Run(Stage):
 
 
 class Recipe:
-    """What one step of one param group does: its stages with their numbers, and its backend.
+    """The stages of one param group's step with their numbers, and its backend.
 
     Made by [`make_recipe`][normopt.recipe.make_recipe] only, so that a Recipe is always valid. ``str(recipe)`` is its
     line in ``backend()``.
@@ -98,7 +98,7 @@ class Recipe:
 
     @property
     def has_tensors(self) -> bool:
-        """Whether some of its numbers are tensors, whose values may change between steps."""
+        """True if some of its numbers are tensors, whose values may change between steps."""
         return any(isinstance(x, Tensor) for x in (self.write.lr, self.decay.weight_decay, self.direction.p))
 
     def lower(self) -> tuple[dict[str, Any], Numbers] | str:

@@ -162,7 +162,7 @@ def _all_ranks(found: Tensor | None) -> tuple[Array, Places]:
 
 
 class LaunchConfig:
-    """What follows from flags, exponents and chunks, kept from step to step as long as they stay the same."""
+    """The kernels and tables that depend on flags, exponents and chunks only, kept while those stay the same."""
 
     def __init__(
         self, flags: Flags, numbers: Numbers, at_once: bool, chunks: Chunks, unscale: float, cache: dict[str, Any]

@@ -1,8 +1,8 @@
 """The fused step's kernels on CPUs, compiled by Numba: AGR's sums, the norms' sums, and the update of every entry.
 
-A kernel is made for one set of `Flags`, which are constants to its compiler; it walks the chunks ``begin`` to ``end``
-of its tables and releases the interpreter's lock, so that threads of Python can share the chunks out. Sums are kept
-chunk by chunk: no result depends on the number of threads.
+A kernel is made for one set of `Flags`, which are constants to its compiler. It takes the chunks ``begin`` to ``end``
+of its tables and releases the interpreter's lock, so that threads of Python can share the chunks. Sums are kept chunk
+by chunk: no result depends on the number of threads.
 
 Arithmetic is in float32; a bfloat16 is the upper half of one. Constants and counters are wrapped in NumPy's types,
 because a bare Python number would make everything that it touches 64 bits wide. Compiled functions have no type hints:
@@ -269,13 +269,13 @@ def decay_factor(a, mode, inverse, decay_strength, e):
 
 @compiled(**INLINE)
 def sum_is_safe(total):
-    """Whether a chunk's sum of terms that nobody has scaled is as good as one of scaled ones."""
+    """Return whether a sum of unscaled terms is as accurate as one of scaled terms."""
     return total > F(2.0**-80) and total < F(2.0**100)
 
 
 @cache
 def agr_kernel(gradient16: bool) -> Kernel:
-    """Of each chunk the largest |g|, and the sum of the others: beside a dominant entry they are not to be lost."""
+    """Return a kernel that computes each chunk's largest |g| and the sum of the others, which it must not absorb."""
 
     @compiled(**SUMS)
     def sums(addresses, chunks, begin, end, unscale, partials):
@@ -354,7 +354,7 @@ def summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, again
 
 @cache
 def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel:
-    """Of each chunk Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent), with M somewhere near |c|, or 1.
+    """Return a kernel for each chunk's Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent).
 
     M is a power of two, so that no quotient is rounded, or max |c|: at p near 1 the power of what is above 1 overflows.
     If ``momentum_written``, the momentum is c and is stored already here; if ``powers_cached``, so is

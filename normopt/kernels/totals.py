@@ -1,4 +1,4 @@
-"""What a tensor's chunks add up to, on CPUs: AGR's row of a tensor, its dual norm, and the factor of its direction.
+"""Reduce the sums of a tensor's chunks, on CPUs: to AGR's row of a tensor, its dual norm, and its direction's factor.
 
 Compiled by Numba, because between two passes over memory nothing should wait for Python. Sums are in float64 and in
 the order of the chunks. As in `numba.py`, compiled functions have no type hints.
@@ -56,7 +56,7 @@ def largest(partials, first, end):
 
 @compiled(**OPTIONS)
 def largest_of_each(partials, first, ends, found):
-    """What `largest` says of each tensor's chunks, in ``found``, shape [n, 2]."""
+    """Write the result of `largest` for each tensor's chunks to ``found``, shape [n, 2]."""
     for t in range(len(first)):
         found[t, 0], found[t, 1] = largest(partials, first[t], ends[t])
 
@@ -124,7 +124,7 @@ def merged(partials, first, end, exponent, matched):
 
 @compiled(**OPTIONS)
 def merge_each(partials, first, ends, exponent, matched, found):
-    """What `merged` says of each tensor's pieces, in ``found``, shape [n, 4]."""
+    """Write the result of `merged` for each tensor's chunks to ``found``, shape [n, 4]."""
     for t in range(len(first)):
         top, total, squares, powers = merged(partials, first[t], ends[t], exponent, matched)
         found[t, 0], found[t, 1], found[t, 2], found[t, 3] = top, total, squares, powers

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The fused kernels on CUDA, compiled by Triton: AGR's sums, the norms' sums, and the walk, over tables of tensors.
+"""The fused kernels on CUDA, compiled by Triton: AGR's sums, the norms' sums, and the update, over tables of tensors.
 
 One program works on one chunk of one tensor, whose address it finds in a table. A sum over a tensor is kept chunk by
 chunk and added in their order, in float64, by a program of its own: there are no atomics, and every step is repeated
-bit by bit. A step is one launch; AGR adds two, and a norm over tensors or over the group two.
+bit by bit. A step is one launch; AGR adds two, and a norm over tensors two.
 
 Nothing is read on the host, and a number that changes from step to step recompiles nothing: numbers come to the kernels
 in a table too. A table is replaced when its contents change and never overwritten, so that a captured graph,
@@ -85,7 +85,7 @@ def exponent_of(numbers, PLACE: tl.constexpr):
 
 @triton.jit
 def entries(table, t, COLUMN: tl.constexpr, begin, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where the entries of a chunk of tensor t are that begins at ``begin``."""
+    """Return the addresses of the entries of a chunk of tensor t that starts at ``begin``."""
     tensor = tl.load(table + t * TENSOR + COLUMN).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         tensor = tl.multiple_of(tensor, 16)  # and so is begin: then loads and stores are of 128 bits
@@ -188,7 +188,7 @@ def decay_factor(a, high, low, decay_strength, MODE: tl.constexpr, INVERSE: tl.c
 
 
 @triton.jit
-def walk(
+def step_kernel(
     table,
     chunks,
     numbers,
@@ -342,7 +342,7 @@ def gradient_sums(table, chunks, unscale, sums, GRADIENT_TYPE: tl.constexpr, ALI
 
 @triton.jit
 def regularizer(spans, sums, regularizers):
-    """Of each tensor: a power of two near 1/Σ|g|, by which the largest |g| and the sum of the others come, and 1/Σ|g|.
+    """Compute for each tensor a power of two s near 1/Σ|g|, s·max|g|, s times the sum of the others, and 1/(s·Σ|g|).
 
     Where AGR leaves the tensor alone they are such that its factor is 1.
     """
@@ -478,7 +478,7 @@ class Step:
             self.padded = kept.constant("padded", *_padded(chunks))
 
     def phases(self) -> list[Phase]:
-        """Return the phases: AGR's sums, the norms' sums, and the walk."""
+        """Return the phases: AGR's sums, the norms' sums, and the update."""
         agr = [Phase(self._sums, self._set_agr)] if self.flags.agr else []
         norms = [Phase(self._norms, self._set_norms)] if self.flags.scaled else []
         return [*agr, *norms, Phase(nothing, self._update)]
@@ -506,7 +506,7 @@ class Step:
     def _norms(self, _: Any) -> Tensor | None:
         self.sums = torch.empty(len(self.chunks), 4, dtype=torch.float64, device=self.device)
         with self._launched():
-            self._walk(None, self.sums, measuring=True)
+            self._launch_step(None, self.sums, measuring=True)
             return _merged(self.sums, self.padded, self.exponent) if self.is_sharded else None
 
     def _set_norms(self, _: Any, found: Tensor | None) -> None:
@@ -519,11 +519,11 @@ class Step:
 
     def _update(self, _: Any, __: Tensor | None) -> None:
         with self._launched():
-            self._walk(self.norms if self.measured else None, None, measuring=False)
+            self._launch_step(self.norms if self.measured else None, None, measuring=False)
 
-    def _walk(self, norms: Tensor | None, sums: Tensor | None, measuring: bool) -> None:
+    def _launch_step(self, norms: Tensor | None, sums: Tensor | None, measuring: bool) -> None:
         if len(self.chunks):
-            launch = walk[len(self.chunks),]
+            launch = step_kernel[len(self.chunks),]
             launch(*self.given, self.regularizers, norms, sums, MEASURING=measuring, **self.constants)
 
 
@@ -550,7 +550,7 @@ def _merged(sums: Tensor, padded: Tensor, exponent: float | Tensor) -> Tensor:
 
 
 def constants_of(flags: Flags) -> dict[str, Any]:
-    """What `walk` is compiled for, but for where the tensors lie and what the walk is for."""
+    """Return the constants of `step_kernel` that follow from the flags."""
     return {
         "WEIGHT_TYPE": TYPES[flags.weight],
         "GRADIENT_TYPE": TYPES[flags.gradient],
@@ -589,7 +589,7 @@ def _rows(flags: Flags, tables: Tables) -> Array:
 
 
 class Kept:
-    """What a device knows of a batch, kept from step to step."""
+    """Tables of a batch on a device, kept from step to step."""
 
     def __init__(self, kept: dict[str, Any], device: torch.device) -> None:
         self.kept: dict[str, Any] = kept.setdefault(str(device), {})

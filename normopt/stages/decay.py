@@ -137,7 +137,7 @@ class Decay(Stage):
 
     @property
     def reads_p(self) -> bool:
-        """Whether the kind of decay depends on ``decay_p``, if it runs or not."""
+        """True if the kind of decay depends on ``decay_p``, whether it runs or not."""
         return RULES[self.decay].reads_p
 
     @property

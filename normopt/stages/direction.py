@@ -99,7 +99,7 @@ class Direction(Stage):
 
     @property
     def whole_group(self) -> bool:
-        """Whether all tensors are one vector of the norm."""
+        """True if all tensors of the group are one vector of the norm."""
         return self.scope == "group"
 
     def check(self) -> None:

@@ -130,7 +130,7 @@ class Momentum(Stage):
 
     @property
     def starts_otherwise(self) -> bool:
-        """Whether the first step weighs the gradient otherwise than later steps."""
+        """True if the first step weighs the gradient otherwise than later steps."""
         k = self.coefficients()
         return k.first is not None and k.first != k.b
 

@@ -89,13 +89,13 @@ def flags(dtype=torch.float32, **changes):
 def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, momentum, dtype, capability, compile_kernel):
     from normopt.kernels.flags import NEW, RUNS, SAME
     from normopt.kernels.tables import CHUNK
-    from normopt.kernels.triton import OPTIONS, constants_of, walk
+    from normopt.kernels.triton import OPTIONS, constants_of, step_kernel
 
     absent = ("unscale", "found_inf", "seed", "regularizers", "measured", "sums")
     constants = constants_of(flags(dtype, mode=mode, momentum=RUNS | NEW | SAME if momentum else 0))
     found = {}
     for aligned in (True, False):
-        text = compile_kernel(walk, capability, absent, **constants, MEASURING=False, ALIGNED=aligned)
+        text = compile_kernel(step_kernel, capability, absent, **constants, MEASURING=False, ALIGNED=aligned)
         assert not re.search(r"\b(atom|red)\.", text)
         found[aligned] = [VECTOR.findall(text).count(way) for way in ("ld", "st")]
     entries = CHUNK // (32 * OPTIONS["num_warps"])  # of each thread
@@ -105,7 +105,7 @@ def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, momentum, 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("what", ["scaled", "smoothed", "stochastic", "kahan", "float16"])
-def test_every_walk_compiles_without_atomics(what, capability, compile_kernel):
+def test_every_step_compiles_without_atomics(what, capability, compile_kernel):
     from normopt.kernels import flags as f
     from normopt.kernels import triton as kernels
 
@@ -128,13 +128,13 @@ def test_every_walk_compiles_without_atomics(what, capability, compile_kernel):
     }[what]
     constants = kernels.constants_of(flags(**changes)) | dict(ALIGNED=True)
     for measuring in {False, constants["SCALED"]}:
-        text = compile_kernel(kernels.walk, capability, absent, **constants, MEASURING=measuring)
+        text = compile_kernel(kernels.step_kernel, capability, absent, **constants, MEASURING=measuring)
         assert not re.search(r"\b(atom|red)\.", text)
         assert VECTOR.search(text)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_beside_the_walk_compiles_without_atomics(capability, compile_kernel):
+def test_every_other_kernel_compiles_without_atomics(capability, compile_kernel):
     from normopt.kernels import triton as kernels
 
     for kernel, constants in (

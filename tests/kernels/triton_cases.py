@@ -271,11 +271,11 @@ def test_a_changed_number_recompiles_nothing_and_is_heeded():
     run.step(g)
     assert all(map(torch.equal, between, run.weights))
     if DEVICE == "cuda":
-        compiled = len(kernels.walk.device_caches[torch.cuda.current_device()][0])
+        compiled = len(kernels.step_kernel.device_caches[torch.cuda.current_device()][0])
         for lr in (0.1, 1, 0.3):
             run.settings["lr"] = lr
             run.step(g)
-        assert len(kernels.walk.device_caches[torch.cuda.current_device()][0]) == compiled
+        assert len(kernels.step_kernel.device_caches[torch.cuda.current_device()][0]) == compiled
 
 
 def test_found_inf_writes_nothing_and_unscale_multiplies():
@@ -517,7 +517,7 @@ def test_launches_of_a_step(settings, launches, monkeypatch):
             seen.append(self.name)
             return self.kernel[grid]
 
-    for name in ("walk", "gradient_sums", "regularizer", "measure"):
+    for name in ("step_kernel", "gradient_sums", "regularizer", "measure"):
         monkeypatch.setattr(kernels, name, Counted(name, getattr(kernels, name)))
     w, (g, *_) = data([(3, 4), (CHUNK + 5,)])
     Stepped(w, lr=0.1, **settings).step(g)
@@ -554,7 +554,7 @@ def test_a_captured_step_is_replayed_with_a_new_lr_and_survives_steps_between():
 
 
 def test_the_interpreter_is_what_runs_without_cuda():
-    assert DEVICE == "cuda" or not isinstance(kernels.walk, triton.runtime.jit.JITFunction)
+    assert DEVICE == "cuda" or not isinstance(kernels.step_kernel, triton.runtime.jit.JITFunction)
 
 
 @pytest.mark.parametrize("agr", [False, True])
