@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from normopt.kernels.flags import NEAREST, STOCHASTIC, Flags, Numbers
-from normopt.kernels.support import DTYPES
+from normopt.kernels.support import KERNELS
 from normopt.kernels.tables import Array, Chunks, Phase, Tables, nothing
 from normopt.norms.scales import NormPair
 from normopt.params import check_like, check_writable, dtype_of
@@ -175,7 +175,7 @@ class FusedUpdate:
         dtypes = set(self._gradients.memory.dtype)
         if any(g.is_complex() for g in gradients):
             raise RuntimeError("a gradient is complex, but its parameter is real: take its real part")
-        if len(dtypes) > 1 or not dtypes <= {*DTYPES[weights[0].device.type]}:
+        if len(dtypes) > 1 or not dtypes <= {*KERNELS[weights[0].device.type].dtypes}:
             self._gradients.look([g.float() for g in gradients])
         self._check_states(recipe, state, weights)
         if len(shared := self._shared()):  # gradients are what they were before anything was written
@@ -258,7 +258,7 @@ class FusedUpdate:
         operands = [self._weights, self._gradients, *self._states.values()]
         flat = [operand.flat() for operand in operands]
         device = flat[0][0].device
-        kernels: Any = importlib.import_module(f"normopt.kernels.{'triton' if device.type == 'cuda' else 'cpu'}")
+        kernels: Any = importlib.import_module(KERNELS[device.type].module)
         by_name = {slot.name: operand for slot, operand in self._states.items()}
         momenta, lost = by_name.get("momentum_buffer"), by_name.get("kahan_compensation")
         dtypes = flat[0][0].dtype, flat[1][0].dtype, (momenta or self._weights).memory.dtype[0]

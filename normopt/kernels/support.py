@@ -7,17 +7,27 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from normopt.sharding.layout import is_dtensor
 
-# What the kernels of a kind of device are compiled by, the extra that brings it, and the dtypes that they take.
-COMPILERS = {"cpu": ("numba", 'the extra "cpu"'), "cuda": ("triton", "PyTorch's CUDA wheels")}
-DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+
+class Kernels(NamedTuple):
+    """The kernels of a kind of device: a module with `Step`, its compiler, what installs that, and the dtypes taken."""
+
+    module: str
+    compiler: str
+    source: str
+    dtypes: tuple[torch.dtype, ...]
+
+
+_CUDA_DTYPES = torch.float32, torch.bfloat16, torch.float16
+KERNELS = {
+    "cpu": Kernels("normopt.kernels.cpu", "numba", 'the extra "cpu"', (torch.float32, torch.bfloat16)),
+    "cuda": Kernels("normopt.kernels.triton", "triton", "PyTorch's CUDA wheels", _CUDA_DTYPES),
 }
 
 
@@ -35,9 +45,9 @@ def why_not(differentiable: bool, state_dtype: str | None, params: Sequence[Tens
         return "torch.compile makes kernels of its own"
     kinds = {p.device.type for p in params}
     for kind in sorted(kinds):
-        if kind not in COMPILERS:
+        if kind not in KERNELS:
             return f"there are no kernels for {kind} tensors"
-        compiler, source = COMPILERS[kind]
+        _, compiler, source, _ = KERNELS[kind]
         if not _installed(compiler):
             return f"{compiler} is not installed, which {source} brings"
         if compiler == "numba" and _jit_is_disabled():
@@ -45,8 +55,8 @@ def why_not(differentiable: bool, state_dtype: str | None, params: Sequence[Tens
     if any(type(p) not in (Tensor, torch.nn.Parameter) and not is_dtensor(p) for p in params):
         return "some parameters are tensors of a class of their own"
     for dtype, kind in {(p.dtype, p.device.type) for p in params}:
-        if dtype not in DTYPES[kind] or (state_dtype or "float32") not in _names(DTYPES[kind]):
-            offered = ", ".join(_names(DTYPES[kind]))
+        if dtype not in KERNELS[kind].dtypes or (state_dtype or "float32") not in _names(KERNELS[kind].dtypes):
+            offered = ", ".join(_names(KERNELS[kind].dtypes))
             return f"on {kind} it takes weights and momentum in {offered}, but some are {state_dtype or _name(dtype)}"
     return None
 
