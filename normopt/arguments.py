@@ -126,8 +126,11 @@ def show_settings(function: Any) -> None:
     *named, last = signature.parameters.values()
     if last.kind is not last.VAR_KEYWORD:
         return
-    kind = getattr(settings, str(last.annotation).removesuffix("]").rpartition("[")[2].rpartition(".")[2], None)
-    kind = kind or settings.Arguments
+    if hasattr(function, "__signature__"):
+        return
+    kinds = {kind.__name__: kind for kind in (settings.Common, settings.Settings, settings.Arguments)}
+    name = str(last.annotation).removesuffix("]").rpartition("[")[2].rpartition(".")[2]
+    kind = kinds.get(name, settings.Arguments)
     shown = [name for name in owners() if name in kind.__annotations__ and name not in signature.parameters]
     declared = [owners()[name].settings[name] for name in shown]
     named += [

@@ -145,9 +145,9 @@ class SteepestDescent(Optimizer):
         super().__init__(params, values)
         check_unused(values, self.param_groups, self._usual_fields, self._no_momentum)
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the keyword arguments behind ``**settings`` by name, in help() and to inspect.signature."""
-        super().__init_subclass__()
+        super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
             show_settings(cls.__init__)
 
@@ -202,6 +202,9 @@ class SteepestDescent(Optimizer):
 
     def _make_recipe(self, settings: Mapping[str, Any], params: list[Tensor]) -> Recipe:
         """Return a group's recipe, after checking its settings against those that the optimizer fixes, too."""
+        for name in owners():
+            if name in self.defaults and name not in settings:
+                raise ValueError(f"a param group has no {name!r} any more: set it again")
         recipe = make_recipe(settings, params)
         if self._no_momentum and recipe.momentum.runs():
             raise ValueError(
@@ -356,12 +359,14 @@ class SteepestDescent(Optimizer):
             RuntimeError: a gradient or a state has not the shape of its parameter, or a tensor has lost its memory.
         """
         compiling = torch.compiler.is_compiling()
-        known = None if compiling else self._recipes.get(i)
+        # Taken out, so that a recipe whose change is refused is not used again.
+        known = None if compiling else self._recipes.pop(i, None)
         recipe = None if known is None else known.current(group)
         if recipe is None:
             recipe = self._make_recipe(group, group["params"])
-            if not compiling:
-                known = self._recipes[i] = CachedRecipe(group, recipe)
+            known = None if compiling else CachedRecipe(group, recipe)
+        if known is not None:
+            self._recipes[i] = known
         params, gradients = with_gradients(group["params"])
         if recipe.backend == "fused":
             return recipe, self._fused(i, recipe, params, gradients)
@@ -406,9 +411,7 @@ class SteepestDescent(Optimizer):
         if any(any_dtensor(group["params"]) for group in self.param_groups):
             return False  # ranks would not skip the same steps
         recipes = [self._make_recipe(group, group["params"]) for group in self.param_groups]
-        return all(
-            r.backend == "fused" and not (r.momentum.momentum_rule == "heavy" and r.momentum.dampening) for r in recipes
-        )
+        return all(r.backend == "fused" and not (r.momentum.runs() and r.momentum.starts_otherwise) for r in recipes)
 
     def norm_pairs(self) -> list[NormPair | None]:
         """Return the norm of each param group's last update, and the dual norm of what it was made from.

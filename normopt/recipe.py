@@ -19,7 +19,7 @@ from normopt.norms.lp import Lp
 from normopt.params import kinds_of
 from normopt.sharding.layout import any_dtensor, layout_of
 from normopt.stages import Decay, Direction, Momentum, Rescale, Slot, Stage, Write, register_stage, setting
-from normopt.stages.base import check_setting, flag, owners, stages_in_order
+from normopt.stages.base import check_setting, flag, owners, registrations, stages_in_order
 from normopt.stages.direction import comm_strategy
 
 Backend = Literal["for-loop", "foreach", "fused"]
@@ -116,6 +116,8 @@ class Recipe:
     def take_numbers(self, settings: Mapping[str, Any], changed: Iterable[str]) -> bool:
         """Take the new values of some settings in place; return False if more than numbers has changed.
 
+        After False or an error the recipe must not be used.
+
         Args:
             settings: the param group.
             changed: the names of the settings whose values are new.
@@ -127,21 +129,23 @@ class Recipe:
             ValueError: a setting is out of range.
             TypeError: a setting is of the wrong type.
         """
+        stages = {}
         for name in changed:
             owner, value = owners().get(name), plain(settings[name])
             if owner is None:  # a field of the norm
                 return False
             check_setting(name, value)
-            stage = self.every[owner]
+            stage = stages[owner] = self.every[owner]
             structure = stage.structure()
             setattr(stage, name, value)
             if stage.structure() != structure:
                 return False
-            stage.check()
             if name == "p":
-                if not isinstance(self.norm, Lp) or isinstance(value, Tensor):
+                if type(self.norm) is not Lp or isinstance(value, Tensor):
                     return False
                 self.norm = self.direction.map = Lp(value)
+        for stage in stages.values():
+            stage.check()
         self.version += 1
         return True
 
@@ -161,7 +165,9 @@ class CachedRecipe:
 
     def __init__(self, group: Mapping[str, Any], recipe: Recipe) -> None:
         self.recipe = recipe
-        self._names = tuple(name for name in group if name in owners() or name.startswith("norm_"))
+        fields = {registry.setting_key(field) for field in registry.lookup(group["norm"]).fields}
+        self._keys, self._registrations = list(group), registrations()
+        self._names = tuple(name for name in group if name in owners() or name in fields)
         self._get = itemgetter(*self._names)
         self._params = list(group["params"])
         self.kinds = kinds_of(self._params)
@@ -177,10 +183,9 @@ class CachedRecipe:
         params = group["params"]
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return None
-        try:
-            values = self._get(group)
-        except KeyError:
+        if list(group) != self._keys or registrations() != self._registrations:
             return None
+        values = self._get(group)
         types = tuple(map(type, values))
         if types != self._types or kinds_of(params) != self.kinds:
             return None

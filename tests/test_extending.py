@@ -212,3 +212,87 @@ def test_a_stage_needs_a_place_that_exists() -> None:
         @dataclass
         class Other(Stage):
             place = "nowhere"  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_registered_later_is_seen_by_optimizers_that_have_stepped(backend: str) -> None:
+    if backend == "fused":
+        pytest.importorskip("numba")
+
+    def grow(weight: float) -> None:
+        @register_momentum("growing")
+        def rule(s: Momentum) -> Coefficients:
+            return Coefficients(0.0, weight)
+
+    grow(1.0)
+    p = torch.nn.Parameter(torch.zeros(5))
+    opt = normopt.SteepestDescent([p], lr=1.0, momentum=0.5, momentum_rule="growing", **BACKENDS[backend])
+    p.grad = torch.ones(5)
+    opt.step()
+    grow(3.0)
+    opt.step()
+    assert torch.equal(p.detach(), torch.full((5,), -4.0))
+    if backend == "fused":
+        return
+
+    @register_stage
+    @dataclass
+    class Clip(Stage):
+        place = "gradient"
+        clip: float = setting(0.0, number(low=0), "the largest entry of a gradient; 0 clips nothing")
+
+        def runs(self) -> bool:
+            return self.clip > 0
+
+        def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+            batch.c = batch.g = list(torch._foreach_clamp_max(batch.g, self.clip))
+
+    opt.step()
+    opt.param_groups[0]["clip"] = 0.5
+    opt.step()
+    assert torch.equal(p.detach(), torch.full((5,), -8.5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_first_step_of_its_own_with_the_old_momentum_in_c(backend: str) -> None:
+    if backend == "fused":
+        pytest.importorskip("numba")
+
+    @register_momentum("first")
+    def rule(s: Momentum) -> Coefficients:
+        return Coefficients(0.5, 0.25, d=2.0, e=1.0, f=0.0, first=1.0)
+
+    p = torch.nn.Parameter(torch.zeros(3))
+    opt = normopt.SteepestDescent([p], lr=1.0, momentum=0.5, momentum_rule="first", **BACKENDS[backend])
+    p.grad = torch.tensor([1.0, -2.0, 4.0])
+    opt.step()  # c = g, m = g
+    opt.step()  # c = 2g + g
+    torch.testing.assert_close(p.detach(), -4 * p.grad)
+    assert not opt._step_supports_amp_scaling
+
+
+def test_a_norm_derived_from_lp_stays_itself_when_p_changes() -> None:
+    @normopt.norms.register("half-lp")
+    @dataclass(frozen=True, repr=False)
+    class HalfLp(normopt.norms.Lp):
+        def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
+            return [0.5 * u for u in super().power(c, eps)]
+
+    p = torch.nn.Parameter(torch.zeros(1))
+    opt = normopt.SteepestDescent([p], lr=1.0, norm="half-lp", p=2.5, scale="power")
+    p.grad = torch.ones(1)
+    opt.step()
+    opt.param_groups[0]["p"] = 2.6
+    opt.step()
+    assert float(p.detach()) == -1.0
+
+
+def test_names_and_slots_of_normopt_are_not_taken() -> None:
+    with pytest.raises(ValueError, match="is one of normopt's own"):
+        register_momentum("heavy")(lambda s: Coefficients(0.0, 1.0))
+    with pytest.raises(ValueError, match="Momentum has a slot 'momentum_buffer' already"):
+
+        @register_stage
+        @dataclass
+        class Other(Stage):
+            state = ("momentum_buffer",)

@@ -193,7 +193,7 @@ def signed_power(c: list[Tensor], exponent: float | Tensor) -> list[Tensor]:
     if equals(exponent, 0):
         # A NaN stays one: torch.sign alone would make it 0.
         dtypes = {x.dtype for x in c}
-        if not torch.is_grad_enabled() and len(dtypes) == 1:
+        if not torch.is_grad_enabled() and len(dtypes) == 1 and torch.float16 not in dtypes:
             large = fast_scalar(2.0**800 if torch.float64 in dtypes else 2.0**100, c)
             u = torch._foreach_mul(c, large)
             torch._foreach_mul_(u, large)  # at least 1, even of denormals

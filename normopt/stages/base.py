@@ -171,8 +171,10 @@ class Stage:
 
 
 S = TypeVar("S", bound=type[Stage])
+T = TypeVar("T")
 _stages: list[type[Stage]] = []  # in the order in which they run; those without a place come last
 _owners: dict[str, type[Stage]] = {}  # of every setting, the stage that declares it
+_registrations = [0]
 
 
 def register_stage(cls: S) -> S:
@@ -196,11 +198,36 @@ def register_stage(cls: S) -> S:
             raise ValueError(
                 f"{other.__name__} has a setting {min(taken)!r} already: give {cls.__name__}'s another name"
             )
+    for other in others:
+        if shared := set(cls.state) & set(other.state):
+            raise ValueError(f"{other.__name__} has a slot {min(shared)!r} already: give {cls.__name__}'s another name")
     order = (*PLACES, "none")
     _stages[:] = sorted([*others, cast(type[Stage], cls)], key=lambda stage: order.index(stage.place))
+    _registrations[0] += 1
     _owners.clear()
     _owners.update({name: stage for stage in _stages for name in stage.settings})
     return cls
+
+
+def registrations() -> int:
+    """Return how often a stage, a momentum rule or a decay has been registered: older recipes are outdated."""
+    return _registrations[0]
+
+
+def register(registry: dict[str, T], name: str, entry: T) -> None:
+    """Add a rule to a registry; one that is redefined under its own name replaces its old version.
+
+    Raises:
+        ValueError: the name is one of normopt's own.
+    """
+    if name in registry and _is_ours(registry[name]) and not _is_ours(entry):
+        raise ValueError(f"the name {name!r} is one of normopt's own: choose another")
+    registry[name] = entry
+    _registrations[0] += 1
+
+
+def _is_ours(entry: object) -> bool:
+    return str(entry.__module__).startswith("normopt.")
 
 
 def stages_in_order() -> list[type[Stage]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.kernels.flags import mode_of, wide
-from normopt.stages.base import Batch, Number, Op, Stage, is_zero, number, one_of, register_stage, setting
+from normopt.stages.base import Batch, Number, Op, Stage, is_zero, number, one_of, register, register_stage, setting
 
 
 class Rule:
@@ -59,7 +59,7 @@ def register_decay(name: str) -> Callable[[R], R]:
     """
 
     def decorate(cls: R) -> R:
-        RULES[name] = cls()
+        register(RULES, name, cls())
         RULES[name].name = {"lp": "ℓp"}.get(name, name)
         return cls
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from normopt._checks import check_number
 from normopt.kernels.flags import GRADIENT, NEW, OLD, RUNS, SAME
 from normopt.norms.base import fast_scalar
-from normopt.stages.base import Batch, Number, Op, Slot, Stage, flag, number, one_of, register_stage, setting
+from normopt.stages.base import Batch, Number, Op, Slot, Stage, flag, number, one_of, register, register_stage, setting
 
 STATE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -57,7 +57,7 @@ def register_momentum(name: str) -> Callable[[Rule], Rule]:
     """
 
     def decorate(rule: Rule) -> Rule:
-        RULES[name] = rule
+        register(RULES, name, rule)
         return rule
 
     return decorate
@@ -159,8 +159,13 @@ class Momentum(Stage):
             m = [torch.zeros_like(x) if b is None else b for b, x in zip(old, g, strict=True)]
             batch.c = step_(k, m, g)
         else:  # those that are new have another b
-            m = [x * k.first if b is None else b for b, x in zip(old, g, strict=True)]
-            first = k._replace(a=1.0, b=0.0)
+            m, first = (
+                [torch.zeros_like(x) if b is None else b for b, x in zip(old, g, strict=True)],
+                k._replace(b=k.first),
+            )
+            if k.d == 0:  # not from 0, whose sum with a −0 is 0
+                m = [x * k.first if b is None else b for b, x in zip(old, g, strict=True)]
+                first = k._replace(a=1.0, b=0.0)
             batch.c = [step_(first if i in new else k, [m[i]], [x])[0] for i, x in enumerate(g)]
         batch.store(slot, m)
 
@@ -192,7 +197,7 @@ def step_(k: Coefficients, m: list[Tensor], g: list[Tensor], a: Number | None = 
     else:
         if k.a != 1:
             torch._foreach_mul_(m, k.a if a is None else a)
-        if k.b != 0:
+        if k.b != 0 or k.a != 1:  # 0 times a NaN is one
             torch._foreach_add_(m, g, alpha=k.b)
     if k.f == 0:
         return c if k.d != 0 else list(torch._foreach_mul(g, k.e))
