@@ -193,3 +193,17 @@ def test_only_real_floats():
 def test_power_is_undefined_at_p_1():
     with pytest.raises(ValueError, match="not defined at p = 1"):
         Lp(1).power([torch.ones(2)])
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_sign_is_that_of_every_number(dtype, record):
+    """Whether autograd records or not, which are two ways of computing it."""
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    x = torch.tensor([0.0, smallest, -smallest, 1.0, -3.0, torch.inf, -torch.inf, torch.finfo(dtype).max], dtype=dtype)
+    with torch.set_grad_enabled(record):
+        (u,) = Lp(math.inf).power([x])
+        (nan,) = Lp(math.inf).power([torch.tensor([torch.nan, 1.0], dtype=dtype)])
+    assert u.tolist() == [0, 1, -1, 1, -1, 1, -1, 1]
+    assert nan[0].isnan()
+    assert nan[1] == 1
