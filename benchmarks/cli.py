@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.text import Text
 
@@ -176,10 +177,7 @@ def measure_transfer(
     """Measure whether one learning rate serves models of every width and depth."""
     with dashboard(console) as watch:
         result = transfer.measure(workers or os.cpu_count() or 1, counting(watch, transfer.count()))
-    kept.write(result, out)
-    console.print(
-        f"{len(result.points)} points in {result.seconds:.0f} seconds: {out.resolve().as_uri()}", soft_wrap=True
-    )
+    _keep(result, [], out, f"{len(result.points)} points in {result.seconds:.0f} seconds")
 
 
 @app.command("sparsity")
@@ -190,10 +188,7 @@ def measure_sparsity(
     """Measure accuracy against size under weight decay, and how fast the networks are without their dead units."""
     with dashboard(console) as watch:
         result = sparsity.measure(workers or os.cpu_count() or 1, counting(watch, sparsity.count()))
-    kept.write(result, out)
-    for line in sparsity.summary(result):
-        console.print(line, soft_wrap=True)
-    console.print(f"{len(result.runs)} runs in {result.seconds:.0f} seconds: {out.resolve().as_uri()}", soft_wrap=True)
+    _keep(result, sparsity.summary(result), out, f"{len(result.runs)} runs in {result.seconds:.0f} seconds")
 
 
 @app.command("speed")
@@ -262,12 +257,7 @@ def measure_regularity(
     """Measure whether trainings that succeed have more regular trajectories."""
     with dashboard(console) as watch:
         result = regularity.measure(workers or os.cpu_count() or 1, counting(watch, regularity.count()))
-    kept.write(result, out)
-    for line in regularity.words(result):
-        console.print(line, soft_wrap=True)
-    console.print(
-        f"{len(result.points)} points in {result.seconds:.0f} seconds: {out.resolve().as_uri()}", soft_wrap=True
-    )
+    _keep(result, regularity.words(result), out, f"{len(result.points)} points in {result.seconds:.0f} seconds")
 
 
 @app.command("adaptive-p")
@@ -292,10 +282,7 @@ def measure_sharding(
 
     with dashboard(console) as watch:
         result = sharding.measure(counting(watch, len(sharding.RANKS)), sharding.RANKS)
-    kept.write(result, out)
-    for line in sharding.lines(result):
-        console.print(line, soft_wrap=True)
-    console.print(f"The results: {out.resolve().as_uri()}", soft_wrap=True)
+    _keep(result, sharding.lines(result), out)
 
 
 @app.command("overhead")
@@ -308,10 +295,7 @@ def measure_overhead(
 
     with dashboard(console) as watch:
         result = overhead.measure(rounds or overhead.ROUNDS, counting(watch, len(overhead.MAKERS)))
-    kept.write(result, out)
-    for line in overhead.lines(result):
-        console.print(line, soft_wrap=True)
-    console.print(f"The results: {out.resolve().as_uri()}", soft_wrap=True)
+    _keep(result, overhead.lines(result), out)
 
 
 @app.command("small")
@@ -324,10 +308,15 @@ def measure_small(
 
     with dashboard(console) as watch:
         result = small.measure(rounds or small.ROUNDS, counting(watch, 1))
+    _keep(result, small.lines(result), out)
+
+
+def _keep(result: BaseModel, lines: list[str], out: Path, what: str = "The results") -> None:
+    """Write a measurement, and print its lines and where it is."""
     kept.write(result, out)
-    for line in small.lines(result):
+    for line in lines:
         console.print(line, soft_wrap=True)
-    console.print(f"The results: {out.resolve().as_uri()}", soft_wrap=True)
+    _say_where(what, out)
 
 
 def _run(study: Study, folder: Path, processes: int | None, cluster: str | None) -> None:

@@ -15,7 +15,7 @@ from normopt.norms import registry
 from normopt.norms.base import Norm
 from normopt.norms.matrices import MatrixNorm
 from normopt.stages import Decay, Momentum
-from normopt.stages.base import owners
+from normopt.stages.base import default_settings, owners
 
 SYNONYMS = {
     "betas": "give β₁ as momentum and, under Lion's rule, β₂ as beta2",
@@ -45,7 +45,7 @@ def check_unused(
         UserWarning: an argument has no effect until a schedule changes p or the momentum.
     """
     s, norms = given, [registry.build(group) for group in groups]
-    defaults = {name: stage.settings[name].default for name, stage in owners().items()}
+    defaults = default_settings()
     reads_p = [Decay.of(group).reads_p for group in groups]
     unread = [getattr(norm, "unread", ()) for norm in norms]
     runs = [group["momentum"] != 0 for group in groups]
@@ -124,9 +124,7 @@ def show_settings(function: Any) -> None:
     """
     signature = inspect.signature(function)
     *named, last = signature.parameters.values()
-    if last.kind is not last.VAR_KEYWORD:
-        return
-    if hasattr(function, "__signature__"):
+    if last.kind is not last.VAR_KEYWORD or hasattr(function, "__signature__"):
         return
     kinds = {kind.__name__: kind for kind in (settings.Common, settings.Settings, settings.Arguments)}
     name = str(last.annotation).removesuffix("]").rpartition("[")[2].rpartition(".")[2]

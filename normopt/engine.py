@@ -32,7 +32,7 @@ from normopt.sharding.agreement import check_agreement
 from normopt.sharding.exchange import run_together
 from normopt.sharding.layout import any_dtensor, check_parts, resolved
 from normopt.stages import Batch
-from normopt.stages.base import owners
+from normopt.stages.base import default_settings, owners
 
 
 class SteepestDescent(Optimizer):
@@ -133,7 +133,7 @@ class SteepestDescent(Optimizer):
     _agreed: bool
 
     def __init__(self, params: ParamsT, lr: float | Tensor = 1e-3, **settings: Unpack[Arguments]) -> None:
-        declared = {name: stage.settings[name].default for name, stage in owners().items()}
+        declared = default_settings()
         given: dict[str, Any] = {"lr": lr, **settings}
         check_unknown_arguments(type(self).__name__, given.get("norm", declared["norm"]), given, declared)
         values = declared | given
@@ -218,7 +218,7 @@ class SteepestDescent(Optimizer):
         """Restore, and give what an older version pickled the settings that are newer."""
         self._forget()
         super().__setstate__(state)
-        self.defaults = {name: stage.settings[name].default for name, stage in owners().items()} | self.defaults
+        self.defaults = default_settings() | self.defaults
         for group in self.param_groups:
             group.update({**self.defaults, **group})
             _unshare(group)

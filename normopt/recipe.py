@@ -84,7 +84,7 @@ class Recipe:
     why: str
 
     def __init__(self, every: dict[type[Stage], Stage], norm: Norm) -> None:
-        self.every, self.norm, self.version = every, norm, 0
+        self.every, self.version = every, 0
         self.direction, self.decay = cast(Direction, every[Direction]), cast(Decay, every[Decay])
         self.momentum, self.write, self.run = (cast(Any, every[cls]) for cls in (Momentum, Write, Run))
         scale = self.direction.scale
@@ -95,6 +95,11 @@ class Recipe:
         self.stages = tuple(stage for stage in every.values() if stage.place != "none" and stage.runs())
         self.slots: tuple[Slot, ...] = tuple(slot for stage in self.stages for slot in stage.slots())
         self.differentiable: bool = self.run.differentiable
+
+    @property
+    def norm(self) -> Norm:
+        """The norm, with its fields."""
+        return self.direction.map
 
     @property
     def has_tensors(self) -> bool:
@@ -143,7 +148,7 @@ class Recipe:
             if name == "p":
                 if type(self.norm) is not Lp or isinstance(value, Tensor):
                     return False
-                self.norm = self.direction.map = Lp(value)
+                self.direction.map = Lp(value)
         for stage in stages.values():
             stage.check()
         self.version += 1

@@ -53,23 +53,7 @@ class Settings(Common, total=False):
 
 
 class Arguments(Settings, total=False):
-    """All settings of `SteepestDescent`, and the fields of norms.
-
-    Attributes:
-        norm: a registered name ("lp", "l1", "l2", "linf", or your own) or a Norm object, which is unpacked into
-            ``norm``, ``p`` and ``norm_<field>``. Default "l2".
-        p: the norm's order, for norms that have one; 1 ≤ p ≤ ∞, a float or a one-element tensor. Default None.
-        scale: "power" (the un-normalised power map; needs p > 1), "dual" (true steepest descent), "unit" (the LMO
-            step) or "matched" (SGD's step length at every p). Default "dual".
-        scope: the norm over each "tensor", or over the param "group" as one vector. Default "tensor".
-        eps: ε of scale="power", ``c·(|c| + ε)^(−ρ)``; 0 is exact at p = 2 and ∞. Default 0.
-        radius: r > 0, the radius of the norm's ball: it multiplies the step, and not the decay. Default 1.
-        momentum: μ, the weight of the OLD state, 0 ≤ μ < 1 (heavy: ≤ 1); 0 keeps no buffer. Default 0.
-        momentum_rule: "heavy" (torch.optim.SGD's), "ema", "lion", or your own. Default "heavy".
-        beta2: β₂ of "lion", the weight of the old state. Default 0.99.
-        dampening: τ of "heavy", any finite number. Default 0.
-        nesterov: c = g + μm ("heavy") or (1−μ)g + μm ("ema"). Default False.
-    """
+    """All settings of `SteepestDescent`, which documents them, and the fields of norms."""
 
     norm: str | Norm
     p: float | Tensor | None

@@ -41,7 +41,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
-    """What a test registers is forgotten after it."""
+    """Restore the registries after each test."""
     kept = dict(momentum.RULES), dict(decay.RULES), list(base._stages), dict(base._owners)
     yield
     for registry, before in zip((momentum.RULES, decay.RULES, base._stages, base._owners), kept, strict=True):

@@ -84,10 +84,11 @@ def told(name: str, setting: Setting, indent: int) -> str:
 def typed(name: str, base: str, summary: str, settings: dict[str, Setting], more: dict[str, str] | None = None) -> str:
     """A TypedDict of settings."""
     docs = "\n".join(told(key, s, 8) for key, s in settings.items())
+    docs = "" if more else f"\n\n    Attributes:\n{docs}\n    "
     lines = [f"    {key}: {s.type}" for key, s in settings.items()]
     lines += [f"    {key}: {kind}" for key, kind in (more or {}).items()]
     head = f"\nclass {name}({base}, total=False):\n"
-    return f'{head}    """{summary}\n\n    Attributes:\n{docs}\n    """\n\n' + "\n".join(lines) + "\n\n"
+    return f'{head}    """{summary}{docs}"""\n\n' + "\n".join(lines) + "\n\n"
 
 
 def types() -> str:
@@ -100,7 +101,11 @@ def types() -> str:
         typed("Common", "TypedDict", "Settings that every optimizer accepts as ``**settings``.", common),
         typed("Settings", "Common", "`Common` and weight decay, for optimizers without arguments of that.", decay),
         typed(
-            "Arguments", "Settings", "All settings of `SteepestDescent`, and the fields of norms.", own, norm_fields()
+            "Arguments",
+            "Settings",
+            "All settings of `SteepestDescent`, which documents them, and the fields of norms.",
+            own,
+            norm_fields(),
         ),
     ]
     return "".join(parts).rstrip() + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from normopt.kernels.compiling import call_with_jit_lock
 from normopt.kernels.flags import GENERAL, LINEAR, SAME, Flags, Numbers
 from normopt.kernels.pool import share_out
 from normopt.kernels.tables import Array, Block, Chunks, Phase, Tables, nothing
-from normopt.sharding.layout import Layout
 
 F = np.float32
 Places = tuple[Array, Array, int, int]  # where the sums of each tensor begin and end, and which tensors are meant
@@ -30,35 +28,21 @@ class Step:
 
     Args:
         flags, numbers: the stages' parts of the step.
-        tables: the tensors.
-        unscale: what gradients are multiplied by, for a GradScaler.
-        found_inf: where it is not 0, nothing is written.
-        seed: of stochastic rounding.
-        layouts: how the tensors are sharded, if they are local shards.
+        tables: the tensors, and what else the step is given.
 
     Attributes:
         measured: after the step ``‖c‖⋆`` and the factor of D(c) of each tensor, float64 [n]; None if it needs no sums.
     """
 
-    def __init__(
-        self,
-        flags: Flags,
-        numbers: Numbers,
-        tables: Tables,
-        *,
-        unscale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        seed: Tensor | int = 0,
-        layouts: Sequence[Layout] = (),
-    ) -> None:
-        self.flags, self.numbers, self.layouts, self.seed = flags, numbers, layouts, int(seed)
-        self.skipped = found_inf is not None and float(found_inf) != 0
+    def __init__(self, flags: Flags, numbers: Numbers, tables: Tables) -> None:
+        self.flags, self.numbers, self.layouts, self.seed = flags, numbers, tables.layouts, int(tables.seed)
+        self.skipped = tables.found_inf is not None and float(tables.found_inf) != 0
         self.measured: tuple[Tensor, Tensor] | None = None
         chunks, cache = tables.chunks, tables.cache
-        factor = 1.0 if unscale is None else float(unscale)
+        factor = 1.0 if tables.unscale is None else float(tables.unscale)
         ready: LaunchConfig | None = cache.get("ready")
         if ready is None or not ready.renew(flags, numbers, factor):
-            ready = cache["ready"] = LaunchConfig(flags, numbers, bool(layouts), chunks, factor, cache)
+            ready = cache["ready"] = LaunchConfig(flags, numbers, bool(self.layouts), chunks, factor, cache)
         self.ready, self.chunks = ready, chunks
         if flags.momentum and numbers.first != numbers.take and tables.new:
             ready.rows[tables.new, kernels.TAKE] = numbers.first
@@ -85,7 +69,7 @@ class Step:
         for block, place in self.ready.blocks:
             where = self.chunks.first, self.chunks.ends, block.tensor, block.tensors
             if self.flags.agr:
-                self._everywhere(block, self.ready.agr, self.ready.values[kernels.UNSCALE], self.sums)
+                self._measure_agr(block)
                 self._regularize(self.sums, where)
             if self.flags.scaled:
                 self._measure_norms(block, place)
@@ -100,8 +84,11 @@ class Step:
 
         call_with_jit_lock(share_out, work, self.chunks, block.chunk, block.chunks, compiled=kernel)
 
-    def _sums_of_shards(self, block: Block) -> Tensor:
+    def _measure_agr(self, block: Block) -> None:
         self._everywhere(block, self.ready.agr, self.ready.values[kernels.UNSCALE], self.sums)
+
+    def _sums_of_shards(self, block: Block) -> Tensor:
+        self._measure_agr(block)
         found, chunks = np.empty((len(self.duals), 2)), self.chunks
         call_with_jit_lock(totals.largest_of_each, self.sums, chunks.first, chunks.ends, found)
         return torch.from_numpy(found)

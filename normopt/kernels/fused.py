@@ -269,6 +269,7 @@ class FusedUpdate:
             self._made_for, self._flags = made_for, Flags(**flags, weight=weight, gradient=gradient, state=state)
             if dtypes[0] not in (torch.bfloat16, torch.float16):
                 self._flags = self._flags._replace(rounding=NEAREST)
+        scale, found_inf = batch.grad_scale, batch.found_inf
         tables = Tables(
             self._chunks,
             device,
@@ -278,17 +279,12 @@ class FusedUpdate:
             None if lost is None else lost.table,
             new,
             self._cache,
-        )
-        scale, found_inf = batch.grad_scale, batch.found_inf
-        step = kernels.Step(
-            self._flags,
-            self._numbers,
-            tables,
             unscale=None if scale is None else (1 / scale).to(device, non_blocking=True),
             found_inf=None if found_inf is None else found_inf.to(device, non_blocking=True),
             seed=_seed(device) if self._flags.rounding == STOCHASTIC else 0,
             layouts=self.layouts,
         )
+        step = kernels.Step(self._flags, self._numbers, tables)
 
         def finish(batch: FusedBatch, _: Tensor | None) -> None:
             for operand, written in zip(operands, flat, strict=True):

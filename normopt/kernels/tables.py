@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from normopt.sharding.layout import Layout
+
 Array = np.ndarray
 
 CHUNK = 4096  # entries: 16 KB of float32, so that what a chunk reads twice it finds in the nearest cache
@@ -95,6 +97,10 @@ class Tables:
         compensations: those of what Kahan's rounding keeps, None without it.
         new: the indices of momenta that were made in this step, and are zero.
         cache: what a backend keeps from step to step, such as tables on its device.
+        unscale: what gradients are multiplied by, for a GradScaler; one element on the device.
+        found_inf: where it is not 0, nothing is written; likewise.
+        seed: of stochastic rounding. In a captured graph an int is the same at every replay.
+        layouts: how the tensors are sharded, if they are local shards.
     """
 
     chunks: Chunks
@@ -105,3 +111,7 @@ class Tables:
     compensations: Array | None
     new: list[int]
     cache: dict[str, Any] = field(default_factory=dict)
+    unscale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
+    seed: torch.Tensor | int = 0
+    layouts: Sequence[Layout] = ()

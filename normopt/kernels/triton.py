@@ -16,7 +16,6 @@ is harmless.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -29,7 +28,6 @@ from torch import Tensor
 from normopt.kernels import flags as choices
 from normopt.kernels.flags import Flags, Numbers
 from normopt.kernels.tables import CHUNK, Array, Chunks, Phase, Tables, nothing
-from normopt.sharding.layout import Layout
 
 BLOCK = tl.constexpr(CHUNK)  # entries of a chunk, the last one of a tensor excepted
 SUMMED = tl.constexpr(1024)  # chunks whose sums are added at once
@@ -430,11 +428,7 @@ class Step:
 
     Args:
         flags, numbers: the stages' parts of the step.
-        tables: the tensors.
-        unscale: what gradients are multiplied by, for a GradScaler; one element on their device.
-        found_inf: where it is not 0, nothing is written; likewise.
-        seed: of stochastic rounding. In a captured graph an int is the same at every replay.
-        layouts: how the tensors are sharded, if they are local shards.
+        tables: the tensors, and what else the step is given.
 
     Attributes:
         measured: after the step ``‖c‖⋆`` and the factor of D(c) of each tensor, float64 [n]; None if it needs no sums.
@@ -443,17 +437,7 @@ class Step:
         RuntimeError: a graph is captured of the first step of these tensors.
     """
 
-    def __init__(
-        self,
-        flags: Flags,
-        numbers: Numbers,
-        tables: Tables,
-        *,
-        unscale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        seed: Tensor | int = 0,
-        layouts: Sequence[Layout] = (),
-    ) -> None:
+    def __init__(self, flags: Flags, numbers: Numbers, tables: Tables) -> None:
         device, chunks, n = tables.device, tables.chunks, len(tables.weights)
         kept = Kept(tables.cache, device)
         rows = _rows(flags, tables)
@@ -463,10 +447,11 @@ class Step:
         self.cuts = kept.constant("chunks", chunks.tensor, chunks.start, chunks.count, chunks.wide[chunks.tensor])
         self.spans = kept.constant("spans", chunks.first, np.diff(chunks.first, append=len(chunks)), chunks.sizes)
         stochastic = flags.rounding == choices.STOCHASTIC
+        seed, layouts = tables.seed, tables.layouts
         if stochastic and not isinstance(seed, Tensor):
             seed = kept.changing("seed", np.array([seed]))
-        self.given = self.table, self.cuts, self.values, unscale, found_inf, seed if stochastic else None
-        self.unscale = unscale
+        self.unscale = tables.unscale
+        self.given = self.table, self.cuts, self.values, tables.unscale, tables.found_inf, seed if stochastic else None
         self.constants = {**constants_of(flags), "ALIGNED": aligned, **OPTIONS}
         self.regularizers: Tensor | None = None
         self.measured: tuple[Tensor, Tensor] | None = None

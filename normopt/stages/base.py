@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, Type
 import torch
 from torch import Tensor
 
-from normopt._checks import check_bool, check_choice, check_number, equals, is_low_precision, plain
+from normopt._checks import check_bool, check_choice, check_number, is_low_precision, plain
+from normopt.kernels.flags import Number
 from normopt.norms.base import as_real, to_compute_dtype
 from normopt.sharding.layout import gradient_of, layout_of, to_dtensor_like, to_local
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from normopt.recipe import Recipe
     from normopt.sharding.layout import Layout
 
-Number = float | Tensor
 Place = Literal["gradient", "momentum", "direction", "update", "weights", "none"]
 PLACES: tuple[Place, ...] = ("gradient", "momentum", "direction", "update", "weights")
 Check = Callable[[str, object], None]
@@ -145,10 +145,8 @@ class Stage:
         """Reduce the partial sums of the k shards of each tensor, shape [n, k, w], to shape [n, s]."""
         raise NotImplementedError(f"{type(self).__name__} measures, but has no combine()")
 
-    def reduce(self, pieces: Sequence[Tensor] | Tensor) -> Tensor:
+    def reduce(self, pieces: Sequence[Tensor]) -> Tensor:
         """Return `combine` of the partial sums of n tensors, shape [k, w] each, where k may differ."""
-        if isinstance(pieces, Tensor):
-            return self.combine(pieces)
         if len({len(x) for x in pieces}) == 1:
             return self.combine(torch.stack(list(pieces)))
         return torch.cat([self.combine(x[None]) for x in pieces])
@@ -238,6 +236,11 @@ def stages_in_order() -> list[type[Stage]]:
 def owners() -> dict[str, type[Stage]]:
     """Return which registered stage declares each setting."""
     return _owners
+
+
+def default_settings() -> dict[str, Any]:
+    """Return every declared setting with its default."""
+    return {name: stage.settings[name].default for name, stage in _owners.items()}
 
 
 def check_setting(name: str, value: object) -> None:
@@ -343,16 +346,8 @@ class Batch:
             elif kept is not x:
                 kept.copy_(x)
 
-    def __len__(self) -> int:
-        return len(self.params)
-
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.params)
-
-
-def is_zero(value: object) -> bool:
-    """Return whether a setting is the number 0; a tensor is not read."""
-    return equals(value, 0)
 
 
 def like(value: Number, w: list[Tensor]) -> Number:

@@ -9,8 +9,9 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from normopt.kernels.flags import mode_of, wide
-from normopt.stages.base import Batch, Number, Op, Stage, is_zero, number, one_of, register, register_stage, setting
+from normopt._checks import equals
+from normopt.kernels.flags import Number, mode_of, wide
+from normopt.stages.base import Batch, Op, Stage, number, one_of, register, register_stage, setting
 
 
 class Rule:
@@ -133,7 +134,7 @@ class Decay(Stage):
     )
 
     def runs(self) -> bool:
-        return not is_zero(self.weight_decay)
+        return not equals(self.weight_decay, 0)
 
     @property
     def reads_p(self) -> bool:

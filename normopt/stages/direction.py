@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_number, equals
-from normopt.kernels.flags import GENERAL, LINEAR, SIGN, mode_of
+from normopt.kernels.flags import GENERAL, LINEAR, SIGN, Number, mode_of
 from normopt.norms import registry
 from normopt.norms.base import Norm, Scale
 from normopt.norms.lp import Lp
@@ -19,7 +19,7 @@ from normopt.norms.matrices import MatrixNorm
 from normopt.norms.scales import NormPair, rescale_to_norm, unit_pair
 from normopt.sharding.layout import Layout
 from normopt.sharding.matrices import map_full_tensors
-from normopt.stages.base import Batch, Number, Op, Stage, one_of, register_stage, setting
+from normopt.stages.base import Batch, Op, Stage, one_of, register_stage, setting
 
 SCALES = ("power", "dual", "unit", "matched")
 CommStrategy = Literal["local", "sums", "rows", "whole"]
@@ -122,7 +122,7 @@ class Direction(Stage):
             )
 
     def measure(self, batch: Batch) -> Tensor | None:
-        way = self._strategy(batch.layouts) if batch.layouts else "local"
+        way = self._strategy(batch)
         if way == "sums":
             return self.map.numbered(self.map.measure(batch.c), self._begins(batch))
         if way != "rows":
@@ -134,7 +134,7 @@ class Direction(Stage):
         batch.u = [f * d for f, (_, d) in zip(factors, pairs, strict=True)]
         return torch.stack([f * n for f, (n, _) in zip(factors, pairs, strict=True)])[:, None]
 
-    def reduce(self, pieces: Sequence[Tensor] | Tensor) -> Tensor:
+    def reduce(self, pieces: Sequence[Tensor]) -> Tensor:
         if self.whole_group:
             return self.map.combine(torch.cat(list(pieces))).expand(len(pieces), -1)
         return super().reduce(pieces)
@@ -143,7 +143,7 @@ class Direction(Stage):
         return self.map.combine(partials)
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
-        norm, way = self.map, self._strategy(batch.layouts) if batch.layouts else "local"
+        norm, way = self.map, self._strategy(batch)
         if isinstance(self.p, Tensor):
             norm = norm.on(batch.w[0].device)
         if norm.is_identity(self.scale):
@@ -174,8 +174,8 @@ class Direction(Stage):
         if scale != "power":
             batch.pair = NormPair(dual, dual) if scale == "dual" else unit_pair(dual)
 
-    def _strategy(self, layouts: Sequence[Layout | None]) -> CommStrategy:
-        ways = (comm_strategy(self.map, self.scale, lay) for lay in layouts)
+    def _strategy(self, batch: Batch) -> CommStrategy:
+        ways = (comm_strategy(self.map, self.scale, lay) for lay in batch.layouts)
         return next((way for way in ways if way != "local"), "local")
 
     def _begins(self, batch: Batch) -> list[int]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_number
-from normopt.kernels.flags import GRADIENT, NEW, OLD, RUNS, SAME
+from normopt.kernels.flags import GRADIENT, NEW, OLD, RUNS, SAME, Number
 from normopt.norms.base import fast_scalar
-from normopt.stages.base import Batch, Number, Op, Slot, Stage, flag, number, one_of, register, register_stage, setting
+from normopt.stages.base import Batch, Op, Slot, Stage, flag, number, one_of, register, register_stage, setting
 
 STATE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 

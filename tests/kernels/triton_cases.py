@@ -99,13 +99,13 @@ class Stepped:
         chunks = self.kept.setdefault("cut", Chunks([w.shape for w in self.weights]))
         at = (xs and np.array([x.data_ptr() for x in xs]) for xs in (self.weights, gs, self.momenta, self.lost))
         new = [i for i, made in enumerate(fresh) if made]
-        tables = Tables(chunks, self.weights[0].device, *at, new, self.kept)
+        tables = Tables(chunks, self.weights[0].device, *at, new, self.kept, **given)
         flags, values = recipe.lower()
         dtype = self.weights[0].dtype
         if dtype == torch.float32:
             flags["rounding"] = NEAREST
         kinds = dict(weight=dtype, gradient=self.gradient, state=self.state)
-        return kernels.Step(Flags(**flags, **kinds), values, tables, **given)
+        return kernels.Step(Flags(**flags, **kinds), values, tables)
 
 
 def numbers(x):

@@ -198,7 +198,7 @@ def test_power_is_undefined_at_p_1():
 @pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_a_sign_is_that_of_every_number(dtype, record):
-    """Whether autograd records or not, which are two ways of computing it."""
+    """With and without autograd, for which the sign is computed differently."""
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     x = torch.tensor([0.0, smallest, -smallest, 1.0, -3.0, torch.inf, -torch.inf, torch.finfo(dtype).max], dtype=dtype)
     with torch.set_grad_enabled(record):
