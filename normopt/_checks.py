@@ -56,7 +56,9 @@ def check_number(
 
 
 def plain(value: Any) -> Any:
-    """Convert another library's number, such as ``np.float32``, to Python's; return anything else unchanged."""
+    """Convert a setting to a primitive: ``np.float32(0.5)`` to 0.5, ``torch.float32`` to "float32"; others stay."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     if value is None or type(value) in (float, bool, str, int) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)

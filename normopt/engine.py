@@ -1,4 +1,4 @@
-"""The engine: one optimizer, SteepestDescent, that walks a gradient through the stages to the weights."""
+"""The engine: one optimizer, SteepestDescent, which takes a gradient through the stages to the weights."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class SteepestDescent(Optimizer):
         ...                               momentum=0.9, agr=True, weight_decay=1e-3, decay="lp", decay_p=0.8)
     """
 
-    # What makes a class another optimizer: the fields of its norm that its constructor gives of its own accord, and
+    # What makes a class another optimizer: the norm fields that its constructor sets by default, and
     # whether it fixes the momentum at 0.
     _usual_fields: ClassVar[Mapping[str, Any]] = {}
     _no_momentum: ClassVar[bool] = False
@@ -137,7 +137,6 @@ class SteepestDescent(Optimizer):
         given: dict[str, Any] = {"lr": lr, **settings}
         check_unknown_arguments(type(self).__name__, given.get("norm", declared["norm"]), given, declared)
         values = declared | given
-        values["state_dtype"] = _dtype_name(values["state_dtype"])
         values |= registry.flatten(values["norm"], values)
         values = {key: plain(value) for key, value in values.items()}
         check_settings(values)  # refuse before the base class has touched anything
@@ -176,8 +175,6 @@ class SteepestDescent(Optimizer):
             # A group that names the optimizer's own norm keeps the optimizer's fields of it.
             own = group["norm"] == self.defaults["norm"]
             group |= registry.flatten(group["norm"], {**self.defaults, **group} if own else group)
-        if "state_dtype" in group:
-            group["state_dtype"] = _dtype_name(group["state_dtype"])
         check_unknown_keys(group, self.defaults)
         # The other keys are the user's own.
         ours = {key: plain(v) for key, v in group.items() if key in self.defaults or key.startswith("norm_")}
@@ -373,9 +370,9 @@ class SteepestDescent(Optimizer):
         if compiling:
             return recipe, [Batch(recipe, some, self.state) for some in batches(recipe, params)]
         states = {slot.name: [self.state.get(p, {}).get(slot.name) for p in params] for slot in recipe.slots}
+        if known and recipe.backend == "foreach" and are_plain(params, gradients, states.values(), known.kinds):
+            return recipe, [Batch(recipe, params, self.state, gradients, cast(dict[str, list[Tensor]], states))]
         check_tensors(params, gradients, states)
-        if known and recipe.backend == "foreach" and are_plain(params, gradients, known.kinds):
-            return recipe, [Batch(recipe, params, self.state, gradients, states)]
         return recipe, [Batch(recipe, some, self.state) for some in batches(recipe, params)]
 
     def _fused(self, i: int, recipe: Recipe, params: list[Tensor], gradients: list[Tensor]) -> list[FusedBatch]:
@@ -434,11 +431,6 @@ class SteepestDescent(Optimizer):
         """
         known = [group_norms(*measured) for measured in self._measured]
         return known and known + [None] * (len(self.param_groups) - len(known))
-
-
-def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    """A dtype as the primitive that a param group holds: ``torch.float32`` is "float32"."""
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 def _unshare(group: dict[str, Any]) -> None:

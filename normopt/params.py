@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from itertools import repeat
+from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any, cast
 
@@ -74,19 +74,12 @@ def check_tensors(params: list[Tensor], gradients: list[Tensor], states: dict[st
     Raises:
         RuntimeError: as `check_like` and `check_writable`.
     """
-    sizes, devices = list(map(Tensor.size, params)), list(map(device_of, params))
     check_writable("parameter", params)
-    lists: dict[str, Any] = {"gradient": gradients, **states}
-    for name, xs in lists.items():
-        kept, held = xs, params
-        if any(map(is_, xs, repeat(None))):
-            held = [p for p, x in zip(params, xs, strict=True) if x is not None]
-            kept = [x for x in xs if x is not None]
-            check_like(name, kept, held)
-        elif list(map(Tensor.size, kept)) != sizes or list(map(device_of, kept)) != devices:
-            check_like(name, kept, held)
-        if name in states:
-            check_writable(name, kept)
+    check_like("gradient", gradients, params)
+    for name, xs in states.items():
+        kept = [x for x in xs if x is not None]
+        check_like(name, kept, [p for p, x in zip(params, xs, strict=True) if x is not None])
+        check_writable(name, kept)
 
 
 def check_like(name: str, xs: list[Tensor], params: list[Tensor]) -> None:
@@ -100,6 +93,9 @@ def check_like(name: str, xs: list[Tensor], params: list[Tensor]) -> None:
     Raises:
         RuntimeError: the shape or the device of one differs.
     """
+    sizes = list(map(Tensor.size, params))
+    if list(map(Tensor.size, xs)) == sizes and list(map(device_of, xs)) == list(map(device_of, params)):
+        return
     for x, p in zip(xs, params, strict=True):
         if x.shape != p.shape or x.device != p.device:
             raise RuntimeError(
@@ -134,22 +130,32 @@ def check_writable(name: str, xs: list[Tensor]) -> None:
             )
 
 
-def are_plain(params: list[Tensor], gradients: list[Tensor], kinds: Kinds) -> bool:
-    """Return whether all are real, unsharded tensors of one device and of one dtype, in which a step computes.
+def are_plain(params: list[Tensor], gradients: list[Tensor], states: Iterable[list[Any]], kinds: Kinds) -> bool:
+    """Return whether a step can use all tensors as they are: no cast, no copy, nothing that `check_tensors` refuses.
+
+    They are unsharded, of one device and of one dtype, in which a step computes; all state exists; what is written is
+    contiguous.
 
     Args:
-        params: parameters.
+        params: parameters that have gradients.
         gradients: theirs.
+        states: the state, a list of one entry a parameter for each slot.
         kinds: the `kinds_of` the parameters.
     """
     types, devices, dtypes = kinds
+    if len(devices) > 1 or len(dtypes) > 1 or not types <= PLAIN or not dtypes <= {torch.float32, torch.float64}:
+        return False
+    state = list(chain.from_iterable(states))
+    others = [*gradients, *state]
+    if set(map(type, others)) != {Tensor} or set(map(device_of, others)) != devices:
+        return False
+    sizes, written = list(map(Tensor.size, params)), [*params, *state]
     return (
-        len(dtypes) == len(devices) == 1
-        and dtypes <= {torch.float32, torch.float64}
-        and types <= PLAIN
-        and set(map(dtype_of, gradients)) == dtypes
-        and set(map(type, gradients)) == {Tensor}
-        and not any(map(Tensor.is_neg, gradients))
+        set(map(dtype_of, others)) == dtypes
+        and list(map(Tensor.size, others)) == sizes * (len(others) // len(sizes))
+        and all(map(Tensor.is_contiguous, written))
+        and not any(map(Tensor.is_neg, written))
+        and not any(map(Tensor.is_inference, written))
     )
 
 

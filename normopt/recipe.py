@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from operator import is_, itemgetter
+from itertools import compress
+from operator import is_, is_not, itemgetter
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from normopt._checks import plain
+from normopt._checks import check_bool, plain
 from normopt.kernels import support
 from normopt.kernels.flags import Numbers
 from normopt.norms import registry
@@ -19,7 +20,7 @@ from normopt.norms.lp import Lp
 from normopt.params import kinds_of
 from normopt.sharding.layout import any_dtensor, layout_of
 from normopt.stages import Decay, Direction, Momentum, Rescale, Slot, Stage, Write, register_stage, setting
-from normopt.stages.base import check_setting, flag, owners, registrations, stages_in_order
+from normopt.stages.base import check_setting, owners, registrations, stages_in_order
 from normopt.stages.direction import comm_strategy
 
 Backend = Literal["for-loop", "foreach", "fused"]
@@ -34,16 +35,14 @@ SMALL = 1 << 14
 class Run(Stage):
     """The settings of the backend, which belong to no stage."""
 
-    foreach: bool | None = setting(
-        None, flag(optional=True), "multi-tensor operations; None uses them where they are faster"
-    )
+    foreach: bool | None = setting(None, check_bool, "multi-tensor operations; None uses them where they are faster")
     fused: bool | None = setting(
         None,
-        flag(optional=True),
+        check_bool,
         "kernels that do the whole step of a group, Triton's on CUDA and Numba's on CPU (the extra \"cpu\"), for ℓp "
         "norms with p > 1; None uses them on CUDA, where supported",
     )
-    differentiable: bool = setting(False, flag(), "let autograd differentiate through the step")
+    differentiable: bool = setting(False, check_bool, "let autograd differentiate through the step")
 
     def check(self) -> None:
         if self.foreach and self.fused:
@@ -76,23 +75,20 @@ class Recipe:
         version: how often its numbers have changed.
     """
 
-    momentum: Momentum
-    write: Write
-    run: Run
-
     backend: Backend
     why: str
 
     def __init__(self, every: dict[type[Stage], Stage], norm: Norm) -> None:
         self.every, self.version = every, 0
-        self.direction, self.decay = cast(Direction, every[Direction]), cast(Decay, every[Decay])
-        self.momentum, self.write, self.run = (cast(Any, every[cls]) for cls in (Momentum, Write, Run))
+        self.momentum, self.direction = cast(Momentum, every[Momentum]), cast(Direction, every[Direction])
+        self.decay, self.write, self.run = cast(Decay, every[Decay]), cast(Write, every[Write]), cast(Run, every[Run])
         scale = self.direction.scale
         matched = scale == "matched" and not norm.is_identity(scale) and norm.needs(scale) != "none"
         # What stages need of each other and of the norm.
         self.direction.map, self.write.decaying = norm, self.decay
         cast(Rescale, every[Rescale]).matched = matched
         self.stages = tuple(stage for stage in every.values() if stage.place != "none" and stage.runs())
+        self.direction.reads_c_last = self.stages[-2:] == (self.direction, self.write)
         self.slots: tuple[Slot, ...] = tuple(slot for stage in self.stages for slot in stage.slots())
         self.differentiable: bool = self.run.differentiable
 
@@ -171,13 +167,11 @@ class CachedRecipe:
     def __init__(self, group: Mapping[str, Any], recipe: Recipe) -> None:
         self.recipe = recipe
         fields = {registry.setting_key(field) for field in registry.lookup(group["norm"]).fields}
-        self._keys, self._registrations = list(group), registrations()
+        self._registrations, self._keys = registrations(), list(group)
         self._names = tuple(name for name in group if name in owners() or name in fields)
         self._get = itemgetter(*self._names)
-        self._params = list(group["params"])
+        self._values, self._params = self._get(group), list(group["params"])
         self.kinds = kinds_of(self._params)
-        self._values = self._get(group)
-        self._types = tuple(map(type, self._values))
 
     def current(self, group: Mapping[str, Any]) -> Recipe | None:
         """Return the recipe with the group's present numbers; None if it has to be remade.
@@ -188,19 +182,18 @@ class CachedRecipe:
         params = group["params"]
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return None
-        if list(group) != self._keys or registrations() != self._registrations:
+        if list(group) != self._keys or registrations() != self._registrations or kinds_of(params) != self.kinds:
             return None
-        values = self._get(group)
-        types = tuple(map(type, values))
-        if types != self._types or kinds_of(params) != self.kinds:
-            return None
-        # Tensors are compared by identity: equality would wait for the device.
-        if Tensor in types or values != self._values:
-            pairs = zip(self._names, values, self._values, strict=True)
-            changed = [n for n, x, y in pairs if x is not y and (isinstance(x, Tensor) or x != y)]
-            if changed and not self.recipe.take_numbers(group, changed):
+        values, changed = self._get(group), []
+        for i in compress(range(len(values)), map(is_not, values, self._values)):
+            x, old = values[i], self._values[i]
+            if type(x) is not type(old):
                 return None
-            self._values = values
+            if isinstance(x, Tensor) or x != old:  # comparing tensors by value would wait for the device
+                changed.append(self._names[i])
+        if changed and not self.recipe.take_numbers(group, changed):
+            return None
+        self._values = values
         self.recipe.norm.check(self.recipe.direction.scale, params)
         return self.recipe
 
@@ -233,12 +226,7 @@ def make_recipe(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> R
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Check the type and range of each setting on its own.
-
-    Raises:
-        ValueError: a setting is out of range or not among its choices.
-        TypeError: a setting is of the wrong type.
-    """
+    """Raise a ValueError or TypeError if a setting is out of range, not among its choices or of the wrong type."""
     for name in owners():
         if name in settings:
             check_setting(name, settings[name])

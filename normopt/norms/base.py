@@ -133,6 +133,21 @@ class Norm(ABC):
             raise ValueError(f'scale="power" is not defined for {self}: use "dual", "unit" or "matched"')
         return self.scaled(c, self.power_exponent, whole_group=False)[0]
 
+    def power_(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
+        """Return the `power` map, which may be c itself, overwritten.
+
+        Args:
+            c: n real floating-point tensors of any shapes, with 32 bits or more.
+            eps: as for `power`. Default 0.
+
+        Returns:
+            n tensors with the shapes and dtypes of c.
+
+        Raises:
+            ValueError: the norm has no power exponent.
+        """
+        return self.power(c, eps)
+
     def needs(self, scale: Scale) -> Needs:
         """Return how much of a tensor its direction depends on; this decides the communication for shards.
 

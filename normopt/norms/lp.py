@@ -182,6 +182,9 @@ class Lp(Norm):
         rho = 1 - self._exponent  # not (p−2)/(p−1), which is NaN at p = ∞
         return [x * (x.abs() + eps).pow(match_dtype(-rho, x)) for x in c]
 
+    def power_(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
+        return signs(c, overwrite=True) if eps == 0 and equals(self.p, math.inf) else self.power(c, eps)
+
 
 def match_dtype(value: float | Tensor, x: Tensor) -> float | Tensor:
     """Cast a tensor to the dtype of x, so that two 0-d tensors do not promote to the wider; pass a number through."""
@@ -191,15 +194,7 @@ def match_dtype(value: float | Tensor, x: Tensor) -> float | Tensor:
 def signed_power(c: list[Tensor], exponent: float | Tensor) -> list[Tensor]:
     """Return ``sign(c)·|c|^exponent`` elementwise, as new tensors; exponent ≥ 0, where 0 gives the sign."""
     if equals(exponent, 0):
-        # A NaN stays one: torch.sign alone would make it 0.
-        dtypes = {x.dtype for x in c}
-        if not torch.is_grad_enabled() and len(dtypes) == 1 and torch.float16 not in dtypes:
-            large = fast_scalar(2.0**800 if torch.float64 in dtypes else 2.0**100, c)
-            u = torch._foreach_mul(c, large)
-            torch._foreach_mul_(u, large)  # at least 1, even of denormals
-            return [x.clamp_(-1, 1) for x in u]
-        finite = torch._foreach_clamp_max(torch._foreach_abs(c), 1)
-        return list(torch._foreach_lerp(torch._foreach_sign(c), finite, 0.0))
+        return signs(c)
     if equals(exponent, 1):
         return [x.clone() for x in c]
     magnitude = torch._foreach_abs(c)
@@ -218,6 +213,27 @@ def signed_power(c: list[Tensor], exponent: float | Tensor) -> list[Tensor]:
     else:
         torch._foreach_pow_(magnitude, exponent)
     return [a.copysign_(x) for a, x in zip(magnitude, c, strict=True)]
+
+
+def signs(c: list[Tensor], overwrite: bool = False) -> list[Tensor]:
+    """Return the signs; a NaN stays one, of which torch.sign would make 0.
+
+    Args:
+        c: n tensors.
+        overwrite: whether the result may be c itself.
+    """
+    dtypes = {x.dtype for x in c}
+    if torch.is_grad_enabled() or len(dtypes) > 1 or torch.float16 in dtypes:
+        finite = torch._foreach_clamp_max(torch._foreach_abs(c), 1)
+        return list(torch._foreach_lerp(torch._foreach_sign(c), finite, 0.0))
+    large = fast_scalar(2.0**800 if torch.float64 in dtypes else 2.0**100, c)
+    if overwrite:
+        torch._foreach_mul_(c, large)
+    u = c if overwrite else list(torch._foreach_mul(c, large))
+    torch._foreach_mul_(u, large)  # at least 1, even of denormals
+    torch._foreach_clamp_min_(u, -1)
+    torch._foreach_clamp_max_(u, 1)
+    return u
 
 
 def relative_sums(c: list[Tensor], q: float | Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from normopt._checks import check_bool
 from normopt.norms.base import num_reals
-from normopt.stages.base import Batch, Op, Stage, flag, register_stage, setting
+from normopt.stages.base import Batch, Op, Stage, register_stage, setting
 
 
 def agr(g: list[Tensor]) -> list[Tensor]:
@@ -87,7 +88,7 @@ class Maximize(Stage):
 
     place = "gradient"
 
-    maximize: bool = setting(False, flag(), "maximize the objective: negate the gradient")
+    maximize: bool = setting(False, check_bool, "maximize the objective: negate the gradient")
 
     def runs(self) -> bool:
         return self.maximize
@@ -109,7 +110,7 @@ class Regularization(Stage):
 
     place = "gradient"
 
-    agr: bool = setting(False, flag(), "adaptive gradient regularization")
+    agr: bool = setting(False, check_bool, "adaptive gradient regularization")
 
     def runs(self) -> bool:
         return self.agr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, Type
 import torch
 from torch import Tensor
 
-from normopt._checks import check_bool, check_choice, check_number, is_low_precision, plain
+from normopt._checks import check_choice, check_number, is_low_precision, plain
 from normopt.kernels.flags import Number
 from normopt.norms.base import as_real, to_compute_dtype
 from normopt.sharding.layout import gradient_of, layout_of, to_dtensor_like, to_local
@@ -46,7 +46,7 @@ def setting(default: Any, check: Check, doc: str) -> Any:
     """Declare a setting: a field of a stage, and a key of every param group.
 
     Args:
-        default: its default value.
+        default: its default value; if it is None, None is always allowed.
         check: raises a TypeError or ValueError, given the setting's name and a value that is not allowed.
         doc: one line, for the signature's help and the docs.
     """
@@ -58,14 +58,9 @@ def number(**limits: Any) -> Check:
     return lambda name, value: check_number(name, value, **limits)
 
 
-def one_of(choices: Sequence[str] | Mapping[str, Any], optional: bool = False) -> Check:
-    """Return a check that accepts the given strings, and None if ``optional``."""
-    return lambda name, value: None if optional and value is None else check_choice(name, value, choices)
-
-
-def flag(optional: bool = False) -> Check:
-    """Return a check that accepts True and False, and None if ``optional``."""
-    return lambda name, value: None if optional and value is None else check_bool(name, value)
+def one_of(choices: Iterable[str]) -> Check:
+    """Return a check that accepts the given strings."""
+    return lambda name, value: check_choice(name, value, choices)
 
 
 class Slot(NamedTuple):
@@ -192,13 +187,11 @@ def register_stage(cls: S) -> S:
     }
     others = [s for s in _stages if (s.__module__, s.__qualname__) != (cls.__module__, cls.__qualname__)]
     for other in others:
-        if taken := cls.settings.keys() & other.settings.keys():
-            raise ValueError(
-                f"{other.__name__} has a setting {min(taken)!r} already: give {cls.__name__}'s another name"
-            )
-    for other in others:
-        if shared := set(cls.state) & set(other.state):
-            raise ValueError(f"{other.__name__} has a slot {min(shared)!r} already: give {cls.__name__}'s another name")
+        for kind, ours, theirs in ("setting", cls.settings, other.settings), ("slot", cls.state, other.state):
+            if taken := set(ours) & set(theirs):
+                raise ValueError(
+                    f"{other.__name__} has a {kind} {min(taken)!r} already: give {cls.__name__}'s another name"
+                )
     order = (*PLACES, "none")
     _stages[:] = sorted([*others, cast(type[Stage], cls)], key=lambda stage: order.index(stage.place))
     _registrations[0] += 1
@@ -245,7 +238,9 @@ def default_settings() -> dict[str, Any]:
 
 def check_setting(name: str, value: object) -> None:
     """Raise a ValueError or TypeError if a setting is out of range, not among its choices or of the wrong type."""
-    _owners[name].settings[name].check(name, value)
+    declared = _owners[name].settings[name]
+    if value is not None or declared.default is not None:
+        declared.check(name, value)
 
 
 class Batch:
@@ -259,6 +254,7 @@ class Batch:
         old: w, where autograd records the step a copy: what a stage may keep after w is written.
         g: the gradient, which stages before the momentum replace.
         c: what the norm is applied to: the momentum, or the gradient without one.
+        owns_c: whether c is no other's memory, such as the gradient's, so that the direction may overwrite it.
         u: the update per unit of the learning rate.
         lr, weight_decay: as in the param group; a tensor is cast to the dtype and device of w.
         step_size: lr times the radius.
@@ -277,7 +273,7 @@ class Batch:
         params: list[Tensor],
         state: MutableMapping[Tensor, Any],
         gradients: list[Tensor] | None = None,
-        states: Mapping[str, list[Tensor | None]] = MappingProxyType({}),
+        states: Mapping[str, list[Tensor]] = MappingProxyType({}),
     ) -> None:
         """Take parameters with their state.
 
@@ -285,8 +281,8 @@ class Batch:
             recipe: the group's.
             params: parameters that have gradients.
             state: the optimizer's.
-            gradients: theirs, if all are unsharded real tensors of 32 bits or more, of one device and dtype.
-            states: then also the state of each by its name, None where there is none yet.
+            gradients: theirs, if all tensors `are_plain`.
+            states: then also the state, a list for each slot by its name.
         """
         self.recipe, self.params, self.state, self.phases = recipe, params, state, recipe.stages
         self.differentiable = recipe.differentiable
@@ -312,19 +308,16 @@ class Batch:
         self.step_size = self.lr if write.radius == 1 else self.lr * write.radius
         self.old = [x.clone() for x in self.w] if self.differentiable else self.w
         self.c = self.u = self.g
+        self.owns_c = False
 
     def release(self) -> None:
         """Drop what the stages made, so that its memory is free before the next batch."""
         self.weights = self.w = self.old = self.g = self.c = self.u = []
         self._gradients, self._kept, self._states = None, {}, {}
 
-    def state_in_place(self, slot: Slot) -> list[Tensor] | None:
+    def state_in_place(self, name: str) -> list[Tensor] | None:
         """Return a slot's tensors, to be updated in place; None unless all are there in the dtype of the arithmetic."""
-        known = self._states.get(slot.name, ())
-        if slot.dtype is not None or set(map(type, known)) != {Tensor}:
-            return None
-        found = cast("list[Tensor]", known)
-        return found if {x.dtype for x in found} == {self.w[0].dtype} else None
+        return self._states.get(name)
 
     def read(self, slot: Slot) -> list[Tensor | None]:
         """Return a slot's tensors, local and real, in the dtype of the arithmetic; None where there is none yet."""

@@ -19,7 +19,7 @@ from normopt.norms.matrices import MatrixNorm
 from normopt.norms.scales import NormPair, rescale_to_norm, unit_pair
 from normopt.sharding.layout import Layout
 from normopt.sharding.matrices import map_full_tensors
-from normopt.stages.base import Batch, Op, Stage, one_of, register_stage, setting
+from normopt.stages.base import Batch, Op, Stage, number, one_of, register_stage, setting
 
 SCALES = ("power", "dual", "unit", "matched")
 CommStrategy = Literal["local", "sums", "rows", "whole"]
@@ -50,11 +50,6 @@ def _check_norm(name: str, value: object) -> None:
     registry.entry_of(value)
 
 
-def _check_p(name: str, value: object) -> None:
-    if value is not None:
-        check_number(name, value, tensor=True)  # its range is the norm's
-
-
 def _check_eps(name: str, value: object) -> None:
     check_number(name, value, low=0, open_high=True)
     if 0 < cast(float, value) < torch.finfo(torch.float32).tiny:
@@ -83,7 +78,9 @@ class Direction(Stage):
         "``p`` and ``norm_<field>``",
     )
     p: float | Tensor | None = setting(
-        None, _check_p, "the norm's order, for norms that have one; 1 ≤ p ≤ ∞, a float or a one-element tensor"
+        None,
+        number(tensor=True),
+        "the norm's order, for norms that have one; 1 ≤ p ≤ ∞, a float or a one-element tensor",
     )
     scale: Literal["power", "dual", "unit", "matched"] = setting(
         "dual",
@@ -96,6 +93,7 @@ class Direction(Stage):
     )
     eps: float = setting(0.0, _check_eps, 'ε of scale="power", ``c·(|c| + ε)^(−ρ)``; 0 is exact at p = 2 and ∞')
     map: Norm = field(default=cast(Any, None), init=False)  # the norm with its fields, which the recipe sets
+    reads_c_last: bool = field(default=False, init=False)  # no later stage does; likewise
 
     @property
     def whole_group(self) -> bool:
@@ -149,7 +147,8 @@ class Direction(Stage):
         if norm.is_identity(self.scale):
             batch.u = batch.c
         elif (self.scale == "power" and way == "local") or norm.needs(self.scale) == "none":
-            batch.u = norm.power(batch.c, self.eps)
+            may_overwrite = self.reads_c_last and batch.owns_c
+            batch.u = norm.power_(batch.c, self.eps) if may_overwrite else norm.power(batch.c, self.eps)
         else:
             self._map(batch, norm, way, scalars)
 
@@ -175,6 +174,8 @@ class Direction(Stage):
             batch.pair = NormPair(dual, dual) if scale == "dual" else unit_pair(dual)
 
     def _strategy(self, batch: Batch) -> CommStrategy:
+        if not batch.layouts:
+            return "local"
         ways = (comm_strategy(self.map, self.scale, lay) for lay in batch.layouts)
         return next((way for way in ways if way != "local"), "local")
 

@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from normopt._checks import check_number
+from normopt._checks import check_bool, check_number
 from normopt.kernels.flags import GRADIENT, NEW, OLD, RUNS, SAME, Number
 from normopt.norms.base import fast_scalar
-from normopt.stages.base import Batch, Op, Slot, Stage, flag, number, one_of, register, register_stage, setting
+from normopt.stages.base import Batch, Op, Slot, Stage, number, one_of, register, register_stage, setting
 
 STATE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -108,9 +108,9 @@ class Momentum(Stage):
     )
     beta2: float = setting(0.99, number(low=0, high=1, open_high=True), 'β₂ of "lion", the weight of the old state')
     dampening: float = setting(0.0, number(open_low=True, open_high=True), 'τ of "heavy", any finite number')
-    nesterov: bool = setting(False, flag(), 'c = g + μm ("heavy") or (1−μ)g + μm ("ema")')
+    nesterov: bool = setting(False, check_bool, 'c = g + μm ("heavy") or (1−μ)g + μm ("ema")')
     state_dtype: str | torch.dtype | None = setting(
-        None, one_of(STATE_DTYPES, optional=True), "the momentum's dtype; None is the parameter's own"
+        None, one_of(STATE_DTYPES), "the momentum's dtype; None is the parameter's own"
     )
 
     def runs(self) -> bool:
@@ -148,25 +148,24 @@ class Momentum(Stage):
             raise ValueError(f'dampening belongs to momentum_rule="heavy", not {self.momentum_rule!r}: set dampening=0')
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
-        (slot,), k, g = self.slots(), self.coefficients(), batch.g
-        kept = batch.state_in_place(slot)
-        if kept is not None:
-            batch.c = step_(k, kept, g, fast_scalar(k.a, g))
+        k, g = self.coefficients(), batch.g
+        m = batch.state_in_place("momentum_buffer")
+        if m is not None:
+            batch.c = step_(k, m, g, fast_scalar(k.a, m))
+            batch.owns_c = batch.c is not m and batch.c is not g
             return
+        (slot,) = self.slots()
         old = batch.read(slot)
-        new = [i for i, m in enumerate(old) if m is None]
-        if k.first is None or not new:
-            m = [torch.zeros_like(x) if b is None else b for b, x in zip(old, g, strict=True)]
+        m = [torch.zeros_like(x) if b is None else b for b, x in zip(old, g, strict=True)]
+        if k.first is None or all(b is not None for b in old):
             batch.c = step_(k, m, g)
         else:  # those that are new have another b
-            m, first = (
-                [torch.zeros_like(x) if b is None else b for b, x in zip(old, g, strict=True)],
-                k._replace(b=k.first),
-            )
+            first = k._replace(b=k.first)
             if k.d == 0:  # not from 0, whose sum with a −0 is 0
                 m = [x * k.first if b is None else b for b, x in zip(old, g, strict=True)]
                 first = k._replace(a=1.0, b=0.0)
-            batch.c = [step_(first if i in new else k, [m[i]], [x])[0] for i, x in enumerate(g)]
+            each = zip(old, m, g, strict=True)
+            batch.c = [step_(first if b is None else k, [x], [y])[0] for b, x, y in each]
         batch.store(slot, m)
 
     def lower(self) -> Op | str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,7 +197,8 @@ def test_the_names_of_everything_are_listed():
 def test_a_dry_run_counts_the_runs_and_times_them_and_stores_nothing(tmp_path):
     (tmp_path / "small.toml").write_text(SMALL)
     output = said("run", str(tmp_path / "small.toml"), "--dry-run", "--out", str(tmp_path / "out"), "--workers", "3")
-    assert "8 runs, 8 of them to be made: about 0:0" in output
+    # On a busy machine a probe is given up, and the time is a lower bound.
+    assert re.search(r"8 runs, 8 of them to be made: (about|at least) \d+:\d\d", output)
     assert "on 3 workers." in output
     rows = [line.split() for line in output.splitlines() if line.strip().startswith("digits")]
     assert [row[:5] for row in rows] == [["digits", arm, "2", "4", "4"] for arm in ("SGD", "AdamW")]
