@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import normopt
+from normopt._checks import check_bool
 from normopt.stages import (
     Batch,
     Coefficients,
@@ -203,6 +204,30 @@ def test_two_stages_cannot_have_one_setting() -> None:
         @dataclass
         class Other(Stage):
             lr: float = setting(0.1, number(), "another")
+
+
+def test_a_stage_after_the_direction_still_reads_c() -> None:
+    seen: list[Tensor] = []
+
+    @register_stage
+    @dataclass
+    class Watch(Stage):
+        place = "weights"
+        watch: bool = setting(False, check_bool, "keep c")
+
+        def runs(self) -> bool:
+            return self.watch
+
+        def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+            seen.append(batch.c[0].clone())
+
+    p, m = torch.nn.Parameter(torch.zeros(5)), torch.zeros(5)
+    opt = normopt.Lion([p], lr=0.1, momentum=0.9, watch=True, foreach=True)
+    for _ in range(3):
+        p.grad = torch.randn(5)
+        opt.step()
+        assert torch.equal(seen[-1], torch.lerp(m, p.grad, 1 - 0.9))
+        m = opt.state[p]["momentum_buffer"].clone()
 
 
 def test_a_stage_needs_a_place_that_exists() -> None:
