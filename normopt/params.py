@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import chain, repeat
-from operator import is_
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -51,7 +50,7 @@ def with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         RuntimeError: a gradient is not dense.
     """
     gradients = list(map(grad_of, params))
-    if any(map(is_, gradients, repeat(None))):
+    if type(None) in set(map(type, gradients)):
         params = [p for p, g in zip(params, gradients, strict=True) if g is not None]
         gradients = [g for g in gradients if g is not None]
     for g in gradients if set(map(memory_layout_of, gradients)) - {torch.strided} else ():
