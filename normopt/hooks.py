@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from traceback import walk_stack
 from types import FrameType
 from typing import Any
 
@@ -38,7 +39,7 @@ class OutermostStep:
         Args:
             optimizer, args, kwargs: the hook's arguments.
         """
-        if self._frame is not None and _is_on_stack(self._frame):
+        if self._frame is not None and any(frame is self._frame for frame, _ in walk_stack(sys._getframe())):
             self._depth += 1
             return False
         self._frame, self._depth = _step_frame(), 1
@@ -84,14 +85,4 @@ def _is_zero(lr: object) -> bool:
 
 def _step_frame() -> FrameType | None:
     """Return the frame of torch.optim's ``step`` wrapper that called this hook, if any."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != _TORCH_FILE:
-        frame = frame.f_back
-    return frame
-
-
-def _is_on_stack(target: FrameType) -> bool:
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame is not target:
-        frame = frame.f_back
-    return frame is not None
+    return next((frame for frame, _ in walk_stack(sys._getframe()) if frame.f_code.co_filename == _TORCH_FILE), None)
