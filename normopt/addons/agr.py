@@ -80,19 +80,6 @@ class AGR(AddOn):
     def _check(self, where: str, group: Mapping[str, Any]) -> None:
         check_bool(f"agr of {where}", group["agr"])
 
-    def _pre_step(self, closure: Closure | None) -> Closure | None:
-        if closure is None:
-            self._regularize()
-            return None
-
-        def regularized(*args: Any, **kwargs: Any) -> Any:
-            self._restore()
-            loss = closure(*args, **kwargs)
-            self._regularize()
-            return loss
-
-        return regularized
-
     def _post_step(self, closure: Closure | None) -> None:
         self._restore()
 
@@ -102,7 +89,7 @@ class AGR(AddOn):
         self._restore()
 
     @torch.no_grad()
-    def _regularize(self) -> None:
+    def _on_gradients(self) -> None:
         groups = [group for group in self.optimizer.param_groups if group["agr"]]
         params = [p for group in groups for p in group["params"] if p.grad is not None]
         check_dense_grads(params, "AGR")

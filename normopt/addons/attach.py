@@ -16,7 +16,7 @@ from torch.optim import LBFGS, Optimizer
 from normopt.hooks import OutermostStep
 
 Closure = Callable[..., Any]
-Group = dict[str, Any]
+Hooks = OrderedDict[int, Any]
 HookResult = tuple[tuple[Any, ...], dict[str, Any]]
 
 # The types of add-on attached to each optimizer. Not the add-ons themselves, which would keep the optimizer alive.
@@ -48,11 +48,8 @@ class AddOn(ABC):
         enter = optimizer.register_step_pre_hook(self._pre_hook)
         leave = optimizer.register_step_post_hook(self._post_hook)
         # Run before a monitor's hooks, so that it sees the gradients that the step reads and the final weights.
-        for hooks, handle in (
-            (optimizer._optimizer_step_pre_hooks, enter),
-            (optimizer._optimizer_step_post_hooks, leave),
-        ):
-            cast(OrderedDict[int, Any], hooks).move_to_end(handle.id, last=False)
+        cast(Hooks, optimizer._optimizer_step_pre_hooks).move_to_end(enter.id, last=False)
+        cast(Hooks, optimizer._optimizer_step_post_hooks).move_to_end(leave.id, last=False)
         load = optimizer.register_load_state_dict_pre_hook(self._fill_checkpoint)
         self._handles = [enter, leave, load]
         _attached.setdefault(optimizer, set()).add(type(self))
@@ -81,8 +78,7 @@ class AddOn(ABC):
         settings = []
         for key, default in self._settings.items():
             values = [repr(group.get(key, default)) for group in groups]
-            shown = f"[{', '.join(values)}]" if len(set(values)) > 1 else values[0] if values else repr(default)
-            settings.append(f"{key}={shown}")
+            settings.append(f"{key}={values[0] if len(set(values)) == 1 else '[' + ', '.join(values) + ']'}")
         return f"{kind}, {', '.join(settings)}, attached)"
 
     @abstractmethod
@@ -92,9 +88,26 @@ class AddOn(ABC):
     def _warn_new_group(self, group: Mapping[str, Any]) -> None:  # noqa: B027
         """Warn about a group that is new to the add-on, where its settings may surprise."""
 
-    @abstractmethod
     def _pre_step(self, closure: Closure | None) -> Closure | None:
         """Act before a step; given a closure, return its replacement."""
+        if closure is None:
+            self._on_gradients()
+            return None
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            self._restore()
+            loss = closure(*args, **kwargs)
+            self._on_gradients()
+            return loss
+
+        return replacement
+
+    @abstractmethod
+    def _on_gradients(self) -> None:
+        """Act on a step's gradients: before the step, or after each call of its closure."""
+
+    def _restore(self) -> None:  # noqa: B027
+        """Undo `_on_gradients`, before the closure computes new gradients."""
 
     @abstractmethod
     def _post_step(self, closure: Closure | None) -> None:
@@ -145,9 +158,9 @@ class AddOn(ABC):
         instead = self._pre_step(_closure(args, kwargs))
         if instead is None:
             return None
-        return (
-            (args, {**kwargs, "closure": instead}) if "closure" in kwargs else ((args[0], instead, *args[2:]), kwargs)
-        )
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": instead}
+        return (args[0], instead, *args[2:]), kwargs
 
     @_disable_dynamo
     def _post_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normopt._checks import check_number
 from normopt.sparsity.chain import leaf_modules, trace_chain
+from normopt.sparsity.counting import aligned
 from normopt.sparsity.layouts import check_unsharded
 from normopt.sparsity.removal import remove_dead_units
 
@@ -55,9 +56,7 @@ class Shrunk:
     def __str__(self) -> str:
         rows = [("layer", "units", "left"), *((c.name, f"{c.before:,}", f"{c.after:,}") for c in self.layers)]
         rows.append(("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in rows]
-        return "\n".join([*lines, f"outputs differ by {self.error:.1e} of the largest"])
+        return f"{aligned(rows, left=1)}\noutputs differ by {self.error:.1e} of the largest"
 
 
 @torch.no_grad()
