@@ -79,8 +79,7 @@ def prune_(
         [[3.0, 4.0], [0.0, 0.0]]
     """
     if (threshold is None) == (fraction is None):
-        given = f"threshold={threshold!r} and fraction={fraction!r}"
-        raise ValueError(f"give either threshold or fraction, but the call has {given}")
+        raise ValueError(f"give either threshold or fraction, but the call has {threshold=} and {fraction=}")
     if threshold is not None:
         check_number("threshold", threshold, low=0, open_low=True)
     if fraction is not None:
@@ -106,11 +105,10 @@ def _select_weights(model: nn.Module, exclude: Iterable[str]) -> list[Weight]:
         )
     if isinstance(exclude, str):
         raise TypeError(f"exclude must be a list of several names, but is {exclude!r}: write [{exclude!r}]")
-    patterns = list(exclude)
+    patterns, names = list(exclude), [w.name for w in found]
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"exclude must hold names, but holds {pattern!r} ({type(pattern).__name__})")
-        names = [w.name for w in found]
         if not fnmatch.filter(names, pattern):
             hint = near(pattern, names) or f"; the first are {', '.join(names[:5])}"
             raise ValueError(f"exclude holds {pattern!r}, which matches no weight of the model{hint}")
