@@ -73,14 +73,11 @@ def _creates_state(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[st
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if any(p.grad is None or p.grad.layout != torch.strided for p in params):
         return False
-    if not all(_is_zero(group.get("lr", 0)) for group in optimizer.param_groups):
+    lrs = [group.get("lr", 0) for group in optimizer.param_groups]
+    if not all(isinstance(lr, (int, float, Tensor)) and float(lr) == 0 for lr in lrs):
         return False
     # With DTensors all ranks must agree: a sum of magnitudes reduces correctly under every placement.
     return all(float(full_tensor(torch.linalg.vector_norm(p.grad, 1))) == 0 for p in params)
-
-
-def _is_zero(lr: object) -> bool:
-    return isinstance(lr, (int, float, Tensor)) and float(lr) == 0
 
 
 def _step_frame() -> FrameType | None:

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from normopt._checks import check_bool
 from normopt.addons.attach import AddOn, Closure, check_dense_grads
-from normopt.engine import SteepestDescent
 from normopt.norms.base import as_real, num_reals, to_compute_dtype
 from normopt.sharding.exchange import of_each
 from normopt.sharding.layout import resolved, to_local
@@ -70,12 +69,6 @@ class AGR(AddOn):
     def __init__(self, optimizer: Optimizer) -> None:
         self._swapped: list[SwappedGrad] = []
         super().__init__(optimizer, {"agr": True})
-
-    def _check_optimizer(self, optimizer: object, settings: Mapping[str, Any]) -> None:
-        if isinstance(optimizer, SteepestDescent):
-            name = type(optimizer).__name__
-            raise ValueError(f"AGR is a setting of normopt's own optimizers: use normopt.{name}(…, agr=True)")
-        super()._check_optimizer(optimizer, settings)
 
     def _check(self, where: str, group: Mapping[str, Any]) -> None:
         check_bool(f"agr of {where}", group["agr"])

@@ -122,10 +122,7 @@ class AddOn(ABC):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{name} needs a torch.optim.Optimizer, but was given a {_name(optimizer)}")
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise TypeError(
-                f"this {_name(optimizer)} wraps an optimizer and has no step hooks of its own: attach {name} to the "
-                "optimizer before you wrap it"
-            )
+            raise TypeError(f"{_name(optimizer)} is a wrapper without step hooks: attach {name} before you wrap it")
         if type(self) in _attached.get(optimizer, ()):
             raise ValueError(f"this {_name(optimizer)} has an {name} already: detach() that one first")
         if isinstance(optimizer, LBFGS):
@@ -133,8 +130,8 @@ class AddOn(ABC):
                 f"{name} does not work with LBFGS, whose line search and curvature pairs need unmodified gradients and "
                 "weights: use it with a first-order optimizer"
             )
-        if taken := sorted(settings.keys() & optimizer.defaults.keys()):
-            raise ValueError(f"{_name(optimizer)} has settings called {', '.join(taken)} of its own: use those")
+        if taken := [f"{key}={value!r}" for key, value in settings.items() if key in optimizer.defaults]:
+            raise ValueError(f"{_name(optimizer)} has settings of its own: give it {', '.join(taken)}, and no {name}")
         if any(group.get("differentiable") for group in optimizer.param_groups):
             raise ValueError(f"{name} is not differentiable: set differentiable=False, or use an optimizer of normopt")
 

@@ -163,9 +163,7 @@ class LpDecay(AddOn):
             raise ValueError(f"{where} has no lr, which ℓp decay needs: set lp_decay=0 there")
         own = group.get("weight_decay", 0)
         if not group["lp_elastic"] and not equals(own, 0):
-            raise ValueError(
-                f"{where} has weight_decay = {own} of its own besides LpDecay: set it to 0, or elastic=True to use both"
-            )
+            raise ValueError(f"{where} has weight_decay = {own} of its own: set it to 0, or elastic=True to use both")
         if group["lp_over"] == "heads":
             _check_divisible(where, group)
         if isinstance(self.optimizer, SteepestDescent):
@@ -260,9 +258,7 @@ def _check_normopt(where: str, group: Mapping[str, Any]) -> None:
             'decay="lp", weight_decay=…, decay_p=…. There LpDecay is only for over="rows", "columns" or "heads"'
         )
     if group["rounding"] == "kahan" and any(w.dim() >= 2 and is_low_precision(w) for w in group["params"]):
-        raise ValueError(
-            f'{where} has rounding="kahan", whose compensation would undo LpDecay: use "nearest" or "stochastic"'
-        )
+        raise ValueError(f'{where} has rounding="kahan", which would undo LpDecay: use "nearest" or "stochastic"')
 
 
 def _current_p(group: Mapping[str, Any]) -> float:

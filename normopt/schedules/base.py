@@ -97,17 +97,13 @@ class PSchedule(ABC):
             )
         # Fewer is fine: groups may have been added to the optimizer after the schedule was created.
         groups, starts = self.optimizer.param_groups, state_dict["base_ps"]
+        remedy = "rebuild the groups that were saved"
         if len(starts) > len(groups):
-            raise ValueError(
-                f"this state has {len(starts)} param groups, but the optimizer has only {len(groups)}: rebuild the "
-                "groups that were saved"
-            )
+            raise ValueError(f"this state has {len(starts)} param groups, but the optimizer {len(groups)}: {remedy}")
         for i, (start, group) in enumerate(zip(starts, groups, strict=False)):
             if (start is None) != (group.get("p") is None):
                 ours, saved = ("a", "no") if start is None else ("no", "a")
-                raise ValueError(
-                    f"group {i} has {ours} p here and {saved} p in this state: rebuild the groups that were saved"
-                )
+                raise ValueError(f"group {i} has {ours} p here and {saved} p in this state: {remedy}")
         trial = copy.copy(self)
         trial.__dict__.update({k: v for k, v in state_dict.items() if k != "schedule"})
         trial._set(trial.base_ps, trial.last_step)

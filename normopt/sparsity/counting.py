@@ -68,12 +68,8 @@ class Report:
     @property
     def total(self) -> WeightCount:
         """Total over all weight tensors."""
-
-        def of(field: str) -> int:
-            return sum(getattr(w, field) for w in self.weights)
-
         fields = ("entries", "zeros", "small", "rows", "dead_rows", "columns", "dead_columns")
-        return WeightCount("total", (), **{field: of(field) for field in fields})
+        return WeightCount("total", (), **{field: sum(getattr(w, field) for w in self.weights) for field in fields})
 
     def __str__(self) -> str:
         return aligned(self._cells(), left=2)

@@ -206,9 +206,7 @@ def dense_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Names to dense tensors of the same shapes, for a model's ``load_state_dict``.
     """
-    return {
-        name: v.to_dense() if isinstance(v, Tensor) and v.layout != torch.strided else v for name, v in state.items()
-    }
+    return {name: v.to_dense() if isinstance(v, Tensor) else v for name, v in state.items()}
 
 
 def _replace_layers(

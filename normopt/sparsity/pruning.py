@@ -99,10 +99,7 @@ def _select_weights(model: nn.Module, exclude: Iterable[str]) -> list[Weight]:
     if sparse := [name for name, m in model.named_modules() if isinstance(m, SparseLinear)]:
         raise ValueError(f"{sparse[0] or 'the model'} is sparse: prune before to_sparse, or after to_dense")
     if partial := [w.name for w in found if any(p.is_partial() for p in getattr(w.tensor, "placements", ()))]:
-        raise ValueError(
-            f"{partial[0]} is a DTensor of partial sums, which has no entries to set to zero: redistribute it to "
-            "Replicate or Shard"
-        )
+        raise ValueError(f"{partial[0]} is a DTensor of partial sums: redistribute it to Replicate or Shard")
     if isinstance(exclude, str):
         raise TypeError(f"exclude must be a list of several names, but is {exclude!r}: write [{exclude!r}]")
     patterns, names = list(exclude), [w.name for w in found]

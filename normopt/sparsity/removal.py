@@ -73,7 +73,7 @@ def _fold(reader: Layer, values: Tensor) -> None:
 
 
 def _keep_inputs(layer: Layer, keep: Tensor) -> None:
-    _set(layer, "weight", layer.weight[:, keep])
+    replace_tensor(layer, "weight", layer.weight[:, keep])
     setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", int(keep.sum()))
 
 
@@ -92,11 +92,12 @@ def _keep(module: nn.Module, keep: Tensor, *sizes: str) -> None:
     """Keep some entries of a module's tensors along their first dim; ``sizes`` are the attributes that count them."""
     for name in ("weight", "bias", "running_mean", "running_var"):
         if (value := getattr(module, name, None)) is not None:
-            _set(module, name, value[keep])
+            replace_tensor(module, name, value[keep])
     for size in sizes:
         setattr(module, size, int(keep.sum()))
 
 
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
+def replace_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a module's parameter or buffer by one of the same kind."""
     old = getattr(module, name)
     setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
