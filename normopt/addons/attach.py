@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,9 +17,6 @@ from normopt.hooks import OutermostStep
 Closure = Callable[..., Any]
 Hooks = OrderedDict[int, Any]
 HookResult = tuple[tuple[Any, ...], dict[str, Any]]
-
-# The types of add-on attached to each optimizer. Not the add-ons themselves, which would keep the optimizer alive.
-_attached: WeakKeyDictionary[Optimizer, set[type[AddOn]]] = WeakKeyDictionary()
 
 
 class AddOn(ABC):
@@ -52,7 +48,6 @@ class AddOn(ABC):
         cast(Hooks, optimizer._optimizer_step_post_hooks).move_to_end(leave.id, last=False)
         load = optimizer.register_load_state_dict_pre_hook(self._fill_checkpoint)
         self._handles = [enter, leave, load]
-        _attached.setdefault(optimizer, set()).add(type(self))
 
     def detach(self) -> None:
         """Remove the hooks and the settings in the param groups; further calls do nothing.
@@ -68,7 +63,6 @@ class AddOn(ABC):
         for group in self.optimizer.param_groups:
             for key in self._settings:
                 group.pop(key, None)
-        _attached[self.optimizer].discard(type(self))
 
     def __repr__(self) -> str:
         """Return the optimizer's type and the settings; a list per setting where the groups differ."""
@@ -123,7 +117,8 @@ class AddOn(ABC):
             raise TypeError(f"{name} needs a torch.optim.Optimizer, but was given a {_name(optimizer)}")
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             raise TypeError(f"{_name(optimizer)} is a wrapper without step hooks: attach {name} before you wrap it")
-        if type(self) in _attached.get(optimizer, ()):
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        if type(self) in {type(getattr(hook, "__self__", None)) for hook in hooks}:
             raise ValueError(f"this {_name(optimizer)} has an {name} already: detach() that one first")
         if isinstance(optimizer, LBFGS):
             raise ValueError(

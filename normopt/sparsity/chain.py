@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple, cast, get_args
 
@@ -33,8 +32,7 @@ SUPPORTED = (
 )
 
 
-@dataclass(frozen=True)
-class FlattenMap:
+class FlattenMap(NamedTuple):
     """Map per-channel values to the features after a Flatten: channel c becomes [:, c, :] of outer × channels × inner.
 
     After a convolution, the features of a channel are contiguous (inner); after a linear layer applied at many
@@ -48,11 +46,10 @@ class FlattenMap:
         return of_channels.repeat_interleave(self.inner).repeat(self.outer)
 
 
-@dataclass
-class Stage:
+class Stage(NamedTuple):
     """A layer, and the modules between it and the next layer, in order.
 
-    Args:
+    Attributes:
         name: the layer's name in the model.
         layer: the layer whose output units may be removed.
         between: batch norms, depthwise convolutions, pools and activations, and `FlattenMap` for a Flatten.
@@ -60,7 +57,7 @@ class Stage:
 
     name: str
     layer: Layer
-    between: list[nn.Module | FlattenMap] = field(default_factory=list)
+    between: list[nn.Module | FlattenMap]
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -92,7 +89,7 @@ def trace_chain(model: nn.Module, x: Tensor) -> list[Stage]:
             if found and own != axis:
                 hint = ": put a Flatten between" if own == -1 else ""
                 raise _unsupported(name, module, f"acts on another dim than the units of {found[-1].name!r}{hint}")
-            found.append(Stage(name, module))
+            found.append(Stage(name, module, between=[]))
             axis = own
         elif found:
             step = _check_between(name, module, x, axis)
