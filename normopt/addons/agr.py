@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt._checks import check_bool
-from normopt.addons.attach import AddOn, Closure, check_dense_grads
+from normopt.addons.attach import AddOn, check_dense_grads
 from normopt.norms.base import as_real, num_reals, to_compute_dtype
 from normopt.sharding.exchange import of_each
 from normopt.sharding.layout import resolved, to_local
@@ -72,9 +72,6 @@ class AGR(AddOn):
 
     def _check(self, where: str, group: Mapping[str, Any]) -> None:
         check_bool(f"agr of {where}", group["agr"])
-
-    def _post_step(self, closure: Closure | None) -> None:
-        self._restore()
 
     def _abort(self) -> None:
         # A replacement that was written since (by the user, or by the step that raised) is kept: its values may matter.

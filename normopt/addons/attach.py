@@ -101,11 +101,11 @@ class AddOn(ABC):
         """Act on a step's gradients: before the step, or after each call of its closure."""
 
     def _restore(self) -> None:  # noqa: B027
-        """Undo `_on_gradients`, before the closure computes new gradients."""
+        """Undo `_on_gradients`, before the closure computes new gradients and after the step. Default: nothing."""
 
-    @abstractmethod
     def _post_step(self, closure: Closure | None) -> None:
         """Act after a step."""
+        self._restore()
 
     @abstractmethod
     def _abort(self) -> None:

@@ -195,11 +195,10 @@ class LpDecay(AddOn):
     def _save_factors(self, group: Mapping[str, Any], weights: list[Tensor]) -> None:
         """Compute the decay factors from the current weights, to be applied after the step."""
         p, over = _current_p(group), group["lp_over"]
-        heads = group["lp_heads"] if over == "heads" else None
         for w in weights:
             reach = _to_device_of(group["lr"], w) * _to_device_of(group["lp_decay"], w)
             here = to_compute_dtype(_local_real(w))
-            sizes = here if over == "entries" else block_norms(here, layout_of(w), over, heads)
+            sizes = here if over == "entries" else block_norms(here, layout_of(w), over, group["lp_heads"])
             self._pending.append((w, lp_factors([sizes], p, reach)[0]))
 
     @torch.no_grad()

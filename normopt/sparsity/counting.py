@@ -76,10 +76,9 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the table in Markdown."""
-        head, *rows = self._cells()
         # A bar would end the Markdown cell.
-        lines = [tuple(cell.replace("|", r"\|") for cell in row) for row in (head, *rows)]
-        lines.insert(1, ("---", "---", *["---:"] * (len(head) - 2)))
+        lines = [[cell.replace("|", r"\|") for cell in row] for row in self._cells()]
+        lines.insert(1, ["---", "---", *["---:"] * (len(lines[0]) - 2)])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def figure(self) -> Figure:
