@@ -72,7 +72,8 @@ class AddOn(ABC):
         settings = []
         for key, default in self._settings.items():
             values = [repr(group.get(key, default)) for group in groups]
-            settings.append(f"{key}={values[0] if len(set(values)) == 1 else '[' + ', '.join(values) + ']'}")
+            shown = values[0] if len(set(values)) == 1 else f"[{', '.join(values)}]"
+            settings.append(f"{key}={shown}")
         return f"{kind}, {', '.join(settings)}, attached)"
 
     @abstractmethod
@@ -117,7 +118,7 @@ class AddOn(ABC):
             raise TypeError(f"{name} needs a torch.optim.Optimizer, but was given a {_name(optimizer)}")
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             raise TypeError(f"{_name(optimizer)} is a wrapper without step hooks: attach {name} before you wrap it")
-        hooks = optimizer._optimizer_step_pre_hooks.values()
+        hooks = optimizer._optimizer_step_pre_hooks.values()  # an attached add-on's are its methods
         if type(self) in {type(getattr(hook, "__self__", None)) for hook in hooks}:
             raise ValueError(f"this {_name(optimizer)} has an {name} already: detach() that one first")
         if isinstance(optimizer, LBFGS):
@@ -126,7 +127,7 @@ class AddOn(ABC):
                 "weights: use it with a first-order optimizer"
             )
         if taken := [f"{key}={value!r}" for key, value in settings.items() if key in optimizer.defaults]:
-            raise ValueError(f"{_name(optimizer)} has settings of its own: give it {', '.join(taken)}, and no {name}")
+            raise ValueError(f"{_name(optimizer)} has settings of its own: use {', '.join(taken)} instead of {name}")
         if any(group.get("differentiable") for group in optimizer.param_groups):
             raise ValueError(f"{name} is not differentiable: set differentiable=False, or use an optimizer of normopt")
 

@@ -99,7 +99,7 @@ class PSchedule(ABC):
         groups, starts = self.optimizer.param_groups, state_dict["base_ps"]
         remedy = "rebuild the groups that were saved"
         if len(starts) > len(groups):
-            raise ValueError(f"this state has {len(starts)} param groups, but the optimizer {len(groups)}: {remedy}")
+            raise ValueError(f"this state has {len(starts)} param groups, the optimizer has {len(groups)}: {remedy}")
         for i, (start, group) in enumerate(zip(starts, groups, strict=False)):
             if (start is None) != (group.get("p") is None):
                 ours, saved = ("a", "no") if start is None else ("no", "a")

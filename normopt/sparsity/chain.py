@@ -61,7 +61,7 @@ class Stage(NamedTuple):
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Return whether it is a convolution of which each output channel reads one input channel, of several."""
+    """Return whether it is a convolution whose output channels each read exactly one of several input channels."""
     return isinstance(module, Conv) and module.groups == module.in_channels == module.out_channels > 1
 
 
