@@ -166,9 +166,9 @@ def _count(weight: Weight, threshold: float) -> WeightCount:
         zeros=int(zero.sum()),
         small=int((units.abs() < threshold).sum()),
         rows=groups * outs,
-        dead_rows=_all(zero, weight.rows),
+        dead_rows=_all(zero, weight.dims("rows")),
         columns=groups * ins,
-        dead_columns=_all(zero, weight.columns),
+        dead_columns=_all(zero, weight.dims("columns")),
     )
 
 

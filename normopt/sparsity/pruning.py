@@ -117,7 +117,7 @@ def _magnitudes(weight: Weight, over: Over) -> Tensor:
     sizes = weight.units().abs()
     if over == "entries" or not sizes.numel():
         return sizes
-    dims = weight.rows if over == "rows" else weight.columns
+    dims = weight.dims(over)
     # Scale by the largest entry, so that no square underflows or overflows.
     top = sizes.amax(dims, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
     return top * (sizes / top).square().sum(dims, keepdim=True).sqrt()

@@ -53,15 +53,12 @@ class Weight:
             full = DTensor.from_local(w, mesh, [Replicate()] * mesh.ndim, run_check=False)
             self.tensor.copy_(full.redistribute(placements=placements))
 
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """Dims of ``units()`` that span one row: the incoming weights of an output unit."""
-        return tuple(range(2, self.tensor.dim() + 1))
+    def dims(self, over: str) -> tuple[int, ...]:
+        """Return the dims of ``units()`` that span one of "rows" or "columns".
 
-    @property
-    def columns(self) -> tuple[int, ...]:
-        """Dims of ``units()`` that span one column: the outgoing weights of an input unit."""
-        return (1, *range(3, self.tensor.dim() + 1))
+        A row holds the incoming weights of an output unit, a column the outgoing weights of an input unit.
+        """
+        return (2 if over == "rows" else 1, *range(3, self.tensor.dim() + 1))
 
 
 def weights(model: nn.Module) -> list[Weight]:
