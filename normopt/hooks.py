@@ -82,4 +82,7 @@ def _creates_state(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[st
 
 def _step_frame() -> FrameType | None:
     """Return the frame of torch.optim's ``step`` wrapper that called this hook, if any."""
-    return next((frame for frame, _ in walk_stack(sys._getframe()) if frame.f_code.co_filename == _TORCH_FILE), None)
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != _TORCH_FILE:
+        frame = frame.f_back
+    return frame

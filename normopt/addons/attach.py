@@ -133,13 +133,14 @@ class AddOn(ABC):
 
     def _fill_defaults(self) -> None:
         """Fill in missing settings in all groups, after checking every group, so that an error changes nothing."""
-        complete = [{**self._settings, **group} for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        complete = [{**self._settings, **group} for group in groups]
         for i, group in enumerate(complete):
             self._check(f"group {i}", group)
-        for group, old in zip(complete, self.optimizer.param_groups, strict=True):
-            if group.keys() != old.keys():
-                self._warn_new_group(group)
-        for group, old in zip(complete, self.optimizer.param_groups, strict=True):
+        new = [(group, old) for group, old in zip(complete, groups, strict=True) if len(group) > len(old)]
+        for group, _ in new:
+            self._warn_new_group(group)
+        for group, old in new:
             old.update(group)
 
     @_disable_dynamo
