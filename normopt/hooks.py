@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from traceback import walk_stack
 from types import FrameType
 from typing import Any
 
@@ -38,7 +39,7 @@ class OutermostStep:
         Args:
             optimizer, args, kwargs: the hook's arguments.
         """
-        if self._frame is not None and _is_on_stack(self._frame):
+        if self._frame is not None and any(frame is self._frame for frame, _ in walk_stack(sys._getframe())):
             self._depth += 1
             return False
         self._frame, self._depth = _step_frame(), 1
@@ -72,14 +73,11 @@ def _creates_state(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[st
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if any(p.grad is None or p.grad.layout != torch.strided for p in params):
         return False
-    if not all(_is_zero(group.get("lr", 0)) for group in optimizer.param_groups):
+    lrs = [group.get("lr", 0) for group in optimizer.param_groups]
+    if not all(isinstance(lr, (int, float, Tensor)) and float(lr) == 0 for lr in lrs):
         return False
     # With DTensors all ranks must agree: a sum of magnitudes reduces correctly under every placement.
     return all(float(full_tensor(torch.linalg.vector_norm(p.grad, 1))) == 0 for p in params)
-
-
-def _is_zero(lr: object) -> bool:
-    return isinstance(lr, (int, float, Tensor)) and float(lr) == 0
 
 
 def _step_frame() -> FrameType | None:
@@ -88,10 +86,3 @@ def _step_frame() -> FrameType | None:
     while frame is not None and frame.f_code.co_filename != _TORCH_FILE:
         frame = frame.f_back
     return frame
-
-
-def _is_on_stack(target: FrameType) -> bool:
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame is not target:
-        frame = frame.f_back
-    return frame is not None

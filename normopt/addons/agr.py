@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt._checks import check_bool
-from normopt.addons.attach import AddOn, Closure, check_dense_grads
-from normopt.engine import SteepestDescent
+from normopt.addons.attach import AddOn, check_dense_grads
 from normopt.norms.base import as_real, num_reals, to_compute_dtype
 from normopt.sharding.exchange import of_each
 from normopt.sharding.layout import resolved, to_local
@@ -71,30 +70,8 @@ class AGR(AddOn):
         self._swapped: list[SwappedGrad] = []
         super().__init__(optimizer, {"agr": True})
 
-    def _check_optimizer(self, optimizer: object, settings: Mapping[str, Any]) -> None:
-        if isinstance(optimizer, SteepestDescent):
-            name = type(optimizer).__name__
-            raise ValueError(f"AGR is a setting of normopt's own optimizers: use normopt.{name}(…, agr=True)")
-        super()._check_optimizer(optimizer, settings)
-
     def _check(self, where: str, group: Mapping[str, Any]) -> None:
         check_bool(f"agr of {where}", group["agr"])
-
-    def _pre_step(self, closure: Closure | None) -> Closure | None:
-        if closure is None:
-            self._regularize()
-            return None
-
-        def regularized(*args: Any, **kwargs: Any) -> Any:
-            self._restore()
-            loss = closure(*args, **kwargs)
-            self._regularize()
-            return loss
-
-        return regularized
-
-    def _post_step(self, closure: Closure | None) -> None:
-        self._restore()
 
     def _abort(self) -> None:
         # A replacement that was written since (by the user, or by the step that raised) is kept: its values may matter.
@@ -102,7 +79,7 @@ class AGR(AddOn):
         self._restore()
 
     @torch.no_grad()
-    def _regularize(self) -> None:
+    def _on_gradients(self) -> None:
         groups = [group for group in self.optimizer.param_groups if group["agr"]]
         params = [p for group in groups for p in group["params"] if p.grad is not None]
         check_dense_grads(params, "AGR")

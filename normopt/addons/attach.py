@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,11 +15,8 @@ from torch.optim import LBFGS, Optimizer
 from normopt.hooks import OutermostStep
 
 Closure = Callable[..., Any]
-Group = dict[str, Any]
+Hooks = OrderedDict[int, Any]
 HookResult = tuple[tuple[Any, ...], dict[str, Any]]
-
-# The types of add-on attached to each optimizer. Not the add-ons themselves, which would keep the optimizer alive.
-_attached: WeakKeyDictionary[Optimizer, set[type[AddOn]]] = WeakKeyDictionary()
 
 
 class AddOn(ABC):
@@ -48,14 +44,10 @@ class AddOn(ABC):
         enter = optimizer.register_step_pre_hook(self._pre_hook)
         leave = optimizer.register_step_post_hook(self._post_hook)
         # Run before a monitor's hooks, so that it sees the gradients that the step reads and the final weights.
-        for hooks, handle in (
-            (optimizer._optimizer_step_pre_hooks, enter),
-            (optimizer._optimizer_step_post_hooks, leave),
-        ):
-            cast(OrderedDict[int, Any], hooks).move_to_end(handle.id, last=False)
+        cast(Hooks, optimizer._optimizer_step_pre_hooks).move_to_end(enter.id, last=False)
+        cast(Hooks, optimizer._optimizer_step_post_hooks).move_to_end(leave.id, last=False)
         load = optimizer.register_load_state_dict_pre_hook(self._fill_checkpoint)
         self._handles = [enter, leave, load]
-        _attached.setdefault(optimizer, set()).add(type(self))
 
     def detach(self) -> None:
         """Remove the hooks and the settings in the param groups; further calls do nothing.
@@ -71,7 +63,6 @@ class AddOn(ABC):
         for group in self.optimizer.param_groups:
             for key in self._settings:
                 group.pop(key, None)
-        _attached[self.optimizer].discard(type(self))
 
     def __repr__(self) -> str:
         """Return the optimizer's type and the settings; a list per setting where the groups differ."""
@@ -81,7 +72,7 @@ class AddOn(ABC):
         settings = []
         for key, default in self._settings.items():
             values = [repr(group.get(key, default)) for group in groups]
-            shown = f"[{', '.join(values)}]" if len(set(values)) > 1 else values[0] if values else repr(default)
+            shown = values[0] if len(set(values)) == 1 else f"[{', '.join(values)}]"
             settings.append(f"{key}={shown}")
         return f"{kind}, {', '.join(settings)}, attached)"
 
@@ -92,13 +83,30 @@ class AddOn(ABC):
     def _warn_new_group(self, group: Mapping[str, Any]) -> None:  # noqa: B027
         """Warn about a group that is new to the add-on, where its settings may surprise."""
 
-    @abstractmethod
     def _pre_step(self, closure: Closure | None) -> Closure | None:
         """Act before a step; given a closure, return its replacement."""
+        if closure is None:
+            self._on_gradients()
+            return None
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            self._restore()
+            loss = closure(*args, **kwargs)
+            self._on_gradients()
+            return loss
+
+        return replacement
 
     @abstractmethod
+    def _on_gradients(self) -> None:
+        """Act on a step's gradients: before the step, or after each call of its closure."""
+
+    def _restore(self) -> None:  # noqa: B027
+        """Undo `_on_gradients`, before the closure computes new gradients and after the step. Default: nothing."""
+
     def _post_step(self, closure: Closure | None) -> None:
         """Act after a step."""
+        self._restore()
 
     @abstractmethod
     def _abort(self) -> None:
@@ -109,31 +117,30 @@ class AddOn(ABC):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{name} needs a torch.optim.Optimizer, but was given a {_name(optimizer)}")
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise TypeError(
-                f"this {_name(optimizer)} wraps an optimizer and has no step hooks of its own: attach {name} to the "
-                "optimizer before you wrap it"
-            )
-        if type(self) in _attached.get(optimizer, ()):
+            raise TypeError(f"{_name(optimizer)} is a wrapper without step hooks: attach {name} before you wrap it")
+        hooks = optimizer._optimizer_step_pre_hooks.values()  # an attached add-on's are its methods
+        if type(self) in {type(getattr(hook, "__self__", None)) for hook in hooks}:
             raise ValueError(f"this {_name(optimizer)} has an {name} already: detach() that one first")
         if isinstance(optimizer, LBFGS):
             raise ValueError(
                 f"{name} does not work with LBFGS, whose line search and curvature pairs need unmodified gradients and "
                 "weights: use it with a first-order optimizer"
             )
-        if taken := sorted(settings.keys() & optimizer.defaults.keys()):
-            raise ValueError(f"{_name(optimizer)} has settings called {', '.join(taken)} of its own: use those")
+        if taken := [f"{key}={value!r}" for key, value in settings.items() if key in optimizer.defaults]:
+            raise ValueError(f"{_name(optimizer)} has settings of its own: use {', '.join(taken)} instead of {name}")
         if any(group.get("differentiable") for group in optimizer.param_groups):
             raise ValueError(f"{name} is not differentiable: set differentiable=False, or use an optimizer of normopt")
 
     def _fill_defaults(self) -> None:
         """Fill in missing settings in all groups, after checking every group, so that an error changes nothing."""
-        complete = [{**self._settings, **group} for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        complete = [{**self._settings, **group} for group in groups]
         for i, group in enumerate(complete):
             self._check(f"group {i}", group)
-        for group, old in zip(complete, self.optimizer.param_groups, strict=True):
-            if group.keys() != old.keys():
-                self._warn_new_group(group)
-        for group, old in zip(complete, self.optimizer.param_groups, strict=True):
+        new = [(group, old) for group, old in zip(complete, groups, strict=True) if len(group) > len(old)]
+        for group, _ in new:
+            self._warn_new_group(group)
+        for group, old in new:
             old.update(group)
 
     @_disable_dynamo
@@ -145,9 +152,9 @@ class AddOn(ABC):
         instead = self._pre_step(_closure(args, kwargs))
         if instead is None:
             return None
-        return (
-            (args, {**kwargs, "closure": instead}) if "closure" in kwargs else ((args[0], instead, *args[2:]), kwargs)
-        )
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": instead}
+        return (args[0], instead, *args[2:]), kwargs
 
     @_disable_dynamo
     def _post_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt._checks import check_bool, check_choice, check_number, equals, is_low_precision, is_quantized, near
+from normopt._checks import check_bool, check_number, equals, is_low_precision, is_quantized, near, warn
 from normopt.addons.attach import AddOn, Closure, check_dense_grads
 from normopt.addons.block_norms import block_norms
 from normopt.engine import SteepestDescent
 from normopt.norms.base import as_real, to_compute_dtype
 from normopt.params import warn_if_stuck
 from normopt.sharding.layout import is_dtensor, layout_of, to_local
+from normopt.stages.base import Check, number, one_of
 from normopt.stages.decay import lp_factors, scale_
 
 Over = Literal["entries", "rows", "columns", "heads"]
-
-
-def _check_strength(name: str, value: object) -> None:
-    check_number(name, value, low=0, open_high=True, tensor=True)
-
-
-def _check_exponent(name: str, value: object) -> None:
-    check_number(name, value, low=0, open_low=True, open_high=True)
-
-
-def _check_over(name: str, value: object) -> None:
-    check_choice(name, value, ("entries", "rows", "columns", "heads"))
 
 
 def _check_count(name: str, value: object, low: int = 0) -> None:
@@ -40,17 +28,17 @@ def _check_count(name: str, value: object, low: int = 0) -> None:
     check_number(name, value, low=low)
 
 
-def _check_head_count(name: str, value: object) -> None:
+def _check_heads(name: str, value: object) -> None:
     if value is not None:
         _check_count(name, value, low=1)
 
 
 # Param group key → (constructor argument, check of its value).
-_SETTINGS: dict[str, tuple[str, Callable[[str, object], None]]] = {
-    "lp_decay": ("weight_decay", _check_strength),
-    "lp_p": ("p", _check_exponent),
-    "lp_over": ("over", _check_over),
-    "lp_heads": ("heads", _check_head_count),
+_SETTINGS: dict[str, tuple[str, Check]] = {
+    "lp_decay": ("weight_decay", number(low=0, open_high=True, tensor=True)),
+    "lp_p": ("p", number(low=0, open_low=True, open_high=True)),
+    "lp_over": ("over", one_of(get_args(Over))),
+    "lp_heads": ("heads", _check_heads),
     "lp_warmup": ("warmup", _check_count),
     "lp_elastic": ("elastic", check_bool),
     "lp_step": ("lp_step", _check_count),
@@ -149,20 +137,13 @@ class LpDecay(AddOn):
         warmup: int = 0,
         elastic: bool = False,
     ) -> None:
-        settings = {
-            "lp_decay": weight_decay,
-            "lp_p": p,
-            "lp_over": over,
-            "lp_heads": heads,
-            "lp_warmup": warmup,
-            "lp_elastic": elastic,
-            "lp_step": 0,
-        }
-        for key, value in settings.items():
-            argument, check = _SETTINGS[key]
-            check(argument, value)
+        given = dict(weight_decay=weight_decay, p=p, over=over, heads=heads, warmup=warmup, elastic=elastic, lp_step=0)
+        for argument, check in _SETTINGS.values():
+            check(argument, given[argument])
+        settings = {key: given[argument] for key, (argument, _) in _SETTINGS.items()}
         if heads is not None and over != "heads":
             raise ValueError(f'heads = {heads} needs over="heads", but over = {over!r}')
+        self._decayed: list[tuple[Mapping[str, Any], list[Tensor]]] = []  # groups and their weights, for one step
         self._pending: list[tuple[Tensor, Tensor]] = []  # weights and their factors
         before = [dict(group) for group in optimizer.param_groups] if isinstance(optimizer, Optimizer) else []
         super().__init__(optimizer, settings)
@@ -182,11 +163,9 @@ class LpDecay(AddOn):
             raise ValueError(f"{where} has no lr, which ℓp decay needs: set lp_decay=0 there")
         own = group.get("weight_decay", 0)
         if not group["lp_elastic"] and not equals(own, 0):
-            raise ValueError(
-                f"{where} has weight_decay = {own} of its own besides LpDecay: set it to 0, or elastic=True to use both"
-            )
+            raise ValueError(f"{where} has weight_decay = {own} of its own: set it to 0, or elastic=True to use both")
         if group["lp_over"] == "heads":
-            _check_heads(where, group)
+            _check_divisible(where, group)
         if isinstance(self.optimizer, SteepestDescent):
             _check_normopt(where, group)
 
@@ -197,40 +176,29 @@ class LpDecay(AddOn):
             warn_if_stuck(dense, group["lp_p"], remedy, stacklevel=6)
 
     def _pre_step(self, closure: Closure | None) -> Closure | None:
-        decayed = [
+        self._decayed = [
             (group, [w for w in group["params"] if w.dim() >= 2 and w.numel() and not is_quantized(w)])
             for group in self.optimizer.param_groups
             if not equals(group["lp_decay"], 0)
         ]
-
-        def check_grads() -> None:
-            check_dense_grads((w for _, weights in decayed for w in weights), "LpDecay")
-
-        if closure is None:
-            check_grads()
-        for group, weights in decayed:
+        replacement = super()._pre_step(closure)
+        for group, weights in self._decayed:
             # With a closure, it is not known yet which weights will have a gradient.
             dense = [w for w in weights if w.layout == torch.strided]
             self._save_factors(group, [w for w in dense if closure is not None or w.grad is not None])
-        if closure is None:
-            return None
+        return replacement
 
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            loss = closure(*args, **kwargs)
-            check_grads()
-            return loss
-
-        return checked
+    def _on_gradients(self) -> None:
+        check_dense_grads((w for _, weights in self._decayed for w in weights), "LpDecay")
 
     @torch.no_grad()
     def _save_factors(self, group: Mapping[str, Any], weights: list[Tensor]) -> None:
         """Compute the decay factors from the current weights, to be applied after the step."""
         p, over = _current_p(group), group["lp_over"]
-        heads = group["lp_heads"] if over == "heads" else None
         for w in weights:
             reach = _to_device_of(group["lr"], w) * _to_device_of(group["lp_decay"], w)
             here = to_compute_dtype(_local_real(w))
-            sizes = here if over == "entries" else block_norms(here, layout_of(w), over, heads)
+            sizes = here if over == "entries" else block_norms(here, layout_of(w), over, group["lp_heads"])
             self._pending.append((w, lp_factors([sizes], p, reach)[0]))
 
     @torch.no_grad()
@@ -262,17 +230,15 @@ def _warn_kept_settings(i: int, group: Mapping[str, Any], settings: Mapping[str,
     }
     if kept:
         key = next(iter(kept))
-        warnings.warn(
+        warn(
             f"group {i} already has LpDecay settings, as from a checkpoint or a copy, and keeps "
             f"{', '.join(f'{k} = {v!r}' for k, v in kept.items())} instead of the arguments' "
             f"{', '.join(f'{_SETTINGS[k][0]} = {settings[k]!r}' for k in kept)}. To change one, set it in the group: "
-            f"optimizer.param_groups[{i}][{key!r}] = {settings[key]!r}",
-            UserWarning,
-            stacklevel=3,
+            f"optimizer.param_groups[{i}][{key!r}] = {settings[key]!r}"
         )
 
 
-def _check_heads(where: str, group: Mapping[str, Any]) -> None:
+def _check_divisible(where: str, group: Mapping[str, Any]) -> None:
     heads = group["lp_heads"]
     if heads is None:
         raise ValueError(f'over="heads" needs the number of heads: give heads, or set lp_heads in {where}')
@@ -291,9 +257,7 @@ def _check_normopt(where: str, group: Mapping[str, Any]) -> None:
             'decay="lp", weight_decay=…, decay_p=…. There LpDecay is only for over="rows", "columns" or "heads"'
         )
     if group["rounding"] == "kahan" and any(w.dim() >= 2 and is_low_precision(w) for w in group["params"]):
-        raise ValueError(
-            f'{where} has rounding="kahan", whose compensation would undo LpDecay: use "nearest" or "stochastic"'
-        )
+        raise ValueError(f'{where} has rounding="kahan", which would undo LpDecay: use "nearest" or "stochastic"')
 
 
 def _current_p(group: Mapping[str, Any]) -> float:

@@ -81,12 +81,7 @@ class AdaptiveP(PSchedule):
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        p_end: float = 2.0,
-        beta: float = 0.9,
-        low: float = 0.0,
-        high: float = GAUSSIAN,
+        self, optimizer: Optimizer, p_end: float = 2.0, beta: float = 0.9, low: float = 0.0, high: float = GAUSSIAN
     ) -> None:
         check_number("p_end", p_end, low=1, open_low=True)
         check_number("beta", beta, low=0, high=1, open_high=True)
@@ -121,7 +116,7 @@ class AdaptiveP(PSchedule):
         return self.p_end
 
     def _p_of(self, i: int, start: float, s: int) -> float:
-        density = self.densities[i] if i < len(self.densities) else None
+        density = self.densities[i] if self.densities else None
         if density is None:
             return self.p_at(start, s)
         t = (density - self.low) / (self.high - self.low)
@@ -139,15 +134,11 @@ class AdaptiveP(PSchedule):
                 "AdaptiveP measures gradients, but no parameter has one: call its step() after optimizer.step() and "
                 "before optimizer.zero_grad()"
             )
-        new = dict(zip(measured, stack(list(measured.values())).tolist(), strict=True))
-        averages: list[float | None] = []
-        for i in range(len(self.base_ps)):
-            old = self.densities[i] if i < len(self.densities) else None
-            found = new.get(i, math.nan)
-            if not math.isfinite(found):
-                averages.append(old)
-            else:
-                averages.append(found if old is None else self.beta * old + (1 - self.beta) * found)
+        averages = list(self.densities) or [None] * len(self.base_ps)
+        for i, found in zip(measured, stack(list(measured.values())).tolist(), strict=True):
+            if math.isfinite(found):
+                old = averages[i]
+                averages[i] = found if old is None else self.beta * old + (1 - self.beta) * found
         return averages
 
 

@@ -1,4 +1,4 @@
-"""The base class of schedules of p: where p is stored, when it changes, how it is saved."""
+"""Base class of schedules of p: where p is stored, when it changes, how it is saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from normopt._checks import check_number
 
 
 class PSchedule(ABC):
-    """The base class of schedules of p. It sets p in the param groups on construction and after every ``step()``.
+    """Base class of schedules of p. It sets p in the param groups on construction and after every ``step()``.
 
     A schedule with S steps visits s = 1 … S: s = 1 on construction, and the next s with every ``step()``.
     Call ``step()`` once per optimizer step or once per epoch, whichever S counts. After S, p keeps its last
@@ -52,7 +52,7 @@ class PSchedule(ABC):
                 'normopt.LPSGDM or SteepestDescent(norm="lp", p=8.0)'
             )
         self.last_step = 1
-        self._set(self.base_ps, self.last_step)
+        self._set(self.last_step)
 
     @abstractmethod
     def p_at(self, start: float, s: int) -> float:
@@ -69,7 +69,7 @@ class PSchedule(ABC):
 
     def step(self) -> None:
         """Advance every group's p by one step."""
-        self._set(self.base_ps, self.last_step + 1)
+        self._set(self.last_step + 1)
         self.last_step += 1
 
     def get_last_p(self) -> list[float | Tensor | None]:
@@ -97,29 +97,25 @@ class PSchedule(ABC):
             )
         # Fewer is fine: groups may have been added to the optimizer after the schedule was created.
         groups, starts = self.optimizer.param_groups, state_dict["base_ps"]
+        remedy = "rebuild the groups that were saved"
         if len(starts) > len(groups):
-            raise ValueError(
-                f"this state has {len(starts)} param groups, but the optimizer has only {len(groups)}: rebuild the "
-                "groups that were saved"
-            )
+            raise ValueError(f"this state has {len(starts)} param groups, the optimizer has {len(groups)}: {remedy}")
         for i, (start, group) in enumerate(zip(starts, groups, strict=False)):
             if (start is None) != (group.get("p") is None):
                 ours, saved = ("a", "no") if start is None else ("no", "a")
-                raise ValueError(
-                    f"group {i} has {ours} p here and {saved} p in this state: rebuild the groups that were saved"
-                )
+                raise ValueError(f"group {i} has {ours} p here and {saved} p in this state: {remedy}")
         trial = copy.copy(self)
         trial.__dict__.update({k: v for k, v in state_dict.items() if k != "schedule"})
-        trial._set(trial.base_ps, trial.last_step)
+        trial._set(trial.last_step)
         self.__dict__.update(trial.__dict__)
 
     def __repr__(self) -> str:
         state = ", ".join(f"{k}={v}" for k, v in self.state_dict().items() if k != "schedule")
         return f"{type(self).__name__}({state})"
 
-    def _set(self, starts: list[float | None], s: int) -> None:
+    def _set(self, s: int) -> None:
         # Compute all before setting any, so that an error changes nothing.
-        ps = [None if start is None else self._p_of(i, start, s) for i, start in enumerate(starts)]
+        ps = [None if start is None else self._p_of(i, start, s) for i, start in enumerate(self.base_ps)]
         # Groups added after construction keep their own p, as with torch's LR schedulers.
         for group, p in zip(self.optimizer.param_groups, ps, strict=False):
             if isinstance(group.get("p"), Tensor):

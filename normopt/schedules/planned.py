@@ -14,14 +14,10 @@ from normopt.schedules.base import PSchedule, interpolate_exponent
 
 
 class AnnealedP(PSchedule):
-    """The base of schedules that anneal p from the group's p to ``p_end`` along a curve falling from 1 to 0."""
+    """Base class of schedules that anneal p from the group's p to ``p_end`` along a curve falling from 1 to 0."""
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        total_steps: int,
-        p_end: float = 2.0,
-        space: Literal["p", "exponent"] = "p",
+        self, optimizer: Optimizer, total_steps: int, p_end: float = 2.0, space: Literal["p", "exponent"] = "p"
     ) -> None:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int):
             raise TypeError(f"total_steps must be an integer, but is {total_steps!r} ({type(total_steps).__name__})")
@@ -29,9 +25,7 @@ class AnnealedP(PSchedule):
             raise ValueError(f"total_steps must be at least 1, but is {total_steps}: count optimizer steps or epochs")
         check_number("p_end", p_end, low=1)
         check_choice("space", space, ("p", "exponent"))
-        self.total_steps = total_steps
-        self.p_end = float(p_end)
-        self.space = space
+        self.total_steps, self.p_end, self.space = total_steps, float(p_end), space
         super().__init__(optimizer)
         if self.p_end == 1 and any(group.get("scale") == "power" for group in optimizer.param_groups):
             raise ValueError('scale="power" diverges at p_end = 1: use p_end > 1 or another scale')
@@ -50,14 +44,11 @@ class AnnealedP(PSchedule):
             raise ValueError('p = ∞ cannot be annealed in p itself: use space="exponent", which anneals 1/(p−1)')
         if self.space == "exponent" and 1 in (start, self.p_end):
             raise ValueError('1/(p−1) is undefined at p = 1: use space="p"')
-        if self.total_steps == 1:
-            return start
-        weight = self.curve(min(s - 1, self.total_steps - 1) / (self.total_steps - 1))
-        if weight == 1:
-            return start
-        if self.space == "p":
-            return self.p_end + (start - self.p_end) * weight
-        return interpolate_exponent(start, self.p_end, weight)
+        last = self.total_steps - 1
+        weight = self.curve(min(s - 1, last) / last) if last else 1.0
+        if self.space == "exponent":
+            return interpolate_exponent(start, self.p_end, weight)
+        return start if weight == 1 else self.p_end + (start - self.p_end) * weight
 
     @abstractmethod
     def curve(self, t: float) -> float:

@@ -1,6 +1,6 @@
 """Count zeros, prune small weights, remove dead units, and store weights in sparse layouts.
 
-Imports run one way: pruning → counting → weights → layouts; shrinking → removal → chain, shrinking → layouts. Nothing
+Imports run one way: pruning → counting → weights → layouts; shrinking → removal → chain, shrinking → counting. Nothing
 here depends on an optimizer.
 """
 

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = nn.Linear | Conv
-
-DIMS: dict[type[nn.Module], int] = {
-    kind: d
-    for d in (1, 2, 3)
-    for kind in (
-        *(getattr(nn, f"{name}{d}d") for name in ("Conv", "BatchNorm", "MaxPool", "AvgPool")),
-        *(getattr(nn, f"Adaptive{name}Pool{d}d") for name in ("Avg", "Max")),
-    )
-}
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-POOLS = tuple(kind for kind in DIMS if kind not in (*CONVOLUTIONS, *BATCH_NORMS))
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+POOLS = {getattr(nn, f"{kind}Pool{d}d"): d for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax") for d in (1, 2, 3)}
+# Number of dims of the inputs after the channels; 0 for a linear layer, whose units are the last dim.
+DIMS = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, **POOLS}
 ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign),
@@ -31,7 +23,7 @@ ACTIVATIONS = (
 # Identities in eval mode.
 NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 FINAL = (nn.Softmax, nn.LogSoftmax)
-KNOWN = (nn.Linear, *DIMS, *ACTIVATIONS, *NO_OPS, nn.Flatten, nn.Unflatten, *FINAL)
+KNOWN = (*DIMS, *get_args(BatchNorm), *ACTIVATIONS, *NO_OPS, nn.Flatten, nn.Unflatten, *FINAL)
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 SUPPORTED = (
     "shrink supports (nested) nn.Sequential of nn.Linear, Conv1d to Conv3d (groups=1 or depthwise), BatchNorm1d to 3d, "
@@ -40,8 +32,7 @@ SUPPORTED = (
 )
 
 
-@dataclass(frozen=True)
-class FlattenMap:
+class FlattenMap(NamedTuple):
     """Map per-channel values to the features after a Flatten: channel c becomes [:, c, :] of outer × channels × inner.
 
     After a convolution, the features of a channel are contiguous (inner); after a linear layer applied at many
@@ -55,11 +46,10 @@ class FlattenMap:
         return of_channels.repeat_interleave(self.inner).repeat(self.outer)
 
 
-@dataclass
-class Stage:
+class Stage(NamedTuple):
     """A layer, and the modules between it and the next layer, in order.
 
-    Args:
+    Attributes:
         name: the layer's name in the model.
         layer: the layer whose output units may be removed.
         between: batch norms, depthwise convolutions, pools and activations, and `FlattenMap` for a Flatten.
@@ -67,12 +57,12 @@ class Stage:
 
     name: str
     layer: Layer
-    between: list[nn.Module | FlattenMap] = field(default_factory=list)
+    between: list[nn.Module | FlattenMap]
 
 
-def is_depthwise(conv: Conv) -> bool:
-    """Return whether each output channel reads exactly one input channel, and there are several."""
-    return conv.groups == conv.in_channels == conv.out_channels > 1
+def is_depthwise(module: nn.Module) -> bool:
+    """Return whether it is a convolution whose output channels each read exactly one of several input channels."""
+    return isinstance(module, Conv) and module.groups == module.in_channels == module.out_channels > 1
 
 
 def pads_with_zeros(conv: Conv) -> bool:
@@ -88,28 +78,23 @@ def trace_chain(model: nn.Module, x: Tensor) -> list[Stage]:
     """
     found: list[Stage] = []
     axis = 0  # channel dim of the last layer, negative
-    end: str | None = None
+    end = ""  # first module that mixes the units
     for name, module in leaf_modules(model):
-        kind = type(module)
-        if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and not (
-            isinstance(module, CONVOLUTIONS) and is_depthwise(module)
-        ):
-            own = -1 if isinstance(module, nn.Linear) else -1 - DIMS[kind]
-            if isinstance(module, CONVOLUTIONS) and module.groups != 1:
+        if isinstance(module, Layer) and not is_depthwise(module):
+            own = -1 - DIMS[type(module)]
+            if isinstance(module, Conv) and module.groups != 1:
                 raise _unsupported(name, module, f"has {module.groups} groups")
-            if end is not None:
+            if end:
                 raise _unsupported(name, module, f"comes after {end}, which mixes units")
             if found and own != axis:
                 hint = ": put a Flatten between" if own == -1 else ""
-                raise _unsupported(
-                    name, module, f"acts on another dim than that of the units of {found[-1].name!r}{hint}"
-                )
-            found.append(Stage(name, module))
+                raise _unsupported(name, module, f"acts on another dim than the units of {found[-1].name!r}{hint}")
+            found.append(Stage(name, module, between=[]))
             axis = own
         elif found:
             step = _check_between(name, module, x, axis)
             if isinstance(module, FINAL):
-                end = end or f"{name!r} ({kind.__name__})"
+                end = end or _named(name, module)
             found[-1].between.append(step)
             axis = -1 if isinstance(step, FlattenMap) else axis
         x = module(x)
@@ -125,9 +110,9 @@ def _check_between(name: str, module: nn.Module, x: Tensor, axis: int) -> nn.Mod
         if first != 1 or module.end_dim % x.dim() != x.dim() - 1 or channels < 1:
             raise _unsupported(name, module, "must flatten all but the first dim, the batch")
         return FlattenMap(outer=x.shape[1:channels].numel(), inner=x.shape[channels + 1 :].numel())
-    if type(module) in DIMS and not isinstance(module, BATCH_NORMS) and axis != -1 - DIMS[type(module)]:
+    if type(module) in DIMS and axis != -1 - DIMS[type(module)]:
         raise _unsupported(name, module, "mixes the units of the layer before it")
-    if isinstance(module, BATCH_NORMS) and axis % x.dim() != 1:
+    if isinstance(module, BatchNorm) and axis % x.dim() != 1:
         raise _unsupported(name, module, "does not have the units of the layer before it as its channels")
     return module
 
@@ -160,20 +145,21 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         return
     if type(module) not in KNOWN:
         raise _unsupported(name, module, f"is not supported{_hint(module)}")
-    if isinstance(module, BATCH_NORMS) and module.running_mean is None:
+    if isinstance(module, BatchNorm) and module.running_mean is None:
         raise _unsupported(name, module, "has no running statistics, so its output depends on the batch")
     if getattr(module, "return_indices", False):
         raise _unsupported(name, module, "also returns indices")
     if more := {*module._parameters, *module._buffers, *module._modules} - TENSORS:
-        raise _unsupported(
-            name, module, f"has additional {', '.join(sorted(more))}, which shrink cannot slice: remove that first"
-        )
+        raise _unsupported(name, module, f"has additional {', '.join(sorted(more))}, which cannot be cut: remove that")
     yield name, module
 
 
 def _unsupported(name: str, module: nn.Module, why: str) -> ValueError:
-    where = f"{name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
-    return ValueError(f"{where} {why}. {SUPPORTED}")
+    return ValueError(f"{_named(name, module)} {why}. {SUPPORTED}")
+
+
+def _named(name: str, module: nn.Module) -> str:
+    return f"{repr(name) if name else 'the model'} ({type(module).__name__})"
 
 
 def _hint(module: nn.Module) -> str:
@@ -187,11 +173,10 @@ def _hint(module: nn.Module) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Constants:
+class Constants(NamedTuple):
     """Features between a layer and the next that do not depend on the input.
 
-    Args:
+    Attributes:
         known: mask over the features that the next layer reads, 1-d: constant for all inputs.
         values: their values; 0 where not constant.
         units: index of the unit that each feature comes from.
@@ -219,11 +204,11 @@ def constants(stage: Stage) -> Constants:
     for step in stage.between:
         if isinstance(step, FlattenMap):
             known, values, units = step(known), step(values), step(units)
-        elif isinstance(step, BATCH_NORMS):
+        elif isinstance(step, BatchNorm):
             known, values = _through_batch_norm(step, known, values)
-        elif isinstance(step, CONVOLUTIONS):
+        elif isinstance(step, Conv):
             known, values = _through_depthwise(step, known, values)
-        elif isinstance(step, POOLS):
+        elif type(step) in POOLS:
             known = known & (_preserves_constants(step) | (values == 0))
         elif isinstance(step, ACTIVATIONS):
             values = step(values.clone())
@@ -239,11 +224,9 @@ def all_per_unit(features: Tensor, units: Tensor, n: int) -> Tensor:
     return result
 
 
-def _through_batch_norm(norm: nn.Module, known: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    assert isinstance(norm, BATCH_NORMS)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    values = (values - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+def _through_batch_norm(norm: BatchNorm, known: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    values = (values - mean) / (variance + norm.eps).sqrt()
     if norm.affine:
         known = known | (norm.weight == 0)
         values = torch.where(norm.weight == 0, norm.bias, values * norm.weight + norm.bias)

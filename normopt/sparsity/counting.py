@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,15 @@ from normopt.sparsity.weights import Weight, weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Return a table as text: the first ``left`` columns aligned to the left, the others to the right."""
+    columns = []
+    for i, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.ljust(width) if i < left else cell.rjust(width) for cell in column])
+    return "\n".join("  ".join(row) for row in zip(*columns, strict=True))
 
 
 @dataclass(frozen=True)
@@ -58,28 +68,17 @@ class Report:
     @property
     def total(self) -> WeightCount:
         """Total over all weight tensors."""
-
-        def of(field: str) -> int:
-            return sum(getattr(w, field) for w in self.weights)
-
         fields = ("entries", "zeros", "small", "rows", "dead_rows", "columns", "dead_columns")
-        return WeightCount("total", (), **{field: of(field) for field in fields})
+        return WeightCount("total", (), **{field: sum(getattr(w, field) for w in self.weights) for field in fields})
 
     def __str__(self) -> str:
-        rows = self._cells()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            cells = [x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        return aligned(self._cells(), left=2)
 
     def to_markdown(self) -> str:
         """Return the table in Markdown."""
-        head, *rows = self._cells()
         # A bar would end the Markdown cell.
-        lines = [tuple(cell.replace("|", r"\|") for cell in row) for row in (head, *rows)]
-        lines.insert(1, ("---", "---", *["---:"] * (len(head) - 2)))
+        lines = [[cell.replace("|", r"\|") for cell in row] for row in self._cells()]
+        lines.insert(1, ["---", "---", *["---:"] * (len(lines[0]) - 2)])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def figure(self) -> Figure:
@@ -167,9 +166,9 @@ def _count(weight: Weight, threshold: float) -> WeightCount:
         zeros=int(zero.sum()),
         small=int((units.abs() < threshold).sum()),
         rows=groups * outs,
-        dead_rows=_all(zero, weight.rows),
+        dead_rows=_all(zero, weight.dims("rows")),
         columns=groups * ins,
-        dead_columns=_all(zero, weight.columns),
+        dead_columns=_all(zero, weight.dims("columns")),
     )
 
 

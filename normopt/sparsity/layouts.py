@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -18,10 +18,7 @@ from normopt.sharding.layout import full_tensor, is_dtensor
 Layout = Literal["coo", "csr", "csc"]
 _LAYOUTS = {"coo": torch.sparse_coo, "csr": torch.sparse_csr, "csc": torch.sparse_csc}
 # Module hooks that depend on tensor names, which change.
-_STATE_HOOKS = (
-    *("_state_dict_hooks", "_state_dict_pre_hooks"),
-    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
+_STATE_HOOKS = [f"_{x}_hooks" for x in ("state_dict", "state_dict_pre", "load_state_dict_pre", "load_state_dict_post")]
 # Attributes of a layer that its replacement does not take over.
 _NOT_COPIED = ("_parameters", "_buffers", "_modules", "trainable")
 
@@ -100,12 +97,6 @@ class SparseLinear(nn.Module):
         return f"{sizes}, bias={self.bias is not None}, nonzero={self.values.numel()}"
 
 
-_TENSORS: dict[type[nn.Module], set[str]] = {
-    nn.Linear: {"weight", "bias"},
-    SparseLinear: {"values", "columns", "row_ends", "bias"},
-}
-
-
 def to_sparse(model: nn.Module) -> nn.Module:
     """Copy a model with its ``nn.Linear`` layers converted to `SparseLinear`, which store only nonzero weights.
 
@@ -147,7 +138,7 @@ def to_sparse(model: nn.Module) -> nn.Module:
         >>> sparse(torch.tensor([1.0, 10.0, 100.0]))
         tensor([20.,  1.])
     """
-    return _replace_layers(model, nn.Linear, SparseLinear)
+    return _replace_layers(model, nn.Linear, {"weight", "bias"}, SparseLinear)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -165,7 +156,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is not a module.
         ValueError: as in `to_sparse`.
     """
-    return _replace_layers(model, SparseLinear, _linear)
+    return _replace_layers(model, SparseLinear, {"values", "columns", "row_ends", "bias"}, _linear)
 
 
 def sparse_state_dict(model: nn.Module, layout: Layout = "csr") -> dict[str, Any]:
@@ -194,7 +185,7 @@ def sparse_state_dict(model: nn.Module, layout: Layout = "csr") -> dict[str, Any
         >>> model.load_state_dict(normopt.sparsity.dense_state_dict(state))
         <All keys matched successfully>
     """
-    check_module(model)
+    prepare(model)
     check_choice("layout", layout, _LAYOUTS)
 
     def stored(value: Any) -> Any:
@@ -215,40 +206,37 @@ def dense_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Names to dense tensors of the same shapes, for a model's ``load_state_dict``.
     """
-    return {
-        name: v.to_dense() if isinstance(v, Tensor) and v.layout != torch.strided else v for name, v in state.items()
-    }
+    return {name: v.to_dense() if isinstance(v, Tensor) else v for name, v in state.items()}
 
 
-def _replace_layers(model: nn.Module, old: type[nn.Module], new: Any) -> nn.Module:
-    """Copy a model with each module m of exactly the type ``old`` replaced by ``new(m)``; sharing is preserved."""
+def _replace_layers(
+    model: nn.Module, old: type[nn.Module], tensors: set[str], new: Callable[[Any], nn.Module]
+) -> nn.Module:
+    """Copy a model with each module m of exactly the type ``old`` replaced by ``new(m)``; sharing is preserved.
+
+    Args:
+        tensors: the names of all parameters and buffers of an ``old``.
+    """
     check_unsharded(model)
     for name, module in model.named_modules():
         if type(module) is old:
-            _check_replaceable(name, module)
+            _check_replaceable(name, module, tensors)
     model = copy.deepcopy(model)
-    made: dict[int, nn.Module] = {}
-
-    def replacement(module: nn.Module) -> nn.Module:
-        if type(module) is not old:
-            return module
-        if id(module) not in made:
-            made[id(module)] = new(module)
-            # Copy hooks, mode and user attributes.
-            vars(made[id(module)]).update({k: v for k, v in vars(module).items() if k not in _NOT_COPIED})
-        return made[id(module)]
-
+    made = {module: new(module) for module in model.modules() if type(module) is old}
+    for module, replacement in made.items():
+        # Copy hooks, mode and user attributes.
+        vars(replacement).update({k: v for k, v in vars(module).items() if k not in _NOT_COPIED})
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children skips repeated modules
-            if child is not None:
-                setattr(parent, name, replacement(child))
-    return replacement(model)
+            if child in made:
+                setattr(parent, name, made[child])
+    return made.get(model, model)
 
 
-def _check_replaceable(name: str, module: nn.Module) -> None:
+def _check_replaceable(name: str, module: nn.Module, tensors: set[str]) -> None:
     """Raise if a layer has something that its replacement cannot keep."""
     held = {*module._parameters, *module._buffers, *module._modules}
-    lost = [repr(x) for x in sorted(held ^ _TENSORS[type(module)])]
+    lost = [repr(x) for x in sorted(held ^ tensors)]
     if "forward" in vars(module):
         lost.append("a forward() of its own")
     if any(getattr(module, hooks) for hooks in _STATE_HOOKS):
@@ -286,11 +274,13 @@ def _suppress_beta_warning() -> None:
         torch.eye(1, device="cpu").to_sparse_csr()
 
 
-def reshard(model: nn.Module) -> None:
-    """Reshard FSDP2 modules, as torch's state_dict() does.
+def prepare(model: nn.Module) -> None:
+    """Raise a TypeError if it is not a module, and reshard FSDP2 modules, as torch's state_dict() does.
 
     After a forward pass their parameters may be unsharded copies; FSDP2 discards those, and any write to them.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, but was given {type(model).__name__}")
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules():
         if fsdp is not None and isinstance(module, fsdp.FSDPModule):
@@ -299,18 +289,11 @@ def reshard(model: nn.Module) -> None:
 
 def check_unsharded(model: nn.Module) -> None:
     """Raise if it is not a module, or a module with DTensors."""
-    check_module(model)
-    reshard(model)
+    prepare(model)
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         if is_dtensor(x):
             raise ValueError(
-                f"{name} is a DTensor of shape {tuple(x.shape)}, but unsharded tensors are "
-                "needed: gather the state dict by torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                f"{name} is a DTensor of shape {tuple(x.shape)}, but unsharded tensors are needed: gather the state "
+                "dict by torch.distributed.checkpoint.state_dict.get_model_state_dict with "
                 "StateDictOptions(full_state_dict=True), load it into an unsharded model, and pass that"
             )
-
-
-def check_module(model: object) -> None:
-    """Raise a TypeError if it is not a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, but was given {type(model).__name__}")

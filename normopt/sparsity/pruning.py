@@ -79,8 +79,7 @@ def prune_(
         [[3.0, 4.0], [0.0, 0.0]]
     """
     if (threshold is None) == (fraction is None):
-        given = f"threshold={threshold!r} and fraction={fraction!r}"
-        raise ValueError(f"give either threshold or fraction, but the call has {given}")
+        raise ValueError(f"give either threshold or fraction, but the call has {threshold=} and {fraction=}")
     if threshold is not None:
         check_number("threshold", threshold, low=0, open_low=True)
     if fraction is not None:
@@ -100,17 +99,13 @@ def _select_weights(model: nn.Module, exclude: Iterable[str]) -> list[Weight]:
     if sparse := [name for name, m in model.named_modules() if isinstance(m, SparseLinear)]:
         raise ValueError(f"{sparse[0] or 'the model'} is sparse: prune before to_sparse, or after to_dense")
     if partial := [w.name for w in found if any(p.is_partial() for p in getattr(w.tensor, "placements", ()))]:
-        raise ValueError(
-            f"{partial[0]} is a DTensor of partial sums, which has no entries to set to zero: redistribute it to "
-            "Replicate or Shard"
-        )
+        raise ValueError(f"{partial[0]} is a DTensor of partial sums: redistribute it to Replicate or Shard")
     if isinstance(exclude, str):
         raise TypeError(f"exclude must be a list of several names, but is {exclude!r}: write [{exclude!r}]")
-    patterns = list(exclude)
+    patterns, names = list(exclude), [w.name for w in found]
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"exclude must hold names, but holds {pattern!r} ({type(pattern).__name__})")
-        names = [w.name for w in found]
         if not fnmatch.filter(names, pattern):
             hint = near(pattern, names) or f"; the first are {', '.join(names[:5])}"
             raise ValueError(f"exclude holds {pattern!r}, which matches no weight of the model{hint}")
@@ -122,7 +117,7 @@ def _magnitudes(weight: Weight, over: Over) -> Tensor:
     sizes = weight.units().abs()
     if over == "entries" or not sizes.numel():
         return sizes
-    dims = weight.rows if over == "rows" else weight.columns
+    dims = weight.dims(over)
     # Scale by the largest entry, so that no square underflows or overflows.
     top = sizes.amax(dims, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
     return top * (sizes / top).square().sum(dims, keepdim=True).sqrt()

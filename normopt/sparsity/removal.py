@@ -7,16 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from normopt.sparsity.chain import (
-    BATCH_NORMS,
-    CONVOLUTIONS,
-    FlattenMap,
-    Layer,
-    Stage,
-    all_per_unit,
-    constants,
-    pads_with_zeros,
-)
+from normopt.sparsity.chain import BatchNorm, Conv, FlattenMap, Layer, Stage, all_per_unit, constants, pads_with_zeros
 
 
 @torch.no_grad()
@@ -33,15 +24,14 @@ def remove_dead_units(chain: list[Stage]) -> None:
 def _remove(stage: Stage, reader: Layer) -> bool:
     """Remove the dead units of one layer, whose next layer is ``reader``; return whether anything changed."""
     layer = stage.layer
-    found = constants(stage)
-    known, values, units = found.known, found.values, found.units
-    pads = isinstance(reader, CONVOLUTIONS) and pads_with_zeros(reader)
+    known, values, units, input_free = constants(stage)
+    pads = isinstance(reader, Conv) and pads_with_zeros(reader)
     if pads:
         _merge(reader, known, values)
     unread = (reader.weight.transpose(0, 1).flatten(1) == 0).all(1)
     dead = all_per_unit(unread | (known & ((values == 0) | (not pads))), units, len(layer.weight))
     # The inputs of these units do not matter: zero their weights, which may make units before them dead.
-    unused = dead | found.input_free
+    unused = dead | input_free
     changed = bool((layer.weight[unused] != 0).any())
     layer.weight[unused] = 0
     gone = dead[units]
@@ -83,38 +73,31 @@ def _fold(reader: Layer, values: Tensor) -> None:
 
 
 def _keep_inputs(layer: Layer, keep: Tensor) -> None:
-    _set(layer, "weight", layer.weight[:, keep])
-    if isinstance(layer, nn.Linear):
-        layer.in_features = int(keep.sum())
-    else:
-        layer.in_channels = int(keep.sum())
+    replace_tensor(layer, "weight", layer.weight[:, keep])
+    setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", int(keep.sum()))
 
 
 def _keep_outputs(stage: Stage, keep: Tensor) -> None:
-    layer, count = stage.layer, int(keep.sum())
-    _keep(layer, keep, ("weight", "bias"))
-    if isinstance(layer, nn.Linear):
-        layer.out_features = count
-    else:
-        layer.out_channels = count
+    _keep(stage.layer, keep, "out_features" if isinstance(stage.layer, nn.Linear) else "out_channels")
     for step in stage.between:
         if isinstance(step, FlattenMap):
             keep = step(keep)
-            count = int(keep.sum())
-        elif isinstance(step, BATCH_NORMS):
-            _keep(step, keep, ("weight", "bias", "running_mean", "running_var"))
-            step.num_features = count
-        elif isinstance(step, CONVOLUTIONS):
-            _keep(step, keep, ("weight", "bias"))
-            step.in_channels = step.out_channels = step.groups = count
+        elif isinstance(step, BatchNorm):
+            _keep(step, keep, "num_features")
+        elif isinstance(step, Conv):
+            _keep(step, keep, "in_channels", "out_channels", "groups")
 
 
-def _keep(module: nn.Module, keep: Tensor, names: tuple[str, ...]) -> None:
-    for name in names:
-        if (value := getattr(module, name)) is not None:
-            _set(module, name, value[keep])
+def _keep(module: nn.Module, keep: Tensor, *sizes: str) -> None:
+    """Keep some entries of a module's tensors along their first dim; ``sizes`` are the attributes that count them."""
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if (value := getattr(module, name, None)) is not None:
+            replace_tensor(module, name, value[keep])
+    for size in sizes:
+        setattr(module, size, int(keep.sum()))
 
 
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
+def replace_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a module's parameter or buffer by one of the same kind."""
     old = getattr(module, name)
     setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)

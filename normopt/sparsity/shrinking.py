@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from normopt._checks import check_number
 from normopt.sparsity.chain import leaf_modules, trace_chain
+from normopt.sparsity.counting import aligned
 from normopt.sparsity.layouts import check_unsharded
-from normopt.sparsity.removal import remove_dead_units
+from normopt.sparsity.removal import remove_dead_units, replace_tensor
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,7 @@ class Shrunk:
     def __str__(self) -> str:
         rows = [("layer", "units", "left"), *((c.name, f"{c.before:,}", f"{c.after:,}") for c in self.layers)]
         rows.append(("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in rows]
-        return "\n".join([*lines, f"outputs differ by {self.error:.1e} of the largest"])
+        return f"{aligned(rows, left=1)}\noutputs differ by {self.error:.1e} of the largest"
 
 
 @torch.no_grad()
@@ -133,9 +132,7 @@ def shrink(model: nn.Module, example_inputs: Tensor, tolerance: float = 1e-6) ->
     _restore(small, model)
     expected = reference(inputs.clone())
     if not expected.numel():
-        raise ValueError(
-            f"example_inputs of shape {tuple(inputs.shape)} give no outputs to compare: pass a non-empty batch"
-        )
+        raise ValueError(f"example_inputs of shape {tuple(inputs.shape)} give no outputs: pass a non-empty batch")
     found = copy.deepcopy(small).to("cpu", torch.float64).eval()(inputs)
     largest = float(expected.abs().max())
     error = float((found - expected).abs().max()) / (largest or 1.0)
@@ -144,13 +141,8 @@ def shrink(model: nn.Module, example_inputs: Tensor, tolerance: float = 1e-6) ->
             f"the shrunk model's outputs differ by {error:.2g} of the largest, {largest:.3g}, on example_inputs, but "
             f"tolerance = {tolerance:g}: increase it if this is rounding of the weights' dtype"
         )
-    return Shrunk(
-        model=small,
-        layers=tuple(UnitCount(s.name, n, len(s.layer.weight)) for s, n in zip(chain, before, strict=True)),
-        parameters_before=_parameters(model),
-        parameters_after=_parameters(small),
-        error=error,
-    )
+    layers = tuple(UnitCount(s.name, n, len(s.layer.weight)) for s, n in zip(chain, before, strict=True))
+    return Shrunk(small, layers, _parameters(model), _parameters(small), error)
 
 
 def _restore(small: nn.Module, model: nn.Module) -> None:
@@ -160,9 +152,7 @@ def _restore(small: nn.Module, model: nn.Module) -> None:
         tensors = dict(old.named_parameters(recurse=False)) | dict(old.named_buffers(recurse=False))
         for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             like = tensors[name if name in tensors else "weight"]  # a new bias follows its weight
-            moved = value.detach().to(like.device, like.dtype)
-            is_parameter = isinstance(value, nn.Parameter)
-            setattr(module, name, nn.Parameter(moved, value.requires_grad) if is_parameter else moved)
+            replace_tensor(module, name, value.detach().to(like.device, like.dtype))
 
 
 def _parameters(model: nn.Module) -> int:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from normopt._checks import is_quantized
 from normopt.sharding.layout import full_tensor, is_dtensor
-from normopt.sparsity.layouts import SparseLinear, check_module, reshard
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+from normopt.sparsity.layouts import SparseLinear, prepare
 
 
 @dataclass(frozen=True)
@@ -54,20 +49,16 @@ class Weight:
         if is_dtensor(self.tensor):
             from torch.distributed.tensor import DTensor, Replicate
 
-            place = cast("DTensor", self.tensor)
-            everywhere = [Replicate()] * place.device_mesh.ndim
-            here = DTensor.from_local(w, place.device_mesh, everywhere, run_check=False)
-            self.tensor.copy_(here.redistribute(placements=place.placements))
+            mesh, placements = cast(DTensor, self.tensor).device_mesh, cast(DTensor, self.tensor).placements
+            full = DTensor.from_local(w, mesh, [Replicate()] * mesh.ndim, run_check=False)
+            self.tensor.copy_(full.redistribute(placements=placements))
 
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """Dims of ``units()`` that span one row: the incoming weights of an output unit."""
-        return tuple(range(2, self.tensor.dim() + 1))
+    def dims(self, over: str) -> tuple[int, ...]:
+        """Return the dims of ``units()`` that span one of "rows" or "columns".
 
-    @property
-    def columns(self) -> tuple[int, ...]:
-        """Dims of ``units()`` that span one column: the outgoing weights of an input unit."""
-        return (1, *range(3, self.tensor.dim() + 1))
+        A row holds the incoming weights of an output unit, a column the outgoing weights of an input unit.
+        """
+        return (2 if over == "rows" else 1, *range(3, self.tensor.dim() + 1))
 
 
 def weights(model: nn.Module) -> list[Weight]:
@@ -80,8 +71,7 @@ def weights(model: nn.Module) -> list[Weight]:
         TypeError: ``model`` is not a module.
         ValueError: a weight of a lazy module has no shape yet.
     """
-    check_module(model)
-    reshard(model)
+    prepare(model)
     found: list[Weight] = []
     seen: set[int] = set()
     for place, module in model.named_modules():
@@ -95,6 +85,6 @@ def weights(model: nn.Module) -> list[Weight]:
             if w.dim() < 2 or is_quantized(w) or id(w) in seen:
                 continue
             seen.add(id(w))
-            groups = module.groups if isinstance(module, CONVOLUTIONS) and own == "weight" else 1
-            found.append(Weight(name, w, groups, isinstance(module, TRANSPOSED)))
+            groups = module.groups if isinstance(module, _ConvNd) and own == "weight" else 1
+            found.append(Weight(name, w, groups, isinstance(module, _ConvTransposeNd)))
     return found
