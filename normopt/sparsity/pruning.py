@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from normopt._checks import check_choice, check_number, near
+from normopt._checks import check_choice, check_number, near, plain
 from normopt.sparsity.counting import Report, report
 from normopt.sparsity.layouts import SparseLinear
 from normopt.sparsity.weights import Weight, weights
@@ -129,6 +129,6 @@ def _smallest_masks(sizes: list[Tensor], fraction: float) -> list[Tensor]:
         return []
     flat = torch.cat([s.flatten().to(sizes[0].device) for s in sizes])
     mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[flat.argsort(stable=True)[: math.floor(Fraction(repr(fraction)) * flat.numel())]] = True
+    mask[flat.argsort(stable=True)[: math.floor(Fraction(repr(plain(fraction))) * flat.numel())]] = True
     parts = torch.split(mask, [s.numel() for s in sizes])
     return [part.reshape(s.shape).to(s.device) for part, s in zip(parts, sizes, strict=True)]

@@ -143,7 +143,7 @@ def test_pruning_below_a_threshold():
     assert torch.equal(model[0].bias, before[1])
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.29, 0.5, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.29, 0.5, 1.0, np.float64(0.5), np.float32(0.25), 1])
 def test_the_smallest_entries_of_all_tensors_go(fraction):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.Conv2d(2, 5, 3).double(), nn.Linear(3, 25))
