@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,11 +11,8 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import is_fake
 
-from normopt.norms.base import Norm, as_real, to_compute_dtype
+from normopt.norms.base import Norm, as_real, indices_by, to_compute_dtype
 from normopt.sharding.layout import Layout, layout_of, resolved, to_local
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 Layouts = Sequence[Layout | None]
 
@@ -53,7 +50,7 @@ def gather_pieces(asked: Sequence[tuple[Tensor, Layouts]]) -> list[list[Tensor]]
     """
     shardings = [next((lay for lay in layouts if lay is not None), None) for _, layouts in asked]
     found: dict[int, list[Tensor]] = {}
-    for members in by_group(shardings):
+    for members in indices_by(None if lay is None else lay.group for lay in shardings).values():
         sums, layout = [asked[i][0] for i in members], shardings[members[0]]
         if layout is None:
             found |= {i: list(x[:, None]) for i, x in zip(members, sums, strict=True)}
@@ -66,28 +63,6 @@ def gather_pieces(asked: Sequence[tuple[Tensor, Layouts]]) -> list[list[Tensor]]
             all_ranks = part.reshape(layout.ranks, *x.shape).transpose(0, 1).to(x)
             found[i] = [y[:1] if lay is None else y for y, lay in zip(all_ranks, asked[i][1], strict=True)]
     return [found[i] for i in range(len(asked))]
-
-
-def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> list[Tensor]:
-    """Send a vector to each rank and return those received, by one all-to-all.
-
-    Args:
-        parts: a vector for each rank.
-        sizes: the number of entries that each rank sends to this one.
-        group: the ranks.
-    """
-    given = torch.cat([x.reshape(-1) for x in parts])
-    got = given.new_empty(sum(sizes))
-    dist.all_to_all_single(got, given, list(sizes), [x.numel() for x in parts], group=group)
-    return list(torch.split(got, list(sizes)))
-
-
-def by_group(layouts: Layouts) -> list[list[int]]:
-    """Return the indices of tensors that are sharded over the same ranks, or unsharded, list by list."""
-    found: dict[object, list[int]] = {}
-    for i, lay in enumerate(layouts):
-        found.setdefault(None if lay is None else lay.group, []).append(i)
-    return list(found.values())
 
 
 def of_each(

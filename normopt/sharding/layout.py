@@ -103,8 +103,7 @@ def layout_of(x: Tensor) -> Layout | None:
             "replicated along the others: FSDP2 on one dim, HSDP, or tensor parallelism without FSDP"
         )
     dim = cast(Shard, d.placements[cut[0]]).dim % max(d.dim(), 1)
-    ranks, rank = _place(mesh, cut[0])
-    return Layout(mesh.get_group(cut[0]), ranks, rank, dim, d.shape)
+    return Layout(mesh.get_group(cut[0]), *_place(mesh, cut[0]), dim, d.shape)
 
 
 # Numbers only: a reference to a mesh or a group would keep it alive after it was destroyed, and gloo aborts at the
