@@ -117,7 +117,7 @@ def warn_vectors(name: str, norm: Norm, params: Sequence[Tensor]) -> None:
 
 
 def show_settings(function: Any) -> None:
-    """Set the signature of a constructor that takes ``**settings``: with every setting that its type hint names.
+    """Give a constructor that takes ``**settings`` a signature with every setting that its type hint names.
 
     The hint is one of the TypedDicts of `normopt.settings`.
     """

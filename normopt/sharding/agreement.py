@@ -1,4 +1,4 @@
-"""Check that all ranks are about to make the same step: another would be wrong, or leave the others waiting."""
+"""Check that all ranks are about to make the same step; otherwise results would be wrong, or ranks would hang."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_agreement(work: Sequence[tuple[Recipe, list[Tensor]]]) -> None:
         work: the recipes of all groups, and their parameters that have gradients.
 
     Raises:
-        RuntimeError: on all ranks, if one differs from the others; the message says in what.
+        RuntimeError: on all ranks, if one differs from the others; the message names the difference.
     """
     groups = [[(p, layout_of(p)) for p in params] for _, params in work]
     sharded = [(p.device, lay) for group in groups for p, lay in group if lay is not None]

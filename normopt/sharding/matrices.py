@@ -1,6 +1,6 @@
-"""Map whole tensors that are sharded: each rank gathers its share of them, maps it, and sends every shard back.
+"""Map sharded tensors as whole tensors: each rank gathers some of them, maps them, and sends the shards back.
 
-Two all-to-alls for all tensors of one shape.
+All tensors of one shape take two all-to-alls.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def map_full_tensors(shards: list[Tensor], layouts: Sequence[Layout], function: 
 
 
 class _Share:
-    """Tensors of one shape, and which rank maps which of them."""
+    """Tensors of one shape, and the indices of those that each rank maps."""
 
     def __init__(self, members: list[int], owners: list[int], layout: Layout, like: Tensor) -> None:
         self.layout, self.like = layout, like  # the local shard of any of them
@@ -50,7 +50,7 @@ class _Share:
         self.mine = self.of[layout.rank]
 
     def gather(self, shards: list[Tensor]) -> dict[int, Tensor]:
-        """Return the tensors of this rank, whole."""
+        """Return the whole tensors that this rank maps."""
         given = [[shards[i] for i in members] for members in self.of]
         shapes = self.layout.shapes()
         got = self._all_to_all(given, [len(self.mine) * math.prod(s) for s in shapes])
@@ -58,9 +58,9 @@ class _Share:
         return dict(zip(self.mine, torch.cat(split, self.layout.dim + 1), strict=True))
 
     def scatter(self, results: dict[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return the local shards of what all ranks made, each with the number of its tensor."""
+        """Return the local shards of the results of all ranks, each with the number of its tensor."""
         lengths, dim, n = self.layout.lengths(), self.layout.dim, self.like.numel()
-        # For each tensor of this rank, what each rank gets of it.
+        # The shard and the number that each rank gets, for each tensor of this rank.
         parts = [[(x, results[i][1]) for x in torch.split(results[i][0], lengths, dim)] for i in self.mine]
         given = [[x for of_tensor in parts for x in of_tensor[r]] for r in range(self.layout.ranks)]
         found = {}
@@ -79,7 +79,7 @@ class _Share:
 
 
 def owners_of(layouts: Sequence[Layout]) -> list[int]:
-    """Return the rank that maps each tensor: the costliest first, each to the rank that has the least to do."""
+    """Return the rank that maps each tensor: the costliest are assigned first, each to the rank with the least load."""
 
     def cost(lay: Layout) -> int:
         n = lay.shape.numel()
