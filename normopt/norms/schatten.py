@@ -180,10 +180,11 @@ class Schatten(MatrixNorm):
         Its second argument says whether the tensors are vectors. If it returns None for norms, ``⟨c, map⟩`` is used.
         """
         views = [to_matrices(x, self.matrix_view, self.blocks) for x in c]
-        found = {i: (x.new_zeros(()), torch.zeros_like(x)) for i, x in enumerate(c) if x.numel() == 0}
-        batches = indices_by((x.dim() <= 1, y.shape[1:], y.dtype, y.device) for x, y in zip(c, views, strict=True))
-        for (vectors, *_), members in batches.items():
-            if members[0] in found:
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        keys = ((x.numel() == 0, x.dim() <= 1, y.shape[1:], y.dtype, y.device) for x, y in zip(c, views, strict=True))
+        for (empty, vectors, *_), members in indices_by(keys).items():
+            if empty:
+                found |= {i: (c[i].new_zeros(()), torch.zeros_like(c[i])) for i in members}
                 continue
             y = torch.cat([views[i] for i in members])
             n, d = without_autocast([y.device.type], function, y, vectors)
