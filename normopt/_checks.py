@@ -77,9 +77,8 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise a ValueError unless ``value`` is one of ``choices``."""
     choices = tuple(choices)
     if value not in choices:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, choices))}, but is {value!r}{near(value, choices)}"
-        )
+        allowed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {allowed}, but is {value!r}{near(value, choices)}")
 
 
 def check_bool(name: str, value: object) -> None:

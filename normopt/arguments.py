@@ -44,39 +44,38 @@ def check_unused(
     Warns:
         UserWarning: an argument has no effect until a schedule changes p or the momentum.
     """
-    s, norms = given, [registry.build(group) for group in groups]
-    defaults = default_settings()
-    reads_p = [Decay.of(group).reads_p for group in groups]
+    norms = [registry.build(group) for group in groups]
+    fields = registry.lookup(given["norm"]).fields
+    defaults = default_settings() | {registry.setting_key(f): default for f, default in fields.items()} | dict(usual)
     unread = [getattr(norm, "unread", ()) for norm in norms]
     runs = [group["momentum"] != 0 for group in groups]
-    decays = [not equals(group["weight_decay"], 0) for group in groups]
-    p_is_fixed = all(group["p"] is None for group in groups)
-    # (argument, whether it was given, which groups use it, where it has no effect, whether no schedule changes that)
+    decays = [given["decay"] != "lp" or not equals(group["weight_decay"], 0) for group in groups]
+    # (argument, which groups use it, where it has no effect, whether no schedule changes that)
     cases = [
-        ("decay_p", s["decay_p"] != defaults["decay_p"], reads_p, 'without decay="lp"', True),
-        ("decay", s["decay"] == "lp", decays, "at weight_decay = 0 (unless that is a tensor, for a schedule)", True),
-        (
-            "beta2",
-            s["beta2"] != defaults["beta2"],
-            [Momentum.of(group).reads("beta2") for group in groups],
-            'without momentum_rule="lion"',
-            True,
-        ),
-        ("dampening", s["dampening"] != 0, runs, "at momentum = 0", no_momentum),
-        ("state_dtype", s["state_dtype"] is not None, runs, "at momentum = 0", no_momentum),
-        ("eps", s["eps"] != 0, [not n.is_identity("power") for n in norms], "at p = 2", p_is_fixed),
+        ("decay_p", [Decay.of(group).reads_p for group in groups], 'without decay="lp"', True),
+        ("decay", decays, "at weight_decay = 0 (unless that is a tensor, for a schedule)", True),
+        ("beta2", [Momentum.of(group).reads("beta2") for group in groups], 'without momentum_rule="lion"', True),
+        ("dampening", runs, "at momentum = 0", no_momentum),
+        ("state_dtype", runs, "at momentum = 0", no_momentum),
+        ("eps", [not norm.is_identity("power") for norm in norms], "at p = 2", all(g["p"] is None for g in groups)),
     ]
-    for field, default in registry.lookup(s["norm"]).fields.items():
-        if any(field in fields for fields in unread):
-            key = registry.setting_key(field)
-            used = [hasattr(n, field) and field not in fields for n, fields in zip(norms, unread, strict=True)]
-            cases.append((key, s[key] != usual.get(key, default), used, "under this norm_method", True))
-    for name, given, used, where, for_good in cases:
-        if given and not any(used):
-            message = f"{name} = {s[name]!r} does nothing {where}: leave it out, "
+    for field in fields:
+        if any(field in names for names in unread):
+            used = [hasattr(norm, field) and field not in names for norm, names in zip(norms, unread, strict=True)]
+            cases.append((registry.setting_key(field), used, "under this norm_method", True))
+    for name, used, where, for_good in cases:
+        if given[name] != defaults[name] and not any(used):
+            message = f"{name} = {given[name]!r} does nothing {where}: leave it out, "
             if for_good:
                 raise ValueError(message + "or set what it needs as well")
             warn(message + "unless a schedule is going to change that")
+
+
+def fixed_kwargs(name: str, given: Mapping[str, Any], **fixed: Any) -> dict[str, Any]:
+    """Merge the settings that define a named optimizer with the user's; raise a TypeError if both set one."""
+    for key in fixed.keys() & given.keys():
+        raise TypeError(f"{name} fixes {key} = {fixed[key]!r}: to set it, use normopt.SteepestDescent")
+    return {**fixed, **given}
 
 
 def check_unknown_arguments(name: str, norm: object, arguments: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -118,7 +117,7 @@ def warn_vectors(name: str, norm: Norm, params: Sequence[Tensor]) -> None:
 
 
 def show_settings(function: Any) -> None:
-    """Set the signature of a constructor that takes ``**settings``: with every setting that its type hint names.
+    """Give a constructor that takes ``**settings`` a signature with every setting that its type hint names.
 
     The hint is one of the TypedDicts of `normopt.settings`.
     """
@@ -129,10 +128,8 @@ def show_settings(function: Any) -> None:
     kinds = {kind.__name__: kind for kind in (settings.Common, settings.Settings, settings.Arguments)}
     name = str(last.annotation).removesuffix("]").rpartition("[")[2].rpartition(".")[2]
     kind = kinds.get(name, settings.Arguments)
-    shown = [name for name in owners() if name in kind.__annotations__ and name not in signature.parameters]
-    declared = [owners()[name].settings[name] for name in shown]
-    named += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=s.default, annotation=s.type)
-        for name, s in zip(shown, declared, strict=True)
-    ]
+    for name, owner in owners().items():
+        if name in kind.__annotations__ and name not in signature.parameters:
+            s = owner.settings[name]
+            named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=s.default, annotation=s.type))
     function.__signature__ = signature.replace(parameters=[*named, last.replace(annotation=Any)])

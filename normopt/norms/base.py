@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal, TypeVar, overload
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch import Tensor
 from normopt._checks import equals, is_low_precision
 
 T = TypeVar("T")
+K = TypeVar("K")
+TensorOrList = TypeVar("TensorOrList", Tensor, list[Tensor])
 Needs = Literal["none", "tensor", "rows", "matrix"]
 Scale = Literal["power", "dual", "unit", "matched"]
 
@@ -53,11 +55,8 @@ class Norm(ABC):
 
     def __repr__(self) -> str:
         fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
-        shown = []
-        for f in fields:
-            value = getattr(self, f.name)
-            if value != f.default:
-                shown.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
+        changed = {f.name: value for f in fields if (value := getattr(self, f.name)) != f.default}
+        shown = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed.items())
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
@@ -205,12 +204,7 @@ class Norm(ABC):
         """
         return False
 
-    @overload
-    def dual_norm(self, x: Tensor) -> Tensor: ...
-    @overload
-    def dual_norm(self, x: list[Tensor]) -> list[Tensor]: ...
-
-    def dual_norm(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    def dual_norm(self, x: TensorOrList) -> TensorOrList:
         """Return ‖x‖⋆, 0-d, of a tensor or of each tensor of a list (float32 for 16-bit input).
 
         Args:
@@ -223,12 +217,7 @@ class Norm(ABC):
             return self.dual_norm([x])[0]
         return [self.combine(self.measure([to_compute_dtype(t)])[:, None])[0, 0] for t in x]
 
-    @overload
-    def dual_map(self, x: Tensor) -> Tensor: ...
-    @overload
-    def dual_map(self, x: list[Tensor]) -> list[Tensor]: ...
-
-    def dual_map(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    def dual_map(self, x: TensorOrList) -> TensorOrList:
         """Return D(x) of a tensor or of each tensor of a list, with x's shape and dtype, never sharing its memory.
 
         Args:
@@ -239,9 +228,7 @@ class Norm(ABC):
         """
         if isinstance(x, Tensor):
             return self.dual_map([x])[0]
-        c = [to_compute_dtype(t) for t in x]
-        d = [self.scaled([t], 0, whole_group=False)[0][0] for t in c]
-        return [u.to(t.dtype) for u, t in zip(d, x, strict=True)]
+        return [self.scaled([to_compute_dtype(t)], 0, whole_group=False)[0][0].to(t.dtype) for t in x]
 
 
 class TensorNorm(Norm):
@@ -361,6 +348,14 @@ def to_compute_dtype(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"a norm takes real floating-point tensors, but was given {x.dtype}: convert it first")
     return x.float() if is_low_precision(x) else x
+
+
+def indices_by(keys: Iterable[K]) -> dict[K, list[int]]:
+    """Return the indices at which each key occurs, the keys in the order of their first occurrence."""
+    found: dict[K, list[int]] = {}
+    for i, key in enumerate(keys):
+        found.setdefault(key, []).append(i)
+    return found
 
 
 def stack(scalars: list[Tensor]) -> Tensor:

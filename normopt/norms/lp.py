@@ -70,19 +70,16 @@ class Lp(Norm):
     @property
     def q(self) -> float | Tensor:
         """The order of the dual norm, 1/p + 1/q = 1; 0-d if p is a tensor."""
-        return 1 + self._exponent
-
-    @property
-    def _exponent(self) -> float | Tensor:
-        p = self.p
-        if isinstance(p, Tensor):  # float64, as for a Python number; MPS has no float64
-            p = p.to(torch.float32 if p.device.type == "mps" else torch.float64)
-        return math.inf if equals(p, 1) else 1 / (p - 1)
+        exponent = self.power_exponent
+        return math.inf if exponent is None else 1 + exponent
 
     @property
     def power_exponent(self) -> float | Tensor | None:
         """κ = 1/(p−1), which makes ‖c‖⋆^κ·D(c) elementwise; 0-d if p is a tensor, None at p = 1, where it is ∞."""
-        return None if equals(self.p, 1) else self._exponent
+        p = self.p
+        if isinstance(p, Tensor):  # float64, as for a Python number; MPS has no float64
+            p = p.to(torch.float32 if p.device.type == "mps" else torch.float64)
+        return None if equals(p, 1) else 1 / (p - 1)
 
     def on(self, device: torch.device) -> Lp:
         """Return this norm with a tensor p moved to a device.
@@ -147,12 +144,13 @@ class Lp(Norm):
     def apply(self, c: list[Tensor], scalars: Tensor, kappa: float | Tensor) -> list[Tensor]:
         if equals(kappa, 1) and equals(self.p, 2):
             return [x.clone() for x in c]
-        if equals(self.p, 1):
+        exponent = self.power_exponent
+        if exponent is None:  # p = 1
             d = [one_hot(x, s[1] == i) for i, (x, s) in enumerate(zip(c, scalars, strict=True))]
             return d if equals(kappa, 0) else mul_norm_power(d, scalars[:, 0], torch.ones_like(scalars[:, 0]), kappa)
         _, norms, shifts = scalars.unbind(-1)
         d = c if equals(self.p, math.inf) else self._exact_at(math.inf, c, safe_divide(c, norms, shifts))
-        d = d if equals(self.p, 2) else signed_power(d, self._exponent)
+        d = d if equals(self.p, 2) else signed_power(d, exponent)
         return d if equals(kappa, 0) else self._exact_at(2, c, mul_norm_power(d, norms, shifts, kappa))
 
     def _exact_at(self, end: float, c: list[Tensor], u: list[Tensor]) -> list[Tensor]:
@@ -175,11 +173,12 @@ class Lp(Norm):
         Raises:
             ValueError: p = 1, where the exponent diverges.
         """
-        if equals(self.p, 1):
+        exponent = self.power_exponent
+        if exponent is None:
             raise ValueError('scale="power" is not defined at p = 1, where the exponent 1/(p−1) diverges: use p > 1')
         if eps == 0:
-            return signed_power(c, self._exponent)
-        rho = 1 - self._exponent  # not (p−2)/(p−1), which is NaN at p = ∞
+            return signed_power(c, exponent)
+        rho = 1 - exponent  # not (p−2)/(p−1), which is NaN at p = ∞
         return [x * (x.abs() + eps).pow(match_dtype(-rho, x)) for x in c]
 
     def power_(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
@@ -238,25 +237,21 @@ def signs(c: list[Tensor], overwrite: bool = False) -> list[Tensor]:
 
 def relative_sums(c: list[Tensor], q: float | Tensor) -> Tensor:
     """Return [n, 2]: each tensor's largest |entry| M and Σ(|x|/M)^q, or at q = ∞ M and its index in c."""
-    rows = []
-    for i, x in enumerate(c):
-        flat = x.reshape(-1) if x.numel() else x.new_zeros(1)
-        if equals(q, math.inf):
-            top = flat.abs().amax()
-            rows.append(torch.stack([top, torch.full_like(top, i)]))
-        else:
-            rows.append(torch.stack(relative_sum(flat, q)))
-    return stack(rows)
+    flat = (x.reshape(-1) if x.numel() else x.new_zeros(1) for x in c)
+    return stack([torch.stack(relative_sum(x, q, i)) for i, x in enumerate(flat)])
 
 
-def relative_sum(x: Tensor, q: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest |entry| M and Σ(|x|/M)^q along the last dim, the partials of every finite ℓq norm.
+def relative_sum(x: Tensor, q: float | Tensor, at_inf: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the largest |entry| M and Σ(|x|/M)^q along the last dim, or at q = ∞ M and ``at_inf``.
 
     |x|/M ≤ 1, so no power overflows, and one term is 1, so the sum never vanishes. M is clamped away from 0
     and ∞ to avoid NaN from 0/0 and ∞/∞. For q ≤ 4 it is clamped to the smallest normal number: a subnormal is
     at least 2^−23 of that, so its power stays normal. A larger q needs the true M.
     """
     a = x.abs()
+    if equals(q, math.inf):
+        top = a.amax(-1)
+        return top, torch.full_like(top, at_inf)
     limits = torch.finfo(a.dtype)
     small = not isinstance(q, Tensor) and q <= 4
     top = a.amax(-1).clamp(limits.tiny if small else 0, limits.max)
@@ -283,11 +278,8 @@ def top_and_root(partials: Tensor, q: float | Tensor) -> tuple[Tensor, Tensor]:
 
 def top_and_root_last_dim(x: Tensor, q: float) -> tuple[Tensor, Tensor]:
     """Return M and (Σ(|x|/M)^q)^(1/q) of each line along the last dim."""
-    if q == math.inf:
-        top = x.abs().amax(-1)
-        return top, torch.ones_like(top)
     top, total = relative_sum(x, q)
-    return top, total.pow(1 / q)
+    return top, total if q == math.inf else total.pow(1 / q)
 
 
 def norm_from_partials(partials: Tensor, q: float | Tensor) -> Tensor:

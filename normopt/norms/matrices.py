@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_choice, check_number
-from normopt.norms.base import Norm, Scale, stack
+from normopt.norms.base import Norm, Scale, stack, to_compute_dtype
 from normopt.norms.lp import mul_norm_power, shift
 
 MATRIX_VIEWS = ("flatten", "batch", "transposed")
@@ -84,16 +84,6 @@ def mul_pow2(x: Tensor, power: Tensor) -> Tensor:
     return (x * torch.ldexp(one, half)).mul_(torch.ldexp(one, power - half))
 
 
-def check_matrix(shape: torch.Size, view: str, blocks: int) -> None:
-    """Raise a ValueError if the rows of a tensor of this shape cannot be split into ``blocks``."""
-    rows = math.prod(shape) if len(shape) <= 1 else shape[{"flatten": 0, "batch": -2, "transposed": 1}[view]]
-    if rows % blocks:
-        raise ValueError(
-            f"blocks = {blocks} does not divide the {rows} rows of a tensor of shape {tuple(shape)} under "
-            f'matrix_view="{view}": put the tensors that it does divide into a param group of their own'
-        )
-
-
 def matrix_dims(shape: torch.Size, view: str, blocks: int) -> tuple[int, int, int]:
     """Return (rows, columns, taps) of the matrices that `to_matrices` makes of a tensor of this shape."""
     if len(shape) <= 1:
@@ -136,6 +126,11 @@ class MatrixNorm(Norm):
     aspect: str
     matrix_view: str
     blocks: int
+
+    def _largest_norm(self, x: Tensor, norms: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the largest norm over the matrices of x, 0-d, given the norms of a stack without the factor f."""
+        y = to_matrices(to_compute_dtype(x), self.matrix_view, self.blocks)
+        return norms(y).amax() / self.factor(x.shape) if y.numel() else x.new_zeros(())
 
     @abstractmethod
     def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -192,10 +187,16 @@ class MatrixNorm(Norm):
         Raises:
             ValueError: a parameter is complex, or ``blocks`` does not divide its rows.
         """
+        view, blocks = self.matrix_view, self.blocks
         for x in params:
             if x.is_complex():
                 raise ValueError(f"{type(self).__name__} takes real matrices, but a parameter is {x.dtype}")
-            check_matrix(x.shape, self.matrix_view, self.blocks)
+            rows, _, _ = matrix_dims(x.shape, view, blocks=1)
+            if rows % blocks:
+                raise ValueError(
+                    f"blocks = {blocks} does not divide the {rows} rows of a tensor of shape {tuple(x.shape)} under "
+                    f'matrix_view="{view}": put the tensors that it does divide into a param group of their own'
+                )
 
     def measure(self, c: list[Tensor]) -> Tensor:
         return stack([n for n, _ in self.pairs(c)])[:, None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_choice, check_number
-from normopt.norms.base import Needs, Scale, to_compute_dtype
+from normopt.norms.base import Needs, Scale
 from normopt.norms.lp import norm_and_shift, norm_last_dim, shift, signed_power, top_and_root_last_dim
 from normopt.norms.matrices import MatrixNorm, from_matrices, to_matrices
 from normopt.norms.registry import register
@@ -81,23 +81,18 @@ class Mixed(MatrixNorm):
         Raises:
             TypeError: x is complex or integer.
         """
-        y = self._as_lines(to_compute_dtype(x))
-        if y.numel() == 0:
-            return x.new_zeros(())
-        norms = norm_last_dim(norm_last_dim(y, self.p_inner), self.p_outer)
-        return norms.amax() / self.factor(x.shape)
+        return self._largest_norm(x, lambda y: norm_last_dim(norm_last_dim(self._lines(y), self.p_inner), self.p_outer))
 
     def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         return [self._pair(x) for x in c]
 
-    def _as_lines(self, x: Tensor) -> Tensor:
-        """Return x as [stack, lines, entries], with rows or columns as lines."""
-        y = to_matrices(x, self.matrix_view, self.blocks)
+    def _lines(self, y: Tensor) -> Tensor:
+        """Transpose a stack of matrices if the lines are columns; this is its own inverse."""
         return y.mT if self.lines == "columns" else y
 
     def _pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return (‖x‖⋆, D(x)) of one tensor."""
-        y = self._as_lines(x)
+        y = self._lines(to_matrices(x, self.matrix_view, self.blocks))
         if y.numel() == 0:
             return x.new_zeros(()), torch.zeros_like(x)
         top, root = top_and_root_last_dim(y, conjugate(self.p_inner))
@@ -107,10 +102,9 @@ class Mixed(MatrixNorm):
             r = top * s * root
         outer = top_and_root_last_dim(r, conjugate(self.p_outer))
         d = dual_map(y, top, root, self.p_inner) * dual_map(r, *outer, self.p_outer)[..., None]
-        d = d.mT if self.lines == "columns" else d
         f, totals = self.factor(x.shape), outer[0] * outer[1]
         totals = totals if s is None else totals / s[..., 0]
-        return f * totals.sum(), f * from_matrices(d, x, self.matrix_view)
+        return f * totals.sum(), f * from_matrices(self._lines(d), x, self.matrix_view)
 
 
 def conjugate(p: float) -> float:

@@ -31,9 +31,8 @@ def coefficients(method: str, steps: int) -> list[Coefficients]:
     """Return the coefficients of the polynomial ``a x + b x³ + c x⁵`` of each step."""
     if method == "newton-schulz":
         return [NEWTON_SCHULZ] * steps
-    table = (*POLAR_EXPRESS, *([LIMIT] * steps))[:steps]
-    safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in table[: len(POLAR_EXPRESS)]]
-    return [*safe, *table[len(POLAR_EXPRESS) :]]
+    safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS]
+    return (safe + [LIMIT] * steps)[:steps]
 
 
 def polar(x: Tensor, method: str, steps: int, dtype: torch.dtype) -> Tensor:

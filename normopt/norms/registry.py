@@ -15,8 +15,9 @@ N = TypeVar("N", bound=type[Norm])
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A registered name: its class, and the fields that the name fixes (``linf`` fixes p)."""
+    """A registered name, its class, and the fields that the name fixes (``linf`` fixes p)."""
 
+    name: str
     cls: type[Norm]
     fixed: Mapping[str, Any]
     fields: Mapping[str, Any]  # each field's default; `dataclasses.MISSING` if it has none
@@ -54,7 +55,7 @@ def register(name: str, **fixed: Any) -> Callable[[N], N]:
         # A class that is redefined under its own name (a re-run notebook cell) replaces its old version.
         if taken is not None and (taken.cls.__module__, taken.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"the norm name {name!r} is taken by {taken.cls.__qualname__}: choose another")
-        _entries[name] = Entry(cls, dict(fixed), _fields_of(cls))
+        _entries[name] = Entry(name, cls, dict(fixed), _fields_of(cls))
         return cls
 
     return decorate
@@ -82,10 +83,11 @@ def entry_of(norm: object) -> Entry:
     """Return the entry of a ``norm=`` argument, a name or a Norm object."""
     if not isinstance(norm, Norm):
         return lookup(norm)
-    name = _plain_name(type(norm))
-    if name is None:
+    # The name without fixed fields: "lp", not "linf".
+    entry = next((entry for entry in _entries.values() if entry.cls is type(norm) and not entry.fixed), None)
+    if entry is None:
         raise ValueError(f'{norm!r} is not registered: decorate its class with @normopt.norms.register("…")')
-    return _entries[name]
+    return entry
 
 
 def lookup(name: object) -> Entry:
@@ -117,29 +119,22 @@ def flatten(norm: object, given: Mapping[str, Any]) -> dict[str, Any]:
         ``"lp"`` alone does not determine p.
     """
     entry = entry_of(norm)
+    flat: dict[str, Any] = {"norm": entry.name}
     if isinstance(norm, Norm):
-        flat = {setting_key(f): getattr(norm, f) for f in entry.fields} | {"norm": _plain_name(type(norm))}
-        fixed = set(flat) - {"norm"}
+        fixed = {setting_key(f): getattr(norm, f) for f in entry.fields}
     else:
+        fixed = {setting_key(f): None for f in entry.fixed}
         free = {setting_key(f): default for f, default in entry.fields.items() if f not in entry.fixed}
         # Another norm's field of the same name must not leak in from the optimizer's defaults.
-        flat = {k: v for k, v in free.items() if v is not dataclasses.MISSING and given.get(k) is None}
-        flat |= {setting_key(f): None for f in entry.fixed} | {"norm": norm}
-        fixed = {setting_key(f) for f in entry.fixed}
+        flat |= {k: v for k, v in free.items() if v is not dataclasses.MISSING and given.get(k) is None}
     if "p" not in entry.fields:
-        flat["p"] = None
-        fixed.add("p")
-    for key in fixed:
-        value, other = flat.get(key), given.get(key)
+        fixed["p"] = None
+    for key, value in fixed.items():
+        other = given.get(key)
         if other is not None and (value is None or other != value):
             what = f"has {key} = {value!r}" if value is not None else f"does not take {key}"
             raise ValueError(f"norm {norm!r} {what}, but {key} = {other!r} was also given: leave one out")
-    return flat
-
-
-def _plain_name(cls: type[Norm]) -> str | None:
-    """Return the name that registers a class without fixed fields: ``"lp"``, not ``"linf"``."""
-    return next((name for name, entry in _entries.items() if entry.cls is cls and not entry.fixed), None)
+    return flat | fixed
 
 
 def build(settings: Mapping[str, Any]) -> Norm:

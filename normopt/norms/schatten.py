@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_choice, check_number
-from normopt.norms.base import Needs, Scale, to_compute_dtype, without_autocast
+from normopt.norms.base import Needs, Scale, indices_by, without_autocast
 from normopt.norms.lanczos import top_pair
 from normopt.norms.lp import nonzero, norm_and_shift, norm_last_dim, shift, top_and_root_last_dim
 from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, mul_pow2, normalize_exponent, to_matrices
@@ -128,11 +128,7 @@ class Schatten(MatrixNorm):
         Raises:
             TypeError: x is complex or integer.
         """
-        y = to_matrices(to_compute_dtype(x), self.matrix_view, self.blocks)
-        if y.numel() == 0:
-            return x.new_zeros(())
-        norms = norm_last_dim(torch.linalg.svdvals(y), self.p)
-        return norms.amax() / self.factor(x.shape)
+        return self._largest_norm(x, lambda y: norm_last_dim(torch.linalg.svdvals(y), self.p))
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
         """Return ``f · U diag(σ^exponent) Vᵀ``; singular values that count as zero stay zero.
@@ -184,14 +180,12 @@ class Schatten(MatrixNorm):
         Its second argument says whether the tensors are vectors. If it returns None for norms, ``⟨c, map⟩`` is used.
         """
         views = [to_matrices(x, self.matrix_view, self.blocks) for x in c]
-        found: list[tuple[Tensor, Tensor]] = [(x.new_zeros(()), x) for x in c]
-        batches: dict[tuple[bool, object], list[int]] = {}
-        for i, (x, y) in enumerate(zip(c, views, strict=True)):
-            if y.numel():
-                batches.setdefault((x.dim() <= 1, (y.shape[1:], y.dtype, y.device)), []).append(i)
-            else:
-                found[i] = found[i][0], torch.zeros_like(x)
-        for (vectors, _), members in batches.items():
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        keys = ((x.numel() == 0, x.dim() <= 1, y.shape[1:], y.dtype, y.device) for x, y in zip(c, views, strict=True))
+        for (empty, vectors, *_), members in indices_by(keys).items():
+            if empty:
+                found |= {i: (c[i].new_zeros(()), torch.zeros_like(c[i])) for i in members}
+                continue
             y = torch.cat([views[i] for i in members])
             n, d = without_autocast([y.device.type], function, y, vectors)
             counts = [len(views[i]) for i in members]
@@ -202,7 +196,7 @@ class Schatten(MatrixNorm):
                 # Cast per tensor: a small one is then still in cache when it is scaled.
                 u = u * f if u.dtype == x.dtype else u.to(x.dtype).mul_(f)
                 found[i] = torch.dot(x.reshape(-1), u.reshape(-1)) if sums is None else f * sums[j].sum(), u
-        return found
+        return [found[i] for i in range(len(c))]
 
 
 def normalize(y: Tensor) -> tuple[Tensor, Tensor]:

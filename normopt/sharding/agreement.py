@@ -1,4 +1,4 @@
-"""Check that all ranks are about to make the same step: another would be wrong, or leave the others waiting."""
+"""Check that all ranks are about to make the same step; otherwise results would be wrong, or ranks would hang."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def check_agreement(work: Sequence[tuple[Recipe, list[Tensor]]]) -> None:
         work: the recipes of all groups, and their parameters that have gradients.
 
     Raises:
-        RuntimeError: on all ranks, if one differs from the others; the message says in what.
+        RuntimeError: on all ranks, if one differs from the others; the message names the difference.
     """
-    layouts = {lay.group: lay for _, params in work for p in params if (lay := layout_of(p)) is not None}
-    if not layouts:
+    groups = [[(p, layout_of(p)) for p in params] for _, params in work]
+    sharded = [(p.device, lay) for group in groups for p, lay in group if lay is not None]
+    if not sharded:
         return
-    device = next(p.device for _, params in work for p in params if layout_of(p) is not None)
-    count = sum(len(params) for _, params in work)
-    shapes = [[(tuple(p.shape), str(p.dtype), _sharded_dim(p)) for p in params] for _, params in work]
+    shapes = [[(tuple(p.shape), str(p.dtype), lay and lay.dim) for p, lay in group] for group in groups]
     settings = [(str(r), "a tensor" if isinstance(r.write.lr, Tensor) else r.write.lr) for r, _ in work]
-    mine = torch.tensor([[float(count), _hash(shapes), _hash(settings)]], dtype=torch.float64)
-    for pieces in gather_pieces([(mine.to(device), [lay]) for lay in layouts.values()]):
+    mine = torch.tensor([[sum(map(len, groups)), _hash(shapes), _hash(settings)]], dtype=torch.float64)
+    layouts = {lay.group: lay for _, lay in sharded}
+    for pieces in gather_pieces([(mine.to(sharded[0][0]), [lay]) for lay in layouts.values()]):
         for aspect, column in zip(ASPECTS, zip(*pieces[0].tolist(), strict=True), strict=True):
             if len(set(column)) > 1:
                 odd = [r for r, value in enumerate(column) if value != column[0]]
@@ -48,11 +48,6 @@ def check_agreement(work: Sequence[tuple[Recipe, list[Tensor]]]) -> None:
                     "rank to make the same step: the same param groups, in the same order and with the same settings, "
                     "and gradients for the same parameters"
                 )
-
-
-def _sharded_dim(p: Tensor) -> int | None:
-    layout = layout_of(p)
-    return None if layout is None else layout.dim
 
 
 def _hash(x: object) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,20 +11,17 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import is_fake
 
-from normopt.norms.base import Norm, as_real, to_compute_dtype
+from normopt.norms.base import Norm, as_real, indices_by, to_compute_dtype
 from normopt.sharding.layout import Layout, layout_of, resolved, to_local
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 Layouts = Sequence[Layout | None]
 
 
 def run_together(batches: Sequence[Any]) -> None:
-    """Take batches of sharded tensors through their phases, all ranks alike: as many collectives as there are phases.
+    """Run the phases of batches of sharded tensors, with one collective a phase for all batches.
 
     Args:
-        batches: each has ``layouts``, and ``phases`` with ``measure``, ``reduce`` and ``apply``, as `Stage` has them.
+        batches: objects with ``layouts``, and ``phases`` with the ``measure``, ``reduce`` and ``apply`` of a `Stage`.
     """
     waiting: list[tuple[Any, Iterator[Any]]] = [(batch, iter(batch.phases)) for batch in batches]
     while waiting:
@@ -43,17 +40,17 @@ def run_together(batches: Sequence[Any]) -> None:
 
 
 def gather_pieces(asked: Sequence[tuple[Tensor, Layouts]]) -> list[list[Tensor]]:
-    """Return the partial sums of all ranks: of n tensors each a list of n, shape [k, w], in the order of the k ranks.
+    """Return the partial sums of all ranks: for each entry of ``asked`` n tensors, shape [k, w], in the order of ranks.
 
-    One collective for each process group. Sums travel in float64, which holds every smaller float exactly.
+    One collective for each process group. Sums are sent in float64, which holds every smaller float exactly.
 
     Args:
-        asked: this rank's partial sums of n tensors, shape [n, w], and how the tensors are sharded: those that are,
-            over the same ranks.
+        asked: pairs of this rank's partial sums of n tensors, shape [n, w], and the layouts of the tensors. The
+            sharded ones among the n are sharded over the same ranks.
     """
     shardings = [next((lay for lay in layouts if lay is not None), None) for _, layouts in asked]
     found: dict[int, list[Tensor]] = {}
-    for members in by_group(shardings):
+    for members in indices_by(None if lay is None else lay.group for lay in shardings).values():
         sums, layout = [asked[i][0] for i in members], shardings[members[0]]
         if layout is None:
             found |= {i: list(x[:, None]) for i, x in zip(members, sums, strict=True)}
@@ -68,35 +65,13 @@ def gather_pieces(asked: Sequence[tuple[Tensor, Layouts]]) -> list[list[Tensor]]
     return [found[i] for i in range(len(asked))]
 
 
-def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> list[Tensor]:
-    """Send a vector to each rank and return those received, by one all-to-all.
-
-    Args:
-        parts: a vector for each rank.
-        sizes: the number of entries that each rank sends to this one.
-        group: the ranks.
-    """
-    given = torch.cat([x.reshape(-1) for x in parts])
-    got = given.new_empty(sum(sizes))
-    dist.all_to_all_single(got, given, list(sizes), [x.numel() for x in parts], group=group)
-    return list(torch.split(got, list(sizes)))
-
-
-def by_group(layouts: Layouts) -> list[list[int]]:
-    """Return the indices of tensors that are sharded over the same ranks, or unsharded, list by list."""
-    found: dict[object, list[int]] = {}
-    for i, lay in enumerate(layouts):
-        found.setdefault(None if lay is None else lay.group, []).append(i)
-    return list(found.values())
-
-
 def of_each(
     xs: Sequence[Tensor], measure: Callable[[Tensor], Tensor], combine: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
     """Return the reduced partial sums of each tensor, sharded or not: shape [s] each.
 
     Args:
-        xs: tensors, of any layouts.
+        xs: tensors of any layouts.
         measure: returns the partial sums of a local shard, shape [w].
         combine: reduces [n, k, w], of k ranks, to [n, s].
     """
@@ -105,7 +80,7 @@ def of_each(
 
 
 def nonzero(params: Sequence[Tensor]) -> list[bool]:
-    """Return for each tensor whether an entry on any rank is not 0; True for fake tensors, which have no values."""
+    """Return for each tensor whether any rank has a nonzero entry; True for fake tensors, which have no values."""
     if detect_fake_mode() is not None or any(map(is_fake, params)):
         return [True] * len(params)
     found = of_each(params, lambda x: x.any().reshape(1).to(torch.float32), lambda sums: sums.amax(1))
@@ -121,8 +96,8 @@ def global_dual_norm(norm: Norm, xs: Sequence[Tensor]) -> Tensor:
     """Return the dual norm, 0-d, of tensors as one vector.
 
     Args:
-        norm: one that needs no more than partial sums ("tensor").
-        xs: real floating-point tensors; those that are sharded, over the same ranks.
+        norm: a norm that needs only partial sums ("tensor").
+        xs: tensors; the sharded ones are sharded over the same ranks.
     """
     layouts = [layout_of(x) for x in xs]
     sums = norm.measure([to_compute_dtype(as_real(resolved(to_local(x)))) for x in xs])

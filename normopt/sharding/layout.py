@@ -1,4 +1,4 @@
-"""How a tensor is sharded over ranks, and its local shard."""
+"""The sharding of a tensor over ranks, and its local shard."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor is sharded along one dim over the ranks of a process group, in their order; the last may be empty.
+    """The sharding of a tensor along one dim over the ranks of a process group, in their order; the last may be empty.
 
     Attributes:
         group: the process group.
-        ranks, rank: how many they are, and which this one is.
+        ranks, rank: the number of ranks, and the index of this one.
         dim: the sharded dim, split as by torch.chunk.
-        shape: of the whole tensor.
+        shape: the shape of the whole tensor.
     """
 
     group: ProcessGroup
@@ -55,7 +56,7 @@ def any_dtensor(params: Iterable[object]) -> bool:
 
 
 def to_local(x: Tensor) -> Tensor:
-    """Return the local shard of a DTensor, sharing its memory; another tensor itself."""
+    """Return the local shard of a DTensor, which shares its memory; return any other tensor unchanged."""
     if not is_dtensor(x):
         return x
     with torch.no_grad():
@@ -65,7 +66,7 @@ def to_local(x: Tensor) -> Tensor:
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """Gather a DTensor on every rank; return another tensor itself."""
+    """Gather a DTensor on every rank; return any other tensor unchanged."""
     return cast(Tensor, cast(Any, x.detach()).full_tensor()) if is_dtensor(x) else x
 
 
@@ -93,48 +94,44 @@ def layout_of(x: Tensor) -> Layout | None:
 
     d = cast(DTensor, x)
     mesh = d.device_mesh
-    # A dim of one rank cuts nothing, but partial sums are none of the whole.
+    # A mesh dim of one rank does not shard; partial sums over it still need a reduction.
     cut = [i for i, p in enumerate(d.placements) if not p.is_replicate() and (mesh.size(i) > 1 or p.is_partial())]
     if not cut:
         return None
     if len(cut) > 1 or type(d.placements[cut[0]]) is not Shard:
         raise ValueError(
-            f"{_described(d)}, and normopt takes tensors that are sharded along one dim of the mesh, by Shard, and "
+            f"{_described(d)}, but normopt takes tensors that are sharded along one dim of the mesh, by Shard, and "
             "replicated along the others: FSDP2 on one dim, HSDP, or tensor parallelism without FSDP"
         )
     dim = cast(Shard, d.placements[cut[0]]).dim % max(d.dim(), 1)
-    ranks, rank = _place(mesh, cut[0])
-    return Layout(mesh.get_group(cut[0]), ranks, rank, dim, d.shape)
+    return Layout(mesh.get_group(cut[0]), *_place(mesh, cut[0]), dim, d.shape)
 
 
-# Numbers only: a reference to a mesh or a group would keep it alive after it was destroyed, and gloo aborts at the
-# interpreter's exit then.
+# Only numbers are cached. A reference to a mesh or a group would keep it alive after it was destroyed, and gloo would
+# then abort at the interpreter's exit.
 _places: WeakKeyDictionary[DeviceMesh, dict[tuple[int, int], tuple[int, int]]] = WeakKeyDictionary()
 
 
 def _place(mesh: DeviceMesh, of_mesh: int) -> tuple[int, int]:
     """Return the number of ranks along a dim of a mesh and this rank's index; cached, because it takes 10 µs."""
     known = _places.setdefault(mesh, {})
-    key = torch.distributed.get_rank(), of_mesh
+    key = dist.get_rank(), of_mesh
     if key not in known:
         known[key] = mesh.size(of_mesh), mesh.get_local_rank(of_mesh)
     return known[key]
 
 
 def check_parts(params: Iterable[Tensor]) -> None:
-    """Raise unless the local shards have the shapes that their layouts say.
+    """Raise unless the local shards have the shapes that their layouts give.
 
     Raises:
-        ValueError: a DTensor is split unlike torch.chunk, or its mesh orders the ranks otherwise than their group.
+        ValueError: a DTensor is not split as by torch.chunk, or the order of the ranks in its mesh and group differs.
     """
     for p in params:
-        layout = layout_of(p)
-        if layout is None:
-            continue
-        here = tuple(to_local(p).shape)
-        if list(here) != layout.shapes()[layout.rank] or layout.rank != torch.distributed.get_rank(layout.group):
+        layout, here = layout_of(p), list(to_local(p).shape)
+        if layout and (here != layout.shapes()[layout.rank] or layout.rank != dist.get_rank(layout.group)):
             raise ValueError(
-                f"{_described(cast('DTensor', p))}, of which rank {layout.rank} has {here}, not the shard that "
+                f"{_described(cast('DTensor', p))}, of which rank {layout.rank} has {tuple(here)}, not the shard that "
                 "torch.chunk would give it: distribute it with torch.distributed.tensor.distribute_tensor"
             )
 
@@ -145,12 +142,12 @@ def _described(d: DTensor) -> str:
 
 
 def resolved(x: Tensor) -> Tensor:
-    """Return a tensor whose memory holds its values: a copy, if a conjugation or a negation is pending (lazy views)."""
+    """Return a tensor whose memory holds its values: a copy if it is a lazy view (conjugated or negated)."""
     return x.resolve_conj().resolve_neg()
 
 
 def gradient_of(p: Tensor) -> Tensor:
-    """Return the shard of the gradient that belongs to the local shard of a parameter."""
+    """Return the gradient of a parameter's local shard."""
     grad = cast(Tensor, p.grad)
     if is_dtensor(p) and is_dtensor(grad):
         place, given = cast("DTensor", p), cast("DTensor", grad)

@@ -56,22 +56,6 @@ def get_optimizer(name: str) -> type[SteepestDescent]:
     return ZOO[name.lower()]
 
 
-__all__ = [
-    "LPSGD",
-    "LPSGDM",
-    "SCALE",
-    "SGD",
-    "Freon",
-    "Lion",
-    "Muon",
-    "NormalizedSGD",
-    "NucGD",
-    "PowerStep",
-    "RowNormSGD",
-    "Scion",
-    "SignSGD",
-    "Signum",
-    "SpectralSGD",
-    "get_optimizer",
-    "list_optimizers",
-]
+__all__ = ["LPSGD", "LPSGDM", "SGD", "Lion", "NormalizedSGD", "PowerStep", "SignSGD", "Signum"]
+__all__ += ["SCALE", "Freon", "Muon", "NucGD", "RowNormSGD", "Scion", "SpectralSGD"]
+__all__ += ["get_optimizer", "list_optimizers"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from normopt.arguments import fixed_kwargs
 from normopt.engine import SteepestDescent
 from normopt.norms.base import Scale
 from normopt.settings import Common, Settings
-from normopt.zoo.fixed import fixed_kwargs
 
 
 class SGD(SteepestDescent):
@@ -58,16 +58,9 @@ class SGD(SteepestDescent):
         decay: Literal["coupled", "decoupled", "lp"] | str = "coupled",
         **settings: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            momentum=momentum,
-            dampening=dampening,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-            decay=decay,
-            **fixed_kwargs("SGD", settings, norm="l2", scale="dual", momentum_rule="heavy"),
-        )
+        fixed = fixed_kwargs("SGD", settings, norm="l2", scale="dual", momentum_rule="heavy")
+        momenta = dict[str, Any](momentum=momentum, dampening=dampening, nesterov=nesterov)
+        super().__init__(params, lr, weight_decay=weight_decay, decay=decay, **momenta, **fixed)
 
 
 class NormalizedSGD(SteepestDescent):

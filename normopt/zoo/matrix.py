@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from normopt._checks import check_number
+from normopt.arguments import fixed_kwargs
 from normopt.engine import SteepestDescent
 from normopt.settings import Common, Settings
-from normopt.zoo.fixed import fixed_kwargs
 
 
 class Muon(SteepestDescent):
@@ -72,13 +72,8 @@ class Muon(SteepestDescent):
         **settings: Unpack[Settings],
     ) -> None:
         fixed = fixed_kwargs("Muon", settings, norm="spectral", scale="unit", momentum_rule="ema")
-        iteration: dict[str, Any] = {
-            "norm_method": method,
-            "norm_steps": steps,
-            "norm_aspect": aspect,
-            "norm_dtype": dtype,
-        }
-        super().__init__(params, lr, momentum=momentum, nesterov=nesterov, **iteration, **fixed)
+        fields = dict[str, Any](norm_method=method, norm_steps=steps, norm_aspect=aspect, norm_dtype=dtype)
+        super().__init__(params, lr, momentum=momentum, nesterov=nesterov, **fields, **fixed)
 
 
 class SpectralSGD(SteepestDescent):
@@ -273,17 +268,8 @@ class Scion(SteepestDescent):
         **settings: Unpack[Common],
     ) -> None:
         fixed = fixed_kwargs("Scion", settings, norm="spectral", scale="unit", momentum_rule="ema", norm_aspect="rms")
-        iteration: dict[str, Any] = {"norm_method": method, "norm_dtype": "bfloat16"}
-        super().__init__(
-            params,
-            lr,
-            momentum=momentum,
-            radius=radius,
-            weight_decay=weight_decay,
-            decay=decay,
-            **iteration,
-            **fixed,
-        )
+        ball = dict[str, Any](radius=radius, weight_decay=weight_decay, decay=decay)
+        super().__init__(params, lr, momentum=momentum, norm_method=method, norm_dtype="bfloat16", **ball, **fixed)
 
 
 class SCALE(SteepestDescent):

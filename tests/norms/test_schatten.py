@@ -381,3 +381,15 @@ def test_whole_group_and_resume():
     other = normopt.SteepestDescent([torch.nn.Parameter(torch.zeros_like(p)) for p in ps], norm="schatten", p=2.0)
     other.load_state_dict(opt.state_dict())
     assert other.param_groups[0]["p"] == 3.0
+
+
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_an_empty_stack_beside_one_of_the_same_matrices(empty_first):
+    torch.manual_seed(0)
+    full, empty = torch.randn(2, 3, 4), torch.zeros(0, 3, 4)
+    n = Schatten(math.inf, matrix_view="batch")
+    maps, norms = n.scaled([empty, full] if empty_first else [full, empty], 0, whole_group=False)
+    torch.testing.assert_close(maps[int(empty_first)], n.dual_map(full))
+    torch.testing.assert_close(norms[int(empty_first)], n.dual_norm(full))
+    assert maps[1 - int(empty_first)].shape == empty.shape
+    assert norms[1 - int(empty_first)] == 0
