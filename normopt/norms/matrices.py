@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_choice, check_number
-from normopt.norms.base import Norm, Scale, stack, to_compute_dtype
+from normopt.norms.base import Needs, Norm, Scale, stack, to_compute_dtype
 from normopt.norms.lp import mul_norm_power, shift
 
 MATRIX_VIEWS = ("flatten", "batch", "transposed")
@@ -126,6 +126,9 @@ class MatrixNorm(Norm):
     aspect: str
     matrix_view: str
     blocks: int
+
+    def needs(self, scale: Scale) -> Needs:
+        return "matrix"
 
     def _largest_norm(self, x: Tensor, norms: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the largest norm over the matrices of x, 0-d, given the norms of a stack without the factor f."""

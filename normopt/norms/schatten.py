@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_choice, check_number
-from normopt.norms.base import Needs, Scale, indices_by, without_autocast
+from normopt.norms.base import Scale, indices_by, without_autocast
 from normopt.norms.lanczos import top_pair
 from normopt.norms.lp import nonzero, norm_and_shift, norm_last_dim, shift, top_and_root_last_dim
 from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, mul_pow2, normalize_exponent, to_matrices
@@ -108,9 +108,6 @@ class Schatten(MatrixNorm):
         if self.exponent is not None:
             return self.exponent
         return None if self.p == 1 else 1 / (self.p - 1)
-
-    def needs(self, scale: Scale) -> Needs:
-        return "matrix"
 
     def check(self, scale: Scale, params: list[Tensor]) -> None:
         if self.exponent is not None and scale != "power":

@@ -36,6 +36,17 @@ NAMED = {
 }
 
 
+def test_a_matrix_norm_of_ones_own_is_given_whole_matrices():
+    class Own(MatrixNorm):
+        def norm(self, x):
+            return x.norm()
+
+        def pairs(self, c):
+            return [(x.norm(), x / x.norm()) for x in c]
+
+    assert {Own().needs(scale) for scale in ("power", "dual", "unit", "matched")} == {"matrix"}
+
+
 def named(name, **fields):
     return registry.build({"norm": name} | {registry.setting_key(k): v for k, v in fields.items()})
 
