@@ -112,17 +112,14 @@ def param_groups(
             raise ValueError(f'residual_depth is only for preset="modular", but the preset is {preset!r}: leave it out')
     infos = classify_params(model, output)
     given = _overrides_by_param(infos, overrides or {})
-    every = [(info, _settings(info, preset, given[info.name])) for info in infos]
-    trained = [info for info, _ in every if info.param.requires_grad]
-    settings = [own for info, own in every if info.param.requires_grad]
-    _check_kinds([info for info, s in zip(trained, settings, strict=True) if "norm" not in s])
+    settings = {info.name: _settings(info, preset, given[info.name]) for info in infos}
+    trained = [info for info in infos if info.param.requires_grad]
+    _check_kinds([info for info in trained if "norm" not in settings[info.name]])
     if preset == "modular":
-        masses = {i.name: s.pop("mass") for i, s in zip(trained, settings, strict=True) if "mass" in s}
-        found = budgets(model, infos, masses, residual_depth)
-        for info, own in zip(trained, settings, strict=True):
-            budget = found[info.name]
-            own["radius"] = own.get("radius", 1.0) * budget.radius
-            own |= {"share": budget.share, "sensitivity": budget.sensitivity}
+        masses = {info.name: settings[info.name].pop("mass") for info in trained if "mass" in settings[info.name]}
+        for name, (share, sensitivity) in budgets(model, infos, masses, residual_depth).items():
+            radius = settings[name].get("radius", 1.0) * (share / sensitivity)
+            settings[name] |= {"radius": radius, "share": share, "sensitivity": sensitivity}
     return _group_by_settings(trained, settings, preset)
 
 
@@ -138,23 +135,17 @@ class ParamGroups(list[dict[str, Any]]):
     preset: str
 
     def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
         rows = [("kind", "norm", "radius", "other settings", "parameters", "names")]
-        total = tensors = 0
-        for group in self:
-            count = sum(p.numel() for _, p in group["params"])
-            total, tensors = total + count, tensors + len(group["params"])
+        counts = [sum(p.numel() for _, p in group["params"]) for group in self]
+        for group, count in zip(self, counts, strict=True):
             radius = f"{group.get('radius', 1.0):.4g}"
             names = _abbreviate([name for name, _ in group["params"]])
             rows.append((group["kind"], str(group["norm"]), radius, _other_settings(group), f"{count:,}", names))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"preset {self.preset!r}: {total:,} parameters in {tensors} tensors"]
+        tensors = sum(len(group["params"]) for group in self)
+        lines = [f"preset {self.preset!r}: {sum(counts):,} parameters in {tensors} tensors"]
         for row in rows:
-            cells = [
-                x.rjust(w) if i in (2, 4) else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))
-            ]
+            cells = [f"{cell:{align}{width}}" for cell, align, width in zip(row, "<<><><", widths, strict=True)]
             lines.append("  ".join(cells).rstrip())
         return "\n".join(lines)
 
@@ -170,17 +161,13 @@ def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[st
             names = [info.name for info in infos]
             hint = near(key, names) if isinstance(key, str) else ""
             shown = repr(key) if isinstance(key, str) else key.__name__
-            raise ValueError(
-                f"overrides[{shown}] matches no parameter{hint}; the first names are {', '.join(names[:5])}"
-            )
+            raise ValueError(f"overrides[{shown}] matches no parameter{hint}; the first are {', '.join(names[:5])}")
         if "kind" in settings:
             check_choice("kind", settings["kind"], KINDS)
         if "mass" in settings:
             check_number("mass", settings["mass"], low=0, open_low=True, open_high=True)
         if computed := {"share", "sensitivity"} & settings.keys():
-            raise ValueError(
-                f"{', '.join(sorted(computed))} in overrides[{key!r}] is computed: set a radius or a mass instead"
-            )
+            raise ValueError(f"{', '.join(sorted(computed))} in overrides[{key!r}] is computed: set radius or mass")
         for info in matched:
             before = given[info.name]
             own = dict(settings)
@@ -239,17 +226,16 @@ def _check_kinds(unknown: list[ParamInfo]) -> None:
     )
 
 
-def _group_by_settings(infos: list[ParamInfo], settings: list[dict[str, Any]], preset: str) -> ParamGroups:
+def _group_by_settings(infos: list[ParamInfo], settings: dict[str, dict[str, Any]], preset: str) -> ParamGroups:
     """Put parameters with equal settings into one group, and sort the groups by kind."""
     gathered: dict[str, dict[str, Any]] = {}
-    for info, own in zip(infos, settings, strict=True):
+    for info in infos:
+        own = settings[info.name]
         # Compare other objects by identity: the repr of an array or tensor omits entries and digits.
         plain = {k: v if isinstance(v, int | float | str | None) else id(v) for k, v in own.items()}
-        key = repr(sorted(plain.items(), key=lambda item: item[0]))
-        gathered.setdefault(key, {"params": [], **own})["params"].append((info.name, info.param))
-    groups = ParamGroups(
-        sorted(gathered.values(), key=lambda g: KINDS.index(g["kind"]) if g["kind"] in KINDS else len(KINDS))
-    )
+        group = gathered.setdefault(repr(sorted(plain.items())), {"params": [], **own})
+        group["params"].append((info.name, info.param))
+    groups = ParamGroups(sorted(gathered.values(), key=lambda group: [*KINDS, "other"].index(group["kind"])))
     groups.preset = preset
     return groups
 

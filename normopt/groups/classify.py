@@ -78,8 +78,8 @@ def _classify(module: nn.Module, attribute: str, param: nn.Parameter) -> tuple[K
     if isinstance(module, nn.MultiheadAttention):
         return "linear", {"blocks": 3} if attribute == "in_proj_weight" else {}
     if isinstance(module, nn.RNNBase):
-        gates = GATES.get(module.mode, 1) if attribute.startswith(("weight_ih", "weight_hh")) else 1
-        return "linear", {"blocks": gates} if gates > 1 else {}
+        gated = module.mode in GATES and attribute.startswith(("weight_ih", "weight_hh"))
+        return "linear", {"blocks": GATES[module.mode]} if gated else {}
     if isinstance(module, _ConvTransposeNd):
         return "conv", {"matrix_view": "transposed"}
     if isinstance(module, _ConvNd):
@@ -107,9 +107,7 @@ def _mark_output(model: nn.Module, found: list[ParamInfo], output: str | None) -
             )
         marked = [c for c in found if output in c.modules and c.kind in MATRICES]
         if not marked:
-            raise ValueError(
-                f"the module {output!r} has no weight matrix of a known kind: set output to another module"
-            )
+            raise ValueError(f"the module {output!r} has no weight matrix of a known kind: name another as output")
     for info in marked:
         info.kind = "output"
         info.matrix.pop("matrix_view", None)  # a tied embedding (vocabulary × features) is the head's out × in
