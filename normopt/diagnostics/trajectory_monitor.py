@@ -99,9 +99,8 @@ class TrajectoryMonitor:
         self.optimizer = optimizer
         self.may_skip = may_skip
         self._params = _params(optimizer)
-        for p in self._params:
-            if torch.nn.parameter.is_lazy(p):
-                raise TypeError("a parameter is lazy and has no shape yet: run the model once, then make the monitor")
+        if any(map(torch.nn.parameter.is_lazy, self._params)):
+            raise TypeError("a parameter is lazy and has no shape yet: run the model once, then make the monitor")
         weights = FlatParams(self._params)
         if directory is None:
             self._store: SketchStore | DiskStore = SketchStore(weights, sketch, seed)
@@ -120,14 +119,8 @@ class TrajectoryMonitor:
 
     def __repr__(self) -> str:
         """Return the optimizer's type, the settings and the number of steps seen."""
-        store = self._store
-        where = (
-            f"sketch={store.sketch.k}, seed={store.seed}"
-            if isinstance(store, SketchStore)
-            else f"directory={str(store.directory)!r}"
-        )
         return (
-            f"TrajectoryMonitor({type(self.optimizer).__name__}, {where}, may_skip={self.may_skip}, "
+            f"TrajectoryMonitor({type(self.optimizer).__name__}, {self._store.shown}, may_skip={self.may_skip}, "
             f"{self._stepped} steps, {'attached' if self._handles else 'closed'})"
         )
 
@@ -231,8 +224,7 @@ class TrajectoryMonitor:
             return
         if self.may_skip and self._recorded <= self._stepped:
             raise RuntimeError("with may_skip=True, record(loss) must be called before step(): this step has no loss")
-        params = _params(optimizer)
-        if len(params) != len(self._params) or any(p is not q for p, q in zip(params, self._params, strict=True)):
+        if [*map(id, _params(optimizer))] != [*map(id, self._params)]:
             raise RuntimeError(
                 "the optimizer's parameters have changed since the monitor was made: close() it, and make another one "
                 "after the last parameter was added"
@@ -275,11 +267,8 @@ def _single_lr(optimizer: Optimizer) -> float | Tensor:
     tensor = next((lr for lr in lrs if isinstance(lr, Tensor)), None)
     if tensor is None:
         return lrs[0] if all(lr == lrs[0] for lr in lrs) else torch.nan
-    made = [
-        lr.to(tensor.device, torch.float64)
-        if isinstance(lr, Tensor)
-        else torch.full((), lr, dtype=torch.float64, device=tensor.device)
-        for lr in lrs
-    ]
+    # torch.full passes a number as a kernel argument: no copy to the device, no sync.
+    device, wide = tensor.device, torch.float64
+    made = [x.to(device, wide) if isinstance(x, Tensor) else torch.full((), x, dtype=wide, device=device) for x in lrs]
     first = made[0].clone()  # schedulers write to it in place
     return torch.where((torch.stack(made) == first).all(), first, torch.nan)
