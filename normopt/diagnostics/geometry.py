@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.optim import Optimizer
 
+from normopt._checks import warn
 from normopt.diagnostics.measures import GroupSnapshot, unquantized
 from normopt.diagnostics.rows import METRICS, ROW, RingBuffer, plot_rows, write_csv
 from normopt.engine import SteepestDescent
@@ -130,7 +130,7 @@ class GeometryMonitor:
         self._logged = 0  # rows written to TensorBoard
         self._warned = False
         self._outermost = OutermostStep()
-        self._snapshots: list[GroupSnapshot] | None = None
+        self._snapshots: list[GroupSnapshot] = []  # of a step that is measured
         self._hooks = [
             optimizer.register_step_pre_hook(self._pre_hook),
             optimizer.register_step_post_hook(self._post_hook),
@@ -147,7 +147,7 @@ class GeometryMonitor:
         """Detach from the optimizer; the rows stay."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._snapshots = [], None
+        self._hooks, self._snapshots = [], []
         self._outermost.reset()
 
     def __enter__(self) -> Self:
@@ -181,11 +181,9 @@ class GeometryMonitor:
             self._flushed.append(new)
         if self.lost and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{self.lost} rows were overwritten before they were fetched: call flush() at least every "
-                f"{self.capacity * self.every} steps, or give a larger capacity",
-                UserWarning,
-                stacklevel=2,
+                f"{self.capacity * self.every} steps, or give a larger capacity"
             )
         return new
 
@@ -224,20 +222,18 @@ class GeometryMonitor:
     def _pre_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult | None:
         if not self._outermost.enter(optimizer, args, kwargs):
             return None
-        self._snapshots = None
+        self._snapshots = []
         if self.steps % self.every:
             return None
-        with torch.no_grad():
-            snapshots = [self._snapshot(group) for group in optimizer.param_groups]
-        self._snapshots = snapshots
-        if not any(callable(x) for x in (*args[1:], *kwargs.values())):
-            self._measure_gradients(snapshots)
+        self._snapshots = [self._snapshot(group) for group in optimizer.param_groups]
+        if not any(map(callable, (*args[1:], *kwargs.values()))):
+            self._measure_gradients()
             return None
 
         def watched(given: Any) -> Any:
             def closure(*args: Any, **kwargs: Any) -> Any:
                 loss = given(*args, **kwargs)
-                self._measure_gradients(snapshots)
+                self._measure_gradients()
                 return loss
 
             return closure if callable(given) else given
@@ -247,21 +243,17 @@ class GeometryMonitor:
     def _post_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._outermost.leave():
             return
-        snapshots, self._snapshots = self._snapshots, None
+        snapshots, self._snapshots = self._snapshots, []
         step, self.steps = self.steps, self.steps + 1
-        if snapshots is None:
-            return
-        with torch.no_grad():
-            for i, b in enumerate(snapshots):
-                if i not in self._rings:
-                    self._rings[i] = RingBuffer(self.capacity, b.params[0].device if b.params else torch.device("cpu"))
-                self._rings[i].add(step, b.lr, b.p, b.gradient, b.update_metrics())
+        for i, b in enumerate(snapshots):
+            if i not in self._rings:
+                self._rings[i] = RingBuffer(self.capacity, b.params[0].device if b.params else torch.device("cpu"))
+            self._rings[i].add(step, b.lr, b.p, b.gradient, b.update_metrics())
 
-    @torch.no_grad()
-    def _measure_gradients(self, snapshots: list[GroupSnapshot]) -> None:
+    def _measure_gradients(self) -> None:
         """Measure now: an optimizer may write into ``.grad``, and an add-on restores it after the step."""
         scale = getattr(self.optimizer, "grad_scale", None)
-        for b in snapshots:
+        for b in self._snapshots:
             b.gradient = b.gradient_metrics(scale)
 
     def _snapshot(self, group: dict[str, Any]) -> GroupSnapshot:

@@ -286,8 +286,7 @@ def _read(parts: Sequence[Path], sum_over_ranks: Callable[[Array], Array]) -> Tr
     rows = [_load_iterates(part) for part in parts]
     steps = max(0, min(map(len, rows)) - 1)
     kept = np.full((steps, 2), np.nan)
-    found = np.fromfile(parts[0] / STEPS)
-    found = found[: len(found) // 2 * 2].reshape(-1, 2)[:steps]
+    found = np.fromfile(parts[0] / STEPS, "2f8")[:steps]  # only complete rows
     kept[: len(found)] = found
 
     def backwards(of: NDArray[Any]) -> Iterable[tuple[Array, Array]]:
@@ -307,13 +306,11 @@ def _load_iterates(directory: Path) -> NDArray[Any]:
     if not (directory / ABOUT).exists():
         raise ValueError(f"{directory} holds no trajectory: TrajectoryMonitor(optimizer, directory=…) writes one")
     about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
-    dtype, width = np.dtype(about["dtype"]), about["weights"]
+    file, dtype, width = directory / ITERATES, np.dtype(about["dtype"]), about["weights"]
     if width == 0:  # this rank holds no weights
         return np.empty(((directory / STEPS).stat().st_size // 16 + 1, 0), dtype)
-    n = (directory / ITERATES).stat().st_size // (dtype.itemsize * width)
-    if n == 0:
-        return np.empty((0, width), dtype)
-    return np.memmap(directory / ITERATES, dtype, "r", shape=(n, width))
+    n = file.stat().st_size // (dtype.itemsize * width)
+    return np.memmap(file, dtype, "r", shape=(n, width)) if n else np.empty((0, width), dtype)
 
 
 def _inner_products(backwards: Iterable[tuple[Array, Array]], steps: int) -> Array:

@@ -34,12 +34,14 @@ class GroupSnapshot:
         over_group: whether to measure all tensors of the group as one vector.
     """
 
+    @torch.no_grad()
     def __init__(self, group: Mapping[str, Any], norm: Norm, over_group: bool) -> None:
         self.params, self.norm, self.over_group = unquantized(group), norm, over_group
         self.lr, self.p = scalar_setting(group, "lr"), scalar_setting(group, "p")
         self.weights = copy_buckets([as_dense_real(full_tensor(p)) for p in self.params])
         self.gradient: Tensor | None = None  # the last gradient's metrics
 
+    @torch.no_grad()
     def gradient_metrics(self, scale: Tensor | None) -> Tensor | None:
         """Return grad_dual, grad_l2, density, density_q and anisotropy, shape [5]; None without entries.
 
@@ -66,6 +68,7 @@ class GroupSnapshot:
             found[:2] = [x / scale.reshape(()).to(x.device) for x in found[:2]]
         return stack(found)
 
+    @torch.no_grad()
     def update_metrics(self) -> Tensor | None:
         """Return update_norm, update_ratio and zeros of the step, shape [3]; None without entries."""
         after = [as_dense_real(full_tensor(p)) for p in self.params]

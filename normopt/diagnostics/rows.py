@@ -46,12 +46,10 @@ class RingBuffer:
         self.steps = np.zeros(capacity, np.int64)
         self.written = self.fetched = self.lost = 0
 
-    def add(
-        self, step: int, lr: float | Tensor, p: float | Tensor, gradient: Tensor | None, update: Tensor | None
-    ) -> None:
-        """Append a row, overwriting the oldest when full; None is stored as NaN."""
+    def add(self, step: int, *values: float | Tensor | None) -> None:
+        """Append a row, one value for each of `PARTS`, overwriting the oldest when full; None is stored as NaN."""
         slot = self.written % len(self.steps)
-        for part, value in zip(torch.split(self.numbers[slot], PARTS), (lr, p, gradient, update), strict=True):
+        for part, value in zip(torch.split(self.numbers[slot], PARTS), values, strict=True):
             if isinstance(value, Tensor):
                 part.copy_(value)
             else:  # fill_ passes the number as a kernel argument: no copy to the device, no sync

@@ -96,8 +96,7 @@ class TrajectoryMonitor:
             raise TypeError(f"a monitor needs a torch.optim.Optimizer, but was given {type(optimizer).__name__}")
         check_size(sketch)
         check_bool("may_skip", may_skip)
-        self.optimizer = optimizer
-        self.may_skip = may_skip
+        self.optimizer, self.may_skip = optimizer, may_skip
         self._params = _params(optimizer)
         if any(map(torch.nn.parameter.is_lazy, self._params)):
             raise TypeError("a parameter is lazy and has no shape yet: run the model once, then make the monitor")
