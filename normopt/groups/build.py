@@ -114,7 +114,8 @@ def param_groups(
     given = _overrides_by_param(infos, overrides or {})
     settings = {info.name: _settings(info, preset, given[info.name]) for info in infos}
     trained = [info for info in infos if info.param.requires_grad]
-    _check_kinds([info for info in trained if "norm" not in settings[info.name]])
+    if unknown := [info for info in trained if "norm" not in settings[info.name]]:
+        raise ValueError(_ask_for_kinds(unknown))
     if preset == "modular":
         masses = {info.name: settings[info.name].pop("mass") for info in trained if "mass" in settings[info.name]}
         for name, (share, sensitivity) in budgets(model, infos, masses, residual_depth).items():
@@ -169,11 +170,11 @@ def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[st
         if computed := {"share", "sensitivity"} & settings.keys():
             raise ValueError(f"{', '.join(sorted(computed))} in overrides[{key!r}] is computed: set radius or mass")
         for info in matched:
-            before = given[info.name]
             own = dict(settings)
-            if info.kind == "bias" and settings.get("kind") in MATRICES and not _is_named(info, key):
+            named = isinstance(key, str) and fnmatch.fnmatchcase(info.name, key)  # itself, not only its module
+            if info.kind == "bias" and settings.get("kind") in MATRICES and not named:
                 del own["kind"]  # a module's kind is that of its weight, not of its bias
-            given[info.name] = (_without_norm(before) if "norm" in own else before) | own
+            given[info.name] = _override(given[info.name], own)
     return given
 
 
@@ -185,18 +186,13 @@ def _matches(info: ParamInfo, key: str | type[nn.Module]) -> bool:
     raise TypeError(f"a key of overrides must be a pattern or a module type, but is {key!r}")
 
 
-def _is_named(info: ParamInfo, key: str | type[nn.Module]) -> bool:
-    """Return whether a pattern matches the parameter's own name, not only its module's."""
-    return isinstance(key, str) and fnmatch.fnmatchcase(info.name, key)
-
-
 def _settings(info: ParamInfo, preset: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return one parameter's settings: the preset's for its kind, its matrix view, and the user's on top."""
     if "kind" in given and given["kind"] != info.kind:
         info.kind = given["kind"]
         info.matrix = {"matrix_view": "transposed"} if info.kind == "embedding" else {}
-    base = dict(PRESETS[preset][info.kind]) if info.kind else {}
-    settings = (_without_norm(base) if "norm" in given else base) | given | {"kind": info.kind or "other"}
+    base = PRESETS[preset][info.kind] if info.kind else {}
+    settings = _override(base, given) | {"kind": info.kind or "other"}
     if "mass" in settings and preset != "modular":
         raise ValueError(f'"mass" is only for preset="modular", but the preset is {preset!r}: leave it out')
     if isinstance(settings.get("norm"), str):
@@ -209,20 +205,20 @@ def _settings(info: ParamInfo, preset: str, given: dict[str, Any]) -> dict[str, 
     return settings
 
 
-def _without_norm(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in settings.items() if k not in ("p", "radius") and not k.startswith("norm")}
+def _override(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with a user's own on top; a norm of the user's replaces the norm with its fields and radius."""
+    if "norm" in own:
+        settings = {k: v for k, v in settings.items() if k not in ("p", "radius") and not k.startswith("norm")}
+    return {**settings, **own}
 
 
-def _check_kinds(unknown: list[ParamInfo]) -> None:
-    """Raise a ValueError if there are parameters of unknown kind."""
-    if not unknown:
-        return
+def _ask_for_kinds(unknown: list[ParamInfo]) -> str:
+    """Return the message of an error about parameters of unknown kind."""
     names = "; ".join(f"{i.name} {tuple(i.param.shape)} of a {type(i.module).__name__}" for i in unknown[:8])
     more = f"; and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-    raise ValueError(
+    return (
         f"no kind of layer is known for {names}{more}. Set its kind, overrides={{{unknown[0].name!r}: "
-        f'{{"kind": …}}}} with one of {", ".join(KINDS)}, or a norm, such as '
-        '{"norm": "l2", "scale": "unit"}'
+        f'{{"kind": …}}}} with one of {", ".join(KINDS)}, or a norm, such as {{"norm": "l2", "scale": "unit"}}'
     )
 
 

@@ -125,15 +125,12 @@ def _nodes(values: Any) -> list[fx.Node]:
 
 
 def _lipschitz(name: str, node: fx.Node) -> float:
-    plain = _plain(name)
+    plain = _name(name)
     if plain not in NONEXPANSIVE and plain not in LIPSCHITZ:
         raise Untraceable(f"the sensitivity of {name!r} ({node.name}) is not known")
     return LIPSCHITZ.get(plain, 1.0)
 
 
 def _name(target: str | Callable[..., Any]) -> str:
-    return _plain(target if isinstance(target, str) else getattr(target, "__name__", str(target)))
-
-
-def _plain(name: str) -> str:
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     return name.replace("_", "").lower()
