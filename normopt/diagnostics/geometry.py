@@ -174,8 +174,7 @@ class GeometryMonitor:
             A NumPy structured array with the fields ``step`` (0 is the monitor's first, as in `Trajectory`),
             ``group`` and the metrics, sorted by step, then group.
         """
-        parts = [ring.fetch(i) for i, ring in self._rings.items()]
-        new = np.concatenate([np.empty(0, ROW), *parts])
+        new = np.concatenate([np.empty(0, ROW), *(ring.fetch(i) for i, ring in self._rings.items())])
         new.sort(order=["step", "group"])
         if len(new):
             self._flushed.append(new)

@@ -179,12 +179,9 @@ class SketchStore:
             yield u, rest
 
     def state_dict(self) -> dict[str, Any]:
-        tables = {
-            "updates": self.updates.first(self.steps),
-            "squares": self.squares.first(self.steps),
-            "kept": self.kept.first(self.steps + 2),
-        }
-        return {"steps": self.steps, **self.about, **tables, "previous": [x.clone() for x in self.previous or []]}
+        n = self.steps
+        tables = {"updates": self.updates.first(n), "squares": self.squares.first(n), "kept": self.kept.first(n + 2)}
+        return {"steps": n, **self.about, **tables, "previous": [piece.clone() for piece in self.previous or []]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         _check_fits(state, self.about)
@@ -242,10 +239,7 @@ class DiskStore:
         if self.mine:
             return
         if self.iterates.exists():
-            raise ValueError(
-                f"{self.directory} holds a trajectory already: give an empty directory, or continue that one "
-                "by load_state_dict() before the first step"
-            )
+            raise ValueError(f"{self.directory} holds a trajectory already: use load_state_dict() or another directory")
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / ABOUT).write_text(json.dumps(self.about), encoding="utf-8")
         self.table.touch()

@@ -22,7 +22,6 @@ from normopt.stages.agr import clamp_normal
 BUCKET_SIZE = 1 << 20
 
 Order = float | Tensor
-Bucket = tuple[list[int], Tensor]  # indices of tensors in the group, and their entries as one vector
 
 
 class GroupSnapshot:
@@ -38,7 +37,9 @@ class GroupSnapshot:
     def __init__(self, group: Mapping[str, Any], norm: Norm, over_group: bool) -> None:
         self.params, self.norm, self.over_group = unquantized(group), norm, over_group
         self.lr, self.p = scalar_setting(group, "lr"), scalar_setting(group, "p")
-        self.weights = copy_buckets([as_dense_real(full_tensor(p)) for p in self.params])
+        xs = [as_dense_real(full_tensor(p)) for p in self.params]
+        # Indices of tensors, and a copy of their entries as one vector.
+        self.weights = [(indices, torch.cat([xs[i].reshape(-1) for i in indices])) for indices in buckets(xs)]
         self.gradient: Tensor | None = None  # the last gradient's metrics
 
     @torch.no_grad()
@@ -93,9 +94,9 @@ class GroupSnapshot:
         else:
             pieces = list(changes())
             _, top, totals = power_sums(pieces, [2.0], None)
-            order_of = [i for indices, _ in self.weights for i in indices]
+            places = [i for indices, _ in self.weights for i in indices]
             parts = [x for sizes, piece in pieces for x in torch.split(piece, sizes)]
-            changed = dict(zip(order_of, parts, strict=True))
+            changed = dict(zip(places, parts, strict=True))
             size = primal_norm(norm, [changed[i].view(after[i].shape) for i in sorted(changed)], self.over_group)
         update = top * totals[2.0].sum().sqrt()
         _, top, totals = power_sums((([len(old)], to_compute_dtype(old)) for _, old in self.weights), [2.0], None)
@@ -140,11 +141,6 @@ def buckets(xs: Sequence[Tensor]) -> list[list[int]]:
 def flatten(xs: Sequence[Tensor]) -> Tensor:
     """Return the tensors as one vector; for a single tensor it may share memory."""
     return torch.cat([x.reshape(-1) for x in xs]) if len(xs) > 1 else xs[0].reshape(-1)
-
-
-def copy_buckets(xs: Sequence[Tensor]) -> list[Bucket]:
-    """Copy the tensors, small ones in shared buckets."""
-    return [(indices, torch.cat([xs[i].reshape(-1) for i in indices])) for indices in buckets(xs)]
 
 
 def power_sums(

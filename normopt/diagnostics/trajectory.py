@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 
 from normopt._checks import check_number
 from normopt._plots import subplots
-from normopt.diagnostics.iterates import LOSS, LR, TrajectoryRecord, read
+from normopt.diagnostics.iterates import LOSS, LR, Array, TrajectoryRecord, read
 from normopt.diagnostics.rows import write_csv
 from normopt.diagnostics.sketch import cosine_half, distance_half, product_half
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Array = NDArray[np.float64]
 NEAR = 1e-3
 
 
@@ -177,21 +176,19 @@ class Trajectory:
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        figure, ((loss, distance), (cosine, gamma)) = subplots(
-            2, 2, figsize=(8, 5.2), sharex=True, layout="constrained"
-        )
-        loss.plot(self.loss, linewidth=0.8)
+        figure, axes = subplots(2, 2, figsize=(8, 5.2), sharex=True, layout="constrained")
+        (loss, distance), (cosine, gamma) = axes
         least, most = np.nanmin(self.loss, initial=np.inf), np.nanmax(self.loss, initial=0)
         loss.set(ylabel="loss", yscale="log" if most > 10 * least > 0 else "linear")
-        distance.plot(self.distance, linewidth=1)
-        cosine.plot(self.cosine, linewidth=0.8)
-        gamma.plot(self.gamma, linewidth=0.8)
-        for ax, values, half in (
-            (distance, self.distance, self.distance_half * self.distance),
-            (cosine, self.cosine, self.cosine_half),
-            (gamma, self.gamma, self.gamma_half),
+        for ax, values, half, width in (
+            (loss, self.loss, None, 0.8),
+            (distance, self.distance, self.distance_half * self.distance, 1.0),
+            (cosine, self.cosine, self.cosine_half, 0.8),
+            (gamma, self.gamma, self.gamma_half, 0.8),
         ):
-            ax.fill_between(np.arange(len(values)), values - half, values + half, alpha=0.25)
+            ax.plot(values, linewidth=width)
+            if half is not None:
+                ax.fill_between(np.arange(len(values)), values - half, values + half, alpha=0.25)
         distance.set(ylabel="distance to the end", ylim=(0, None))
         for ax, label in ((cosine, "cosine to the end"), (gamma, "γ")):
             ax.axhline(0, color="gray", linewidth=0.8)
@@ -215,9 +212,7 @@ def from_record(record: TrajectoryRecord, inf_loss: float) -> Trajectory:
     below = np.flatnonzero(np.isfinite(excess) & (excess < 0))
     if len(below):
         t = below[0]
-        raise ValueError(
-            f"inf_loss = {inf_loss:g} is above the loss of step {t}, {loss[t]:g}: give a lower bound of the loss"
-        )
+        raise ValueError(f"inf_loss = {inf_loss:g} is above the loss of step {t}, {loss[t]:g}: give a lower bound")
     reason = _reasons(excess, lr, update_l2, rests)
     with np.errstate(all="ignore"):
         cosine = np.clip(products[2] / lengths / rests, -1, 1)

@@ -177,13 +177,8 @@ class TrajectoryMonitor:
 
         With ``directory``, the iterates stay in its files and only their number is saved.
         """
-        return {
-            "order": self._order,
-            "stepped": self._stepped,
-            "recorded": self._recorded,
-            "moved": self._update_pending,
-            "store": self._store.state_dict(),
-        }
+        counts = {"stepped": self._stepped, "recorded": self._recorded, "moved": self._update_pending}
+        return {"order": self._order, **counts, "store": self._store.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a saved trajectory. Steps in the ``directory`` that are not in the state are dropped.
@@ -224,10 +219,7 @@ class TrajectoryMonitor:
         if self.may_skip and self._recorded <= self._stepped:
             raise RuntimeError("with may_skip=True, record(loss) must be called before step(): this step has no loss")
         if [*map(id, _params(optimizer))] != [*map(id, self._params)]:
-            raise RuntimeError(
-                "the optimizer's parameters have changed since the monitor was made: close() it, and make another one "
-                "after the last parameter was added"
-            )
+            raise RuntimeError("the optimizer's parameters have changed: close() this monitor, then make another one")
         self._flush_update()
         self._store.start()
         self._lr = _single_lr(optimizer)
