@@ -108,7 +108,6 @@ class TrajectoryMonitor:
             self._store = DiskStore(weights, folder)
         self._order: Literal["before", "after"] | None = "before" if may_skip else None
         self._stepped = self._recorded = 0
-        self._update_pending = False  # the last step's update is not stored yet
         self._lr: float | Tensor = 0.0
         self._outermost = OutermostStep()
         self._handles = [
@@ -177,7 +176,8 @@ class TrajectoryMonitor:
 
         With ``directory``, the iterates stay in its files and only their number is saved.
         """
-        counts = {"stepped": self._stepped, "recorded": self._recorded, "moved": self._update_pending}
+        moved = self._store.steps < self._stepped
+        counts = {"stepped": self._stepped, "recorded": self._recorded, "moved": moved}
         return {"order": self._order, **counts, "store": self._store.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -192,7 +192,6 @@ class TrajectoryMonitor:
         self._store.load_state_dict(state_dict["store"])
         self._order = state_dict["order"]
         self._stepped, self._recorded = state_dict["stepped"], state_dict["recorded"]
-        self._update_pending = state_dict["moved"]
 
     def close(self) -> None:
         """Detach from the optimizer, and take the current weights as the end; `result` still works.
@@ -232,13 +231,11 @@ class TrajectoryMonitor:
             self._recorded += 1  # a loss that was not recorded stays NaN
         self._store.record_scalar(self._stepped, LR, self._lr)
         self._stepped += 1
-        self._update_pending = True
 
     def _flush_update(self) -> None:
-        """Store the last step's update, if pending."""
-        if self._update_pending:
+        """Store the last step's update, unless it is stored already."""
+        if self._store.steps < self._stepped:
             self._store.record_update()
-            self._update_pending = False
 
     def _skip(self) -> None:
         self._flush_update()
