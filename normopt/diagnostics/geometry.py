@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import warnings
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt._checks import is_quantized
-from normopt.diagnostics.measures import (
-    NormScope,
-    as_dense_real,
-    copy_buckets,
-    gradient_metrics,
-    scalar_setting,
-    update_metrics,
-)
-from normopt.diagnostics.rows import METRICS, ROW, RingBuffer, plot_rows
+from normopt._checks import warn
+from normopt.diagnostics.measures import GroupSnapshot, unquantized
+from normopt.diagnostics.rows import METRICS, ROW, RingBuffer, plot_rows, write_csv
 from normopt.engine import SteepestDescent
 from normopt.hooks import OutermostStep
 from normopt.norms import registry
 from normopt.norms.base import Norm
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import check_integer
-from normopt.sharding.layout import full_tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,14 +122,15 @@ class GeometryMonitor:
         self.optimizer, self.every, self.capacity = optimizer, every, capacity
         self.steps = 0
         self.norm = None if norm is None else _resolve_norm(norm)
-        for group in optimizer.param_groups:
-            _check_params(_weights(group), self.norm)
+        if self.norm is not None:
+            for group in optimizer.param_groups:
+                self.norm.check("unit", unquantized(group))
         self._rings: dict[int, RingBuffer] = {}
         self._flushed: list[NDArray[Any]] = []  # rows fetched so far
         self._logged = 0  # rows written to TensorBoard
         self._warned = False
         self._outermost = OutermostStep()
-        self._snapshots: list[_GroupSnapshot] | None = None
+        self._snapshots: list[GroupSnapshot] = []  # of a step that is measured
         self._hooks = [
             optimizer.register_step_pre_hook(self._pre_hook),
             optimizer.register_step_post_hook(self._post_hook),
@@ -157,7 +147,7 @@ class GeometryMonitor:
         """Detach from the optimizer; the rows stay."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._snapshots = [], None
+        self._hooks, self._snapshots = [], []
         self._outermost.reset()
 
     def __enter__(self) -> Self:
@@ -175,7 +165,7 @@ class GeometryMonitor:
     def rows(self) -> NDArray[Any]:
         """All rows so far, after a flush: a NumPy structured array, sorted by step, then group."""
         self.flush()
-        return np.concatenate(self._flushed) if self._flushed else np.empty(0, ROW)
+        return np.concatenate([np.empty(0, ROW), *self._flushed])
 
     def flush(self) -> NDArray[Any]:
         """Fetch the rows since the last flush, and free their room in the buffer; syncs with the device.
@@ -184,18 +174,15 @@ class GeometryMonitor:
             A NumPy structured array with the fields ``step`` (0 is the monitor's first, as in `Trajectory`),
             ``group`` and the metrics, sorted by step, then group.
         """
-        parts = [ring.fetch(i) for i, ring in self._rings.items()]
-        new = np.concatenate([np.empty(0, ROW), *parts])
+        new = np.concatenate([np.empty(0, ROW), *(ring.fetch(i) for i, ring in self._rings.items())])
         new.sort(order=["step", "group"])
         if len(new):
             self._flushed.append(new)
         if self.lost and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{self.lost} rows were overwritten before they were fetched: call flush() at least every "
-                f"{self.capacity * self.every} steps, or give a larger capacity",
-                UserWarning,
-                stacklevel=2,
+                f"{self.capacity * self.every} steps, or give a larger capacity"
             )
         return new
 
@@ -205,10 +192,7 @@ class GeometryMonitor:
         Args:
             path: the file, which is overwritten.
         """
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            out = csv.writer(file, lineterminator="\n")
-            out.writerow(ROW.names or ())
-            out.writerows(row.tolist() for row in self.rows)
+        write_csv(path, ROW.names or (), (row.tolist() for row in self.rows))
 
     def to_tensorboard(self, writer: Writer) -> None:
         """Log the rows not logged before to TensorBoard, as ``geometry/<metric>/group <i>``; NaN is left out.
@@ -237,20 +221,18 @@ class GeometryMonitor:
     def _pre_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult | None:
         if not self._outermost.enter(optimizer, args, kwargs):
             return None
-        self._snapshots = None
+        self._snapshots = []
         if self.steps % self.every:
             return None
-        with torch.no_grad():
-            snapshots = [_GroupSnapshot(group, self._norm_scope(group)) for group in optimizer.param_groups]
-        self._snapshots = snapshots
-        if not any(callable(x) for x in (*args[1:], *kwargs.values())):
-            self._measure_gradients(snapshots)
+        self._snapshots = [self._snapshot(group) for group in optimizer.param_groups]
+        if not any(map(callable, (*args[1:], *kwargs.values()))):
+            self._measure_gradients()
             return None
 
         def watched(given: Any) -> Any:
             def closure(*args: Any, **kwargs: Any) -> Any:
                 loss = given(*args, **kwargs)
-                self._measure_gradients(snapshots)
+                self._measure_gradients()
                 return loss
 
             return closure if callable(given) else given
@@ -260,43 +242,24 @@ class GeometryMonitor:
     def _post_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._outermost.leave():
             return
-        snapshots, self._snapshots = self._snapshots, None
+        snapshots, self._snapshots = self._snapshots, []
         step, self.steps = self.steps, self.steps + 1
-        if snapshots is None:
-            return
-        with torch.no_grad():
-            for i, b in enumerate(snapshots):
-                if i not in self._rings:
-                    self._rings[i] = RingBuffer(self.capacity, b.params[0].device if b.params else torch.device("cpu"))
-                self._rings[i].add(step, b.lr, b.p, b.gradient, update_metrics(b.params, b.weights, b.scope))
+        for i, b in enumerate(snapshots):
+            if i not in self._rings:
+                self._rings[i] = RingBuffer(self.capacity, b.params[0].device if b.params else torch.device("cpu"))
+            self._rings[i].add(step, b.lr, b.p, b.gradient, b.update_metrics())
 
-    @torch.no_grad()
-    def _measure_gradients(self, snapshots: list[_GroupSnapshot]) -> None:
+    def _measure_gradients(self) -> None:
         """Measure now: an optimizer may write into ``.grad``, and an add-on restores it after the step."""
         scale = getattr(self.optimizer, "grad_scale", None)
-        for b in snapshots:
-            b.gradient = gradient_metrics(b.params, b.scope, scale)
+        for b in self._snapshots:
+            b.gradient = b.gradient_metrics(scale)
 
-    def _norm_scope(self, group: dict[str, Any]) -> NormScope:
+    def _snapshot(self, group: dict[str, Any]) -> GroupSnapshot:
         if not isinstance(self.optimizer, SteepestDescent):
-            return NormScope(self.norm or Lp(2.0), False)
+            return GroupSnapshot(group, self.norm or Lp(2.0), False)
         norm = self.norm or registry.build(group)
-        return NormScope(norm, group["scope"] == "group" and norm.spans_groups)
-
-
-class _GroupSnapshot:
-    """A group's settings, weights and gradient metrics before a step."""
-
-    def __init__(self, group: dict[str, Any], scope: NormScope) -> None:
-        self.params, self.lr, self.p = _weights(group), scalar_setting(group, "lr"), scalar_setting(group, "p")
-        self.scope = scope
-        self.weights = copy_buckets([as_dense_real(full_tensor(p)) for p in self.params])
-        self.gradient: Tensor | None = None
-
-
-def _weights(group: dict[str, Any]) -> list[Tensor]:
-    """Return a group's parameters without quantized ones, whose values are codes."""
-    return [p for p in group["params"] if not is_quantized(p)]
+        return GroupSnapshot(group, norm, group["scope"] == "group" and norm.spans_groups)
 
 
 def _resolve_norm(norm: str | Norm) -> Norm:
@@ -307,9 +270,3 @@ def _resolve_norm(norm: str | Norm) -> Norm:
         return registry.build({"norm": norm})
     except ValueError as error:
         raise ValueError(f"{error}; or pass a Norm, such as norm=normopt.norms.Lp(3.0)") from None
-
-
-def _check_params(params: list[Tensor], norm: Norm | None) -> None:
-    """Raise if the norm does not support the parameters."""
-    if norm is not None:
-        norm.check("unit", params)

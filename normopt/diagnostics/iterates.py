@@ -6,9 +6,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from normopt.diagnostics.measures import as_dense_real
 from normopt.diagnostics.sketch import Sketch
+from normopt.norms.base import stack
 from normopt.sharding.exchange import sum_over_ranks
 from normopt.sharding.layout import layout_of, to_local
 
@@ -26,16 +26,19 @@ CHUNK = 256  # steps per memory allocation
 ABOUT, ITERATES, STEPS = "about.json", "iterates.bin", "steps.bin"
 
 
-@dataclass(frozen=True)
-class TrajectoryRecord:
-    """Norms and cosines of a trajectory of T steps, with its losses and learning rates."""
+class TrajectoryRecord(NamedTuple):
+    """Inner products of a trajectory of T steps, with its losses and learning rates.
 
-    loss: Array
-    lr: Array
-    distance: Array  # T + 1, the last is 0
-    update_l2: Array
-    cosine: Array
-    consecutive_cosine: Array  # T − 1
+    Attributes:
+        products: ‖U_t‖², ‖θ_T − θ_t‖², ⟨U_t, θ_T − θ_t⟩ and ⟨U_t, U_{t+1}⟩, of sketches if there is one, [4, T].
+        squares: the exact ‖U_t‖² [T].
+        scalars: ℓ_t and η_t, NaN where there is none, [T, 2].
+        sketch: the size of the sketch, None if exact.
+    """
+
+    products: Array
+    squares: Array
+    scalars: Array
     sketch: int | None
 
 
@@ -56,9 +59,9 @@ class FlatParams:
             raise ValueError("a monitor needs all DTensors sharded over the same process group, but these use several")
         self.by_device: dict[torch.device, list[Tensor]] = {}
         for p, layout in zip(params, layouts, strict=True):
-            params = self.by_device.setdefault(p.device, [])
+            held = self.by_device.setdefault(p.device, [])
             if layout is not None or self.layout is None or self.layout.rank == 0:
-                params.append(p)
+                held.append(p)
         self.shapes = [[_shape(p) for p in ps] for ps in self.by_device.values()]
         self.sizes = [sum(map(math.prod, shapes)) for shapes in self.shapes]
 
@@ -69,22 +72,17 @@ class FlatParams:
         Raises:
             RuntimeError: a parameter's shape has changed.
         """
-        for ps, shapes in zip(self.by_device.values(), self.shapes, strict=True):
-            for p, shape in zip(ps, shapes, strict=True):
+        pieces = []
+        for (device, params), shapes in zip(self.by_device.items(), self.shapes, strict=True):
+            for p, shape in zip(params, shapes, strict=True):
                 if _shape(p) != shape:
                     raise RuntimeError(
                         f"a parameter has the shape {tuple(_shape(p))}, but had {tuple(shape)} when the monitor was "
                         "made: call result() before shapes change, and make another monitor after it"
                     )
-        return [
-            torch.cat(
-                [
-                    torch.empty(0, dtype=self.dtype, device=device),
-                    *(as_dense_real(to_local(p)).reshape(-1).to(device, self.dtype) for p in ps),
-                ]
-            )
-            for device, ps in self.by_device.items()
-        ]
+            vectors = (as_dense_real(to_local(p)).reshape(-1).to(device, self.dtype) for p in params)
+            pieces.append(torch.cat([torch.empty(0, dtype=self.dtype, device=device), *vectors]))
+        return pieces
 
     def sum_over_ranks(self, sums: Array) -> Array:
         """Sum over all ranks that hold parts of the vector."""
@@ -99,52 +97,27 @@ def _shape(p: Tensor) -> torch.Size:
     return torch.Size((*here.shape, 2)) if here.is_complex() else here.shape
 
 
-class Store(Protocol):
-    """Storage that a monitor writes into; ``steps`` is the number of updates stored."""
-
-    steps: int
-
-    def start(self) -> None:
-        """Store the current weights as θ_0, unless that was done before."""
-
-    def record_update(self) -> None:
-        """Store the update from the last stored weights to the current ones."""
-
-    def record_zero(self) -> None:
-        """Store an update of zero."""
-
-    def record_scalar(self, step: int, column: int, value: float | Tensor) -> None:
-        """Store the loss or the learning rate of a step."""
-
-    def to_record(self) -> TrajectoryRecord: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class GrowingTable:
     """Table on a device that grows in chunks, so that appending a row needs no host sync."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.width, self.dtype, self.device = width, dtype, device
+        self.empty = torch.empty(0, width, dtype=dtype, device=device)
         self.chunks: list[Tensor] = []
 
     def row(self, i: int) -> Tensor:
         """Return row i as a writable view; new rows are NaN."""
         while i >= CHUNK * len(self.chunks):
-            self.chunks.append(torch.full((CHUNK, self.width), torch.nan, dtype=self.dtype, device=self.device))
+            self.chunks.append(self.empty.new_full((CHUNK, self.empty.shape[1]), torch.nan))
         return self.chunks[i // CHUNK][i % CHUNK]
 
     def first(self, n: int) -> Tensor:
         """Copy the first n rows."""
         if n:
             self.row(n - 1)
-        return torch.cat([*self.chunks, torch.empty(0, self.width, dtype=self.dtype, device=self.device)])[:n].clone()
+        return torch.cat([self.empty, *self.chunks])[:n].clone()
 
     def load(self, rows: Tensor) -> None:
+        """Replace all rows."""
         self.chunks = []
         for i, row in enumerate(rows):
             self.row(i).copy_(row)
@@ -154,7 +127,9 @@ class SketchStore:
     """Store S·U_t and the exact ‖U_t‖² of every step, and the last weights, to compute the next update."""
 
     def __init__(self, weights: FlatParams, k: int, seed: int) -> None:
-        self.weights, self.seed = weights, seed
+        self.weights = weights
+        self.about = {"sketch": k, "seed": seed, "sizes": list(weights.sizes)}
+        self.shown = f"sketch={k}, seed={seed}"
         self.sketch = Sketch(weights.sizes, k, seed, list(weights.by_device))
         self.steps = 0
         self.previous: list[Tensor] | None = None
@@ -165,32 +140,36 @@ class SketchStore:
         self.kept = GrowingTable(2, self.wide, home)
 
     def start(self) -> None:
+        """Store the current weights as θ_0, unless that was done before."""
         if self.previous is None:
             self.previous = self.weights.snapshot()
 
     def record_update(self) -> None:
+        """Store the update from the last stored weights to the current ones."""
         snapshot = self.weights.snapshot()
         assert self.previous is not None
         update = [a - b for a, b in zip(snapshot, self.previous, strict=True)]
         self.updates.row(self.steps).copy_(self.sketch(update))
-        norms = [torch.linalg.vector_norm(u, dtype=self.wide).to(self.squares.device) for u in update]
-        self.squares.row(self.steps).copy_(torch.stack(norms).square().sum())
+        norms = stack([torch.linalg.vector_norm(u, dtype=self.wide) for u in update])
+        self.squares.row(self.steps).copy_(norms.square().sum())
         self.previous = snapshot
         self.steps += 1
 
     def record_zero(self) -> None:
+        """Store an update of zero."""
         self.updates.row(self.steps).zero_()
         self.squares.row(self.steps).zero_()
         self.steps += 1
 
     def record_scalar(self, step: int, column: int, value: float | Tensor) -> None:
+        """Store the loss or the learning rate of a step."""
         self.kept.row(step)[column] = value
 
     def to_record(self) -> TrajectoryRecord:
         kept = self.kept.first(self.steps).cpu().double().numpy()
         squares = self.squares.first(self.steps).cpu().double().numpy()[:, 0]
         sums = self.weights.sum_over_ranks(np.stack([*_inner_products(self._backwards(), self.steps), squares]))
-        return _make_record(sums[:-1], kept, sums[-1], self.sketch.k)
+        return TrajectoryRecord(sums[:-1], sums[-1], kept, self.sketch.k)
 
     def _backwards(self) -> Iterable[tuple[Array, Array]]:
         rest = np.zeros(self.sketch.k)
@@ -201,20 +180,11 @@ class SketchStore:
 
     def state_dict(self) -> dict[str, Any]:
         n = self.steps
-        return {
-            "steps": n,
-            "sketch": self.sketch.k,
-            "seed": self.seed,
-            "sizes": list(self.weights.sizes),
-            "updates": self.updates.first(n),
-            "squares": self.squares.first(n),
-            "kept": self.kept.first(n + 2),
-            "previous": [] if self.previous is None else [piece.clone() for piece in self.previous],
-        }
+        tables = {"updates": self.updates.first(n), "squares": self.squares.first(n), "kept": self.kept.first(n + 2)}
+        return {"steps": n, **self.about, **tables, "previous": [piece.clone() for piece in self.previous or []]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        mine = {"sketch": self.sketch.k, "seed": self.seed, "sizes": list(self.weights.sizes)}
-        _check_fits(state, mine)
+        _check_fits(state, self.about)
         self.steps = state["steps"]
         for rows, name in ((self.updates, "updates"), (self.squares, "squares"), (self.kept, "kept")):
             rows.load(state[name])
@@ -232,6 +202,7 @@ class DiskStore:
         self.weights, self.directory = weights, directory
         self.iterates, self.table = directory / ITERATES, directory / STEPS
         self.about: dict[str, Any] = {"weights": sum(weights.sizes), "dtype": str(weights.dtype).removeprefix("torch.")}
+        self.shown = f"directory={str(directory)!r}"
         self.steps = 0
         self.mine = self.begun = False  # the files belong to this trajectory; θ_0 is in them
 
@@ -268,10 +239,7 @@ class DiskStore:
         if self.mine:
             return
         if self.iterates.exists():
-            raise ValueError(
-                f"{self.directory} holds a trajectory already: give an empty directory, or continue that one "
-                "by load_state_dict() before the first step"
-            )
+            raise ValueError(f"{self.directory} holds a trajectory already: use load_state_dict() or another directory")
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / ABOUT).write_text(json.dumps(self.about), encoding="utf-8")
         self.table.touch()
@@ -312,8 +280,7 @@ def _read(parts: Sequence[Path], sum_over_ranks: Callable[[Array], Array]) -> Tr
     rows = [_load_iterates(part) for part in parts]
     steps = max(0, min(map(len, rows)) - 1)
     kept = np.full((steps, 2), np.nan)
-    found = np.fromfile(parts[0] / STEPS)
-    found = found[: len(found) // 2 * 2].reshape(-1, 2)[:steps]
+    found = np.fromfile(parts[0] / STEPS, "2f8")[:steps]  # only complete rows
     kept[: len(found)] = found
 
     def backwards(of: NDArray[Any]) -> Iterable[tuple[Array, Array]]:
@@ -324,7 +291,8 @@ def _read(parts: Sequence[Path], sum_over_ranks: Callable[[Array], Array]) -> Tr
             after = here
 
     each = [_inner_products(backwards(of), steps) for of in rows if steps]
-    return _make_record(sum_over_ranks(np.sum(each, axis=0) if each else np.zeros((4, 0))), kept, None, None)
+    products = sum_over_ranks(np.sum(each, axis=0) if each else np.zeros((4, 0)))
+    return TrajectoryRecord(products, products[0], kept, None)
 
 
 def _load_iterates(directory: Path) -> NDArray[Any]:
@@ -332,13 +300,11 @@ def _load_iterates(directory: Path) -> NDArray[Any]:
     if not (directory / ABOUT).exists():
         raise ValueError(f"{directory} holds no trajectory: TrajectoryMonitor(optimizer, directory=…) writes one")
     about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
-    dtype, width = np.dtype(about["dtype"]), about["weights"]
+    file, dtype, width = directory / ITERATES, np.dtype(about["dtype"]), about["weights"]
     if width == 0:  # this rank holds no weights
         return np.empty(((directory / STEPS).stat().st_size // 16 + 1, 0), dtype)
-    n = (directory / ITERATES).stat().st_size // (dtype.itemsize * width)
-    if n == 0:
-        return np.empty((0, width), dtype)
-    return np.memmap(directory / ITERATES, dtype, "r", shape=(n, width))
+    n = file.stat().st_size // (dtype.itemsize * width)
+    return np.memmap(file, dtype, "r", shape=(n, width)) if n else np.empty((0, width), dtype)
 
 
 def _inner_products(backwards: Iterable[tuple[Array, Array]], steps: int) -> Array:
@@ -355,16 +321,6 @@ def _inner_products(backwards: Iterable[tuple[Array, Array]], steps: int) -> Arr
                 found[3, t] = u @ following
             following = u
     return found
-
-
-def _make_record(products: Array, kept: Array, squares: Array | None, k: int | None) -> TrajectoryRecord:
-    """Build the record from inner products; for sketches, ``squares`` is the exact ‖U_t‖². 0/0 is NaN."""
-    lengths, rests = np.sqrt(products[:2])
-    exact = lengths if squares is None else np.sqrt(squares)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = np.clip(products[2] / lengths / rests, -1, 1)
-        consecutive = np.clip(products[3] / lengths / np.roll(lengths, -1), -1, 1)[:-1]
-    return TrajectoryRecord(kept[:, LOSS], kept[:, LR], np.append(rests, 0.0), exact, cosine, consecutive, k)
 
 
 def _check_fits(state: dict[str, Any], mine: dict[str, Any]) -> None:

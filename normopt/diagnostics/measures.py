@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from normopt._checks import equals
+from normopt._checks import equals, is_quantized
 from normopt.norms.base import Norm, as_real, stack, to_compute_dtype
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import MatrixNorm
@@ -22,14 +22,90 @@ from normopt.stages.agr import clamp_normal
 BUCKET_SIZE = 1 << 20
 
 Order = float | Tensor
-Bucket = tuple[list[int], Tensor]  # indices of tensors in the group, and their entries as one vector
 
 
-class NormScope(NamedTuple):
-    """The norm that a group is measured in, and whether it takes all tensors of the group as one vector."""
+class GroupSnapshot:
+    """A param group before a step: its settings and a copy of its weights, to measure the gradient and the update.
 
-    norm: Norm
-    over_group: bool
+    Args:
+        group: the param group.
+        norm: the norm to measure in.
+        over_group: whether to measure all tensors of the group as one vector.
+    """
+
+    @torch.no_grad()
+    def __init__(self, group: Mapping[str, Any], norm: Norm, over_group: bool) -> None:
+        self.params, self.norm, self.over_group = unquantized(group), norm, over_group
+        self.lr, self.p = scalar_setting(group, "lr"), scalar_setting(group, "p")
+        xs = [as_dense_real(full_tensor(p)) for p in self.params]
+        # Indices of tensors, and a copy of their entries as one vector.
+        self.weights = [(indices, torch.cat([xs[i].reshape(-1) for i in indices])) for indices in buckets(xs)]
+        self.gradient: Tensor | None = None  # the last gradient's metrics
+
+    @torch.no_grad()
+    def gradient_metrics(self, scale: Tensor | None) -> Tensor | None:
+        """Return grad_dual, grad_l2, density, density_q and anisotropy, shape [5]; None without entries.
+
+        The gradients are read from ``.grad`` and divided by ``scale``, the loss scale, if there is one.
+        """
+        g = [to_compute_dtype(as_dense_real(full_tensor(p.grad))) for p in self.params if p.grad is not None]
+        d = sum(x.numel() for x in g)
+        if d == 0:
+            return None
+        norm = self.norm.on(g[0].device)
+        q = norm.q if isinstance(norm, Lp) else 2.0
+        dense = isinstance(q, Tensor) or q < 2
+        # Up to q = 2, entries that underflow relative to the largest of the group do not change a sum of norms.
+        order = q if isinstance(norm, Lp) and not isinstance(q, Tensor) and q <= 2 else None
+        per_tensor_order = None if self.over_group or order == 1 else order
+        pieces = (([g[i].numel() for i in indices], flatten([g[i] for i in indices])) for indices in buckets(g))
+        peak, top, totals = power_sums(pieces, [1.0, 2.0, *([q] if dense else [])], per_tensor_order)
+        first, second = totals[1.0], totals[2.0].sum()
+        l2 = top * second.sqrt()
+        dual = (top * totals[order] ** (1 / order)).sum() if order else dual_norm(norm, g, self.over_group)
+        density_q = density(totals[q].sum(), second, d, q) if dense else torch.full_like(l2, math.nan)
+        found = [dual, l2, density(first, second, d, 1.0), density_q, peak * math.sqrt(d) / l2]
+        if scale is not None:
+            found[:2] = [x / scale.reshape(()).to(x.device) for x in found[:2]]
+        return stack(found)
+
+    @torch.no_grad()
+    def update_metrics(self) -> Tensor | None:
+        """Return update_norm, update_ratio and zeros of the step, shape [3]; None without entries."""
+        after = [as_dense_real(full_tensor(p)) for p in self.params]
+        d = sum(x.numel() for x in after)
+        if d == 0:
+            return None
+        zeros: list[Tensor] = []
+
+        def changes() -> Iterator[tuple[list[int], Tensor]]:
+            for indices, old in self.weights:
+                new = flatten([after[i] for i in indices])
+                zeros.append(new.numel() - torch.count_nonzero(new))
+                yield [after[i].numel() for i in indices], to_compute_dtype(new) - to_compute_dtype(old)
+
+        norm = self.norm.on(after[0].device)
+        order = norm.p if isinstance(norm, Lp) and not isinstance(norm.p, Tensor) else None
+        if order == math.inf:
+            size, top, totals = power_sums(changes(), [2.0], None)
+        elif order is not None:
+            _, top, totals = power_sums(changes(), [2.0, order], None if self.over_group else order)
+            size = (top * totals[order] ** (1 / order)).amax()
+        else:
+            pieces = list(changes())
+            _, top, totals = power_sums(pieces, [2.0], None)
+            places = [i for indices, _ in self.weights for i in indices]
+            parts = [x for sizes, piece in pieces for x in torch.split(piece, sizes)]
+            changed = dict(zip(places, parts, strict=True))
+            size = primal_norm(norm, [changed[i].view(after[i].shape) for i in sorted(changed)], self.over_group)
+        update = top * totals[2.0].sum().sqrt()
+        _, top, totals = power_sums((([len(old)], to_compute_dtype(old)) for _, old in self.weights), [2.0], None)
+        return stack([size, update / (top * totals[2.0].sqrt()), stack(zeros).sum() / d])
+
+
+def unquantized(group: Mapping[str, Any]) -> list[Tensor]:
+    """Return a group's parameters without quantized ones, whose values are codes."""
+    return [p for p in group["params"] if not is_quantized(p)]
 
 
 def scalar_setting(group: Mapping[str, Any], name: str) -> float | Tensor:
@@ -43,64 +119,6 @@ def scalar_setting(group: Mapping[str, Any], name: str) -> float | Tensor:
 def as_dense_real(x: Tensor) -> Tensor:
     """Return a dense real view or copy: sparse becomes dense, complex becomes pairs, lazy conjugation is resolved."""
     return as_real(resolved(x if x.layout == torch.strided else x.to_dense()))
-
-
-def gradient_metrics(params: Sequence[Tensor], scope: NormScope, scale: Tensor | None) -> Tensor | None:
-    """Return grad_dual, grad_l2, density, density_q and anisotropy, shape [5]; None without entries.
-
-    The gradients are read from ``.grad`` and divided by ``scale``, the loss scale, if there is one.
-    """
-    g = [to_compute_dtype(as_dense_real(full_tensor(p.grad))) for p in params if p.grad is not None]
-    d = sum(x.numel() for x in g)
-    if d == 0:
-        return None
-    norm = scope.norm.on(g[0].device)
-    q = norm.q if isinstance(norm, Lp) else 2.0
-    dense = isinstance(q, Tensor) or q < 2
-    # Up to q = 2, entries that underflow relative to the largest of the group do not change a sum of norms.
-    order = q if isinstance(norm, Lp) and not isinstance(q, Tensor) and q <= 2 else None
-    per_tensor_order = None if scope.over_group or order == 1 else order
-    pieces = (([x.numel() for x in xs], flatten(xs)) for xs in ([g[i] for i in indices] for indices in buckets(g)))
-    peak, top, totals = power_sums(pieces, [1.0, 2.0, *([q] if dense else [])], per_tensor_order)
-    first, second = totals[1.0], totals[2.0].sum()
-    l2 = top * second.sqrt()
-    dual = (top * totals[order] ** (1 / order)).sum() if order else dual_norm(norm, g, scope.over_group)
-    density_q = density(totals[q].sum(), second, d, q) if dense else torch.full_like(l2, math.nan)
-    found = [dual, l2, density(first, second, d, 1.0), density_q, peak * math.sqrt(d) / l2]
-    if scale is not None:
-        found[:2] = [x / scale.reshape(()).to(x.device) for x in found[:2]]
-    return stack(found)
-
-
-def update_metrics(params: Sequence[Tensor], before: list[Bucket], scope: NormScope) -> Tensor | None:
-    """Return update_norm, update_ratio and zeros of a step, shape [3]; None without entries."""
-    after = [as_dense_real(full_tensor(p)) for p in params]
-    d = sum(x.numel() for x in after)
-    if d == 0:
-        return None
-    zeros: list[Tensor] = []
-
-    def changes() -> Iterator[tuple[list[int], Tensor]]:
-        for indices, old in before:
-            new = flatten([after[i] for i in indices])
-            zeros.append(new.numel() - torch.count_nonzero(new))
-            yield [after[i].numel() for i in indices], to_compute_dtype(new) - to_compute_dtype(old)
-
-    norm = scope.norm.on(after[0].device)
-    order = norm.p if isinstance(norm, Lp) and not isinstance(norm.p, Tensor) else None
-    if order == math.inf:
-        size, top, totals = power_sums(changes(), [2.0], None)
-    elif order is not None:
-        _, top, totals = power_sums(changes(), [2.0, order], None if scope.over_group else order)
-        size = (top * totals[order] ** (1 / order)).amax()
-    else:
-        parts = [(indices, n, x) for (indices, _), (n, x) in zip(before, list(changes()), strict=True)]
-        _, top, totals = power_sums(((n, x) for _, n, x in parts), [2.0], None)
-        changed = {i: x for indices, n, y in parts for i, x in zip(indices, torch.split(y, n), strict=True)}
-        size = primal_norm(norm, [changed[i].view(after[i].shape) for i in sorted(changed)], scope.over_group)
-    update = top * totals[2.0].sum().sqrt()
-    _, top, totals = power_sums((([old.numel()], to_compute_dtype(old)) for _, old in before), [2.0], None)
-    return stack([size, update / (top * totals[2.0].sqrt()), stack(zeros).sum() / d])
 
 
 def buckets(xs: Sequence[Tensor]) -> list[list[int]]:
@@ -123,12 +141,6 @@ def buckets(xs: Sequence[Tensor]) -> list[list[int]]:
 def flatten(xs: Sequence[Tensor]) -> Tensor:
     """Return the tensors as one vector; for a single tensor it may share memory."""
     return torch.cat([x.reshape(-1) for x in xs]) if len(xs) > 1 else xs[0].reshape(-1)
-
-
-def copy_buckets(xs: Sequence[Tensor]) -> list[Bucket]:
-    """Copy the tensors, small ones in shared buckets."""
-    pieces = ((indices, [xs[i] for i in indices]) for indices in buckets(xs))
-    return [(indices, flatten(some) if len(some) > 1 else some[0].reshape(-1).clone()) for indices, some in pieces]
 
 
 def power_sums(
@@ -175,7 +187,7 @@ def density(total: Tensor, second: Tensor, d: int, q: Order) -> Tensor:
 def dual_norm(norm: Norm, g: list[Tensor], over_group: bool) -> Tensor:
     """Return a group's dual norm: the sum over its tensors, or that of all as one vector."""
     partials = norm.measure(g)
-    return norm.combine(partials)[..., 0] if over_group else norm.combine(partials[:, None])[..., 0].sum()
+    return norm.combine(partials if over_group else partials[:, None])[..., 0].sum()
 
 
 def primal_norm(norm: Norm, xs: list[Tensor], over_group: bool) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from collections.abc import Iterable
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,9 +32,7 @@ TITLES = {
     "zeros": "weights that are 0",
 }
 METRICS = tuple(TITLES)
-GRADIENT, UPDATE = (
-    METRICS.index(name) for name in ("grad_dual", "update_norm")
-)  # first columns of the gradient and update metrics
+PARTS = [1, 1, 5, 3]  # numbers of columns: lr, p, metrics of the gradient, metrics of the update
 FRACTIONS, LENGTHS = ("density", "density_q", "zeros"), ("lr", "grad_dual", "grad_l2", "update_norm", "update_ratio")
 ROW = np.dtype([("step", np.int64), ("group", np.int64), *((name, np.float64) for name in METRICS)])
 
@@ -45,21 +46,14 @@ class RingBuffer:
         self.steps = np.zeros(capacity, np.int64)
         self.written = self.fetched = self.lost = 0
 
-    def add(
-        self, step: int, lr: float | Tensor, p: float | Tensor, gradient: Tensor | None, update: Tensor | None
-    ) -> None:
-        """Append a row, overwriting the oldest when full; None is stored as NaN."""
+    def add(self, step: int, *values: float | Tensor | None) -> None:
+        """Append a row, one value for each of `PARTS`, overwriting the oldest when full; None is stored as NaN."""
         slot = self.written % len(self.steps)
-        for i, value in enumerate((lr, p)):
+        for part, value in zip(torch.split(self.numbers[slot], PARTS), values, strict=True):
             if isinstance(value, Tensor):
-                self.numbers[slot, i].copy_(value)
+                part.copy_(value)
             else:  # fill_ passes the number as a kernel argument: no copy to the device, no sync
-                self.numbers[slot, i].fill_(value)
-        for begin, end, values in ((GRADIENT, UPDATE, gradient), (UPDATE, len(METRICS), update)):
-            if values is None:
-                self.numbers[slot, begin:end].fill_(math.nan)
-            else:
-                self.numbers[slot, begin:end].copy_(values)
+                part.fill_(math.nan if value is None else value)
         self.lost += self.written - self.fetched >= len(self.steps)
         self.fetched = max(self.fetched, self.written + 1 - len(self.steps))
         self.steps[slot] = step
@@ -71,20 +65,26 @@ class RingBuffer:
         self.fetched = self.written
         rows = np.empty(len(slots), ROW)
         if len(slots):
-            numbers = self.numbers.cpu().numpy()[slots]
-            for i, name in enumerate(METRICS):
-                rows[name] = numbers[:, i]
+            for name, column in zip(METRICS, self.numbers.cpu().numpy()[slots].T, strict=True):
+                rows[name] = column
         rows["step"], rows["group"] = self.steps[slots], group
         return rows
+
+
+def write_csv(path: str | PathLike[str], names: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file: a line of column names, then one line per row."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(names)
+        out.writerows(rows)
 
 
 def plot_rows(rows: NDArray[Any]) -> Figure:
     """Plot every metric that is not always NaN over the steps."""
     shown = [name for name in METRICS if np.isfinite(rows[name]).any()]
     height = math.ceil(max(len(shown), 1) / 2)
-    figure, axes = subplots(
-        height, 2, layout="constrained", figsize=(7, 0.8 + 1.4 * height), sharex=True, squeeze=False
-    )
+    size = (7, 0.8 + 1.4 * height)
+    figure, axes = subplots(height, 2, layout="constrained", figsize=size, sharex=True, squeeze=False)
     from matplotlib.ticker import NullFormatter  # matplotlib is optional
 
     groups = np.unique(rows["group"])

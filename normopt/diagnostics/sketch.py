@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -61,7 +62,9 @@ class Sketch:
         self.k = k
         generator = torch.Generator().manual_seed(seed)
         signs = 2.0 * torch.randint(2, (MIXED,), generator=generator, device="cpu") - 1
-        self.mix = _hadamard(MIXED) * signs / math.sqrt(MIXED)  # a sum of 64 terms ±1/8: exact but for roundoff
+        butterfly = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu")
+        hadamard = functools.reduce(torch.kron, [butterfly] * int(math.log2(MIXED)))
+        self.mix = hadamard * signs / math.sqrt(MIXED)  # a sum of 64 terms ±1/8: exact but for roundoff
         self.signed_buckets: list[Tensor] = []
         for n, device in zip(sizes, devices, strict=True):
             # Indices in [0, 2k): the upper half is subtracted at the end, which saves a multiplication by signs.
@@ -80,14 +83,6 @@ class Sketch:
                 mixed = (self.mix.to(piece) @ columns).flatten()
             total += piece.new_zeros(2 * self.k).index_add_(0, signed_buckets.int(), mixed).to(home)
         return total[: self.k] - total[self.k :]
-
-
-def _hadamard(n: int) -> Tensor:
-    """Return the n × n Hadamard matrix, n a power of two."""
-    if n == 1:
-        return torch.ones(1, 1, device="cpu")
-    half = _hadamard(n // 2)
-    return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
 
 
 def check_size(k: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from numpy.typing import NDArray
 
 from normopt._checks import check_number
 from normopt._plots import subplots
-from normopt.diagnostics.iterates import TrajectoryRecord, read
+from normopt.diagnostics.iterates import LOSS, LR, Array, TrajectoryRecord, read
+from normopt.diagnostics.rows import write_csv
 from normopt.diagnostics.sketch import cosine_half, distance_half, product_half
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Array = NDArray[np.float64]
 NEAR = 1e-3
 
 
@@ -166,10 +165,7 @@ class Trajectory:
             "gamma_half": self.gamma_half,
             "reason": self.reason,
         }
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            out = csv.writer(file, lineterminator="\n")
-            out.writerow(columns)
-            out.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+        write_csv(path, columns, zip(*(column.tolist() for column in columns.values()), strict=True))
 
     def plot(self) -> Figure:
         """Plot loss, distance to the end, cosine and γ over the steps, with 95 % confidence bands.
@@ -180,76 +176,73 @@ class Trajectory:
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        steps = np.arange(len(self.loss))
-        fig, axes = subplots(2, 2, figsize=(8, 5.2), sharex=True, layout="constrained")
+        figure, axes = subplots(2, 2, figsize=(8, 5.2), sharex=True, layout="constrained")
         (loss, distance), (cosine, gamma) = axes
-        loss.plot(steps, self.loss, linewidth=0.8)
         least, most = np.nanmin(self.loss, initial=np.inf), np.nanmax(self.loss, initial=0)
         loss.set(ylabel="loss", yscale="log" if most > 10 * least > 0 else "linear")
-        distance.plot(np.arange(len(self.distance)), self.distance, linewidth=1)
-        band = self.distance_half * self.distance
-        distance.fill_between(np.arange(len(band)), self.distance - band, self.distance + band, alpha=0.25)
+        for ax, values, half, width in (
+            (loss, self.loss, None, 0.8),
+            (distance, self.distance, self.distance_half * self.distance, 1.0),
+            (cosine, self.cosine, self.cosine_half, 0.8),
+            (gamma, self.gamma, self.gamma_half, 0.8),
+        ):
+            ax.plot(values, linewidth=width)
+            if half is not None:
+                ax.fill_between(np.arange(len(values)), values - half, values + half, alpha=0.25)
         distance.set(ylabel="distance to the end", ylim=(0, None))
-        cosine.plot(steps, self.cosine, linewidth=0.8)
-        cosine.fill_between(steps, self.cosine - self.cosine_half, self.cosine + self.cosine_half, alpha=0.25)
-        cosine.axhline(0, color="gray", linewidth=0.8)
-        cosine.set(ylabel="cosine to the end", xlabel="step")
-        gamma.plot(steps, self.gamma, linewidth=0.8)
-        gamma.fill_between(steps, self.gamma - self.gamma_half, self.gamma + self.gamma_half, alpha=0.25)
-        gamma.axhline(0, color="gray", linewidth=0.8)
+        for ax, label in ((cosine, "cosine to the end"), (gamma, "γ")):
+            ax.axhline(0, color="gray", linewidth=0.8)
+            ax.set(ylabel=label, xlabel="step")
         sizes = np.abs(self.gamma[self.valid & (self.gamma != 0)])
         if sizes.size:  # γ spans orders of magnitude and may be negative
             gamma.set_yscale("symlog", linthresh=float(np.median(sizes)))
-        gamma.set(ylabel="γ", xlabel="step")
-        return fig
+        return figure
 
 
 def from_record(record: TrajectoryRecord, inf_loss: float) -> Trajectory:
-    """Compute γ and the confidence intervals from a record."""
+    """Compute distances, cosines, γ and the confidence intervals from a record; 0/0 is NaN."""
     check_number("inf_loss", inf_loss)
-    loss, lr, norm, distance = record.loss, record.lr, record.update_l2, record.distance
-    if not len(loss):
+    products, squares, scalars, k = record
+    if not len(scalars):
         raise ValueError("no step has been made yet, so there is no trajectory: call result() after training")
+    loss, lr = scalars[:, LOSS], scalars[:, LR]
+    lengths, rests = np.sqrt(products[:2])
+    update_l2 = np.sqrt(squares)
     excess = loss - inf_loss
-    finite = np.isfinite(excess)
-    if (excess[finite] < 0).any():
-        t = int(np.flatnonzero(finite & (excess < 0))[0])
-        raise ValueError(
-            f"inf_loss = {inf_loss:g} is above the loss of step {t}, {loss[t]:g}: give a lower bound of the loss"
-        )
-    threshold = NEAR * excess[finite][0] if finite.any() else 0.0
+    below = np.flatnonzero(np.isfinite(excess) & (excess < 0))
+    if len(below):
+        t = below[0]
+        raise ValueError(f"inf_loss = {inf_loss:g} is above the loss of step {t}, {loss[t]:g}: give a lower bound")
+    reason = _reasons(excess, lr, update_l2, rests)
+    with np.errstate(all="ignore"):
+        cosine = np.clip(products[2] / lengths / rests, -1, 1)
+        consecutive = np.clip(products[3] / lengths / np.roll(lengths, -1), -1, 1)[:-1]
+        # Exact as D_t² − D_{t+1}² is: (θ_T − θ_t) − U_t = θ_T − θ_{t+1}.
+        product = update_l2 * rests * cosine
+        gamma = np.where(reason == "", (2 * product - update_l2**2) / (2 * lr * excess), np.nan)
+        reach = update_l2 * rests / (lr * excess)
+    if k is None:
+        zeros = np.zeros(len(loss))
+        halves = 0.0, zeros, zeros[1:], zeros
+    else:
+        gamma_half = np.where(reason == "", reach * product_half(k, cosine), np.nan)
+        halves = distance_half(k), cosine_half(k, cosine), cosine_half(k, consecutive), gamma_half
+    distance = np.append(rests, 0.0)
+    return Trajectory(loss, lr, distance, update_l2, cosine, consecutive, gamma, reason, float(inf_loss), k, *halves)
 
-    reason = np.full(len(loss), "", dtype="<U32")
+
+def _reasons(excess: Array, lr: Array, update_l2: Array, distance: Array) -> NDArray[np.str_]:
+    """Return why γ_t is not valid, or "", for each step."""
+    finite = np.isfinite(excess)
+    threshold = NEAR * excess[finite][0] if finite.any() else 0.0
+    reason = np.full(len(excess), "", dtype="<U32")
     for why, holds in (  # the last that holds is reported
         ("the loss is at its infimum", ~(excess > threshold)),
         ("the learning rate is 0", lr == 0),
         ("no single learning rate", np.isnan(lr)),
-        ("the weights did not move", norm == 0),
-        ("the weights are not finite", ~(np.isfinite(norm) & np.isfinite(distance[:-1]))),
+        ("the weights did not move", update_l2 == 0),
+        ("the weights are not finite", ~(np.isfinite(update_l2) & np.isfinite(distance))),
         ("no finite loss was recorded", ~finite),
     ):
         reason[holds] = why
-
-    with np.errstate(all="ignore"):
-        # Exact as D_t² − D_{t+1}² is: (θ_T − θ_t) − U_t = θ_T − θ_{t+1}.
-        product = norm * distance[:-1] * record.cosine
-        gamma = np.where(reason == "", (2 * product - norm**2) / (2 * lr * excess), np.nan)
-        reach = norm * distance[:-1] / (lr * excess)
-    k = record.sketch
-    zeros = np.zeros(len(loss))
-    return Trajectory(
-        loss=loss,
-        lr=lr,
-        distance=distance,
-        update_l2=norm,
-        cosine=record.cosine,
-        consecutive_cosine=record.consecutive_cosine,
-        gamma=gamma,
-        reason=reason,
-        inf_loss=float(inf_loss),
-        sketch=k,
-        distance_half=0.0 if k is None else distance_half(k),
-        cosine_half=zeros if k is None else cosine_half(k, record.cosine),
-        consecutive_half=zeros[1:] if k is None else cosine_half(k, record.consecutive_cosine),
-        gamma_half=zeros if k is None else np.where(reason == "", reach * product_half(k, record.cosine), np.nan),
-    )
+    return reason

@@ -96,12 +96,10 @@ class TrajectoryMonitor:
             raise TypeError(f"a monitor needs a torch.optim.Optimizer, but was given {type(optimizer).__name__}")
         check_size(sketch)
         check_bool("may_skip", may_skip)
-        self.optimizer = optimizer
-        self.may_skip = may_skip
+        self.optimizer, self.may_skip = optimizer, may_skip
         self._params = _params(optimizer)
-        for p in self._params:
-            if torch.nn.parameter.is_lazy(p):
-                raise TypeError("a parameter is lazy and has no shape yet: run the model once, then make the monitor")
+        if any(map(torch.nn.parameter.is_lazy, self._params)):
+            raise TypeError("a parameter is lazy and has no shape yet: run the model once, then make the monitor")
         weights = FlatParams(self._params)
         if directory is None:
             self._store: SketchStore | DiskStore = SketchStore(weights, sketch, seed)
@@ -110,7 +108,6 @@ class TrajectoryMonitor:
             self._store = DiskStore(weights, folder)
         self._order: Literal["before", "after"] | None = "before" if may_skip else None
         self._stepped = self._recorded = 0
-        self._update_pending = False  # the last step's update is not stored yet
         self._lr: float | Tensor = 0.0
         self._outermost = OutermostStep()
         self._handles = [
@@ -120,14 +117,8 @@ class TrajectoryMonitor:
 
     def __repr__(self) -> str:
         """Return the optimizer's type, the settings and the number of steps seen."""
-        store = self._store
-        where = (
-            f"sketch={store.sketch.k}, seed={store.seed}"
-            if isinstance(store, SketchStore)
-            else f"directory={str(store.directory)!r}"
-        )
         return (
-            f"TrajectoryMonitor({type(self.optimizer).__name__}, {where}, may_skip={self.may_skip}, "
+            f"TrajectoryMonitor({type(self.optimizer).__name__}, {self._store.shown}, may_skip={self.may_skip}, "
             f"{self._stepped} steps, {'attached' if self._handles else 'closed'})"
         )
 
@@ -185,13 +176,9 @@ class TrajectoryMonitor:
 
         With ``directory``, the iterates stay in its files and only their number is saved.
         """
-        return {
-            "order": self._order,
-            "stepped": self._stepped,
-            "recorded": self._recorded,
-            "moved": self._update_pending,
-            "store": self._store.state_dict(),
-        }
+        moved = self._store.steps < self._stepped
+        counts = {"stepped": self._stepped, "recorded": self._recorded, "moved": moved}
+        return {"order": self._order, **counts, "store": self._store.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a saved trajectory. Steps in the ``directory`` that are not in the state are dropped.
@@ -205,7 +192,6 @@ class TrajectoryMonitor:
         self._store.load_state_dict(state_dict["store"])
         self._order = state_dict["order"]
         self._stepped, self._recorded = state_dict["stepped"], state_dict["recorded"]
-        self._update_pending = state_dict["moved"]
 
     def close(self) -> None:
         """Detach from the optimizer, and take the current weights as the end; `result` still works.
@@ -231,12 +217,8 @@ class TrajectoryMonitor:
             return
         if self.may_skip and self._recorded <= self._stepped:
             raise RuntimeError("with may_skip=True, record(loss) must be called before step(): this step has no loss")
-        params = _params(optimizer)
-        if len(params) != len(self._params) or any(p is not q for p, q in zip(params, self._params, strict=True)):
-            raise RuntimeError(
-                "the optimizer's parameters have changed since the monitor was made: close() it, and make another one "
-                "after the last parameter was added"
-            )
+        if [*map(id, _params(optimizer))] != [*map(id, self._params)]:
+            raise RuntimeError("the optimizer's parameters have changed: close() this monitor, then make another one")
         self._flush_update()
         self._store.start()
         self._lr = _single_lr(optimizer)
@@ -249,13 +231,11 @@ class TrajectoryMonitor:
             self._recorded += 1  # a loss that was not recorded stays NaN
         self._store.record_scalar(self._stepped, LR, self._lr)
         self._stepped += 1
-        self._update_pending = True
 
     def _flush_update(self) -> None:
-        """Store the last step's update, if pending."""
-        if self._update_pending:
+        """Store the last step's update, unless it is stored already."""
+        if self._store.steps < self._stepped:
             self._store.record_update()
-            self._update_pending = False
 
     def _skip(self) -> None:
         self._flush_update()
@@ -275,11 +255,8 @@ def _single_lr(optimizer: Optimizer) -> float | Tensor:
     tensor = next((lr for lr in lrs if isinstance(lr, Tensor)), None)
     if tensor is None:
         return lrs[0] if all(lr == lrs[0] for lr in lrs) else torch.nan
-    made = [
-        lr.to(tensor.device, torch.float64)
-        if isinstance(lr, Tensor)
-        else torch.full((), lr, dtype=torch.float64, device=tensor.device)
-        for lr in lrs
-    ]
+    # torch.full passes a number as a kernel argument: no copy to the device, no sync.
+    device, wide = tensor.device, torch.float64
+    made = [x.to(device, wide) if isinstance(x, Tensor) else torch.full((), x, dtype=wide, device=device) for x in lrs]
     first = made[0].clone()  # schedulers write to it in place
     return torch.where((torch.stack(made) == first).all(), first, torch.nan)

@@ -112,17 +112,15 @@ def param_groups(
             raise ValueError(f'residual_depth is only for preset="modular", but the preset is {preset!r}: leave it out')
     infos = classify_params(model, output)
     given = _overrides_by_param(infos, overrides or {})
-    every = [(info, _settings(info, preset, given[info.name])) for info in infos]
-    trained = [info for info, _ in every if info.param.requires_grad]
-    settings = [own for info, own in every if info.param.requires_grad]
-    _check_kinds([info for info, s in zip(trained, settings, strict=True) if "norm" not in s])
+    settings = {info.name: _settings(info, preset, given[info.name]) for info in infos}
+    trained = [info for info in infos if info.param.requires_grad]
+    if unknown := [info for info in trained if "norm" not in settings[info.name]]:
+        raise ValueError(_ask_for_kinds(unknown))
     if preset == "modular":
-        masses = {i.name: s.pop("mass") for i, s in zip(trained, settings, strict=True) if "mass" in s}
-        found = budgets(model, infos, masses, residual_depth)
-        for info, own in zip(trained, settings, strict=True):
-            budget = found[info.name]
-            own["radius"] = own.get("radius", 1.0) * budget.radius
-            own |= {"share": budget.share, "sensitivity": budget.sensitivity}
+        masses = {info.name: settings[info.name].pop("mass") for info in trained if "mass" in settings[info.name]}
+        for name, (share, sensitivity) in budgets(model, infos, masses, residual_depth).items():
+            radius = settings[name].get("radius", 1.0) * (share / sensitivity)
+            settings[name] |= {"radius": radius, "share": share, "sensitivity": sensitivity}
     return _group_by_settings(trained, settings, preset)
 
 
@@ -138,23 +136,17 @@ class ParamGroups(list[dict[str, Any]]):
     preset: str
 
     def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
         rows = [("kind", "norm", "radius", "other settings", "parameters", "names")]
-        total = tensors = 0
-        for group in self:
-            count = sum(p.numel() for _, p in group["params"])
-            total, tensors = total + count, tensors + len(group["params"])
+        counts = [sum(p.numel() for _, p in group["params"]) for group in self]
+        for group, count in zip(self, counts, strict=True):
             radius = f"{group.get('radius', 1.0):.4g}"
             names = _abbreviate([name for name, _ in group["params"]])
             rows.append((group["kind"], str(group["norm"]), radius, _other_settings(group), f"{count:,}", names))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"preset {self.preset!r}: {total:,} parameters in {tensors} tensors"]
+        tensors = sum(len(group["params"]) for group in self)
+        lines = [f"preset {self.preset!r}: {sum(counts):,} parameters in {tensors} tensors"]
         for row in rows:
-            cells = [
-                x.rjust(w) if i in (2, 4) else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))
-            ]
+            cells = [f"{cell:{align}{width}}" for cell, align, width in zip(row, "<<><><", widths, strict=True)]
             lines.append("  ".join(cells).rstrip())
         return "\n".join(lines)
 
@@ -170,23 +162,19 @@ def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[st
             names = [info.name for info in infos]
             hint = near(key, names) if isinstance(key, str) else ""
             shown = repr(key) if isinstance(key, str) else key.__name__
-            raise ValueError(
-                f"overrides[{shown}] matches no parameter{hint}; the first names are {', '.join(names[:5])}"
-            )
+            raise ValueError(f"overrides[{shown}] matches no parameter{hint}; the first are {', '.join(names[:5])}")
         if "kind" in settings:
             check_choice("kind", settings["kind"], KINDS)
         if "mass" in settings:
             check_number("mass", settings["mass"], low=0, open_low=True, open_high=True)
         if computed := {"share", "sensitivity"} & settings.keys():
-            raise ValueError(
-                f"{', '.join(sorted(computed))} in overrides[{key!r}] is computed: set a radius or a mass instead"
-            )
+            raise ValueError(f"{', '.join(sorted(computed))} in overrides[{key!r}] is computed: set radius or mass")
         for info in matched:
-            before = given[info.name]
             own = dict(settings)
-            if info.kind == "bias" and settings.get("kind") in MATRICES and not _is_named(info, key):
+            named = isinstance(key, str) and fnmatch.fnmatchcase(info.name, key)  # itself, not only its module
+            if info.kind == "bias" and settings.get("kind") in MATRICES and not named:
                 del own["kind"]  # a module's kind is that of its weight, not of its bias
-            given[info.name] = (_without_norm(before) if "norm" in own else before) | own
+            given[info.name] = _override(given[info.name], own)
     return given
 
 
@@ -198,18 +186,13 @@ def _matches(info: ParamInfo, key: str | type[nn.Module]) -> bool:
     raise TypeError(f"a key of overrides must be a pattern or a module type, but is {key!r}")
 
 
-def _is_named(info: ParamInfo, key: str | type[nn.Module]) -> bool:
-    """Return whether a pattern matches the parameter's own name, not only its module's."""
-    return isinstance(key, str) and fnmatch.fnmatchcase(info.name, key)
-
-
 def _settings(info: ParamInfo, preset: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return one parameter's settings: the preset's for its kind, its matrix view, and the user's on top."""
     if "kind" in given and given["kind"] != info.kind:
         info.kind = given["kind"]
         info.matrix = {"matrix_view": "transposed"} if info.kind == "embedding" else {}
-    base = dict(PRESETS[preset][info.kind]) if info.kind else {}
-    settings = (_without_norm(base) if "norm" in given else base) | given | {"kind": info.kind or "other"}
+    base = PRESETS[preset][info.kind] if info.kind else {}
+    settings = _override(base, given) | {"kind": info.kind or "other"}
     if "mass" in settings and preset != "modular":
         raise ValueError(f'"mass" is only for preset="modular", but the preset is {preset!r}: leave it out')
     if isinstance(settings.get("norm"), str):
@@ -222,34 +205,33 @@ def _settings(info: ParamInfo, preset: str, given: dict[str, Any]) -> dict[str, 
     return settings
 
 
-def _without_norm(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in settings.items() if k not in ("p", "radius") and not k.startswith("norm")}
+def _override(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with a user's own on top; a norm of the user's replaces the norm with its fields and radius."""
+    if "norm" in own:
+        settings = {k: v for k, v in settings.items() if k not in ("p", "radius") and not k.startswith("norm")}
+    return {**settings, **own}
 
 
-def _check_kinds(unknown: list[ParamInfo]) -> None:
-    """Raise a ValueError if there are parameters of unknown kind."""
-    if not unknown:
-        return
+def _ask_for_kinds(unknown: list[ParamInfo]) -> str:
+    """Return the message of an error about parameters of unknown kind."""
     names = "; ".join(f"{i.name} {tuple(i.param.shape)} of a {type(i.module).__name__}" for i in unknown[:8])
     more = f"; and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-    raise ValueError(
+    return (
         f"no kind of layer is known for {names}{more}. Set its kind, overrides={{{unknown[0].name!r}: "
-        f'{{"kind": …}}}} with one of {", ".join(KINDS)}, or a norm, such as '
-        '{"norm": "l2", "scale": "unit"}'
+        f'{{"kind": …}}}} with one of {", ".join(KINDS)}, or a norm, such as {{"norm": "l2", "scale": "unit"}}'
     )
 
 
-def _group_by_settings(infos: list[ParamInfo], settings: list[dict[str, Any]], preset: str) -> ParamGroups:
+def _group_by_settings(infos: list[ParamInfo], settings: dict[str, dict[str, Any]], preset: str) -> ParamGroups:
     """Put parameters with equal settings into one group, and sort the groups by kind."""
     gathered: dict[str, dict[str, Any]] = {}
-    for info, own in zip(infos, settings, strict=True):
+    for info in infos:
+        own = settings[info.name]
         # Compare other objects by identity: the repr of an array or tensor omits entries and digits.
         plain = {k: v if isinstance(v, int | float | str | None) else id(v) for k, v in own.items()}
-        key = repr(sorted(plain.items(), key=lambda item: item[0]))
-        gathered.setdefault(key, {"params": [], **own})["params"].append((info.name, info.param))
-    groups = ParamGroups(
-        sorted(gathered.values(), key=lambda g: KINDS.index(g["kind"]) if g["kind"] in KINDS else len(KINDS))
-    )
+        group = gathered.setdefault(repr(sorted(plain.items())), {"params": [], **own})
+        group["params"].append((info.name, info.param))
+    groups = ParamGroups(sorted(gathered.values(), key=lambda group: [*KINDS, "other"].index(group["kind"])))
     groups.preset = preset
     return groups
 

@@ -53,16 +53,17 @@ def classify_params(model: nn.Module, output: str | None) -> list[ParamInfo]:
     found: dict[int, ParamInfo] = {}
     for prefix, module in model.named_modules():
         for attribute, param in module.named_parameters(recurse=False):
+            name = f"{prefix}.{attribute}" if prefix else attribute
             if isinstance(param, UninitializedParameter):
-                raise ValueError(f"{prefix}.{attribute} has no shape yet: run a batch through the model first")
+                raise ValueError(f"{name} has no shape yet: run a batch through the model first")
             if id(param) in found:
                 found[id(param)].modules.append(prefix)
                 continue
-            kind, matrix = _classify(module, attribute, param)
-            name = f"{prefix}.{attribute}" if prefix else attribute
-            found[id(param)] = ParamInfo(name, param, [prefix], module, kind, matrix)
-    _mark_output(model, list(found.values()), output)
-    return list(found.values())
+            found[id(param)] = ParamInfo(name, param, [prefix], module, *_classify(module, attribute, param))
+    infos = list(found.values())
+    if output is not None:
+        _mark_output(model, infos, output)
+    return infos
 
 
 def _classify(module: nn.Module, attribute: str, param: nn.Parameter) -> tuple[Kind | None, dict[str, str | int]]:
@@ -78,8 +79,8 @@ def _classify(module: nn.Module, attribute: str, param: nn.Parameter) -> tuple[K
     if isinstance(module, nn.MultiheadAttention):
         return "linear", {"blocks": 3} if attribute == "in_proj_weight" else {}
     if isinstance(module, nn.RNNBase):
-        gates = GATES.get(module.mode, 1) if attribute.startswith(("weight_ih", "weight_hh")) else 1
-        return "linear", {"blocks": gates} if gates > 1 else {}
+        gated = module.mode in GATES and attribute.startswith(("weight_ih", "weight_hh"))
+        return "linear", {"blocks": GATES[module.mode]} if gated else {}
     if isinstance(module, _ConvTransposeNd):
         return "conv", {"matrix_view": "transposed"}
     if isinstance(module, _ConvNd):
@@ -88,9 +89,7 @@ def _classify(module: nn.Module, attribute: str, param: nn.Parameter) -> tuple[K
     return None, {}
 
 
-def _mark_output(model: nn.Module, found: list[ParamInfo], output: str | None) -> None:
-    if output is None:
-        return
+def _mark_output(model: nn.Module, found: list[ParamInfo], output: str) -> None:
     if output == "last":
         layers = [c for c in found if c.kind in ("linear", "conv") and not isinstance(c.module, nn.RNNBase)]
         # A tied weight counts by its last module, which is the head if the embedding comes first.
@@ -107,9 +106,7 @@ def _mark_output(model: nn.Module, found: list[ParamInfo], output: str | None) -
             )
         marked = [c for c in found if output in c.modules and c.kind in MATRICES]
         if not marked:
-            raise ValueError(
-                f"the module {output!r} has no weight matrix of a known kind: set output to another module"
-            )
+            raise ValueError(f"the module {output!r} has no weight matrix of a known kind: name another as output")
     for info in marked:
         info.kind = "output"
         info.matrix.pop("matrix_view", None)  # a tied embedding (vocabulary × features) is the head's out × in

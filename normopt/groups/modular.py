@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -16,60 +15,42 @@ HIDDEN_MASS = 5.0
 END_MASS = 1.0
 
 
-@dataclass(frozen=True)
-class Budget:
-    """One parameter's share of the allowed change of the model's output.
-
-    Attributes:
-        share: its share of the model's mass, in (0, 1].
-        sensitivity: a bound on the change of the model's output per unit change of this parameter's layer's output,
-            if the weights of later layers have norms of at most 1.
-    """
-
-    share: float
-    sensitivity: float
-
-    @property
-    def radius(self) -> float:
-        """The radius of the parameter's steps.
-
-        To first order, all steps together then move the output by at most the learning rate, if the norms of all
-        weights and the RMS of every layer's input are at most 1.
-        """
-        return self.share / self.sensitivity
-
-
 def budgets(
-    model: nn.Module, infos: Sequence[ParamInfo], masses: Mapping[str, float], residual_depth: int | None
-) -> dict[str, Budget]:
-    """Return the budget of every parameter, by its name.
+    model: nn.Module, infos: Sequence[ParamInfo], masses: dict[str, float], residual_depth: int | None
+) -> dict[str, tuple[float, float]]:
+    """Return every parameter's share of the model's mass and its sensitivity, by its name.
 
     ::
 
-        radius_k = (m_k / Σm) / s_k
+        radius_k = (m_k / Σm) / s_k          share m_k / Σm in (0, 1], sensitivity s_k
+
+    The sensitivity bounds the change of the model's output per unit change of the output of the parameter's layer, if
+    the weights of later layers have norms of at most 1. To first order, all steps together then move the output by at
+    most the learning rate, if the norms of all weights and the RMS of every layer's input are at most 1.
 
     Args:
         model: the model.
-        infos: its parameters; frozen ones have no mass and no budget.
+        infos: its parameters; frozen ones have no mass and are not returned.
         masses: the user's masses, by parameter name.
         residual_depth: the number of residual branches, None to trace the model.
 
     Raises:
         ValueError: the model cannot be traced, and no residual_depth is given.
     """
-    mass = {**_masses([info for info in infos if info.param.requires_grad]), **masses}
+    mass = _masses([info for info in infos if info.param.requires_grad]) | masses
     total = sum(mass.values())
     sensitivity = _from_depth(infos, residual_depth) if residual_depth else _from_trace(model, infos)
-    return {name: Budget(m / total, sensitivity[name]) for name, m in mass.items()}
+    return {name: (m / total, sensitivity[name]) for name, m in mass.items()}
 
 
 def _masses(infos: Sequence[ParamInfo]) -> dict[str, float]:
     """Return each parameter's mass: equal within a part of the model, except that a fused matrix counts per block."""
     parts: dict[str, dict[str, float]] = {}
     for info in infos:
-        part = {"linear": "hidden", "conv": "hidden", "norm": "vectors", "bias": "vectors"}.get(str(info.kind))
+        kind = str(info.kind)
+        part = {"linear": "hidden", "conv": "hidden", "norm": "vectors", "bias": "vectors"}.get(kind, kind)
         fused = float(info.matrix.get("blocks", 1)) if info.kind == "linear" else 1.0
-        parts.setdefault(part or str(info.kind), {})[info.name] = fused
+        parts.setdefault(part, {})[info.name] = fused
     scale = {part: (HIDDEN_MASS if part == "hidden" else END_MASS) / sum(m.values()) for part, m in parts.items()}
     return {name: mass * scale[part] for part, members in parts.items() for name, mass in members.items()}
 

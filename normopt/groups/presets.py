@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from normopt.groups.classify import Kind
+from normopt.groups.classify import KINDS, Kind
 
-Preset = Mapping[Kind, Mapping[str, Any]]
+Settings = Mapping[str, Any]
+Preset = Mapping[Kind, Settings]
 
 # All are unit steps; layers differ in norm and radius.
 _SIGN = {"norm": "linf", "scale": "unit"}
@@ -18,6 +19,10 @@ _RMS = {"norm": "frobenius", "scale": "unit", "norm_aspect": "entries"}
 _ROWS = {"norm": "row", "scale": "unit", "norm_aspect": "columns"}
 
 
+def _layers(embedding: Settings, hidden: Settings, output: Settings, vectors: Settings) -> Preset:
+    return dict(zip(KINDS, (embedding, hidden, hidden, output, vectors, vectors), strict=True))
+
+
 def _muon() -> Preset:
     """Return Keller Jordan's split: orthogonalise hidden matrices, and use sign steps where he uses Adam.
 
@@ -25,14 +30,7 @@ def _muon() -> Preset:
     learning rates, 3e-4 to 0.02.
     """
     rest = _SIGN | {"radius": 0.015}
-    return {
-        "embedding": rest,
-        "linear": _SPECTRAL,
-        "conv": _SPECTRAL,
-        "output": rest,
-        "norm": rest,
-        "bias": rest,
-    }
+    return _layers(rest, _SPECTRAL, rest, rest)
 
 
 def _scion(radius: float, output: float) -> Preset:
@@ -41,42 +39,8 @@ def _scion(radius: float, output: float) -> Preset:
     The radii are those of its examples. Giving an untied embedding the hidden layers' radius is our choice.
     """
     inside = {"radius": radius}
-    return {
-        "embedding": _ONE_HOT_TO_RMS | inside,
-        "linear": _RMS_TO_RMS | inside,
-        "conv": _RMS_TO_RMS | inside,
-        "output": {"norm": "max", "scale": "unit", "norm_aspect": "fan-in", "radius": output},
-        "norm": _RMS | inside,
-        "bias": _RMS | inside,
-    }
-
-
-def _scale() -> Preset:
-    """Return SCALE's rule, arXiv:2506.16659: each output unit's update has RMS 1; only the output layer has momentum.
-
-    Vectors take sign steps, which are RMS 1 for rows of one entry; the authors use AdamW for them.
-    """
-    vectors = _SIGN | {"weight_decay": 0.0}
-    return {
-        "embedding": _ROWS,
-        "linear": _ROWS,
-        "conv": _ROWS,
-        "output": _ROWS | {"momentum": 0.9},
-        "norm": vectors,
-        "bias": vectors,
-    }
-
-
-def _modular() -> Preset:
-    """Return the modular norm's layers, arXiv:2405.14813 and 2410.21265; `modular` computes the radii."""
-    return {
-        "embedding": _ONE_HOT_TO_RMS,
-        "linear": _RMS_TO_RMS,
-        "conv": _RMS_TO_RMS,
-        "output": _RMS_TO_RMS,
-        "norm": _RMS,
-        "bias": _RMS,
-    }
+    head = {"norm": "max", "scale": "unit", "norm_aspect": "fan-in", "radius": output}
+    return _layers(_ONE_HOT_TO_RMS | inside, _RMS_TO_RMS | inside, head, _RMS | inside)
 
 
 PRESETS: dict[str, Preset] = {
@@ -84,6 +48,9 @@ PRESETS: dict[str, Preset] = {
     "scion": _scion(50.0, 3000.0),
     "scion-cnn": _scion(8.0, 128.0),
     "scion-mlp": _scion(1.0, 1024.0),
-    "scale": _scale(),
-    "modular": _modular(),
+    # arXiv:2506.16659: each output unit's update has RMS 1; only the output layer has momentum. Vectors take sign
+    # steps, which are RMS 1 for rows of one entry; the authors use AdamW for them.
+    "scale": _layers(_ROWS, _ROWS, _ROWS | {"momentum": 0.9}, _SIGN | {"weight_decay": 0.0}),
+    # The modular norm's layers, arXiv:2405.14813 and 2410.21265; `modular` computes the radii.
+    "modular": _layers(_ONE_HOT_TO_RMS, _RMS_TO_RMS, _RMS_TO_RMS, _RMS),
 }

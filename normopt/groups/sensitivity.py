@@ -89,28 +89,28 @@ def _inputs(node: fx.Node, modules: dict[str, nn.Module]) -> list[tuple[fx.Node,
     """Return a node's input nodes, each with the node's Lipschitz constant in that input."""
     if node.op in ("placeholder", "get_attr"):
         return []
+    sources = _nodes(node.args) + _nodes(node.kwargs.values())
     if node.op == "call_module":
         module = modules[str(node.target)]
         if isinstance(module, nn.MultiheadAttention):
             return [(source, 1.0) for source in _nodes(node.args[:3]) + _nodes(node.kwargs.values())]
-        own = next(module.parameters(recurse=False), None) is not None
-        constant = 1.0 if own else _lipschitz(type(module).__name__, node)
-        if not own and next(module.parameters(), None) is not None:
-            raise Untraceable(f"{node.target} is a {type(module).__name__}, which torch.fx does not trace into")
-        return [(source, constant) for source in _nodes(node.args) + _nodes(node.kwargs.values())]
+        has_weights = any(True for _ in module.parameters(recurse=False))
+        constant = 1.0 if has_weights else _lipschitz(type(module).__name__, node)
+        return [(source, constant) for source in sources]
     name = _name(node.target)
     if name in NO_ACTIVATION or (name == "getattr" and node.args[1] in METADATA):
         return []
-    if name == "getattr" and node.args[1] not in TRANSPOSES:
-        raise Untraceable(f"the sensitivity of .{node.args[1]} ({node.name}) is not known")
-    sources = _nodes(node.args) + _nodes(node.kwargs.values())
+    if name == "getattr":
+        if node.args[1] not in TRANSPOSES:
+            raise Untraceable(f"the sensitivity of .{node.args[1]} ({node.name}) is not known")
+        return [(source, 1.0) for source in sources]
     if name in ("mul", "imul", "truediv", "itruediv", "div"):
         numbers = [a for a in node.args if isinstance(a, int | float)]
         if len(sources) != 1 or len(numbers) != 1 or (name.endswith("div") and node.args[0] is numbers[0]):
             raise Untraceable(f"{node.name} is a {name} of two values, not by a constant")
         factor = abs(float(numbers[0]))
         return [(sources[0], factor if name.endswith("mul") else math.inf if factor == 0 else 1 / factor)]
-    return [(source, 1.0 if name == "getattr" else _lipschitz(name, node)) for source in sources]
+    return [(source, _lipschitz(name, node)) for source in sources]
 
 
 def _nodes(values: Any) -> list[fx.Node]:
@@ -125,15 +125,12 @@ def _nodes(values: Any) -> list[fx.Node]:
 
 
 def _lipschitz(name: str, node: fx.Node) -> float:
-    plain = _plain(name)
+    plain = _name(name)
     if plain not in NONEXPANSIVE and plain not in LIPSCHITZ:
         raise Untraceable(f"the sensitivity of {name!r} ({node.name}) is not known")
     return LIPSCHITZ.get(plain, 1.0)
 
 
 def _name(target: str | Callable[..., Any]) -> str:
-    return _plain(target if isinstance(target, str) else getattr(target, "__name__", str(target)))
-
-
-def _plain(name: str) -> str:
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     return name.replace("_", "").lower()
