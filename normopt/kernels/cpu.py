@@ -19,6 +19,8 @@ from normopt.kernels.tables import Array, Block, Chunks, Phase, Tables, nothing
 F = np.float32
 Places = tuple[Array, Array, int, int]  # where the sums of each tensor begin and end, and which tensors are meant
 COLUMNS = kernels.WIDE + 1
+# The numbers that all tensors share: of the others two are in the rows of tensors, exponents have another form.
+SHARED = [name for name in Numbers._fields if name not in ("take", "first", "exponent", "decay_exponent")]
 BLOCK = 1 << 21  # entries of tensors whose powers are kept, in 4 bytes each, from one pass to the next
 ROOM = 1 << 24  # entries of a larger tensor up to which its powers are kept too
 
@@ -101,17 +103,14 @@ class Step:
         call_with_jit_lock(totals.regularizers, sums, sizes, *where, self.ready.rows)
 
     def _measure_norms(self, block: Block, place: Array) -> None:
-        ready = self.ready
-        self._everywhere(
-            block, ready.norms, ready.rows, ready.values, ready.exponent, self.partials, ready.powers, place
-        )
+        ready, sums = self.ready, self.partials
+        self._everywhere(block, ready.norms, ready.rows, ready.values, ready.exponent, sums, ready.powers, place)
 
     def _norms_of_shards(self, block: Block, place: Array) -> Tensor:
         self._measure_norms(block, place)
-        found, chunks, exponent = np.empty((len(self.duals), 4)), self.chunks, float(self.numbers.exponent)
-        call_with_jit_lock(
-            totals.merge_each, self.partials, chunks.first, chunks.ends, exponent, self.flags.matched, found
-        )
+        found, chunks = np.empty((len(self.duals), 4)), self.chunks
+        how = float(self.numbers.exponent), self.flags.matched
+        call_with_jit_lock(totals.merge_each, self.partials, chunks.first, chunks.ends, *how, found)
         return torch.from_numpy(found)
 
     def _set_norms(self, _: Any, found: Tensor | None) -> None:
@@ -127,17 +126,8 @@ class Step:
     def _update(self, block: Block, place: Array) -> None:
         ready = self.ready
         kernel = ready.update if self.powers_cached == ready.powers_cached else ready.update_without_cache
-        self._everywhere(
-            block,
-            kernel,
-            ready.rows,
-            ready.values,
-            ready.exponent,
-            ready.decay_exponent,
-            self.seed,
-            ready.powers,
-            place,
-        )
+        exponents = ready.exponent, ready.decay_exponent
+        self._everywhere(block, kernel, ready.rows, ready.values, *exponents, self.seed, ready.powers, place)
 
 
 def _all_ranks(found: Tensor | None) -> tuple[Array, Places]:
@@ -196,20 +186,7 @@ def _exponents(numbers: Numbers) -> tuple[float, float]:
 
 def _values(numbers: Numbers, unscale: float) -> Array:
     """Return the table of the numbers that all tensors share, in float32."""
-    n = Numbers(*map(float, numbers))
-    shared = (
-        unscale,
-        n.step_size,
-        n.keep,
-        n.from_old,
-        n.from_gradient,
-        n.from_new,
-        n.coupled,
-        n.weight_factor,
-        n.decay_strength,
-        n.eps,
-    )
-    return np.array(shared, dtype=F)
+    return np.array([unscale, *(float(getattr(numbers, name)) for name in SHARED)], dtype=F)
 
 
 def exponent_of(e: float) -> kernels.Exponent:

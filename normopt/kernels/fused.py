@@ -59,6 +59,11 @@ def memory_of(xs: list[Tensor]) -> Memory:
     )
 
 
+def _last_entry(x: Tensor) -> int:
+    """Return the distance in entries from the first entry of a tensor to its last in memory."""
+    return sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+
+
 class Operand:
     """A list of tensors that the kernels read or write, and the table of their addresses."""
 
@@ -92,9 +97,9 @@ class Operand:
         if not same or 0 in memory.address or not all(memory.contiguous):
             for x, room in zip(tensors, memory.room, strict=True):
                 if x.numel():
-                    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+                    end = (x.storage_offset() + _last_entry(x) + 1) * x.element_size()
                     # A wrapper subclass has no memory either, but an address that is not 0 if it has an offset.
-                    if not x.untyped_storage().data_ptr() or (last + 1) * x.element_size() > room:
+                    if not x.untyped_storage().data_ptr() or end > room:
                         raise RuntimeError(
                             f"the {self.name} of shape {tuple(x.shape)} on {x.device} has no memory of its own any "
                             f"more: its storage has {room} bytes. Bring it back before step()"
@@ -113,8 +118,7 @@ class Operand:
         """The first address of each tensor and the one after its last, shape [n] each; of an empty one the same."""
         sizes = self._bytes
         if not all(self.memory.contiguous):
-            last = (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) for x in self.tensors)
-            spans = [(1 + k) * x.element_size() for k, x in zip(last, self.tensors, strict=True)]
+            spans = [(1 + _last_entry(x)) * x.element_size() for x in self.tensors]
             sizes = np.where(sizes > 0, spans, 0)
         begins = self._tabled(self.memory.address)
         return begins, begins + sizes
@@ -269,21 +273,16 @@ class FusedUpdate:
             self._made_for, self._flags = made_for, Flags(**flags, weight=weight, gradient=gradient, state=state)
             if dtypes[0] not in (torch.bfloat16, torch.float16):
                 self._flags = self._flags._replace(rounding=NEAREST)
-        scale, found_inf = batch.grad_scale, batch.found_inf
-        tables = Tables(
-            self._chunks,
-            device,
-            self._weights.table,
-            self._gradients.table,
-            None if momenta is None else momenta.table,
-            None if lost is None else lost.table,
-            new,
-            self._cache,
-            unscale=None if scale is None else (1 / scale).to(device, non_blocking=True),
-            found_inf=None if found_inf is None else found_inf.to(device, non_blocking=True),
-            seed=_seed(device) if self._flags.rounding == STOCHASTIC else 0,
-            layouts=self.layouts,
-        )
+        weights, gradients = self._weights.table, self._gradients.table
+        states, compensations = (None if operand is None else operand.table for operand in (momenta, lost))
+        tables = Tables(self._chunks, device, weights, gradients, states, compensations, new, self._cache)
+        tables.layouts = self.layouts
+        if batch.grad_scale is not None:
+            tables.unscale = (1 / batch.grad_scale).to(device, non_blocking=True)
+        if batch.found_inf is not None:
+            tables.found_inf = batch.found_inf.to(device, non_blocking=True)
+        if self._flags.rounding == STOCHASTIC:
+            tables.seed = _seed(device)
         step = kernels.Step(self._flags, self._numbers, tables)
 
         def finish(batch: FusedBatch, _: Tensor | None) -> None:

@@ -23,19 +23,7 @@ from numba import carray, types
 from numba.extending import intrinsic, overload
 
 from normopt.kernels.compiling import can_cache, compiled
-from normopt.kernels.flags import (
-    ABOVE,
-    GRADIENT,
-    KAHAN,
-    LINEAR,
-    NEW,
-    OLD,
-    SIGN,
-    SQRT,
-    SQUARE,
-    STOCHASTIC,
-    Flags,
-)
+from normopt.kernels.flags import ABOVE, GRADIENT, KAHAN, LINEAR, NEW, OLD, SIGN, SQRT, SQUARE, STOCHASTIC, Flags
 from normopt.kernels.tables import CHUNK
 
 Kernel = Callable[..., None]
@@ -43,7 +31,7 @@ Kernel = Callable[..., None]
 # Columns of the table of tensors: AGR's four, what |c| is multiplied by and its power too, powers of two for both where
 # float32 does not have the number, the gradient's weight in the momentum, and whether the decay's factor acts on it.
 AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, SHIFT, LIFT, TAKE, WIDE = range(10)
-# Places in the table of the numbers that all tensors share.
+# Places in the table of the numbers that all tensors share, in the order of `Numbers`.
 UNSCALE, STEP_SIZE, KEEP, FROM_OLD, FROM_GRADIENT, FROM_NEW, COUPLED, WEIGHT_FACTOR, DECAY_STRENGTH, EPS = range(10)
 
 
@@ -256,6 +244,18 @@ def momentum_step(m, x, rule, keep, take, from_old, from_gradient, from_new):
 
 
 @compiled(**INLINE)
+def direction(c, mode, smoothed, scaled, exponent, eps, shift, size, factor, lift):
+    """D(c) of one entry."""
+    if smoothed:
+        a = F(abs(c) + eps)
+        return F(c / a) if mode == SIGN else F(c * pow_f32(a, exponent, False, False))
+    if scaled:
+        u = F(signed(power(F(F(abs(c) * shift) * size), mode, exponent), c) * factor)
+        return F(u * lift)
+    return signed(power(abs(c), mode, exponent), c)
+
+
+@compiled(**INLINE)
 def decay_factor(a, mode, inverse, decay_strength, e):
     """The factor of ℓp decay for |w| = a."""
     x = power(a, mode, e)
@@ -265,6 +265,24 @@ def decay_factor(a, mode, inverse, decay_strength, e):
         return ONE / (ONE + decay_strength * x)
     x = LARGEST if x > LARGEST else x  # ∞/∞ would be NaN; a NaN stays
     return x / (x + decay_strength) if decay_strength != ZERO else ONE
+
+
+@compiled(**INLINE)
+def store(values, i, x, is_16_bit):
+    """Write an entry, rounded to nearest."""
+    if is_16_bit:
+        values[i] = bfloat16(x)
+    else:
+        values[i] = x
+
+
+@compiled(**INLINE)
+def store_kahan(w, k, i, x):
+    """Write a weight, and what its rounding has lost."""
+    b = bfloat16(x)
+    near = load(b)
+    w[i] = b
+    k[i] = bfloat16(F(x - near) if abs(near) < INFINITY else ZERO)
 
 
 @compiled(**INLINE)
@@ -413,8 +431,7 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
     mode, smoothed, scaled, rule = f.mode, f.smoothed, f.scaled, f.momentum
     maximize, agr, coupled = f.maximize, f.agr, f.coupled
     scales_weight, decays, decay_mode, decay_inverse = f.scales_weight, f.decay, f.decay_mode, f.decay_inverse
-    stochastic, kahan = f.rounding == STOCHASTIC, f.rounding == KAHAN
-    chunk = CHUNK
+    stochastic, kahan, chunk = f.rounding == STOCHASTIC, f.rounding == KAHAN, CHUNK
 
     @compiled(**EXACT)
     def update(addresses, chunks, begin, end, rows, numbers, exponent, decay_exponent, seed, powers, place):
@@ -424,15 +441,13 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
         step_size, weight_factor, decay_strength = numbers[STEP_SIZE], numbers[WEIGHT_FACTOR], numbers[DECAY_STRENGTH]
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
-            scale, agr_top = rows[t, AGR_SCALE], rows[t, AGR_TOP]
-            agr_others, inverse = rows[t, AGR_OTHERS], rows[t, AGR_INVERSE]
+            scale, top, rest, inverse = rows[t, AGR_SCALE], rows[t, AGR_TOP], rows[t, AGR_OTHERS], rows[t, AGR_INVERSE]
             take, size, factor = rows[t, TAKE], rows[t, SIZE], rows[t, FACTOR]
             shift, lift = rows[t, SHIFT], rows[t, LIFT]
             pulled = decay_strength if rows[t, WIDE] != ZERO else ZERO
             w, g = entries(weights[t], s, n, weight16), entries(gradients[t], s, n, gradient16)
             m, k = entries(states[t], s, n, state16), entries(lost[t], s, n, True)
-            if powers_cached:
-                powered = powers[place[j] : place[j] + n]
+            powered = powers[place[j] : place[j] + n] if powers_cached else powers
             drawn = J(seed + j * chunk)
             for i in range(n):
                 old = load(w[i])
@@ -441,36 +456,23 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
                 if momentum_written:
                     c = m1 = load(m[i])
                 else:
-                    x = gradient_of(
-                        g[i], old, maximize, unscale, agr, scale, agr_top, agr_others, inverse, coupled, decay
-                    )
+                    x = gradient_of(g[i], old, maximize, unscale, agr, scale, top, rest, inverse, coupled, decay)
                     m0 = load(m[i]) if rule != 0 else ZERO
                     c, m1 = momentum_step(m0, x, rule, keep, take, from_old, from_gradient, from_new)
                 if powers_cached:
                     u = F(powered[i] * factor)
-                elif smoothed:
-                    a = F(abs(c) + eps)
-                    u = F(c / a) if mode == SIGN else F(c * pow_f32(a, exponent, False, False))
-                elif scaled:
-                    u = F(signed(power(F(F(abs(c) * shift) * size), mode, exponent), c) * factor)
-                    u = F(u * lift)
                 else:
-                    u = signed(power(abs(c), mode, exponent), c)
+                    u = direction(c, mode, smoothed, scaled, exponent, eps, shift, size, factor, lift)
                 after = F((weight_factor * old if scales_weight else old) - step_size * u)
                 if decays:
                     after = F(after * decay_factor(abs(old), decay_mode, decay_inverse, pulled, decay_exponent))
                 if rule != 0 and not momentum_written:
-                    if state16:
-                        m[i] = bfloat16(m1)
-                    else:
-                        m[i] = m1
-                if weight16:
-                    b = bfloat16_at_random(after, J(drawn + J(i))) if stochastic else bfloat16(after)
-                    w[i] = b
-                    if kahan:
-                        near = load(b)
-                        k[i] = bfloat16(F(after - near) if abs(near) < INFINITY else ZERO)
+                    store(m, i, m1, state16)
+                if stochastic:
+                    w[i] = bfloat16_at_random(after, J(drawn + J(i)))
+                elif kahan:
+                    store_kahan(w, k, i, after)
                 else:
-                    w[i] = after
+                    store(w, i, after, weight16)
 
     return update

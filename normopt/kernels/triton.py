@@ -40,26 +40,24 @@ INFINITY = tl.constexpr(math.inf)
 LARGEST, TINY = tl.constexpr(float(np.finfo(np.float32).max)), tl.constexpr(float(np.finfo(np.float32).tiny))
 SMALLEST = tl.constexpr(2.0**-149)  # above 0
 
+# The bits of FLAGS: four of the momentum rule, the switches of a step, and two more. A kernel asks for one by
+# ``BIT & FLAGS``, in this order: in Triton's interpreter FLAGS is an int, which does not know the constants' operators.
+# They are not a NamedTuple, because the Triton of PyTorch 2.6 and 2.7 finds no attributes in a constant.
+RUNS, OLD, GRADIENT_NOW, NEW = (tl.constexpr(x) for x in (choices.RUNS, choices.OLD, choices.GRADIENT, choices.NEW))
+NAMES = "smoothed scaled matched agr coupled maximize scales_weight decay decay_inverse decay_wide"  # in `Flags`
+SWITCHES = {name: tl.constexpr(1 << i) for i, name in enumerate(NAMES.split(), 5)}
+SMOOTHED, SCALED, MATCHED, AGR, COUPLED, MAXIMIZE, *_DECAY = SWITCHES.values()
+SCALES_WEIGHT, DECAYS, DECAY_INVERSE, DECAY_WIDE = _DECAY
+ALIGNED, MEASURING = tl.constexpr(1 << 15), tl.constexpr(1 << 16)
+
 # Columns of the tables, which are int64: of tensors, of chunks, and of the chunks that a sum is over.
 WEIGHT, GRADIENT, STATE, COMPENSATION, FRESH, TENSOR = (tl.constexpr(i) for i in range(6))  # the last is their number
 OF, BEGIN, COUNT, WIDE, CHUNKS = (tl.constexpr(i) for i in range(5))
 FIRST, MANY, SIZE, SPAN = (tl.constexpr(i) for i in range(4))
 # Places of the numbers, which are float64.
-(
-    STEP_SIZE,
-    KEEP,
-    TAKE,
-    FIRST_TAKE,
-    FROM_OLD,
-    FROM_GRADIENT,
-    FROM_NEW,
-    DECAY,
-    WEIGHT_FACTOR,
-    DECAY_STRENGTH,
-    EXPONENT,
-    EPS,
-    DECAY_EXPONENT,
-) = (tl.constexpr(i) for i in range(len(Numbers._fields)))
+PLACES = [tl.constexpr(i) for i in range(len(Numbers._fields))]
+STEP_SIZE, KEEP, TAKE, FIRST_TAKE, FROM_OLD, FROM_GRADIENT, FROM_NEW = PLACES[:7]
+DECAY, WEIGHT_FACTOR, DECAY_STRENGTH, EXPONENT, EPS, DECAY_EXPONENT = PLACES[7:]
 # What is known of each vector that a norm is over, float64: the dual norm, the factor of D(c), and what an entry of c
 # is divided by before its power, and that multiplied by; both in two parts, the first a power of two.
 DUAL, FACTOR, SHIFT, DIVISOR, LIFT, MULTIPLIER, MEASURED = (tl.constexpr(i) for i in range(7))
@@ -82,12 +80,34 @@ def exponent_of(numbers, PLACE: tl.constexpr):
 
 
 @triton.jit
-def entries(table, t, COLUMN: tl.constexpr, begin, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def chunk_of(chunks, j):
+    """Return the tensor of chunk j, its first entry and its number of entries."""
+    row = chunks + j * CHUNKS
+    return tl.load(row + OF), tl.multiple_of(tl.load(row + BEGIN), BLOCK), tl.load(row + COUNT)
+
+
+@triton.jit
+def entries(table, t, COLUMN: tl.constexpr, begin, DTYPE: tl.constexpr, FLAGS: tl.constexpr):
     """Return the addresses of the entries of a chunk of tensor t that starts at ``begin``."""
     tensor = tl.load(table + t * TENSOR + COLUMN).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
+    if ALIGNED & FLAGS:
         tensor = tl.multiple_of(tensor, 16)  # and so is begin: then loads and stores are of 128 bits
     return tensor + begin + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def loaded(addresses, mask):
+    """The entries at these addresses in float32, and 0 outside of the mask."""
+    return tl.load(addresses, mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def gradient_of(table, t, begin, mask, unscale, DTYPE: tl.constexpr, FLAGS: tl.constexpr):
+    """The gradient of a chunk, unscaled."""
+    x = loaded(entries(table, t, GRADIENT, begin, DTYPE, FLAGS), mask)
+    if unscale is not None:
+        x *= tl.load(unscale).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -186,6 +206,81 @@ def decay_factor(a, high, low, decay_strength, MODE: tl.constexpr, INVERSE: tl.c
 
 
 @triton.jit
+def regularized(x, regularizers, t):
+    """x times the part that the other entries have in Σ|g|.
+
+    The largest comes apart from the rest, all scaled by a power of two: where x is the largest, their difference is
+    exactly 0.
+    """
+    row = regularizers + 4 * t
+    scale, top, rest, inverse = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    return x * (((top - tl.abs(x) * scale) + rest) * inverse)
+
+
+@triton.jit
+def momentum_step(states, x, table, t, numbers, mask, DTYPE: tl.constexpr, FLAGS: tl.constexpr):
+    """Return c of the momentum rule, and store the new momentum unless ``MEASURING``."""
+    old_m = loaded(states, mask)
+    fresh = tl.load(table + t * TENSOR + FRESH) != 0
+    take = tl.where(fresh, number(numbers, FIRST_TAKE), number(numbers, TAKE))
+    m = number(numbers, KEEP) * old_m + take * x
+    c = tl.zeros_like(x)
+    if OLD & FLAGS:
+        c = number(numbers, FROM_OLD) * old_m
+    if GRADIENT_NOW & FLAGS:
+        c += number(numbers, FROM_GRADIENT) * x
+    if NEW & FLAGS:
+        c += number(numbers, FROM_NEW) * m
+    if not (MEASURING & FLAGS):
+        tl.store(states, stored(m, DTYPE), mask)
+    return c
+
+
+@triton.jit
+def store_sums(sums, j, c, high, low, MODE: tl.constexpr, FLAGS: tl.constexpr):
+    """Write the sums of chunk j: max|c| = M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent)."""
+    a = tl.abs(c)
+    top = tl.minimum(tl.maximum(tl.max(a, 0), SMALLEST), LARGEST)  # off 0 and ∞, for 0/0 and ∞/∞ are NaN
+    r = tl.div_rn(a, tl.broadcast_to(top, [BLOCK]))
+    y = power(r, high, low, MODE)
+    tl.store(sums + 4 * j, top.to(tl.float64))
+    tl.store(sums + 4 * j + 1, tl.sum(r * y, 0).to(tl.float64))
+    if MATCHED & FLAGS:
+        tl.store(sums + 4 * j + 2, tl.sum(r * r, 0).to(tl.float64))
+        tl.store(sums + 4 * j + 3, tl.sum(y * y, 0).to(tl.float64))
+
+
+@triton.jit
+def direction(c, numbers, measured, t, high, low, MODE: tl.constexpr, FLAGS: tl.constexpr):
+    """D(c) of a chunk of tensor t."""
+    if SMOOTHED & FLAGS:
+        u = c * pow_f32(tl.abs(c) + number(numbers, EPS), high, low)
+    elif SCALED & FLAGS:
+        known = measured + t * MEASURED
+        a = tl.abs(c) * number(known, SHIFT)
+        r = tl.div_rn(a, tl.broadcast_to(number(known, DIVISOR), [BLOCK]))
+        u = signed(power(r, high, low, MODE), c) * number(known, MULTIPLIER) * number(known, LIFT)
+    else:
+        u = signed(power(tl.abs(c), high, low, MODE), c)
+    return u
+
+
+@triton.jit
+def stepped(w, u, chunks, j, numbers, DECAY_MODE: tl.constexpr, FLAGS: tl.constexpr):
+    """The weights of chunk j after a step along u, decayed."""
+    old = w
+    if SCALES_WEIGHT & FLAGS:
+        w *= number(numbers, WEIGHT_FACTOR)
+    w -= number(numbers, STEP_SIZE) * u
+    if DECAYS & FLAGS:
+        high, low = exponent_of(numbers, DECAY_EXPONENT)
+        strength = number(numbers, DECAY_STRENGTH)
+        factor = decay_factor(tl.abs(old), high, low, strength, DECAY_MODE, DECAY_INVERSE & FLAGS)
+        w *= tl.where((tl.load(chunks + j * CHUNKS + WIDE) != 0) | (not (DECAY_WIDE & FLAGS)), factor, 1.0)
+    return w
+
+
+@triton.jit
 def step_kernel(
     table,
     chunks,
@@ -196,38 +291,18 @@ def step_kernel(
     regularizers,
     measured,
     sums,
-    MEASURING: tl.constexpr,
+    FLAGS: tl.constexpr,
+    MODE: tl.constexpr,
+    DECAY_MODE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     WEIGHT_TYPE: tl.constexpr,
     GRADIENT_TYPE: tl.constexpr,
     STATE_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    AGR: tl.constexpr,
-    COUPLED: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    C_FROM_OLD: tl.constexpr,
-    C_FROM_GRADIENT: tl.constexpr,
-    C_FROM_NEW: tl.constexpr,
-    MODE: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    SCALED: tl.constexpr,
-    MATCHED: tl.constexpr,
-    SCALES_WEIGHT: tl.constexpr,
-    DECAYS: tl.constexpr,
-    DECAY_MODE: tl.constexpr,
-    DECAY_INVERSE: tl.constexpr,
-    DECAY_WIDE: tl.constexpr,
-    ROUNDING: tl.constexpr,
 ):
-    """Step a chunk, or, ``MEASURING``, only compute c and write its sums.
-
-    They are the largest |c| = M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent).
-    """
+    """Step a chunk, or, ``MEASURING``, only compute c and write its sums."""
     j = tl.program_id(0)
-    t = tl.load(chunks + j * CHUNKS + OF)
-    begin = tl.multiple_of(tl.load(chunks + j * CHUNKS + BEGIN), BLOCK)
-    count = tl.load(chunks + j * CHUNKS + COUNT)
-    if found_inf is not None and not MEASURING:
+    t, begin, count = chunk_of(chunks, j)
+    if found_inf is not None and not (MEASURING & FLAGS):
         count = tl.where(tl.load(found_inf) == 0, count, 0)  # a step that is skipped has no entries
     high, low = exponent_of(numbers, EXPONENT)
 
@@ -236,75 +311,31 @@ def step_kernel(
         if (count < BLOCK) == (partial == 1):
             mask = tl.arange(0, BLOCK) < count if partial else tl.full([BLOCK], True, tl.int1)
 
-            x = tl.load(entries(table, t, GRADIENT, begin, GRADIENT_TYPE, ALIGNED), mask, other=0).to(tl.float32)
-            if unscale is not None:
-                x *= tl.load(unscale).to(tl.float32)
-            if MAXIMIZE:
+            x = gradient_of(table, t, begin, mask, unscale, GRADIENT_TYPE, FLAGS)
+            if MAXIMIZE & FLAGS:
                 x = -x
-            if AGR:
-                # x times the part that the other entries have in Σ|g|. The largest comes apart from the rest, all
-                # scaled by a power of two: where x is the largest, their difference is exactly 0.
-                scale, top = tl.load(regularizers + 4 * t), tl.load(regularizers + 4 * t + 1)
-                rest, inverse = tl.load(regularizers + 4 * t + 2), tl.load(regularizers + 4 * t + 3)
-                x *= ((top - tl.abs(x) * scale) + rest) * inverse
+            if AGR & FLAGS:
+                x = regularized(x, regularizers, t)
 
-            if COUPLED or not MEASURING:
-                weights = entries(table, t, WEIGHT, begin, WEIGHT_TYPE, ALIGNED)
-                w = tl.load(weights, mask, other=0).to(tl.float32)
+            if (COUPLED & FLAGS) or not (MEASURING & FLAGS):
+                weights = entries(table, t, WEIGHT, begin, WEIGHT_TYPE, FLAGS)
+                w = loaded(weights, mask)
                 if ROUNDING == KAHAN:
-                    lost = entries(table, t, COMPENSATION, begin, WEIGHT_TYPE, ALIGNED)
-                    w += tl.load(lost, mask, other=0).to(tl.float32)
-                if COUPLED:
+                    lost = entries(table, t, COMPENSATION, begin, WEIGHT_TYPE, FLAGS)
+                    w += loaded(lost, mask)
+                if COUPLED & FLAGS:
                     x += number(numbers, DECAY) * w
 
             c = x
-            if MOMENTUM:
-                states = entries(table, t, STATE, begin, STATE_TYPE, ALIGNED)
-                old_m = tl.load(states, mask, other=0).to(tl.float32)
-                fresh = tl.load(table + t * TENSOR + FRESH) != 0
-                take = tl.where(fresh, number(numbers, FIRST_TAKE), number(numbers, TAKE))
-                m = number(numbers, KEEP) * old_m + take * x
-                c = tl.zeros_like(x)
-                if C_FROM_OLD:
-                    c = number(numbers, FROM_OLD) * old_m
-                if C_FROM_GRADIENT:
-                    c += number(numbers, FROM_GRADIENT) * x
-                if C_FROM_NEW:
-                    c += number(numbers, FROM_NEW) * m
-                if not MEASURING:
-                    tl.store(states, stored(m, STATE_TYPE), mask)
+            if RUNS & FLAGS:
+                states = entries(table, t, STATE, begin, STATE_TYPE, FLAGS)
+                c = momentum_step(states, x, table, t, numbers, mask, STATE_TYPE, FLAGS)
 
-            if MEASURING:
-                a = tl.abs(c)
-                top = tl.minimum(tl.maximum(tl.max(a, 0), SMALLEST), LARGEST)  # off 0 and ∞, for 0/0 and ∞/∞ are NaN
-                r = tl.div_rn(a, tl.broadcast_to(top, [BLOCK]))
-                y = power(r, high, low, MODE)
-                tl.store(sums + 4 * j, top.to(tl.float64))
-                tl.store(sums + 4 * j + 1, tl.sum(r * y, 0).to(tl.float64))
-                if MATCHED:
-                    tl.store(sums + 4 * j + 2, tl.sum(r * r, 0).to(tl.float64))
-                    tl.store(sums + 4 * j + 3, tl.sum(y * y, 0).to(tl.float64))
+            if MEASURING & FLAGS:
+                store_sums(sums, j, c, high, low, MODE, FLAGS)
             else:
-                if SMOOTHED:
-                    u = c * pow_f32(tl.abs(c) + number(numbers, EPS), high, low)
-                elif SCALED:
-                    known = measured + t * MEASURED
-                    a = tl.abs(c) * number(known, SHIFT)
-                    r = tl.div_rn(a, tl.broadcast_to(number(known, DIVISOR), [BLOCK]))
-                    u = signed(power(r, high, low, MODE), c) * number(known, MULTIPLIER) * number(known, LIFT)
-                else:
-                    u = signed(power(tl.abs(c), high, low, MODE), c)
-
-                old = w
-                if SCALES_WEIGHT:
-                    w *= number(numbers, WEIGHT_FACTOR)
-                w -= number(numbers, STEP_SIZE) * u
-                if DECAYS:
-                    decay_high, decay_low = exponent_of(numbers, DECAY_EXPONENT)
-                    decay_strength = number(numbers, DECAY_STRENGTH)
-                    factor = decay_factor(tl.abs(old), decay_high, decay_low, decay_strength, DECAY_MODE, DECAY_INVERSE)
-                    w *= tl.where((tl.load(chunks + j * CHUNKS + WIDE) != 0) | (not DECAY_WIDE), factor, 1.0)
-
+                u = direction(c, numbers, measured, t, high, low, MODE, FLAGS)
+                w = stepped(w, u, chunks, j, numbers, DECAY_MODE, FLAGS)
                 if ROUNDING == STOCHASTIC:
                     tl.store(weights, cut_off(w, noise(tl.load(seed), j)), mask)
                 else:
@@ -317,19 +348,14 @@ def step_kernel(
 
 
 @triton.jit
-def gradient_sums(table, chunks, unscale, sums, GRADIENT_TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def gradient_sums(table, chunks, unscale, sums, DTYPE: tl.constexpr, FLAGS: tl.constexpr):
     """The largest |g| of each chunk, and the sum of the others: what is beside a dominant entry must not be lost."""
     j = tl.program_id(0)
-    t = tl.load(chunks + j * CHUNKS + OF)
-    begin = tl.multiple_of(tl.load(chunks + j * CHUNKS + BEGIN), BLOCK)
-    count = tl.load(chunks + j * CHUNKS + COUNT)
+    t, begin, count = chunk_of(chunks, j)
     for partial in tl.static_range(2):
         if (count < BLOCK) == (partial == 1):
             mask = tl.arange(0, BLOCK) < count if partial else tl.full([BLOCK], True, tl.int1)
-            x = tl.load(entries(table, t, GRADIENT, begin, GRADIENT_TYPE, ALIGNED), mask, other=0).to(tl.float32)
-            if unscale is not None:
-                x *= tl.load(unscale).to(tl.float32)
-            a = tl.abs(x)
+            a = tl.abs(gradient_of(table, t, begin, mask, unscale, DTYPE, FLAGS))
             top = tl.max(a, 0)
             is_top = (a == top) & mask
             equals = tl.sum(is_top.to(tl.int32), 0) - 1
@@ -379,7 +405,7 @@ def within(x):
 
 
 @triton.jit
-def measure(spans, sums, numbers, measured, MATCHED: tl.constexpr, DUAL_SCALE: tl.constexpr):
+def measure(spans, sums, numbers, measured, IS_MATCHED: tl.constexpr, IS_DUAL: tl.constexpr):
     """The dual norm of each vector and how its direction is made, from the sums of its chunks."""
     v = tl.program_id(0)
     first, many = tl.load(spans + v * SPAN + FIRST), tl.load(spans + v * SPAN + MANY)
@@ -399,19 +425,19 @@ def measure(spans, sums, numbers, measured, MATCHED: tl.constexpr, DUAL_SCALE: t
         ratio = tl.load(mine, k < many, other=SMALLEST) / top
         log = tl.log2(ratio)
         totals += tl.load(mine + 1, k < many, other=0) * tl.exp2(q * log)
-        if MATCHED:
+        if IS_MATCHED:
             squares += tl.load(mine + 2, k < many, other=0) * ratio * ratio
             powers += tl.load(mine + 3, k < many, other=0) * tl.exp2(2 * exponent * log)
     norm = top * tl.exp2(tl.log2(tl.sum(totals, 0)) / q)
     factor = tl.where(norm == norm, 1.0, norm)
-    if DUAL_SCALE:
+    if IS_DUAL:
         factor = norm
-    if MATCHED:
+    if IS_MATCHED:
         ours = top * tl.sqrt(tl.sum(squares, 0))
         theirs = tl.where(exponent == 0, 1.0, tl.exp2(exponent * tl.log2(top / norm))) * tl.sqrt(tl.sum(powers, 0))
         factor = tl.where(norm == 0, norm, ours / theirs)
     # A tensor p may be at an end: at ∞ a direction is the signs, whatever the size, and at 2 that of "dual" is c.
-    itself = (exponent == 1) & DUAL_SCALE
+    itself = (exponent == 1) & IS_DUAL
     known = measured + v * MEASURED
     tl.store(known + DUAL, norm)
     tl.store(known + FACTOR, factor)
@@ -441,7 +467,7 @@ class Step:
         device, chunks, n = tables.device, tables.chunks, len(tables.weights)
         kept = Kept(tables.cache, device)
         rows = _rows(flags, tables)
-        aligned = not (rows[:, : FRESH.value] & 15).any()
+        self.aligned = not (rows[:, : FRESH.value] & 15).any()
         self.flags, self.device, self.chunks, self.n = flags, device, chunks, n
         self.table, self.values, self.exponent = kept.changing("tensors", rows), kept.numbers(numbers), numbers.exponent
         self.cuts = kept.constant("chunks", chunks.tensor, chunks.start, chunks.count, chunks.wide[chunks.tensor])
@@ -452,7 +478,6 @@ class Step:
             seed = kept.changing("seed", np.array([seed]))
         self.unscale = tables.unscale
         self.given = self.table, self.cuts, self.values, tables.unscale, tables.found_inf, seed if stochastic else None
-        self.constants = {**constants_of(flags), "ALIGNED": aligned, **OPTIONS}
         self.regularizers: Tensor | None = None
         self.measured: tuple[Tensor, Tensor] | None = None
         self.is_sharded = bool(layouts)
@@ -474,10 +499,10 @@ class Step:
     def _sums(self, _: Any) -> Tensor | None:
         chunks = self.chunks
         self.sums = sums = torch.empty(len(chunks), 2, dtype=torch.float64, device=self.device)
-        kind, aligned = self.constants["GRADIENT_TYPE"], self.constants["ALIGNED"]
+        constants = TYPES[self.flags.gradient], ALIGNED.value * self.aligned
         with self._launched():
             if len(chunks):
-                gradient_sums[len(chunks),](self.table, self.cuts, self.unscale, sums, kind, aligned, **OPTIONS)
+                gradient_sums[len(chunks),](self.table, self.cuts, self.unscale, sums, *constants, **OPTIONS)
             if self.is_sharded:
                 return _largest_and_others(torch.nn.functional.pad(sums, (0, 0, 0, 1))[self.padded])
         return None
@@ -509,7 +534,8 @@ class Step:
     def _launch_step(self, norms: Tensor | None, sums: Tensor | None, measuring: bool) -> None:
         if len(self.chunks):
             launch = step_kernel[len(self.chunks),]
-            launch(*self.given, self.regularizers, norms, sums, MEASURING=measuring, **self.constants)
+            constants = constants_of(self.flags, self.aligned, measuring)
+            launch(*self.given, self.regularizers, norms, sums, **constants, **OPTIONS)
 
 
 def _padded(chunks: Chunks) -> list[Array]:
@@ -534,29 +560,19 @@ def _merged(sums: Tensor, padded: Tensor, exponent: float | Tensor) -> Tensor:
     return torch.stack([top, *(x.sum(1) for x in each)], 1)
 
 
-def constants_of(flags: Flags) -> dict[str, Any]:
-    """Return the constants of `step_kernel` that follow from the flags."""
+def constants_of(flags: Flags, aligned: bool, measuring: bool = False) -> dict[str, Any]:
+    """Return the constants of `step_kernel`."""
     return {
+        "FLAGS": (flags.momentum & ~choices.SAME)
+        + sum(bit.value for name, bit in SWITCHES.items() if getattr(flags, name))
+        + ALIGNED.value * aligned
+        + MEASURING.value * measuring,
+        "MODE": flags.mode,
+        "DECAY_MODE": flags.decay_mode,
+        "ROUNDING": flags.rounding,
         "WEIGHT_TYPE": TYPES[flags.weight],
         "GRADIENT_TYPE": TYPES[flags.gradient],
         "STATE_TYPE": TYPES[flags.state],
-        "MAXIMIZE": flags.maximize,
-        "AGR": flags.agr,
-        "COUPLED": flags.coupled,
-        "MOMENTUM": bool(flags.momentum),
-        "C_FROM_OLD": bool(flags.momentum & choices.OLD),
-        "C_FROM_GRADIENT": bool(flags.momentum & choices.GRADIENT),
-        "C_FROM_NEW": bool(flags.momentum & choices.NEW),
-        "MODE": flags.mode,
-        "SMOOTHED": flags.smoothed,
-        "SCALED": flags.scaled,
-        "MATCHED": flags.matched,
-        "SCALES_WEIGHT": flags.scales_weight,
-        "DECAYS": flags.decay,
-        "DECAY_MODE": flags.decay_mode,
-        "DECAY_INVERSE": flags.decay_inverse,
-        "DECAY_WIDE": flags.decay_wide,
-        "ROUNDING": flags.rounding,
     }
 
 

@@ -92,10 +92,10 @@ def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, momentum, 
     from normopt.kernels.triton import OPTIONS, constants_of, step_kernel
 
     absent = ("unscale", "found_inf", "seed", "regularizers", "measured", "sums")
-    constants = constants_of(flags(dtype, mode=mode, momentum=RUNS | NEW | SAME if momentum else 0))
+    step = flags(dtype, mode=mode, momentum=RUNS | NEW | SAME if momentum else 0)
     found = {}
     for aligned in (True, False):
-        text = compile_kernel(step_kernel, capability, absent, **constants, MEASURING=False, ALIGNED=aligned)
+        text = compile_kernel(step_kernel, capability, absent, **constants_of(step, aligned))
         assert not re.search(r"\b(atom|red)\.", text)
         found[aligned] = [VECTOR.findall(text).count(way) for way in ("ld", "st")]
     entries = CHUNK // (32 * OPTIONS["num_warps"])  # of each thread
@@ -126,9 +126,10 @@ def test_every_step_compiles_without_atomics(what, capability, compile_kernel):
         ),
         "float16": (dict.fromkeys(("weight", "gradient", "state"), torch.float16) | heavy, ()),
     }[what]
-    constants = kernels.constants_of(flags(**changes)) | dict(ALIGNED=True)
-    for measuring in {False, constants["SCALED"]}:
-        text = compile_kernel(kernels.step_kernel, capability, absent, **constants, MEASURING=measuring)
+    step = flags(**changes)
+    for measuring in {False, step.scaled}:
+        constants = kernels.constants_of(step, True, measuring)
+        text = compile_kernel(kernels.step_kernel, capability, absent, **constants)
         assert not re.search(r"\b(atom|red)\.", text)
         assert VECTOR.search(text)
 
@@ -138,8 +139,8 @@ def test_every_other_kernel_compiles_without_atomics(capability, compile_kernel)
     from normopt.kernels import triton as kernels
 
     for kernel, constants in (
-        (kernels.gradient_sums, dict(GRADIENT_TYPE=kernels.TYPES[torch.float32], ALIGNED=True)),
+        (kernels.gradient_sums, dict(DTYPE=kernels.TYPES[torch.float32], FLAGS=kernels.ALIGNED.value)),
         (kernels.regularizer, {}),
-        (kernels.measure, dict(MATCHED=True, DUAL_SCALE=False)),
+        (kernels.measure, dict(IS_MATCHED=True, IS_DUAL=False)),
     ):
         assert not re.search(r"\b(atom|red)\.", compile_kernel(kernel, capability, **constants))
