@@ -55,6 +55,13 @@ def check_number(
         raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, but is {value!r}")
 
 
+def check_integer(name: str, value: object, low: int = 1, high: float = math.inf) -> None:
+    """Raise a TypeError or ValueError unless ``value`` is an integer from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, but is {value!r} ({type(value).__name__})")
+    check_number(name, value, low=low, high=high)
+
+
 def plain(value: Any) -> Any:
     """Convert a setting to a primitive: ``np.float32(0.5)`` to 0.5, ``torch.float32`` to "float32"; others stay."""
     if isinstance(value, torch.dtype):

@@ -157,7 +157,7 @@ def test_step_never_changes_p():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: CosineP(optimizer(), total_steps=0), ValueError, "at least 1"),
+        (lambda: CosineP(optimizer(), total_steps=0), ValueError, r"total_steps must be in \[1,"),
         (lambda: CosineP(optimizer(), total_steps=2.5), TypeError, "integer"),
         (lambda: CosineP(optimizer(), total_steps=True), TypeError, "integer"),
         (lambda: CosineP(optimizer(), total_steps=3, p_end=0.5), ValueError, "p_end"),

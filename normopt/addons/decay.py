@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt._checks import check_bool, check_number, equals, is_low_precision, is_quantized, near, warn
+from normopt._checks import check_bool, check_integer, equals, is_low_precision, is_quantized, near, warn
 from normopt.addons.attach import AddOn, Closure, check_dense_grads
 from normopt.addons.block_norms import block_norms
 from normopt.engine import SteepestDescent
@@ -22,15 +22,13 @@ from normopt.stages.decay import lp_factors, scale_
 Over = Literal["entries", "rows", "columns", "heads"]
 
 
-def _check_count(name: str, value: object, low: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, but is {value!r} ({type(value).__name__})")
-    check_number(name, value, low=low)
+def _check_count(name: str, value: object) -> None:
+    check_integer(name, value, low=0)
 
 
 def _check_heads(name: str, value: object) -> None:
     if value is not None:
-        _check_count(name, value, low=1)
+        check_integer(name, value)
 
 
 # Param group key → (constructor argument, check of its value).

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.optim import Optimizer
 
-from normopt._checks import warn
+from normopt._checks import check_integer, warn
 from normopt.diagnostics.measures import GroupSnapshot, unquantized
 from normopt.diagnostics.rows import METRICS, ROW, RingBuffer, plot_rows, write_csv
 from normopt.engine import SteepestDescent
@@ -19,7 +19,6 @@ from normopt.hooks import OutermostStep
 from normopt.norms import registry
 from normopt.norms.base import Norm
 from normopt.norms.lp import Lp
-from normopt.norms.matrices import check_integer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,8 +116,8 @@ class GeometryMonitor:
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"GeometryMonitor needs a torch.optim.Optimizer, but was given {type(optimizer).__name__}")
-        check_integer("every", every, math.inf)
-        check_integer("capacity", capacity, math.inf)
+        check_integer("every", every)
+        check_integer("capacity", capacity)
         self.optimizer, self.every, self.capacity = optimizer, every, capacity
         self.steps = 0
         self.norm = None if norm is None else _resolve_norm(norm)

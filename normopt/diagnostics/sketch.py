@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from normopt._checks import check_integer
+
 MIXED = 64  # coordinates per rotation block
 SMALLEST, LARGEST = 64, 16384  # bucket and sign share an int16
 # Half-width in standard deviations. A Gaussian error needs 1.96; vectors with few entries have heavier tails.
@@ -87,10 +89,7 @@ class Sketch:
 
 def check_size(k: object) -> None:
     """Raise unless k is a valid sketch size."""
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"sketch must be an integer, but is {k!r} ({type(k).__name__})")
-    if not SMALLEST <= k <= LARGEST:
-        raise ValueError(f"sketch must be in [{SMALLEST}, {LARGEST}], but is {k}: 2048 keeps cosines within ±.05")
+    check_integer("sketch", k, SMALLEST, LARGEST)
 
 
 def distance_half(k: int) -> float:

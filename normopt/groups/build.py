@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from normopt._checks import check_choice, check_number, near
+from normopt._checks import check_choice, check_integer, check_number, near
 from normopt.groups.classify import KINDS, MATRICES, ParamInfo, classify_params
 from normopt.groups.modular import budgets
 from normopt.groups.presets import PRESETS
 from normopt.norms import registry
-from normopt.norms.matrices import check_integer
 
 Overrides = Mapping[str | type[nn.Module], Mapping[str, Any]]
 
@@ -107,7 +106,7 @@ def param_groups(
         raise TypeError(f"param_groups takes a torch.nn.Module, but was given {type(model).__name__}")
     check_choice("preset", preset, PRESETS)
     if residual_depth is not None:
-        check_integer("residual_depth", residual_depth, float("inf"))
+        check_integer("residual_depth", residual_depth)
         if preset != "modular":
             raise ValueError(f'residual_depth is only for preset="modular", but the preset is {preset!r}: leave it out')
     infos = classify_params(model, output)

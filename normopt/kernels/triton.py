@@ -240,7 +240,8 @@ def momentum_step(states, x, table, t, numbers, mask, DTYPE: tl.constexpr, FLAGS
 def store_sums(sums, j, c, high, low, MODE: tl.constexpr, FLAGS: tl.constexpr):
     """Write the sums of chunk j: max|c| = M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent)."""
     a = tl.abs(c)
-    top = tl.minimum(tl.maximum(tl.max(a, 0), SMALLEST), LARGEST)  # off 0 and ∞, for 0/0 and ∞/∞ are NaN
+    # Off 0 and ∞, for 0/0 and ∞/∞ are NaN. Triton 3.2 takes SMALLEST for a float64.
+    top = tl.minimum(tl.maximum(tl.max(a, 0), SMALLEST), LARGEST).to(tl.float32)
     r = tl.div_rn(a, tl.broadcast_to(top, [BLOCK]))
     y = power(r, high, low, MODE)
     tl.store(sums + 4 * j, top.to(tl.float64))

@@ -11,7 +11,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from normopt._checks import check_choice, check_number
+from normopt._checks import check_choice, check_integer
 from normopt.norms.base import Needs, Norm, Scale, stack, to_compute_dtype
 from normopt.norms.lp import mul_norm_power, shift
 
@@ -152,7 +152,7 @@ class MatrixNorm(Norm):
         """
         check_choice("aspect", self.aspect, ASPECTS)
         check_choice("matrix_view", self.matrix_view, MATRIX_VIEWS)
-        check_integer("blocks", self.blocks, math.inf)
+        check_integer("blocks", self.blocks)
 
     def factor(self, shape: torch.Size) -> float:
         """Return f for the matrices of a tensor; 1 if they are empty.
@@ -233,10 +233,3 @@ class MatrixNorm(Norm):
         norms = torch.where((shifts == 1) | products.isnan(), norms, products)
         norms = norms.sum().expand(len(c)) if whole_group else norms
         return mul_norm_power(maps, norms, shifts, kappa), norms / shifts
-
-
-def check_integer(name: str, value: object, high: float) -> None:
-    """Raise unless ``value`` is an integer from 1 to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, but is {value!r}")
-    check_number(name, value, low=1, high=high)

@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normopt._checks import check_choice, check_number
+from normopt._checks import check_choice, check_integer, check_number
 from normopt.norms.base import Scale, indices_by, without_autocast
 from normopt.norms.lanczos import top_pair
 from normopt.norms.lp import nonzero, norm_and_shift, norm_last_dim, shift, top_and_root_last_dim
-from normopt.norms.matrices import MatrixNorm, check_integer, from_matrices, mul_pow2, normalize_exponent, to_matrices
+from normopt.norms.matrices import MatrixNorm, from_matrices, mul_pow2, normalize_exponent, to_matrices
 from normopt.norms.polar import polar
 from normopt.norms.registry import register
 
@@ -85,7 +85,7 @@ class Schatten(MatrixNorm):
         object.__setattr__(self, "p", float(self.p))
         check_choice("method", self.method, ("svd", *COMPUTES))
         check_choice("dtype", self.dtype, ("bfloat16", "float32"))
-        check_integer("steps", self.steps, 100)
+        check_integer("steps", self.steps, high=100)
         self.check_view()
         if self.exponent is not None:
             check_number("exponent", self.exponent, open_low=True, open_high=True)

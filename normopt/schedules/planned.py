@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch.optim import Optimizer
 
-from normopt._checks import check_choice, check_number
+from normopt._checks import check_choice, check_integer, check_number
 from normopt.schedules.base import PSchedule, interpolate_exponent
 
 
@@ -19,10 +19,7 @@ class AnnealedP(PSchedule):
     def __init__(
         self, optimizer: Optimizer, total_steps: int, p_end: float = 2.0, space: Literal["p", "exponent"] = "p"
     ) -> None:
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int):
-            raise TypeError(f"total_steps must be an integer, but is {total_steps!r} ({type(total_steps).__name__})")
-        if total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, but is {total_steps}: count optimizer steps or epochs")
+        check_integer("total_steps", total_steps)
         check_number("p_end", p_end, low=1)
         check_choice("space", space, ("p", "exponent"))
         self.total_steps, self.p_end, self.space = total_steps, float(p_end), space
