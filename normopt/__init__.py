@@ -1,7 +1,6 @@
 """normopt: an optimizer is a norm.
 
-Every optimizer here is one engine, [`SteepestDescent`][normopt.SteepestDescent], walking downhill,
-measured by a different norm.
+Every optimizer here is one engine, [`SteepestDescent`][normopt.SteepestDescent], under another norm.
 """
 
 from normopt import norms, schedules, sparsity
@@ -9,55 +8,13 @@ from normopt.addons import AGR, LpDecay
 from normopt.diagnostics import GeometryMonitor, Trajectory, TrajectoryMonitor
 from normopt.engine import SteepestDescent
 from normopt.groups import ParamGroups, param_groups
-from normopt.zoo import (
-    LPSGD,
-    LPSGDM,
-    SCALE,
-    SGD,
-    Freon,
-    Lion,
-    Muon,
-    NormalizedSGD,
-    NucGD,
-    PowerStep,
-    RowNormSGD,
-    Scion,
-    SignSGD,
-    Signum,
-    SpectralSGD,
-    get_optimizer,
-    list_optimizers,
-)
+from normopt.zoo import get_optimizer, list_optimizers
+from normopt.zoo.lp import LPSGD, LPSGDM, SGD, Lion, NormalizedSGD, PowerStep, SignSGD, Signum
+from normopt.zoo.matrix import SCALE, Freon, Muon, NucGD, RowNormSGD, Scion, SpectralSGD
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AGR",
-    "LPSGD",
-    "LPSGDM",
-    "SCALE",
-    "SGD",
-    "Freon",
-    "GeometryMonitor",
-    "Lion",
-    "LpDecay",
-    "Muon",
-    "NormalizedSGD",
-    "NucGD",
-    "ParamGroups",
-    "PowerStep",
-    "RowNormSGD",
-    "Scion",
-    "SignSGD",
-    "Signum",
-    "SpectralSGD",
-    "SteepestDescent",
-    "Trajectory",
-    "TrajectoryMonitor",
-    "get_optimizer",
-    "list_optimizers",
-    "norms",
-    "param_groups",
-    "schedules",
-    "sparsity",
-]
+__all__ = ["SteepestDescent", "get_optimizer", "list_optimizers", "norms", "schedules", "sparsity"]
+__all__ += ["LPSGD", "LPSGDM", "SGD", "Lion", "NormalizedSGD", "PowerStep", "SignSGD", "Signum"]
+__all__ += ["SCALE", "Freon", "Muon", "NucGD", "RowNormSGD", "Scion", "SpectralSGD"]
+__all__ += ["AGR", "GeometryMonitor", "LpDecay", "ParamGroups", "Trajectory", "TrajectoryMonitor", "param_groups"]

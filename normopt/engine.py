@@ -18,14 +18,7 @@ from normopt.norms import registry
 from normopt.norms.base import without_autocast
 from normopt.norms.lp import Lp
 from normopt.norms.scales import NormPair, group_norms
-from normopt.params import (
-    are_plain,
-    batches,
-    check_admissible,
-    check_tensors,
-    warn_if_stuck,
-    with_gradients,
-)
+from normopt.params import are_plain, batches, check_admissible, check_tensors, warn_if_stuck, with_gradients
 from normopt.recipe import CachedRecipe, Recipe, check_settings, make_recipe, slots_of
 from normopt.settings import Arguments
 from normopt.sharding.agreement import check_agreement

@@ -184,10 +184,7 @@ def batches(recipe: Recipe, params: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def warn_if_stuck(
-    params: list[Tensor],
-    p: float,
-    remedy: str = "weight_decay=0 in a param group of their own",
-    stacklevel: int = 3,
+    params: list[Tensor], p: float, remedy: str = "weight_decay=0 in a param group of their own", stacklevel: int = 3
 ) -> None:
     """Warn of tensors that ℓp decay will hold at zero, unless ``remedy`` is taken; frozen ones are never stepped."""
     decayed = [x for x in params if x.requires_grad and x.dim() >= 2 and x.numel() and not x.is_meta]

@@ -9,17 +9,5 @@ from normopt.sparsity.layouts import SparseLinear, dense_state_dict, sparse_stat
 from normopt.sparsity.pruning import prune_
 from normopt.sparsity.shrinking import Shrunk, UnitCount, shrink
 
-__all__ = [
-    "Report",
-    "Shrunk",
-    "SparseLinear",
-    "UnitCount",
-    "WeightCount",
-    "dense_state_dict",
-    "prune_",
-    "report",
-    "shrink",
-    "sparse_state_dict",
-    "to_dense",
-    "to_sparse",
-]
+__all__ = ["Report", "Shrunk", "SparseLinear", "UnitCount", "WeightCount", "dense_state_dict", "prune_", "report"]
+__all__ += ["shrink", "sparse_state_dict", "to_dense", "to_sparse"]

@@ -13,21 +13,5 @@ from normopt.stages.momentum import Coefficients, Momentum, register_momentum
 from normopt.stages.direction import Direction, Rescale  # isort: skip
 from normopt.stages.write import Write
 
-__all__ = [
-    "Batch",
-    "Coefficients",
-    "Decay",
-    "Direction",
-    "Maximize",
-    "Momentum",
-    "Op",
-    "Regularization",
-    "Rescale",
-    "Slot",
-    "Stage",
-    "Write",
-    "register_decay",
-    "register_momentum",
-    "register_stage",
-    "setting",
-]
+__all__ = ["Batch", "Coefficients", "Decay", "Direction", "Maximize", "Momentum", "Op", "Regularization", "Rescale"]
+__all__ += ["Slot", "Stage", "Write", "register_decay", "register_momentum", "register_stage", "setting"]
