@@ -363,7 +363,7 @@ class SteepestDescent(Optimizer):
         if compiling:
             return recipe, [Batch(recipe, some, self.state) for some in batches(recipe, params)]
         states = {slot.name: [self.state.get(p, {}).get(slot.name) for p in params] for slot in recipe.slots}
-        if known and recipe.backend == "foreach" and are_plain(params, gradients, states.values(), known.kinds):
+        if known and known.may_be_plain and are_plain(params, gradients, states.values(), known.kinds):
             return recipe, [Batch(recipe, params, self.state, gradients, cast(dict[str, list[Tensor]], states))]
         check_tensors(params, gradients, states)
         return recipe, [Batch(recipe, some, self.state) for some in batches(recipe, params)]

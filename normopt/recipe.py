@@ -172,6 +172,8 @@ class CachedRecipe:
         self._get = itemgetter(*self._names)
         self._values, self._params = self._get(group), list(group["params"])
         self.kinds = kinds_of(self._params)
+        # Whether state has the dtype of its parameter, so that it can be updated in place.
+        self.may_be_plain = recipe.backend == "foreach" and all(slot.dtype is None for slot in recipe.slots)
 
     def current(self, group: Mapping[str, Any]) -> Recipe | None:
         """Return the recipe with the group's present numbers; None if it has to be remade.

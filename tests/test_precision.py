@@ -78,6 +78,18 @@ def test_stochastic_repeats_from_the_same_seed():
 STATELESS = {"lpsgd", "signsgd"}  # which fix the momentum at 0
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, "bfloat16"), ("bfloat16", None), (None, "float64")])
+def test_state_follows_a_state_dtype_that_changes(before, after):
+    for foreach in (False, True):
+        p = torch.nn.Parameter(torch.randn(6, 5))
+        opt = normopt.SGD([p], lr=0.1, momentum=0.9, state_dtype=before, foreach=foreach)
+        for state_dtype in (before, before, after, after):
+            opt.param_groups[0]["state_dtype"] = state_dtype
+            p.grad = torch.randn_like(p)
+            opt.step()
+            assert opt.state[p]["momentum_buffer"].dtype == (getattr(torch, state_dtype) if state_dtype else p.dtype)
+
+
 @pytest.mark.parametrize(
     ("name", "state_dtype"),
     [
