@@ -13,6 +13,7 @@ from torch import Tensor
 
 import normopt
 from normopt._checks import check_bool
+from normopt.kernels import support
 from normopt.stages import (
     Batch,
     Coefficients,
@@ -321,3 +322,23 @@ def test_names_and_slots_of_normopt_are_not_taken() -> None:
         @dataclass
         class Other(Stage):
             state = ("momentum_buffer",)
+
+
+@pytest.mark.parametrize("rule", ["heavy", "ema", "lion"])
+def test_a_backend_is_a_module_with_a_step(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside its row in the table of kernels."""
+    row = support.KERNELS["cpu"]._replace(module="tests.kernels.numpy_backend", compiler="numpy")
+    monkeypatch.setitem(support.KERNELS, "cpu", row)
+    how = dict(lr=0.1, momentum=0.9, momentum_rule=rule, weight_decay=0.1)
+    ours, expected = ([torch.nn.Parameter(torch.ones(s)) for s in SHAPES] for _ in range(2))
+    opts = [normopt.SteepestDescent(ours, **how, fused=True), normopt.SteepestDescent(expected, **how, foreach=False)]
+    for step in range(3):
+        torch.manual_seed(step)
+        for p, q in zip(ours, expected, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for opt in opts:
+            opt.step()
+    for p, q in zip(ours, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    assert "on fused" in opts[0].backend()
