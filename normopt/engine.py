@@ -41,9 +41,14 @@ class SteepestDescent(Optimizer):
         m ← μm + (1−μ)g (first m = 0),  c = m    "ema"
         c = μm + (1−μ)g, m ← β₂m + (1−β₂)g       "lion"
 
+        c ← c/Σ of its weights                   bias_correction, "ema" and "lion"
+
+        v ← βv + (1−β)g²,  P = diag(√v̂ + ε)      metric "diagonal"; "none": P = 1
+        c ← P^−½ c
         u ← ‖c‖⋆^κ · D(c)                        scale "unit" κ = 0, "dual" κ = 1,
                                                        "power" κ = 1/(p−1)
-        u ← D(c) · RMS(c)/RMS(D(c))              "matched"
+        u ← P^−½ u
+        u ← u · RMS(P^−½ c)/RMS(u)               scale "matched"
 
         w ← w − ηru                              no decay; r = radius
         w ← (1 − ηλ)w − ηru                      decay "decoupled"
@@ -61,12 +66,19 @@ class SteepestDescent(Optimizer):
         weight_decay: λ ≥ 0, a float or a one-element tensor. Default 0.
         decay: "coupled", "decoupled", "lp", or your own; runs if λ ≠ 0. Default "decoupled".
         decay_p: p of decay="lp", p > 0 (p < 1 too), which acts on tensors of 2 or more dims. Default 1.
+        bias_correction: divide the momentum ("ema", "lion") and the average of the metric by the sums of their
+            weights. Default False.
         momentum: μ, the weight of the OLD state, 0 ≤ μ < 1 (heavy: ≤ 1); 0 keeps no buffer. Default 0.
         momentum_rule: "heavy" (torch.optim.SGD's), "ema", "lion", or your own. Default "heavy".
         beta2: β₂ of "lion", the weight of the old state. Default 0.99.
         dampening: τ of "heavy", any finite number. Default 0.
         nesterov: c = g + μm ("heavy") or (1−μ)g + μm ("ema"). Default False.
         state_dtype: the momentum's dtype; None is the parameter's own. Default None.
+        metric: the coordinates of the norm: "none" or "diagonal", P = diag(√v̂ + ε). Default "none".
+        metric_beta: β of v ← βv + (1−β)g², the weight of the OLD state. Default 0.999.
+        metric_eps: ε of P. Default 1e-08.
+        metric_rule: v is the "average" of g², their "sum" (Adagrad) or the "max" of the averages (AMSGrad). Default
+            "average".
         norm: a registered name ("lp", "l1", "l2", "linf", or your own) or a Norm object, which is unpacked into
             ``norm``, ``p`` and ``norm_<field>``. Default "l2".
         p: the norm's order, for norms that have one; 1 ≤ p ≤ ∞, a float or a one-element tensor. Default None.
@@ -84,13 +96,15 @@ class SteepestDescent(Optimizer):
         differentiable: let autograd differentiate through the step. Default False.
         **settings: also ``norm_<field>=value`` for the fields of a norm, and the settings of stages of your own.
 
-    State: ``momentum_buffer``, shaped like its parameter, if momentum ≠ 0, and ``kahan_compensation``,
-    shaped and typed like it, if a 16-bit weight is rounded so; else none. Complex parameters are taken as pairs of
-    reals. 16-bit parameters are computed in float32. Of DTensors, such as FSDP2's, each rank steps its local shard by
-    norms of the whole tensor, and the state has their placements; all ranks must make the same step. lr, p and
-    weight_decay given as tensors are never read on the host. Each group has its own copies, as ``group["lr"]``:
-    changing those in place neither syncs nor recompiles, and changing the tensor that was given does nothing. One that
-    requires a gradient is not copied. The momentum of a complex parameter has its dtype.
+    State: ``momentum_buffer``, shaped like its parameter, if momentum ≠ 0; ``kahan_compensation``, shaped and typed
+    like it, if a 16-bit weight is rounded so; ``exp_avg_sq`` under metric="diagonal" (and ``max_exp_avg_sq`` under
+    its rule "max"), float32 for 16-bit weights; ``step``, float32 and 0-d, under bias_correction. Complex
+    parameters are taken as pairs of reals. 16-bit parameters are computed in float32. Of DTensors, such as FSDP2's,
+    each rank steps its local shard by norms of the whole tensor, and the state has their placements; all ranks must
+    make the same step. lr, p and weight_decay given as tensors are never read on the host. Each group has its own
+    copies, as ``group["lr"]``: changing those in place neither syncs nor recompiles, and changing the tensor that
+    was given does nothing. One that requires a gradient is not copied. The momentum of a complex parameter has its
+    dtype.
 
     Raises:
         ValueError: at construction and in ``add_param_group``, for a setting that is out of range,
@@ -106,7 +120,8 @@ class SteepestDescent(Optimizer):
             under a norm of matrices that their group does not name; a setting that does nothing unless a schedule
             moves the momentum or p: dampening or state_dtype without momentum, eps at p = 2.
 
-    Source: the frame is Bernstein and Newhouse, "Old Optimizer, New Norm", arXiv:2409.20325.
+    Source: the frame is Bernstein and Newhouse, "Old Optimizer, New Norm", arXiv:2409.20325. metric="diagonal" under ℓ2
+    with scale="dual" is Adam, arXiv:1412.6980.
 
     Example:
         >>> opt = normopt.SteepestDescent(model.parameters(), lr=0.01, norm="lp", p=3.0, scale="dual",
@@ -362,7 +377,8 @@ class SteepestDescent(Optimizer):
             return recipe, self._fused(i, recipe, params, gradients)
         if compiling:
             return recipe, [Batch(recipe, some, self.state) for some in batches(recipe, params)]
-        states = {slot.name: [self.state.get(p, {}).get(slot.name) for p in params] for slot in recipe.slots}
+        slots = [slot for slot in recipe.slots if not slot.is_scalar]
+        states = {slot.name: [self.state.get(p, {}).get(slot.name) for p in params] for slot in slots}
         if known and known.may_be_plain and are_plain(params, gradients, states.values(), known.kinds):
             return recipe, [Batch(recipe, params, self.state, gradients, cast(dict[str, list[Tensor]], states))]
         check_tensors(params, gradients, states)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normopt._checks import warn
 from normopt.arguments import SYNONYMS
+from normopt.recipe import slots_of
 from normopt.stages.base import stages_in_order
 
 Groups = list[dict[str, Any]]
@@ -41,12 +43,14 @@ def prepare_state_dict(
         UserWarning: a normopt checkpoint has extra state keys.
     """
     read = {name for stage in stages_in_order() for name in stage.state}
+    scalars = {slot.name for group in param_groups for slot in slots_of(group) if slot.is_scalar}
     for _, i, p in match_params(param_groups, state_dict):
         for key, value in state_dict["state"].get(i, {}).items():
-            if key in read and isinstance(value, Tensor) and value.shape != p.shape:
+            expected = torch.Size() if key in scalars else p.shape
+            if key in read and isinstance(value, Tensor) and value.shape != expected:
                 raise ValueError(
-                    f"the checkpoint's {key} of parameter {i} has the shape {tuple(value.shape)}, but the parameter "
-                    f"has {tuple(p.shape)}: load it into an optimizer of the same parameters in the same order"
+                    f"the checkpoint's {key} of parameter {i} has the shape {tuple(value.shape)}, not "
+                    f"{tuple(expected)}: load it into an optimizer of the same parameters in the same order"
                 )
     foreign = {key for state in state_dict["state"].values() for key in state} - read
     groups = state_dict["param_groups"]

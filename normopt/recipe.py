@@ -19,7 +19,20 @@ from normopt.norms.base import Norm
 from normopt.norms.lp import Lp
 from normopt.params import kinds_of
 from normopt.sharding.layout import any_dtensor, layout_of
-from normopt.stages import Decay, Direction, Momentum, Rescale, Slot, Stage, Write, register_stage, setting
+from normopt.stages import (
+    Count,
+    Decay,
+    Direction,
+    Metric,
+    Momentum,
+    Rescale,
+    Slot,
+    Stage,
+    Unwhiten,
+    Write,
+    register_stage,
+    setting,
+)
 from normopt.stages.base import check_setting, owners, registrations, stages_in_order
 from normopt.stages.direction import comm_strategy
 
@@ -63,6 +76,7 @@ class Recipe:
         every: all registered stages, in order, by their class.
         stages: those that run.
         direction: the stage of the norm.
+        metric: the stage of the coordinates.
         momentum: the stage of the momentum.
         decay: the stage of the weight decay.
         write: the stage of the update.
@@ -85,6 +99,8 @@ class Recipe:
         scale = self.direction.scale
         matched = scale == "matched" and not norm.is_identity(scale) and norm.needs(scale) != "none"
         # What stages need of each other and of the norm.
+        self.metric = cast(Metric, every[Metric])
+        self.metric.direction, cast(Unwhiten, every[Unwhiten]).metric = self.direction, self.metric
         self.direction.map, self.write.decaying = norm, self.decay
         cast(Rescale, every[Rescale]).matched = matched
         self.stages = tuple(stage for stage in every.values() if stage.place != "none" and stage.runs())
@@ -173,7 +189,7 @@ class CachedRecipe:
         self._values, self._params = self._get(group), list(group["params"])
         self.kinds = kinds_of(self._params)
         # Whether state has the dtype of its parameter, so that it can be updated in place.
-        self.may_be_plain = recipe.backend == "foreach" and all(slot.dtype is None for slot in recipe.slots)
+        self.may_be_plain = recipe.backend == "foreach" and all(slot.is_plain for slot in recipe.slots)
 
     def current(self, group: Mapping[str, Any]) -> Recipe | None:
         """Return the recipe with the group's present numbers; None if it has to be remade.
@@ -237,6 +253,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 def _check_together(recipe: Recipe, params: list[Tensor]) -> None:
     """Check settings of several stages against each other and against the parameters."""
     norm, rounding, whole_group = recipe.norm, recipe.write.rounding, recipe.direction.whole_group
+    counts = recipe.every[Count].runs()
+    if counts and recipe.momentum.runs() and recipe.momentum.coefficients().first is not None:
+        raise ValueError(
+            f"bias_correction=True is for averages, but momentum_rule={recipe.momentum.momentum_rule!r} starts from "
+            'the first gradient: use momentum_rule="ema" or "lion", or bias_correction=False'
+        )
     if recipe.differentiable and not norm.differentiable:
         raise ValueError(f"{norm!r} is not differentiable (it has no derivative): set differentiable=False")
     if recipe.differentiable and rounding == "stochastic":

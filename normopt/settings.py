@@ -20,7 +20,14 @@ class Common(TypedDict, total=False):
         maximize: maximize the objective: negate the gradient. Default False.
         agr: adaptive gradient regularization. Default False.
         decay_p: p of decay="lp", p > 0 (p < 1 too), which acts on tensors of 2 or more dims. Default 1.
+        bias_correction: divide the momentum ("ema", "lion") and the average of the metric by the sums of their
+            weights. Default False.
         state_dtype: the momentum's dtype; None is the parameter's own. Default None.
+        metric: the coordinates of the norm: "none" or "diagonal", P = diag(√v̂ + ε). Default "none".
+        metric_beta: β of v ← βv + (1−β)g², the weight of the OLD state. Default 0.999.
+        metric_eps: ε of P. Default 1e-08.
+        metric_rule: v is the "average" of g², their "sum" (Adagrad) or the "max" of the averages (AMSGrad). Default
+            "average".
         rounding: how 16-bit weights are rounded: "nearest" (a step below half a unit in the last place is lost),
             "stochastic" (bfloat16; right on average) or "kahan" (the rounding error is kept, in one more buffer).
             Default "nearest".
@@ -33,7 +40,12 @@ class Common(TypedDict, total=False):
     maximize: bool
     agr: bool
     decay_p: float
+    bias_correction: bool
     state_dtype: str | torch.dtype | None
+    metric: Literal["none", "diagonal"]
+    metric_beta: float
+    metric_eps: float
+    metric_rule: Literal["average", "sum", "max"]
     rounding: Literal["nearest", "stochastic", "kahan"]
     foreach: bool | None
     fused: bool | None

@@ -124,21 +124,34 @@ class Rule:
     decay: str = "decoupled"
     decay_p: float = 1.0
     maximize: bool = False
+    bias_correction: bool = False
+    metric: str = "none"
+    metric_beta: float = 0.999
+    metric_eps: float = 1e-8
+    metric_rule: str = "average"
+    t: int = 0
+    v: list[Array] = field(default_factory=list)
+    top: list[Array] = field(default_factory=list)
     c: list[Array] = field(default_factory=list)
     u: list[Array] = field(default_factory=list)
 
     def step(self, ws: list[Array], gs: list[Array], ms: list[Array | None]) -> tuple[list[Array], list[Array | None]]:
         lam, eta, mu, r = self.weight_decay, self.lr, self.momentum, self.radius
         new_m: list[Array | None] = []
-        self.c = []
+        self.c, seen = [], []
+        self.t += 1
         for w, g, m in zip(ws, gs, ms, strict=True):
             x = -g if self.maximize else g
             x = agr(x) if self.agr else x
             x = x + lam * w if self.decay == "coupled" else x
             c, m2 = self._momentum(x, m, mu)
-            self.c.append(c)
+            self.c.append(c / self._weights() if self.bias_correction else c)
+            seen.append(x)
             new_m.append(m2)
-        self.u = direction(self.c, self.p, self.scale, self.scope, self.eps)
+        if self.metric == "none":
+            self.u = direction(self.c, self.p, self.scale, self.scope, self.eps)
+        else:
+            self.u = self._in_coordinates(seen)
         new_w = []
         for w, u in zip(ws, self.u, strict=True):
             if self.decay == "decoupled" and lam:
@@ -148,6 +161,41 @@ class Rule:
             else:
                 new_w.append(w - eta * r * u)
         return new_w, new_m
+
+    def _weights(self) -> float:
+        """The sum of the weights of gradients 1 … t in c, added up one by one."""
+        if self.momentum == 0:
+            return 1.0
+        m: Array | None = None
+        c = np.zeros(())
+        for _ in range(self.t):
+            c, m = self._momentum(np.ones(()), m, self.momentum)
+        return float(c)
+
+    def metric_of(self, gs: list[Array]) -> list[Array]:
+        """P = √v̂ + ε of each tensor, after v has seen these gradients."""
+        beta, zeros = self.metric_beta, [np.zeros_like(g) for g in gs]
+        v = self.v or zeros
+        if self.metric_rule == "sum":
+            self.v = [x + g**2 for x, g in zip(v, gs, strict=True)]
+            return [np.sqrt(x) + self.metric_eps for x in self.v]
+        self.v = [beta * x + (1 - beta) * g**2 for x, g in zip(v, gs, strict=True)]
+        self.top = [np.maximum(x, y) for x, y in zip(self.top or zeros, self.v, strict=True)]
+        used = self.top if self.metric_rule == "max" else self.v
+        share = sum((1 - beta) * beta**k for k in range(self.t)) if self.bias_correction else 1.0
+        return [np.sqrt(x / share) + self.metric_eps for x in used]
+
+    def _in_coordinates(self, gs: list[Array]) -> list[Array]:
+        metric = self.metric_of(gs)
+        plain = "dual" if self.scale == "matched" else self.scale
+        white = [c / np.sqrt(x) for c, x in zip(self.c, metric, strict=True)]
+        us = [
+            u / np.sqrt(x) for u, x in zip(direction(white, self.p, plain, self.scope, self.eps), metric, strict=True)
+        ]
+        if self.scale != "matched":
+            return us
+        straight = [c / x for c, x in zip(self.c, metric, strict=True)]  # P⁻¹c
+        return [u * float(rms(s) / rms(u) if u.any() else 1.0) for u, s in zip(us, straight, strict=True)]
 
     def _momentum(self, g: Array, m: Array | None, mu: float) -> tuple[Array, Array | None]:
         if mu == 0:

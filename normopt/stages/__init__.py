@@ -8,10 +8,12 @@ function whose name ends in ``_`` writes to its first argument; all others leave
 from normopt.stages.agr import Maximize, Regularization
 from normopt.stages.base import Batch, Op, Slot, Stage, register_stage, setting
 from normopt.stages.decay import Decay, register_decay  # also in the gradient, after AGR
-from normopt.stages.momentum import Coefficients, Momentum, register_momentum
+from normopt.stages.momentum import Coefficients, Count, Momentum, register_momentum
 
 from normopt.stages.direction import Direction, Rescale  # isort: skip
+from normopt.stages.metric import Metric, Unwhiten  # isort: skip
 from normopt.stages.write import Write
 
-__all__ = ["Batch", "Coefficients", "Decay", "Direction", "Maximize", "Momentum", "Op", "Regularization", "Rescale"]
-__all__ += ["Slot", "Stage", "Write", "register_decay", "register_momentum", "register_stage", "setting"]
+__all__ = ["Batch", "Coefficients", "Count", "Decay", "Direction", "Maximize", "Metric", "Momentum", "Op"]
+__all__ += ["Regularization", "Rescale", "Slot", "Stage", "Unwhiten", "Write"]
+__all__ += ["register_decay", "register_momentum", "register_stage", "setting"]

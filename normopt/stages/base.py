@@ -14,6 +14,7 @@ from torch import Tensor
 from normopt._checks import check_choice, check_number, is_low_precision, plain
 from normopt.kernels.flags import Number
 from normopt.norms.base import as_real, to_compute_dtype
+from normopt.norms.lp import unbind_like
 from normopt.sharding.layout import gradient_of, layout_of, to_dtensor_like, to_local
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from normopt.recipe import Recipe
     from normopt.sharding.layout import Layout
 
-Place = Literal["gradient", "momentum", "direction", "update", "weights", "none"]
-PLACES: tuple[Place, ...] = ("gradient", "momentum", "direction", "update", "weights")
+Place = Literal["gradient", "momentum", "coordinates", "direction", "length", "update", "weights", "none"]
+PLACES: tuple[Place, ...] = ("gradient", "momentum", "coordinates", "direction", "length", "update", "weights")
 Check = Callable[[str, object], None]
 
 
@@ -68,13 +69,16 @@ class Slot(NamedTuple):
 
     Attributes:
         name: its key in ``optimizer.state[p]``.
-        dtype: its dtype by name; None is the parameter's own.
+        dtype: its dtype by name; None is the parameter's own, and "compute" too, but for 16-bit parameters, of which it
+            is float32.
         only_16_bit: whether only 16-bit parameters have it.
+        is_scalar: whether it is a number, 0-d, instead of a tensor like the parameter.
     """
 
     name: str
     dtype: str | None = None
     only_16_bit: bool = False
+    is_scalar: bool = False
 
     def exists(self, p: Tensor) -> bool:
         """Return whether a parameter has this state."""
@@ -82,7 +86,16 @@ class Slot(NamedTuple):
 
     def dtype_of(self, p: Tensor) -> torch.dtype:
         """Return the dtype for a parameter; complex parameters have complex state of their own dtype."""
-        return p.dtype if self.dtype is None or p.is_complex() else cast(torch.dtype, getattr(torch, self.dtype))
+        if self.dtype == "compute":
+            return torch.float32 if is_low_precision(p) else p.dtype
+        if self.dtype is None or (p.is_complex() and not self.is_scalar):
+            return p.dtype
+        return cast(torch.dtype, getattr(torch, self.dtype))
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the state of 32- and 64-bit parameters has their dtype, or is a number."""
+        return self.is_scalar or self.dtype in (None, "compute")
 
 
 class Op(NamedTuple):
@@ -106,8 +119,8 @@ class Stage:
     ``check`` and ``describe``.
 
     Attributes:
-        place: where it runs: "gradient", "momentum", "direction", "update" or "weights"; within a place stages run in
-            the order of their registration.
+        place: where it runs: "gradient", "momentum", "coordinates", "direction", "length", "update" or "weights";
+            within a place stages run in the order of their registration.
         state: the names of all slots that it may have.
         settings: its settings by name; `register_stage` sets it.
     """
@@ -258,6 +271,8 @@ class Batch:
         u: the update per unit of the learning rate.
         lr, weight_decay: as in the param group; a tensor is cast to the dtype and device of w.
         step_size: lr times the radius.
+        root: the square root of the metric, or the metric itself where the direction is c.
+        step: the number of the step of each parameter, as floats on CPU, else float64 [n]; None if it is not counted.
         pair: ``‖u‖`` and ``‖c‖⋆`` of each tensor, None where the step needs no norm.
         phases: the stages, or the kernels that replace them.
     """
@@ -266,6 +281,8 @@ class Batch:
     weight_decay: Number
     step_size: Number
     phases: Sequence[Any]
+    root: list[Tensor]
+    step: list[float] | Tensor | None
 
     def __init__(
         self,
@@ -289,7 +306,7 @@ class Batch:
         self.layouts: list[Layout | None] = []
         self.pair: NormPair | None = None
         self._gradients, self._states = gradients, states
-        self._kept: dict[str, list[Tensor | None]] = {}
+        self._kept: dict[str, Sequence[Tensor | None]] = {}
 
     def load(self) -> None:
         """Read weights and gradients."""
@@ -308,11 +325,11 @@ class Batch:
         self.step_size = self.lr if write.radius == 1 else self.lr * write.radius
         self.old = [x.clone() for x in self.w] if self.differentiable else self.w
         self.c = self.u = self.g
-        self.owns_c = False
+        self.owns_c, self.step = False, None
 
     def release(self) -> None:
         """Drop what the stages made, so that its memory is free before the next batch."""
-        self.weights = self.w = self.old = self.g = self.c = self.u = []
+        self.weights = self.w = self.old = self.g = self.c = self.u = self.root = []
         self._gradients, self._kept, self._states = None, {}, {}
 
     def state_in_place(self, name: str) -> list[Tensor] | None:
@@ -320,24 +337,42 @@ class Batch:
         return self._states.get(name)
 
     def read(self, slot: Slot) -> list[Tensor | None]:
-        """Return a slot's tensors, local and real, in the dtype of the arithmetic; None where there is none yet."""
+        """Return a slot's tensors, local and real, in the dtype of the arithmetic; None where there is none yet.
+
+        A scalar slot's are as they are stored.
+        """
+        if slot.name in self._states:
+            return list(self._states[slot.name])
         stored = [self.state[p].get(slot.name) if slot.exists(p) else None for p in self.params]
-        kept = self._kept[slot.name] = [None if x is None else as_real(to_local(x)) for x in stored]
+        kept = [None if x is None else as_real(to_local(x)) for x in stored]
+        self._kept[slot.name] = kept
+        if slot.is_scalar:
+            return kept
         found = [None if x is None else x.to(w.dtype) for x, w in zip(kept, self.w, strict=True)]
         return [None if x is None else x.clone() for x in found] if self.differentiable else found
 
+    def read_or_zeros(self, slot: Slot) -> list[Tensor]:
+        """Return a slot's tensors as `read` does, with zeros where there is none yet."""
+        return [torch.zeros_like(w) if x is None else x for x, w in zip(self.read(slot), self.w, strict=True)]
+
     def store(self, slot: Slot, values: Sequence[Tensor]) -> None:
         """Write a slot that was read: into its tensors where they fit, else, or under autograd, as new ones."""
+        self._kept.setdefault(slot.name, self._states.get(slot.name, ()))
         for p, x, kept in zip(self.params, values, self._kept[slot.name], strict=True):
             if not slot.exists(p):
                 continue
             dtype = slot.dtype_of(p)
             if kept is None or self.differentiable or self.state[p][slot.name].dtype != dtype:  # p's may have changed
-                self.state[p][slot.name] = to_dtensor_like(
-                    (torch.view_as_complex(x) if p.is_complex() else x).to(dtype), p
-                )
+                x = (torch.view_as_complex(x) if p.is_complex() and not slot.is_scalar else x).to(dtype)
+                self.state[p][slot.name] = x if slot.is_scalar else to_dtensor_like(x, p)
             elif kept is not x:
                 kept.copy_(x)
+
+    def of_steps(self, function: Callable[[Any], Any], xs: list[Tensor]) -> list[Any]:
+        """Return a function of each parameter's step number, as floats or as 0-d tensors like xs."""
+        if isinstance(self.step, list):
+            return [function(t) for t in self.step]
+        return unbind_like(function(cast(Tensor, self.step)), xs)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.params)

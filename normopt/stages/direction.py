@@ -216,7 +216,7 @@ class Direction(Stage):
 class Rescale(Stage):
     """The last part of scale="matched": ``u ← u·‖c‖₂/‖u‖₂``, 0 where u is 0; lengths over all shards of a tensor."""
 
-    place = "direction"
+    place = "length"
 
     matched: bool = False  # not a setting
 

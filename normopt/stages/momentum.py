@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from normopt._checks import check_bool, check_number
 from normopt.kernels.flags import GRADIENT, NEW, OLD, RUNS, SAME, Number
-from normopt.norms.base import fast_scalar
+from normopt.norms.base import fast_scalar, stack
 from normopt.stages.base import Batch, Op, Slot, Stage, number, one_of, register, register_stage, setting
 
 STATE_DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -92,6 +92,44 @@ def lion(s: Momentum) -> Coefficients:
     return Coefficients(s.beta2, 1 - s.beta2, d=s.momentum, e=1 - s.momentum, f=0.0, averages=True)
 
 
+STEP = Slot("step", "float32", is_scalar=True)
+
+
+@register_stage
+@dataclass
+class Count(Stage):
+    """Count the steps of each parameter, for bias corrections: ``c ← c/Σ`` with Σ the sum of the weights in c."""
+
+    place = "momentum"
+    state = (STEP.name,)
+
+    bias_correction: bool = setting(
+        False,
+        check_bool,
+        'divide the momentum ("ema", "lion") and the average of the metric by the sums of their weights',
+    )
+
+    def runs(self) -> bool:
+        return self.bias_correction
+
+    def slots(self) -> tuple[Slot, ...]:
+        return (STEP,)
+
+    def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+        old = batch.read(STEP)
+        steps = [torch.zeros((), device=w.device) if x is None else x for x, w in zip(old, batch.w, strict=True)]
+        torch._foreach_add_(steps, 1)
+        batch.store(STEP, steps)
+        on_host = all(x.is_cpu for x in steps) and not torch.compiler.is_compiling()
+        batch.step = [float(x) for x in steps] if on_host else stack(steps).double()
+
+    def lower(self) -> Op | str:
+        return "bias correction has no kernel yet"
+
+    def describe(self) -> str:
+        return "bias correction"
+
+
 @register_stage
 @dataclass
 class Momentum(Stage):
@@ -134,6 +172,12 @@ class Momentum(Stage):
         k = self.coefficients()
         return k.first is not None and k.first != k.b
 
+    def weight(self, t: Any) -> Any:
+        """Return the sum of the weights of the gradients in c, at step t = 1, 2, …"""
+        k = self.coefficients()
+        old, new = (k.b * (1 - k.a**s) / (1 - k.a) for s in (t - 1, t))
+        return k.d * old + k.e + k.f * new
+
     def check(self) -> None:
         heavy = self.momentum_rule == "heavy"
         check_number("momentum", self.momentum, low=0, high=1, open_high=not heavy)
@@ -153,6 +197,7 @@ class Momentum(Stage):
         if m is not None:
             batch.c = step_(k, m, g, fast_scalar(k.a, m))
             batch.owns_c = batch.c is not m and batch.c is not g
+            self._correct(batch)
             return
         (slot,) = self.slots()
         old = batch.read(slot)
@@ -167,6 +212,12 @@ class Momentum(Stage):
             each = zip(old, m, g, strict=True)
             batch.c = [step_(first if b is None else k, [x], [y])[0] for b, x, y in each]
         batch.store(slot, m)
+        self._correct(batch)
+
+    def _correct(self, batch: Batch) -> None:
+        if batch.step is not None:
+            batch.c = list(torch._foreach_div(batch.c, batch.of_steps(self.weight, batch.c)))
+            batch.owns_c = True
 
     def lower(self) -> Op | str:
         k = self.coefficients()

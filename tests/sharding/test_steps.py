@@ -46,6 +46,7 @@ def test_every_optimizer(name: str, decay: str, agr: bool, ranks: Ranks) -> None
 
 
 LP = dict(norm="lp", p=3.0)
+ADAM = dict(momentum=0.9, momentum_rule="ema", bias_correction=True, metric="diagonal")
 SOME = (0, 3, 7)  # parameters that are not cut
 NORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "p = 1": (dict(norm="l1"), {}),
@@ -72,6 +73,11 @@ NORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a norm of one's own, of tensors": (dict(norm="of-a-tensor", scale="unit"), dict(shapes=[(5, 4), (2, 3), (9, 9)])),
     "a norm of one's own, of pieces": (dict(norm="of-pieces", momentum=0.9), {}),
     "a norm of one's own, matched": (dict(norm="of-pieces", scale="matched"), dict(dim=1)),
+    "Adam": (ADAM, {}),
+    "Adam, cut along dim 1": (ADAM | dict(metric_rule="max", agr=True, **DECAYS["ℓp"]), dict(dim=1, replicated=SOME)),
+    "ℓ3 in adaptive coordinates, matched": (ADAM | LP | dict(scale="matched", agr=True), dict(dim=1)),
+    "ℓ3 in adaptive coordinates, over a group": (ADAM | LP | dict(scope="group"), dict(replicated=SOME)),
+    "spectral in adaptive coordinates": (ADAM | dict(norm="spectral", scale="unit"), {}),
     "mixed": (dict(norm="mixed", norm_p_inner=1.5, norm_p_outer=3.0), {}),
 }
 

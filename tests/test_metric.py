@@ -1,0 +1,251 @@
+"""Norms in adaptive coordinates: against torch's Adam and its kin, the NumPy oracle, and what makes a norm a norm."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import normopt
+from tests.oracle import Rule
+
+SHAPES = [(13, 7), (40,), (5, 3, 2), (1,)]
+BACKENDS = [dict(foreach=False), dict(foreach=True)]
+ADAM: dict[str, Any] = dict(momentum=0.9, momentum_rule="ema", bias_correction=True, metric="diagonal")
+
+
+def make(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.nn.Parameter]:
+    torch.manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, dtype=torch.float64).to(dtype)) for s in SHAPES]
+
+
+def give(params: list[torch.nn.Parameter], step: int) -> None:
+    torch.manual_seed(1000 + step)
+    for p in params:
+        p.grad = (10.0 ** (step % 5 - 2) * torch.randn(p.shape, dtype=torch.float64)).to(p.dtype)
+
+
+TORCH: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (lambda ps, **k: torch.optim.AdamW(ps, **k, weight_decay=0.1), ADAM | dict(weight_decay=0.1)),
+    "amsgrad": (
+        lambda ps, **k: torch.optim.AdamW(ps, **k, weight_decay=0.1, amsgrad=True),
+        ADAM | dict(weight_decay=0.1, metric_rule="max"),
+    ),
+    "adam": (
+        lambda ps, **k: torch.optim.Adam(ps, **k, weight_decay=0.1),
+        ADAM | dict(weight_decay=0.1, decay="coupled"),
+    ),
+    "adagrad": (
+        lambda ps, **k: torch.optim.Adagrad(ps, **k, eps=1e-10),
+        dict(metric="diagonal", metric_rule="sum", metric_eps=1e-10),
+    ),
+    "rmsprop": (
+        lambda ps, **k: torch.optim.RMSprop(ps, **k, alpha=0.99),
+        dict(metric="diagonal", metric_beta=0.99),
+    ),
+}
+NAMES = {"momentum_buffer": "exp_avg", "exp_avg_sq": "exp_avg_sq", "max_exp_avg_sq": "max_exp_avg_sq", "step": "step"}
+THEIRS = {"adagrad": {"exp_avg_sq": "sum"}, "rmsprop": {"exp_avg_sq": "square_avg"}}
+
+
+@pytest.mark.parametrize("how", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", TORCH)
+def test_single_steps_are_torchs(name, dtype, how):
+    """From torch's state at every step; relative to max(|w|, η|u|), but where the momentum cancels."""
+    theirs_of, settings = TORCH[name]
+    ours, theirs = make(dtype), make(dtype)
+    opt, other = normopt.SteepestDescent(ours, lr=0.01, **how, **settings), theirs_of(theirs, lr=0.01, foreach=False)
+    left_out, all_entries = 0, 0
+    for step in range(40):
+        for p, q in zip(ours, theirs, strict=True):
+            p.data.copy_(q.data)
+            for key, x in opt.state[p].items():
+                found = other.state[q][THEIRS.get(name, {}).get(key, NAMES[key])]
+                x.copy_(found)
+        give(ours, step)
+        give(theirs, step)
+        before = [q.detach().clone() for q in theirs]
+        opt.step()
+        other.step()
+        for p, q, w in zip(ours, theirs, before, strict=True):
+            counts = torch.ones_like(w, dtype=torch.bool)
+            if "momentum_buffer" in opt.state[p]:
+                m, g = opt.state[p]["momentum_buffer"], q.grad
+                counts = m.abs() >= 1e-5 * ((m - 0.1 * g).abs() + g.abs())
+            error = (p.detach() - q.detach()).abs() / torch.maximum(w.abs(), (q.detach() - w).abs())
+            assert float(error[counts].max()) <= (6e-7 if dtype == torch.float32 else 1e-13)
+            left_out, all_entries = left_out + int((~counts).sum()), all_entries + counts.numel()
+    assert left_out <= 1e-3 * all_entries
+
+
+RULES: list[dict[str, Any]] = [
+    dict(momentum=0.9, momentum_rule="ema", bias_correction=True),
+    dict(momentum=0.9, momentum_rule="ema", nesterov=True, bias_correction=True, metric_rule="max"),
+    dict(momentum=0.9, momentum_rule="lion", beta2=0.98, bias_correction=True),
+    dict(momentum=0.9, momentum_rule="heavy", metric_rule="sum"),
+    dict(bias_correction=True, agr=True, weight_decay=0.1, decay="lp", decay_p=0.8),
+    dict(momentum=0.5, momentum_rule="ema", agr=True, weight_decay=0.1, decay="coupled"),
+]
+
+
+@pytest.mark.parametrize("how", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", range(len(RULES)))
+@pytest.mark.parametrize(
+    ("p", "scale", "scope"),
+    [
+        *((p, scale, "tensor") for p in (1.5, 2.0, 3.0, math.inf) for scale in ("power", "dual", "unit", "matched")),
+        *((p, scale, "tensor") for p in (1.0,) for scale in ("dual", "unit", "matched")),
+        *((p, scale, "group") for p in (1.0, 2.0, 3.0) for scale in ("dual", "unit")),
+    ],
+)
+def test_fifty_steps_of_the_oracle(p, scale, scope, rule, dtype, how):
+    settings = RULES[rule]
+    if settings.get("metric_rule") != "sum":
+        settings = settings | dict(metric_beta=0.9)
+    ours = make(dtype)
+    opt = normopt.SteepestDescent(
+        ours, lr=0.01, norm="lp", p=p, scale=scale, scope=scope, metric="diagonal", **settings, **how
+    )
+    oracle = Rule(lr=0.01, p=p, scale=scale, scope=scope, metric="diagonal", **settings)
+    ws = [x.detach().double().numpy().copy() for x in ours]
+    ms: list[Any] = [None] * len(ws)
+    for step in range(50):
+        give(ours, step)
+        # In float32 from the oracle's weights at every step, so that errors of rounding do not add up.
+        if dtype == torch.float32:
+            for x, w in zip(ours, ws, strict=True):
+                x.data.copy_(torch.from_numpy(w))
+        opt.step()
+        ws, ms = oracle.step(ws, [x.grad.double().numpy() for x in ours], ms)
+        for x, w, u in zip(ours, ws, oracle.u, strict=True):
+            size = np.maximum(np.abs(w), 0.01 * np.abs(u)).max()
+            bound = 1e-12 if dtype == torch.float64 else 2e-6
+            np.testing.assert_allclose(x.detach().double().numpy(), w, rtol=0, atol=bound * (1 + step) ** 0.5 * size)
+
+
+NORMS = [
+    normopt.norms.Lp(1.0),
+    normopt.norms.Lp(1.5),
+    normopt.norms.Lp(2.0),
+    normopt.norms.Lp(math.inf),
+    normopt.norms.Mixed(1.5, 3.0),
+    normopt.norms.Schatten(1.0, method="svd"),
+    normopt.norms.Schatten(3.0, method="svd"),
+    normopt.norms.Schatten(math.inf, method="svd"),
+]
+
+
+@pytest.mark.parametrize("how", BACKENDS)
+@pytest.mark.parametrize("norm", NORMS, ids=repr)
+def test_duality_in_adaptive_coordinates(norm, how):
+    """⟨c, u⟩ = ‖c‖_P⋆² and ‖u‖_P = ‖c‖_P⋆ under "dual"; ⟨c, u⟩ = ‖c‖_P⋆ and ‖u‖_P = 1 under "unit"."""
+    torch.manual_seed(0)
+    for scale in ("dual", "unit"):
+        p = torch.nn.Parameter(torch.zeros(6, 5, dtype=torch.float64))
+        settings = dict(norm=norm, scale=scale, metric="diagonal", bias_correction=True)
+        opt = normopt.SteepestDescent([p], lr=1.0, **settings, **how)
+        for _ in range(3):
+            p.data.zero_()
+            p.grad = torch.randn(6, 5, dtype=torch.float64)
+            opt.step()
+        u, root = -p.detach(), (opt.state[p]["exp_avg_sq"] / (1 - 0.999**3)).sqrt().add(1e-8).sqrt()
+        dual, size, product = norm.dual_norm(p.grad / root), norm.norm(u * root), (p.grad * u).sum()
+        one = torch.ones((), dtype=torch.float64)
+        torch.testing.assert_close(size, dual if scale == "dual" else one, rtol=1e-9, atol=0)
+        torch.testing.assert_close(product, dual**2 if scale == "dual" else dual, rtol=1e-9, atol=0)
+        pair = opt.norm_pairs()[0]
+        if pair is not None:
+            torch.testing.assert_close(pair.dual, dual, rtol=1e-6, atol=0, check_dtype=False)
+            torch.testing.assert_close(pair.update, size, rtol=1e-6, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("how", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64])
+def test_state_and_its_dtypes(dtype, how, tmp_path):
+    """The squares of 16-bit weights are float32, also loaded; a resumed run goes on bit for bit."""
+    squares = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in SHAPES]
+    settings = ADAM | dict(lr=0.01, metric_rule="max", agr=True, weight_decay=0.1, decay="lp", decay_p=0.8)
+    opt = normopt.SteepestDescent(params, **settings, **how)
+
+    def go(params: list[torch.nn.Parameter], opt: normopt.SteepestDescent, first: int) -> None:
+        for step in range(first, first + 3):
+            torch.manual_seed(step)
+            for p in params:
+                p.grad = torch.randn(p.shape).to(dtype)
+            opt.step()
+
+    go(params, opt, 0)
+    torch.save(opt.state_dict(), tmp_path / "state.pt")
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = normopt.SteepestDescent(others, **settings, **how)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    go(params, opt, 3)
+    go(others, other, 3)
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+        state = other.state[q]
+        assert state["step"] == 6
+        assert state["step"].shape == ()
+        assert state["exp_avg_sq"].dtype == state["max_exp_avg_sq"].dtype == squares
+        assert state["momentum_buffer"].dtype == dtype
+        for key, x in opt.state[p].items():
+            assert torch.equal(x, state[key])
+
+
+def test_what_has_no_meaning_is_refused():
+    p = torch.nn.Parameter(torch.zeros(3, 2))
+
+    def refused(match: str, **settings: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            normopt.SteepestDescent([p], lr=0.1, **settings)
+
+    refused("momentum_rule='heavy' starts from", bias_correction=True, momentum=0.9, momentum_rule="heavy")
+    refused("adaptive coordinates have no kernel yet", metric="diagonal", fused=True)
+    refused("bias correction has no kernel yet", **ADAM, fused=True)
+    refused("did you mean 'diagonal'", metric="diag")
+    for name, value in {"metric_beta": 0.9, "metric_eps": 1e-6, "metric_rule": "max"}.items():
+        refused(f"{name} = .* does nothing", **{name: value})
+    refused("metric_beta must be in", metric="diagonal", metric_beta=1.0)
+
+
+@pytest.mark.parametrize("how", BACKENDS)
+def test_settings_of_the_metric_follow_a_schedule(how):
+    """Changed numbers are those of a new optimizer that takes over the state."""
+    ours, others = make(), make()
+    opt = normopt.SteepestDescent(ours, lr=0.01, **ADAM, **how)
+    for step in range(3):
+        give(ours, step)
+        opt.step()
+    new = dict(metric_beta=0.9, metric_eps=1e-3, momentum=0.5, lr=0.1)
+    opt.param_groups[0].update(new)
+    other = normopt.SteepestDescent(others, **(ADAM | new), **how)
+    other.load_state_dict({**copy.deepcopy(opt.state_dict()), "param_groups": other.state_dict()["param_groups"]})
+    for p, q in zip(ours, others, strict=True):
+        q.data.copy_(p.data)
+    give(ours, 3)
+    give(others, 3)
+    opt.step()
+    other.step()
+    for p, q in zip(ours, others, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_compiled_step_is_the_eager_one():
+    ours, others = make(), make()
+    opt, other = (normopt.SteepestDescent(ps, lr=0.01, **ADAM, weight_decay=0.1) for ps in (ours, others))
+    step = torch.compile(other.step, fullgraph=True)
+    for i in range(4):
+        give(ours, i)
+        give(others, i)
+        opt.step()
+        step()
+        for p, q in zip(ours, others, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
