@@ -14,6 +14,7 @@ from normopt.recipe import slots_of
 from normopt.stages.base import stages_in_order
 
 Groups = list[dict[str, Any]]
+RULE = ("norm", "scale", "momentum_rule", "metric", "metric_rule", "bias_correction")  # what makes it another optimizer
 
 
 def match_params(param_groups: Groups, state_dict: dict[str, Any]) -> list[tuple[dict[str, Any], Any, Tensor]]:
@@ -67,7 +68,7 @@ def prepare_state_dict(
     complete = [{**own, **group} for own, group in zip(kept, groups, strict=False)]
     for ours, saved in zip(param_groups, complete, strict=False):
         check(saved, ours["params"])
-        if other := {k: saved[k] for k in ("norm", "scale", "momentum_rule") if saved[k] != ours[k]}:
+        if other := {k: saved[k] for k in RULE if saved[k] != ours[k]}:
             raise ValueError(
                 f"the checkpoint would make {name} another optimizer: {other} instead of "
                 f"{ {k: ours[k] for k in other} }. Load it into an optimizer made with these settings, or remove them "

@@ -216,6 +216,17 @@ def test_what_has_no_meaning_is_refused():
     refused("metric_beta must be in", metric="diagonal", metric_beta=1.0)
 
 
+def test_a_checkpoint_makes_no_other_optimizer():
+    ours, others = make(), make()
+    adam, sgd = (
+        normopt.SteepestDescent(ours, **ADAM),
+        normopt.SteepestDescent(others, momentum=0.9, momentum_rule="ema"),
+    )
+    for a, b in ((adam, sgd), (sgd, adam)):
+        with pytest.raises(ValueError, match="would make SteepestDescent another optimizer: .*metric"):
+            a.load_state_dict(b.state_dict())
+
+
 @pytest.mark.parametrize("how", BACKENDS)
 def test_settings_of_the_metric_follow_a_schedule(how):
     """Changed numbers are those of a new optimizer that takes over the state."""

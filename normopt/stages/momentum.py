@@ -120,7 +120,7 @@ class Count(Stage):
         steps = [torch.zeros((), device=w.device) if x is None else x for x, w in zip(old, batch.w, strict=True)]
         torch._foreach_add_(steps, 1)
         batch.store(STEP, steps)
-        on_host = all(x.is_cpu for x in steps) and not torch.compiler.is_compiling()
+        on_host = all(type(x) is Tensor and x.is_cpu for x in steps) and not torch.compiler.is_compiling()
         batch.step = [float(x) for x in steps] if on_host else stack(steps).double()
 
     def lower(self) -> Op | str:
