@@ -223,7 +223,7 @@ def test_a_checkpoint_makes_no_other_optimizer():
         normopt.SteepestDescent(others, momentum=0.9, momentum_rule="ema"),
     )
     for a, b in ((adam, sgd), (sgd, adam)):
-        with pytest.raises(ValueError, match="would make SteepestDescent another optimizer: .*metric"):
+        with pytest.raises(ValueError, match=r"would make SteepestDescent another optimizer: .*metric"):
             a.load_state_dict(b.state_dict())
 
 
