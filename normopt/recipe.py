@@ -301,7 +301,11 @@ def _choose_backend(recipe: Recipe, params: list[Tensor]) -> tuple[Backend, str]
     if fused or (fused is None and cuda and not sharded):
         lowered = recipe.lower()
         dtype = cast("str | None", recipe.momentum.state_dtype)
-        why_not = lowered if isinstance(lowered, str) else support.why_not(recipe.differentiable, dtype, params)
+        why_not: str | None
+        if isinstance(lowered, str):
+            why_not = lowered
+        else:
+            why_not = support.why_not(recipe.differentiable, dtype, params, lowered[0])
         if why_not is None:
             return "fused", "fused=True" if fused else "every parameter is a plain CUDA tensor"
         if fused:

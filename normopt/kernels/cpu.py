@@ -18,7 +18,7 @@ from normopt.kernels.tables import Array, Block, Chunks, Phase, Tables, nothing
 
 F = np.float32
 Places = tuple[Array, Array, int, int]  # where the sums of each tensor begin and end, and which tensors are meant
-COLUMNS = kernels.WIDE + 1
+COLUMNS = kernels.ROOT_SHARE + 1
 # The numbers that all tensors share: of the others two are in the rows of tensors, exponents have another form.
 SHARED = [name for name in Numbers._fields if name not in ("take", "first", "exponent", "decay_exponent")]
 BLOCK = 1 << 21  # entries of tensors whose powers are kept, in 4 bytes each, from one pass to the next
@@ -49,8 +49,12 @@ class Step:
         if flags.momentum and numbers.first != numbers.take and tables.new:
             ready.rows[tables.new, kernels.TAKE] = numbers.first
             ready.numbers = None  # the next step has the same weight for all
-        states, lost = (ready.none if x is None else x for x in (tables.states, tables.compensations))
-        self.tensors = (tables.weights, tables.gradients, states, lost), (chunks.tensor, chunks.start, chunks.count)
+        self.shares: Array | None = None
+        if tables.shares is not None:
+            self.shares, root_shares = tables.shares
+            ready.rows[:, kernels.SHARE], ready.rows[:, kernels.ROOT_SHARE] = self.shares, root_shares
+        more = (ready.none if x is None else x for x in (tables.states, tables.compensations, tables.squares))
+        self.tensors = (tables.weights, tables.gradients, *more), (chunks.tensor, chunks.start, chunks.count)
         n = len(chunks.sizes)
         self.sums, self.partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 4))
         self.duals, self.factors = np.empty(n), np.empty(n)
@@ -121,6 +125,12 @@ class Step:
         scale = totals.MATCHED if flags.matched else totals.DUAL if flags.dual else totals.UNIT
         known = float(self.numbers.exponent), scale, ready.powers_cached, ready.rows, self.duals, self.factors
         self.powers_cached = call_with_jit_lock(totals.duals, partials, *where, *known)
+        if self.shares is not None:  # D(c) does not depend on the size of c
+            some = slice(*where[2:])
+            self.duals[some] *= self.shares[some]
+            if scale != totals.UNIT:
+                self.factors[some] *= self.shares[some]
+                ready.rows[some, kernels.FACTOR] *= self.shares[some]
         self.measured = torch.from_numpy(self.duals), torch.from_numpy(self.factors)
 
     def _update(self, block: Block, place: Array) -> None:
@@ -149,6 +159,7 @@ class LaunchConfig:
         self.exponent, self.decay_exponent = map(exponent_of, self.exponents)
         self.rows = np.zeros((n, COLUMNS), F)
         self.rows[:, kernels.WIDE] = chunks.wide | (not flags.decay_wide)
+        self.rows[:, kernels.ROOT_SHARE] = 1
         self.numbers: Numbers | None = None
         self.unscale = unscale
         self.renew(flags, numbers, unscale)
@@ -163,7 +174,9 @@ class LaunchConfig:
         self.powers: Array = cache["powers"] if self.powers_cached else np.empty(0, F)
         momentum_written = bool(flags.scaled and flags.momentum & SAME and flags.state == torch.float32)
         self.agr = kernels.agr_kernel(flags.gradient == torch.bfloat16)
-        undecayed = flags._replace(decay=False, scales_weight=False, decay_mode=LINEAR, decay_inverse=False)
+        undecayed = flags._replace(
+            decay=False, scales_weight=False, decay_mode=LINEAR, decay_inverse=False, corrected=False
+        )
         self.norms = kernels.norm_kernel(undecayed._replace(dual=False), momentum_written, self.powers_cached)
         one = flags._replace(matched=False, dual=False, decay_wide=True)  # other values change nothing in this kernel
         self.update, self.update_without_cache = (

@@ -18,6 +18,8 @@ Number = float | Tensor
 SIGN, LINEAR, SQRT, SQUARE, GENERAL, ABOVE = range(6)
 MODES = {0.0: SIGN, 0.5: SQRT, 1.0: LINEAR, 2.0: SQUARE}
 NEAREST, STOCHASTIC, KAHAN = range(3)
+# How adaptive coordinates are used: u = c/P, or u = P^−½ D(P^−½ c).
+STRAIGHT, BOTH_SIDES = 1, 2
 # Bits of a momentum rule, m' = a·m + b·g and c = d·m + e·g + f·m': it runs; d, e, f are not 0; c is m'.
 RUNS, OLD, GRADIENT, NEW, SAME = (1 << i for i in range(5))
 
@@ -36,6 +38,8 @@ class Flags(NamedTuple):
         scaled: u has a size and a factor for each tensor, from sums over it.
         dual, matched: the factor is the dual norm, or the one of "matched", which needs more sums; else it is 1.
         momentum: the bits of the momentum rule, 0 without one.
+        corrected: c and the squares are divided by the sums of their weights, numbers of each tensor.
+        metric: STRAIGHT, BOTH_SIDES or 0, the use of adaptive coordinates P = √v + ε; v is float32.
         agr: the gradient is regularized, by sums over its tensor.
         coupled: λw is added to the gradient.
         scales_weight: the weight is multiplied by a number before the step.
@@ -54,6 +58,8 @@ class Flags(NamedTuple):
     dual: bool = False
     matched: bool = False
     momentum: int = 0
+    corrected: bool = False
+    metric: int = 0
     agr: bool = False
     coupled: bool = False
     scales_weight: bool = False
@@ -82,6 +88,8 @@ class Numbers(NamedTuple):
         exponent: 1/(p−1), or −ρ if smoothed.
         eps: ε.
         decay_exponent: e of that factor.
+        metric_keep, metric_take: a and b of v ← a·v + b·g².
+        metric_eps: ε of P.
     """
 
     step_size: Number
@@ -97,6 +105,9 @@ class Numbers(NamedTuple):
     exponent: Number = 1.0
     eps: float = 0.0
     decay_exponent: float = 1.0
+    metric_keep: float = 0.0
+    metric_take: float = 0.0
+    metric_eps: float = 0.0
 
 
 def wide(value: Number) -> Number:

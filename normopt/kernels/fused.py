@@ -23,6 +23,7 @@ from normopt.norms.scales import NormPair
 from normopt.params import check_like, check_writable, dtype_of
 from normopt.sharding.layout import gradient_of, layout_of, to_dtensor_like, to_local
 from normopt.stages.base import Batch, Slot
+from normopt.stages.momentum import STEP
 
 if TYPE_CHECKING:
     from normopt.recipe import Recipe
@@ -209,7 +210,7 @@ class FusedUpdate:
 
     def _check_states(self, recipe: Recipe, state: State, weights: list[Tensor], as_before: bool = False) -> bool:
         params = self._params
-        slots = [slot for slot in recipe.slots if slot.exists(params[0])]
+        slots = [slot for slot in recipe.slots if slot.exists(params[0]) and not slot.is_scalar]
         self._states = {slot: self._states.get(slot) or Operand(slot.name) for slot in slots}
         # A state that belongs to these parameters alone, in their order: no need to hash them.
         in_order = as_before and len(state) == len(params) and all(map(is_, state, params))
@@ -274,15 +275,19 @@ class FusedUpdate:
             if dtypes[0] not in (torch.bfloat16, torch.float16):
                 self._flags = self._flags._replace(rounding=NEAREST)
         weights, gradients = self._weights.table, self._gradients.table
-        states, compensations = (None if operand is None else operand.table for operand in (momenta, lost))
+        states, compensations, squares = (
+            None if operand is None else operand.table for operand in (momenta, lost, by_name.get("exp_avg_sq"))
+        )
         tables = Tables(self._chunks, device, weights, gradients, states, compensations, new, self._cache)
-        tables.layouts = self.layouts
+        tables.layouts, tables.squares = self.layouts, squares
         if batch.grad_scale is not None:
             tables.unscale = (1 / batch.grad_scale).to(device, non_blocking=True)
         if batch.found_inf is not None:
             tables.found_inf = batch.found_inf.to(device, non_blocking=True)
         if self._flags.rounding == STOCHASTIC:
             tables.seed = _seed(device)
+        if self._flags.corrected:
+            tables.shares = self._shares(batch, tables.found_inf)
         step = kernels.Step(self._flags, self._numbers, tables)
 
         def finish(batch: FusedBatch, _: Tensor | None) -> None:
@@ -298,6 +303,20 @@ class FusedUpdate:
                 batch.pair = NormPair(torch.where(dual > 0, factor, dual), dual)
 
         return [*step.phases(), Phase(nothing, finish)]
+
+    def _shares(self, batch: FusedBatch, found_inf: Tensor | None) -> tuple[Array, Array]:
+        """Count the step, unless it is skipped, and return 1/Σ of the weights in c, and √(1/Σ) of those in v."""
+        momentum, metric = batch.recipe.momentum, batch.recipe.metric
+        states = [batch.state[p] for p in self._params]
+        for x, p in zip(states, self._params, strict=True):
+            if STEP.name not in x:
+                x[STEP.name] = torch.zeros((), device=p.device)
+        steps = [x[STEP.name] for x in states]
+        if found_inf is None or not found_inf:
+            torch._foreach_add_(steps, 1)
+        t = np.array([float(x) for x in steps])
+        ones = np.ones_like(t)
+        return 1 / momentum.weight(t) if momentum.runs() else ones, metric.weight(t) ** -0.5 if metric.runs() else ones
 
     def _complete(self, slot: Slot, operand: Operand, state: State) -> list[int]:
         """Make the state that is missing, or has another dtype than it should; return the indices of the new."""

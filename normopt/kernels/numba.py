@@ -23,16 +23,31 @@ from numba import carray, types
 from numba.extending import intrinsic, overload
 
 from normopt.kernels.compiling import can_cache, compiled
-from normopt.kernels.flags import ABOVE, GRADIENT, KAHAN, LINEAR, NEW, OLD, SIGN, SQRT, SQUARE, STOCHASTIC, Flags
+from normopt.kernels.flags import (
+    ABOVE,
+    GRADIENT,
+    KAHAN,
+    LINEAR,
+    NEW,
+    OLD,
+    SIGN,
+    SQRT,
+    SQUARE,
+    STOCHASTIC,
+    STRAIGHT,
+    Flags,
+)
 from normopt.kernels.tables import CHUNK
 
 Kernel = Callable[..., None]
 
 # Columns of the table of tensors: AGR's four, what |c| is multiplied by and its power too, powers of two for both where
-# float32 does not have the number, the gradient's weight in the momentum, and whether the decay's factor acts on it.
-AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, SHIFT, LIFT, TAKE, WIDE = range(10)
+# float32 does not have the number, the gradient's weight in the momentum, whether the decay's factor acts on it, and
+# what c and √v are multiplied by.
+AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, SHIFT, LIFT, TAKE, WIDE, SHARE, ROOT_SHARE = range(12)
 # Places in the table of the numbers that all tensors share, in the order of `Numbers`.
 UNSCALE, STEP_SIZE, KEEP, FROM_OLD, FROM_GRADIENT, FROM_NEW, COUPLED, WEIGHT_FACTOR, DECAY_STRENGTH, EPS = range(10)
+METRIC_KEEP, METRIC_TAKE, METRIC_EPS = range(10, 13)
 
 
 class Exponent(NamedTuple):
@@ -297,7 +312,7 @@ def agr_kernel(gradient16: bool) -> Kernel:
 
     @compiled(**SUMS)
     def sums(addresses, chunks, begin, end, unscale, partials):
-        (_, gradients, _, _), (tensor, start, count) = addresses, chunks
+        (_, gradients, _, _, _), (tensor, start, count) = addresses, chunks
         for j in range(begin, end):
             n = count[j]
             g = entries(gradients[tensor[j]], start[j], n, gradient16)
@@ -384,7 +399,7 @@ def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel
 
     @compiled(**SUMS)
     def sums(addresses, chunks, begin, end, rows, numbers, exponent, partials, powers, place):
-        (weights, gradients, states, lost), (tensor, start, count) = addresses, chunks
+        (weights, gradients, states, lost, _), (tensor, start, count) = addresses, chunks
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
             row = rows[t]
@@ -423,22 +438,24 @@ def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel
 
 @cache
 def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel:
-    """The walk itself, entry by entry: gradient, momentum, direction, decay, write.
+    """Return a kernel of the whole step, entry by entry: gradient, momentum, direction, decay, write.
 
-    If ``momentum_written`` c is the momentum; if ``powers_cached`` its power is at hand.
+    If ``momentum_written``, c is the momentum; if ``powers_cached``, its powers are given.
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
     mode, smoothed, scaled, rule = f.mode, f.smoothed, f.scaled, f.momentum
     maximize, agr, coupled = f.maximize, f.agr, f.coupled
     scales_weight, decays, decay_mode, decay_inverse = f.scales_weight, f.decay, f.decay_mode, f.decay_inverse
     stochastic, kahan, chunk = f.rounding == STOCHASTIC, f.rounding == KAHAN, CHUNK
+    metric, corrected = f.metric, f.corrected
 
     @compiled(**EXACT)
     def update(addresses, chunks, begin, end, rows, numbers, exponent, decay_exponent, seed, powers, place):
-        (weights, gradients, states, lost), (tensor, start, count) = addresses, chunks
+        (weights, gradients, states, lost, squares), (tensor, start, count) = addresses, chunks
         unscale, keep, decay, eps = numbers[UNSCALE], numbers[KEEP], numbers[COUPLED], numbers[EPS]
         from_old, from_gradient, from_new = numbers[FROM_OLD], numbers[FROM_GRADIENT], numbers[FROM_NEW]
         step_size, weight_factor, decay_strength = numbers[STEP_SIZE], numbers[WEIGHT_FACTOR], numbers[DECAY_STRENGTH]
+        metric_keep, metric_take, metric_eps = numbers[METRIC_KEEP], numbers[METRIC_TAKE], numbers[METRIC_EPS]
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
             scale, top, rest, inverse = rows[t, AGR_SCALE], rows[t, AGR_TOP], rows[t, AGR_OTHERS], rows[t, AGR_INVERSE]
@@ -447,6 +464,7 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
             pulled = decay_strength if rows[t, WIDE] != ZERO else ZERO
             w, g = entries(weights[t], s, n, weight16), entries(gradients[t], s, n, gradient16)
             m, k = entries(states[t], s, n, state16), entries(lost[t], s, n, True)
+            v, share, root_share = entries(squares[t], s, n, False), rows[t, SHARE], rows[t, ROOT_SHARE]
             powered = powers[place[j] : place[j] + n] if powers_cached else powers
             drawn = J(seed + j * chunk)
             for i in range(n):
@@ -459,8 +477,20 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
                     x = gradient_of(g[i], old, maximize, unscale, agr, scale, top, rest, inverse, coupled, decay)
                     m0 = load(m[i]) if rule != 0 else ZERO
                     c, m1 = momentum_step(m0, x, rule, keep, take, from_old, from_gradient, from_new)
+                if corrected and not scaled:  # the sums of a norm have it already
+                    c = F(c * share)
                 if powers_cached:
                     u = F(powered[i] * factor)
+                elif metric != 0:
+                    square = F(metric_keep * v[i] + F(metric_take * x) * x)
+                    v[i] = square
+                    root = F(F(math.sqrt(square)) * root_share + metric_eps)
+                    if metric == STRAIGHT:
+                        u = F(c / root)
+                    else:
+                        root = F(math.sqrt(root))
+                        u = direction(F(c / root), mode, smoothed, scaled, exponent, eps, shift, size, factor, lift)
+                        u = F(u / root)
                 else:
                     u = direction(c, mode, smoothed, scaled, exponent, eps, shift, size, factor, lift)
                 after = F((weight_factor * old if scales_weight else old) - step_size * u)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -16,28 +16,35 @@ from normopt.sharding.layout import is_dtensor
 
 
 class Kernels(NamedTuple):
-    """The kernels of a kind of device: a module with `Step`, its compiler, what installs that, and the dtypes taken."""
+    """The kernels of a kind of device: a module with `Step`, its compiler, what installs that, and the dtypes taken.
+
+    ``lacks`` are the fields of `Flags` that they do not know.
+    """
 
     module: str
     compiler: str
     source: str
     dtypes: tuple[torch.dtype, ...]
+    lacks: tuple[str, ...] = ()
 
 
 _CUDA_DTYPES = torch.float32, torch.bfloat16, torch.float16
 KERNELS = {
     "cpu": Kernels("normopt.kernels.cpu", "numba", 'the extra "cpu"', (torch.float32, torch.bfloat16)),
-    "cuda": Kernels("normopt.kernels.triton", "triton", "PyTorch's CUDA wheels", _CUDA_DTYPES),
+    "cuda": Kernels("normopt.kernels.triton", "triton", "PyTorch's CUDA wheels", _CUDA_DTYPES, ("corrected", "metric")),
 }
 
 
-def why_not(differentiable: bool, state_dtype: str | None, params: Sequence[Tensor]) -> str | None:
+def why_not(
+    differentiable: bool, state_dtype: str | None, params: Sequence[Tensor], flags: Mapping[str, object]
+) -> str | None:
     """Return what prevents a fused step of stages that all have a kernel, as the end of a sentence; None if nothing.
 
     Args:
         differentiable: whether autograd is to record the step.
         state_dtype: the momentum's dtype by name.
         params: the parameters.
+        flags: the fields of `Flags` that the stages set.
     """
     if differentiable:
         return "a kernel has no derivative"
@@ -47,7 +54,9 @@ def why_not(differentiable: bool, state_dtype: str | None, params: Sequence[Tens
     for kind in sorted(kinds):
         if kind not in KERNELS:
             return f"there are no kernels for {kind} tensors"
-        _, compiler, source, _ = KERNELS[kind]
+        _, compiler, source, _, lacks = KERNELS[kind]
+        if missing := [name for name in lacks if flags.get(name)]:
+            return f"the kernels for {kind} do not have {missing[0]!r} yet"
         if not _installed(compiler):
             return f"{compiler} is not installed, which {source} brings"
         if compiler == "numba" and _jit_is_disabled():

@@ -95,6 +95,8 @@ class Tables:
         weights, gradients: the addresses of their memory, shape [n], int64.
         states: those of the momentum, None without one.
         compensations: those of what Kahan's rounding keeps, None without it.
+        squares: those of the squares that make adaptive coordinates, None without them.
+        shares: what c and √v of each tensor are multiplied by, [n] each; None without bias corrections.
         new: the indices of momenta that were made in this step, and are zero.
         cache: what a backend keeps from step to step, such as tables on its device.
         unscale: what gradients are multiplied by, for a GradScaler; one element on the device.
@@ -115,3 +117,5 @@ class Tables:
     found_inf: torch.Tensor | None = None
     seed: torch.Tensor | int = 0
     layouts: Sequence[Layout] = ()
+    squares: Array | None = None
+    shares: tuple[Array, Array] | None = None

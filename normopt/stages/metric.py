@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from normopt.kernels.flags import BOTH_SIDES, STRAIGHT
 from normopt.stages.base import Batch, Op, Slot, Stage, number, one_of, register_stage, setting
 from normopt.stages.direction import Direction
 
@@ -55,13 +56,17 @@ class Metric(Stage):
         root = list(torch._foreach_sqrt(self._averages(batch)))
         if batch.differentiable:  # autograd needs the root itself
             root = [x.clone() for x in root]
-        if batch.step is not None and self.metric_rule != "sum":
-            torch._foreach_div_(root, batch.of_steps(lambda t: (1 - self.metric_beta**t) ** 0.5, root))
+        if batch.step is not None:
+            torch._foreach_div_(root, batch.of_steps(lambda t: self.weight(t) ** 0.5, root))
         torch._foreach_add_(root, self.metric_eps)
         if not self.direction.map.is_identity(self.direction.scale):
             torch._foreach_sqrt_(root)
             batch.c = list(torch._foreach_div(batch.c, root))
         batch.root = root
+
+    def weight(self, t: Any) -> Any:
+        """Return the sum of the weights of the squares in v, at step t = 1, 2, …; 1 for a sum."""
+        return 1 - self.metric_beta**t if self.metric_rule != "sum" else t**0
 
     def _averages(self, batch: Batch) -> list[Tensor]:
         """Update v and return it."""
@@ -85,7 +90,15 @@ class Metric(Stage):
         return f"metric diag(√v + {self.metric_eps:g}), v the {self.metric_rule} of g²{beta}"
 
     def lower(self) -> Op | str:
-        return "adaptive coordinates have no kernel yet"
+        norm, scale = self.direction.map, self.direction.scale
+        if self.metric_rule == "max":
+            return 'metric_rule="max" has no kernel: it keeps one more buffer'
+        straight = norm.is_identity(scale)
+        if not straight and norm.needs(scale) != "none":
+            return "a norm over whole tensors has no kernel in adaptive coordinates"
+        keep, take = (1.0, 1.0) if self.metric_rule == "sum" else (self.metric_beta, 1 - self.metric_beta)
+        numbers = dict(metric_keep=keep, metric_take=take, metric_eps=self.metric_eps)
+        return Op({"metric": STRAIGHT if straight else BOTH_SIDES}, numbers)
 
 
 @register_stage
