@@ -377,8 +377,7 @@ class SteepestDescent(Optimizer):
             return recipe, self._fused(i, recipe, params, gradients)
         if compiling:
             return recipe, [Batch(recipe, some, self.state) for some in batches(recipe, params)]
-        slots = [slot for slot in recipe.slots if not slot.is_scalar]
-        states = {slot.name: [self.state.get(p, {}).get(slot.name) for p in params] for slot in slots}
+        states = {name: [self.state.get(p, {}).get(name) for p in params] for name in recipe.shaped}
         if known and known.may_be_plain and are_plain(params, gradients, states.values(), known.kinds):
             return recipe, [Batch(recipe, params, self.state, gradients, cast(dict[str, list[Tensor]], states))]
         check_tensors(params, gradients, states)

@@ -83,6 +83,7 @@ class Recipe:
         run: the settings of how it is run.
         norm: the norm, with its fields.
         slots: the state that the stages keep.
+        shaped: the names of those that are shaped like their parameter.
         backend: "for-loop", "foreach" or "fused".
         why: the reason for that backend, in words.
         differentiable: whether autograd records the step.
@@ -106,6 +107,7 @@ class Recipe:
         self.stages = tuple(stage for stage in every.values() if stage.place != "none" and stage.runs())
         self.direction.reads_c_last = self.stages[-2:] == (self.direction, self.write)
         self.slots: tuple[Slot, ...] = tuple(slot for stage in self.stages for slot in stage.slots())
+        self.shaped = [slot.name for slot in self.slots if not slot.is_scalar]
         self.differentiable: bool = self.run.differentiable
 
     @property
