@@ -50,7 +50,7 @@ def check_number(
         raise TypeError(f"{name} must be {kind}, but is {value!r} ({type(value).__name__})")
     below = value <= low if open_low else value < low
     above = value >= high if open_high else value > high
-    if math.isnan(value) or below or above:
+    if value != value or below or above:  # NaN is not itself; math.isnan would break a compiled graph
         left, right = "(" if open_low else "[", ")" if open_high else "]"
         raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, but is {value!r}")
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from normopt._checks import warn
 from normopt.arguments import SYNONYMS
-from normopt.recipe import slots_of
 from normopt.stages.base import stages_in_order
 
 Groups = list[dict[str, Any]]
@@ -43,8 +42,13 @@ def prepare_state_dict(
     Warns:
         UserWarning: a normopt checkpoint has extra state keys.
     """
-    read = {name for stage in stages_in_order() for name in stage.state}
-    scalars = {slot.name for group in param_groups for slot in slots_of(group) if slot.is_scalar}
+    groups = state_dict["param_groups"]
+    kept = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in param_groups]
+    kept += [{}] * (len(groups) - len(kept))  # torch reports a mismatch in number
+    complete = [{**own, **group} for own, group in zip(kept, groups, strict=False)]
+    stages = [cls.of(group) for group in complete for cls in stages_in_order()]
+    read = {name for stage in stages if stage.state and (stage.slots() or stage.runs()) for name in stage.state}
+    scalars = {slot.name for stage in stages for slot in stage.slots() if slot.is_scalar}
     for _, i, p in match_params(param_groups, state_dict):
         for key, value in state_dict["state"].get(i, {}).items():
             expected = torch.Size() if key in scalars else p.shape
@@ -54,7 +58,6 @@ def prepare_state_dict(
                     f"{tuple(expected)}: load it into an optimizer of the same parameters in the same order"
                 )
     foreign = {key for state in state_dict["state"].values() for key in state} - read
-    groups = state_dict["param_groups"]
     of_normopt = all("norm" in group for group in groups)
     if not of_normopt:
         foreign |= {key for group in groups for key in group} & SYNONYMS.keys()
@@ -63,9 +66,6 @@ def prepare_state_dict(
         if not of_normopt:
             raise ValueError(f"{found}: it was saved by another optimizer. Remove these keys to load the rest")
         warn(f"{found}; they are kept")
-    kept = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in param_groups]
-    kept += [{}] * (len(groups) - len(kept))  # torch reports a mismatch in number
-    complete = [{**own, **group} for own, group in zip(kept, groups, strict=False)]
     for ours, saved in zip(param_groups, complete, strict=False):
         check(saved, ours["params"])
         if other := {k: saved[k] for k in RULE if saved[k] != ours[k]}:

@@ -10,11 +10,13 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normopt
+from normopt.stages import momentum
 
 MORE = [
     ("lpsgdm", dict(agr=True, decay="lp", decay_p=0.8)),
     ("lpsgdm", dict(scale="matched")),
     ("lpsgdm", dict(scale="dual", foreach=True)),
+    ("lpsgdm", dict(scale="dual", metric="diagonal", bias_correction=True)),
     ("sgd", dict(decay="lp", momentum=0.9, nesterov=True, maximize=True)),
 ]
 EVERY_CASE = [*((name, {}) for name in normopt.list_optimizers()), *MORE]
@@ -66,6 +68,22 @@ def test_one_graph_that_schedules_do_not_recompile(name, settings):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+def test_numbers_that_change_leave_one_graph():
+    """A second optimizer with other numbers, and an lr that changes: Dynamo then takes them as unknown floats."""
+    torch._dynamo.reset()
+    for lr, momentum in ((0.1, 0.9), (0.2, 0.8)):
+        (eager_p, p), how = (torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2)), dict(p=3.0, momentum=momentum)
+        eager, opt = (normopt.LPSGDM([x], lr=lr, weight_decay=0.1, **how) for x in (eager_p, p))
+        compiled = torch.compile(opt.step, backend="eager", fullgraph=True)
+        for i in range(3):
+            for x, o in ((eager_p, eager), (p, opt)):
+                set_grads([x], i)
+                o.param_groups[0]["lr"] = lr / (1 + i)
+            eager.step()
+            compiled()
+        torch.testing.assert_close(p, eager_p, rtol=1e-6, atol=1e-7)
+
+
 def test_a_step_compiled_inside_autocast_is_one_graph_and_the_step_outside():
     torch._dynamo.reset()
     (eager_params, eager), (params, opt) = (make("spectralsgd", {}, 8.0) for _ in range(2))
@@ -109,8 +127,9 @@ class NoReading(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("name", "settings"), EVERY_CASE, ids=str)
-def test_no_tensor_is_read_on_the_host(name, settings):
+def test_no_tensor_is_read_on_the_host(name, settings, monkeypatch):
     """Reading a device value on the host would stall every step on a GPU."""
+    monkeypatch.setattr(momentum, "on_host", lambda xs: False)  # as if the counts of steps were on a device
     params, opt = make(name, settings, 8.0)
     for seed in range(2):
         set_grads(params, seed)

@@ -301,16 +301,3 @@ def test_settings_of_the_metric_follow_a_schedule(how):
     other.step()
     for p, q in zip(ours, others, strict=True):
         assert torch.equal(p, q)
-
-
-def test_a_compiled_step_is_the_eager_one():
-    ours, others = make(), make()
-    opt, other = (normopt.SteepestDescent(ps, lr=0.01, **ADAM, weight_decay=0.1) for ps in (ours, others))
-    step = torch.compile(other.step, fullgraph=True)
-    for i in range(4):
-        give(ours, i)
-        give(others, i)
-        opt.step()
-        step()
-        for p, q in zip(ours, others, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

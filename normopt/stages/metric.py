@@ -50,7 +50,7 @@ class Metric(Stage):
         return self.metric != "none"
 
     def slots(self) -> tuple[Slot, ...]:
-        return (SQUARES, LARGEST) if self.metric_rule == "max" else (SQUARES,)
+        return () if self.metric == "none" else (SQUARES, LARGEST) if self.metric_rule == "max" else (SQUARES,)
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
         root = list(torch._foreach_sqrt(self._averages(batch)))

@@ -113,21 +113,25 @@ class Count(Stage):
         return self.bias_correction
 
     def slots(self) -> tuple[Slot, ...]:
-        return (STEP,)
+        return (STEP,) if self.bias_correction else ()
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
         old = batch.read(STEP)
         steps = [torch.zeros((), device=w.device) if x is None else x for x, w in zip(old, batch.w, strict=True)]
         torch._foreach_add_(steps, 1)
         batch.store(STEP, steps)
-        on_host = all(type(x) is Tensor and x.is_cpu for x in steps) and not torch.compiler.is_compiling()
-        batch.step = [float(x) for x in steps] if on_host else stack(steps).double()
+        batch.step = [float(x) for x in steps] if on_host(steps) else stack(steps).double()
 
     def lower(self) -> Op | str:
         return Op({"corrected": True})
 
     def describe(self) -> str:
         return "bias correction"
+
+
+def on_host(xs: list[Tensor]) -> bool:
+    """Return whether reading the tensors waits for no device."""
+    return all(type(x) is Tensor and x.is_cpu for x in xs) and not torch.compiler.is_compiling()
 
 
 @register_stage
