@@ -71,8 +71,8 @@ def test_one_graph_that_schedules_do_not_recompile(name, settings):
 def test_numbers_that_change_leave_one_graph():
     """A second optimizer with other numbers, and an lr that changes: Dynamo then takes them as unknown floats."""
     torch._dynamo.reset()
-    for lr, momentum in ((0.1, 0.9), (0.2, 0.8)):
-        (eager_p, p), how = (torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2)), dict(p=3.0, momentum=momentum)
+    for lr, mu in ((0.1, 0.9), (0.2, 0.8)):
+        (eager_p, p), how = (torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2)), dict(p=3.0, momentum=mu)
         eager, opt = (normopt.LPSGDM([x], lr=lr, weight_decay=0.1, **how) for x in (eager_p, p))
         compiled = torch.compile(opt.step, backend="eager", fullgraph=True)
         for i in range(3):
