@@ -301,3 +301,52 @@ def test_settings_of_the_metric_follow_a_schedule(how):
     other.step()
     for p, q in zip(ours, others, strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("how", [*BACKENDS, dict(fused=True)])
+def test_empty_tensors_late_gradients_and_counts_of_their_own(how):
+    if how.get("fused"):
+        pytest.importorskip("numba")
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s)) for s in ((4, 3), (0,), (), (5,))]
+    opt = normopt.SteepestDescent(params, lr=0.1, **ADAM, **how)
+    for step in range(4):
+        for i, p in enumerate(params):
+            p.grad = torch.ones_like(p) if i <= step else None
+        before = [p.detach().clone() for p in params]
+        opt.step()
+        for p, old in zip(params, before, strict=True):  # of a constant gradient every step is lr long
+            torch.testing.assert_close(
+                old - p.detach(), torch.full_like(old, 0.1 if p.grad is not None else 0.0), rtol=1e-5, atol=1e-6
+            )
+    assert [int(opt.state[p]["step"]) for p in params] == [4, 3, 2, 1]
+
+
+def test_a_skipped_step_is_not_counted():
+    pytest.importorskip("numba")
+    p = torch.nn.Parameter(torch.ones(4, 3))
+    opt = normopt.SteepestDescent([p], lr=0.1, **ADAM, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (1.0, math.inf, 1.0):
+        opt.zero_grad()
+        scaler.scale((factor * p).sum()).backward()
+        scaler.step(opt)
+        scaler.update()
+    assert opt.state[p]["step"] == 2
+    torch.testing.assert_close(p.detach(), torch.full((4, 3), 0.8))
+
+
+def test_autograd_goes_through_a_step():
+    w = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+
+    def after(w: torch.Tensor) -> torch.Tensor:
+        p = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
+        opt = normopt.SteepestDescent([p], lr=0.1, differentiable=True, norm="lp", p=3.0, **ADAM)
+        q = p.clone()
+        opt.param_groups[0]["params"] = [q]
+        for k in range(2):
+            q.grad = (1 + k) * w.sin()
+            opt.step()
+        return q
+
+    assert torch.autograd.gradcheck(after, (w,))

@@ -256,6 +256,7 @@ class FusedUpdate:
         new: list[int] = []
         for slot, operand in self._states.items():
             new = self._complete(slot, operand, batch.state) or new
+        shares = self._shares(batch) if STEP in recipe.slots else None
         if self._shapes != (shapes := self._weights.shapes):
             self._shapes, self._chunks, self._cache = shapes, Chunks(shapes), {}
         if not len(self._chunks) and not self.layouts:
@@ -286,8 +287,7 @@ class FusedUpdate:
             tables.found_inf = batch.found_inf.to(device, non_blocking=True)
         if self._flags.rounding == STOCHASTIC:
             tables.seed = _seed(device)
-        if self._flags.corrected:
-            tables.shares = self._shares(batch, tables.found_inf)
+        tables.shares = shares
         step = kernels.Step(self._flags, self._numbers, tables)
 
         def finish(batch: FusedBatch, _: Tensor | None) -> None:
@@ -304,7 +304,7 @@ class FusedUpdate:
 
         return [*step.phases(), Phase(nothing, finish)]
 
-    def _shares(self, batch: FusedBatch, found_inf: Tensor | None) -> tuple[Array, Array]:
+    def _shares(self, batch: FusedBatch) -> tuple[Array, Array]:
         """Count the step, unless it is skipped, and return 1/Σ of the weights in c, and √(1/Σ) of those in v."""
         momentum, metric = batch.recipe.momentum, batch.recipe.metric
         states = [batch.state[p] for p in self._params]
@@ -312,7 +312,7 @@ class FusedUpdate:
             if STEP.name not in x:
                 x[STEP.name] = torch.zeros((), device=p.device)
         steps = [x[STEP.name] for x in states]
-        if found_inf is None or not found_inf:
+        if batch.found_inf is None or not batch.found_inf:
             torch._foreach_add_(steps, 1)
         t = np.array([float(x) for x in steps])
         ones = np.ones_like(t)

@@ -94,6 +94,7 @@ FUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "matched": (LP | dict(scale="matched", agr=True), dict(dim=1)),
     "∞, dual": (dict(norm="linf"), dict(replicated=SOME)),
     "power": (LP | dict(scale="power", agr=True), {}),
+    "Adam": (ADAM | dict(agr=True, **DECAYS["ℓp"]), dict(replicated=SOME)),
 }
 
 
