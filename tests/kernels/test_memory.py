@@ -76,7 +76,8 @@ class Trio:
     def compare(self, params, opt, before):
         for p, q, w in zip(params, self.params[-1], before, strict=True):
             bits = 1e-2 if p.dtype == torch.bfloat16 else self.bits
-            size = torch.maximum(w.abs(), (q - w).abs().max()) if q.numel() else w.abs()
+            size = torch.maximum(w.abs(), q.abs())  # a unit in the last place of the larger
+            size = torch.maximum(size, (q - w).abs().max()) if q.numel() else size
             assert ((p - q).abs() <= bits * size).all()
             ours, theirs = opt.state.get(p, {}), self.opts[-1].state.get(q, {})
             assert ours.keys() == theirs.keys()
