@@ -18,7 +18,15 @@ from normopt.norms import registry
 from normopt.norms.base import without_autocast
 from normopt.norms.lp import Lp
 from normopt.norms.scales import NormPair, group_norms
-from normopt.params import are_plain, batches, check_admissible, check_tensors, warn_if_stuck, with_gradients
+from normopt.params import (
+    are_plain,
+    batches,
+    check_admissible,
+    check_counted,
+    check_tensors,
+    warn_if_stuck,
+    with_gradients,
+)
 from normopt.recipe import CachedRecipe, Recipe, check_settings, make_recipe, slots_of
 from normopt.settings import Arguments
 from normopt.sharding.agreement import check_agreement
@@ -76,7 +84,7 @@ class SteepestDescent(Optimizer):
         state_dtype: the momentum's dtype; None is the parameter's own. Default None.
         metric: the coordinates of the norm: "none" or "diagonal", P = diag(√v̂ + ε). Default "none".
         metric_beta: β of v ← βv + (1−β)g², the weight of the OLD state. Default 0.999.
-        metric_eps: ε of P. Default 1e-08.
+        metric_eps: ε > 0 of P. Default 1e-08.
         metric_rule: v is the "average" of g², their "sum" (Adagrad) or the "max" of the averages (AMSGrad). Default
             "average".
         norm: a registered name ("lp", "l1", "l2", "linf", or your own) or a Norm object, which is unpacked into
@@ -113,7 +121,8 @@ class SteepestDescent(Optimizer):
             that has no shape yet (a lazy module's).
         TypeError: likewise, for a setting of the wrong type; at construction, for one that does not exist.
         RuntimeError: in ``step()``, before anything is written: for a gradient that is not dense, and for a gradient or
-            state that has not the shape and device of its parameter, or whose memory was freed.
+            state that has not the shape and device of its parameter, or, if fused, whose memory was freed; under
+            bias_correction for averages that did not begin together.
 
     Warns:
         UserWarning: a tensor that ℓp decay with p < 2 will hold at zero for ever because it starts there; vectors
@@ -261,6 +270,7 @@ class SteepestDescent(Optimizer):
                 for slot in slots_of(group):
                     x = seen[0]["state"].get(i, {}).get(slot.name)
                     if x is not None:
+                        x = torch.as_tensor(x)  # old torch counts steps in Python's numbers
                         self.state[p][slot.name] = resolved(x.to(device=p.device, dtype=slot.dtype_of(p)))
 
         # After the user's own pre-hooks, which may rewrite the state, and before their post-hooks.
@@ -316,8 +326,9 @@ class SteepestDescent(Optimizer):
             ValueError: a setting was made wrong since construction; nothing has been written then.
             TypeError: one was made of the wrong type; nothing has been written then.
             RuntimeError: a gradient is not dense; a gradient or a state has not the shape or device of its parameter,
-                or a tensor has lost its memory; or the ranks of DTensors are about to make different steps, which the
-                first step checks. Nothing has been written then.
+                or, if fused, its memory was freed; averages under bias_correction did not begin together; or the
+                ranks of DTensors are about to make different steps, which the first step checks. Nothing has been
+                written then.
         """
         loss = None
         if closure is not None:
@@ -373,6 +384,8 @@ class SteepestDescent(Optimizer):
         if known is not None:
             self._recipes[i] = known
         params, gradients = with_gradients(group["params"])
+        if recipe.counted and not compiling:
+            check_counted(params, self.state, recipe.counted)
         if recipe.backend == "fused":
             return recipe, self._fused(i, recipe, params, gradients)
         if compiling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,6 +58,8 @@ def prepare_state_dict(
                     f"the checkpoint's {key} of parameter {i} has the shape {tuple(value.shape)}, not "
                     f"{tuple(expected)}: load it into an optimizer of the same parameters in the same order"
                 )
+            if key in scalars and not 0 <= float(value) < math.inf:
+                raise ValueError(f"the checkpoint's {key} of parameter {i} must be at least 0, but is {float(value):g}")
     foreign = {key for state in state_dict["state"].values() for key in state} - read
     of_normopt = all("norm" in group for group in groups)
     if not of_normopt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
@@ -79,6 +79,31 @@ def check_tensors(params: list[Tensor], gradients: list[Tensor], states: dict[st
         kept = [x for x in xs if x is not None]
         check_like(name, kept, [p for p, x in zip(params, xs, strict=True) if x is not None])
         check_writable(name, kept)
+
+
+def check_counted(params: list[Tensor], state: Mapping[Tensor, Any], names: list[str]) -> None:
+    """Raise unless each parameter has all of the state whose steps are counted together, or none of it.
+
+    Args:
+        params: parameters.
+        state: the optimizer's.
+        names: the names of that state, the count first.
+
+    Raises:
+        RuntimeError: a part is missing, or the count is no number.
+    """
+    for p in params:
+        own = state.get(p)
+        if not own or not (found := [name for name in names if own.get(name) is not None]):
+            continue
+        if missing := set(names) - set(found):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} has {', '.join(found)}, but no {', '.join(sorted(missing))}: "
+                "bias_correction=True corrects averages that began together. Set bias_correction=False, or delete the "
+                "parameter's state, so that all begin anew"
+            )
+        if not isinstance(own[names[0]], Tensor) or own[names[0]].dim():
+            raise RuntimeError(f"{names[0]!r} of a parameter of shape {tuple(p.shape)} must be a 0-d tensor")
 
 
 def check_like(name: str, xs: list[Tensor], params: list[Tensor]) -> None:

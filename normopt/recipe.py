@@ -84,6 +84,7 @@ class Recipe:
         norm: the norm, with its fields.
         slots: the state that the stages keep.
         shaped: the names of those that are shaped like their parameter.
+        counted: the names of those whose steps are counted together, the count first.
         backend: "for-loop", "foreach" or "fused".
         why: the reason for that backend, in words.
         differentiable: whether autograd records the step.
@@ -105,9 +106,12 @@ class Recipe:
         self.direction.map, self.write.decaying = norm, self.decay
         cast(Rescale, every[Rescale]).matched = matched
         self.stages = tuple(stage for stage in every.values() if stage.place != "none" and stage.runs())
-        self.direction.reads_c_last = self.stages[-2:] == (self.direction, self.write)
+        # Nobody else sees the c that the momentum makes.
+        self.direction.reads_c_last = self.stages[-3:] == (self.momentum, self.direction, self.write)
         self.slots: tuple[Slot, ...] = tuple(slot for stage in self.stages for slot in stage.slots())
         self.shaped = [slot.name for slot in self.slots if not slot.is_scalar]
+        averages = [stage for stage in (every[Count], self.momentum, self.metric) if stage.runs()]
+        self.counted = [slot.name for stage in averages for slot in stage.slots()] if every[Count].runs() else []
         self.differentiable: bool = self.run.differentiable
 
     @property
@@ -255,12 +259,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 def _check_together(recipe: Recipe, params: list[Tensor]) -> None:
     """Check settings of several stages against each other and against the parameters."""
     norm, rounding, whole_group = recipe.norm, recipe.write.rounding, recipe.direction.whole_group
-    counts = recipe.every[Count].runs()
-    if counts and recipe.momentum.runs() and recipe.momentum.coefficients().first is not None:
-        raise ValueError(
-            f"bias_correction=True is for averages, but momentum_rule={recipe.momentum.momentum_rule!r} starts from "
-            'the first gradient: use momentum_rule="ema" or "lion", or bias_correction=False'
-        )
+    if recipe.counted and recipe.momentum.runs():
+        rule = recipe.momentum.momentum_rule
+        if recipe.momentum.coefficients().first is not None:
+            raise ValueError(
+                f"bias_correction=True is for averages, but momentum_rule={rule!r} starts from the first gradient: use "
+                'momentum_rule="ema" or "lion", or bias_correction=False'
+            )
+        if not recipe.momentum.weight(1) > 0:
+            raise ValueError(
+                "bias_correction=True divides by the sum of the gradients' weights, but in the first step it is "
+                f"{recipe.momentum.weight(1):g} under momentum_rule={rule!r}: set bias_correction=False"
+            )
     if recipe.differentiable and not norm.differentiable:
         raise ValueError(f"{norm!r} is not differentiable (it has no derivative): set differentiable=False")
     if recipe.differentiable and rounding == "stochastic":

@@ -25,7 +25,7 @@ class Common(TypedDict, total=False):
         state_dtype: the momentum's dtype; None is the parameter's own. Default None.
         metric: the coordinates of the norm: "none" or "diagonal", P = diag(√v̂ + ε). Default "none".
         metric_beta: β of v ← βv + (1−β)g², the weight of the OLD state. Default 0.999.
-        metric_eps: ε of P. Default 1e-08.
+        metric_eps: ε > 0 of P. Default 1e-08.
         metric_rule: v is the "average" of g², their "sum" (Adagrad) or the "max" of the averages (AMSGrad). Default
             "average".
         rounding: how 16-bit weights are rounded: "nearest" (a step below half a unit in the last place is lost),

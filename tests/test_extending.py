@@ -231,6 +231,63 @@ def test_a_stage_after_the_direction_still_reads_c() -> None:
         m = opt.state[p]["momentum_buffer"].clone()
 
 
+@pytest.mark.parametrize("correction", [False, True])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_stage_before_the_direction_keeps_what_it_stores(foreach: bool, correction: bool) -> None:
+    """Also where the direction could overwrite c: it may be the stage's own state."""
+
+    @register_stage
+    @dataclass
+    class Keep(Stage):
+        place = "momentum"
+        state = ("kept",)
+        keep_c: bool = setting(False, check_bool, "store c, and go on with what is stored")
+
+        def runs(self) -> bool:
+            return self.keep_c
+
+        def slots(self) -> tuple[Slot, ...]:
+            return (Slot("kept"),)
+
+        def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+            (slot,) = self.slots()
+            found = batch.read(slot)
+            kept = [c if x is None else x.copy_(c) for x, c in zip(found, batch.c, strict=True)]
+            batch.store(slot, kept)
+            batch.c = kept
+
+    p = torch.nn.Parameter(torch.zeros(3))
+    rule = dict(momentum=0.9, momentum_rule="ema", bias_correction=True) if correction else dict(momentum=0.9)
+    how = rule if correction else rule | dict(momentum_rule="lion")
+    opt = normopt.SteepestDescent([p], lr=0.1, norm="linf", scale="unit", keep_c=True, foreach=foreach, **how)
+    for _ in range(4):
+        p.grad = torch.tensor([0.1, -0.2, 0.3])
+        opt.step()
+        kept = opt.state[p]["kept"]
+        torch.testing.assert_close(kept / kept[0], torch.tensor([1.0, -2.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "works"), [(Coefficients(1.0, 1.0), True), (Coefficients(0.9, 0.1, d=1.0, f=0.0), False)]
+)
+def test_bias_correction_of_a_rule_of_ones_own(coefficients: Coefficients, works: bool) -> None:
+    @register_momentum("own")
+    def rule(s: Momentum) -> Coefficients:
+        return coefficients
+
+    p = torch.nn.Parameter(torch.zeros(3))
+    how: dict[str, Any] = dict(lr=0.1, momentum=0.9, momentum_rule="own", bias_correction=True)
+    if not works:
+        with pytest.raises(ValueError, match="in the first step it is 0 under momentum_rule='own'"):
+            normopt.SteepestDescent([p], **how)
+        return
+    opt = normopt.SteepestDescent([p], **how)
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        opt.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), -0.3))  # the mean of equal gradients
+
+
 def test_a_stage_needs_a_place_that_exists() -> None:
     with pytest.raises(ValueError, match="the place of Other must be one of"):
 

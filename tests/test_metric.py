@@ -350,3 +350,66 @@ def test_autograd_goes_through_a_step():
         return q
 
     assert torch.autograd.gradcheck(after, (w,))
+
+
+@pytest.mark.parametrize("how", [*BACKENDS, dict(fused=True)])
+def test_averages_that_did_not_begin_together_are_refused(how):
+    """Nothing is written then: after a part was switched on, or a checkpoint without its count was loaded."""
+    if how.get("fused"):
+        pytest.importorskip("numba")
+    lion = dict(momentum=0.9, momentum_rule="ema")
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (lion | dict(bias_correction=True), dict(metric="diagonal")),
+        (dict(metric="diagonal", bias_correction=True, momentum_rule="ema"), dict(momentum=0.9)),
+        (lion | dict(metric="diagonal"), dict(bias_correction=True)),
+        (lion, dict(bias_correction=True)),
+    ]
+    for settings, change in cases:
+        p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+        opt = normopt.SteepestDescent([{"params": [q]}, {"params": [p]}], lr=0.1, **settings, **how)
+        for _ in range(2):
+            p.grad, q.grad = torch.ones(3), torch.ones(3)
+            opt.step()
+        opt.param_groups[1].update(change)
+        before = copy.deepcopy(([p, q], opt.state_dict()["state"]))
+        with pytest.raises(RuntimeError, match="averages that began together"):
+            opt.step()
+        assert str(before) == str(([p, q], opt.state_dict()["state"]))
+        opt.state[p].clear()
+        opt.step()
+        assert opt.state[p]["step"] == 1
+
+
+@pytest.mark.parametrize("how", [dict(foreach=True), dict(fused=True)])
+def test_the_count_is_float32_whatever_torchs_default(how):
+    if how.get("fused"):
+        pytest.importorskip("numba")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        p = torch.nn.Parameter(torch.ones(3, dtype=torch.float32))
+        opt = normopt.SteepestDescent([p], lr=0.1, **ADAM, **how)
+        for _ in range(300):
+            p.grad = torch.ones(3, dtype=torch.float32)
+            opt.step()
+        assert opt.state[p]["step"] == 300
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3.0), torch.tensor(3)])
+def test_counts_of_every_kind_load(step):
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = normopt.SteepestDescent([p], lr=0.1, **ADAM)
+    p.grad = torch.ones(3)
+    opt.step()
+    saved = opt.state_dict()
+    saved["state"][0]["step"] = step
+    opt.load_state_dict(saved)
+    opt.step()
+    assert opt.state[p]["step"] == 4
+    assert opt.state[p]["step"].dtype == torch.float32
+    for bad in (-1.0, math.nan, torch.ones(2)):
+        saved["state"][0]["step"] = bad
+        with pytest.raises(ValueError, match="the checkpoint's step of parameter 0"):
+            opt.load_state_dict(saved)
+        assert opt.state[p]["step"] == 4

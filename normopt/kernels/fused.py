@@ -310,11 +310,11 @@ class FusedUpdate:
         states = [batch.state[p] for p in self._params]
         for x, p in zip(states, self._params, strict=True):
             if STEP.name not in x:
-                x[STEP.name] = torch.zeros((), device=p.device)
+                x[STEP.name] = torch.zeros((), dtype=torch.float32, device=p.device)
         steps = [x[STEP.name] for x in states]
         if batch.found_inf is None or not batch.found_inf:
             torch._foreach_add_(steps, 1)
-        t = np.array([float(x) for x in steps])
+        t = np.array([max(1.0, float(x)) for x in steps])  # a first step that is skipped is none
         ones = np.ones_like(t)
         return 1 / momentum.weight(t) if momentum.runs() else ones, metric.weight(t) ** -0.5 if metric.runs() else ones
 

@@ -21,6 +21,7 @@ from normopt.stages.base import Batch, Op, Slot, Stage, number, one_of, register
 from normopt.stages.direction import Direction
 
 RULES = ("average", "sum", "max")
+TINY = torch.finfo(torch.float32).tiny
 SQUARES, LARGEST = Slot("exp_avg_sq", "compute"), Slot("max_exp_avg_sq", "compute")
 
 
@@ -38,7 +39,7 @@ class Metric(Stage):
     metric_beta: float = setting(
         0.999, number(low=0, high=1, open_high=True), "β of v ← βv + (1−β)g², the weight of the OLD state"
     )
-    metric_eps: float = setting(1e-8, number(low=0, open_high=True), "ε of P")
+    metric_eps: float = setting(1e-8, number(low=TINY, open_high=True), "ε > 0 of P")
     metric_rule: Literal["average", "sum", "max"] = setting(
         "average",
         one_of(RULES),

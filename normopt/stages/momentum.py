@@ -117,7 +117,10 @@ class Count(Stage):
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
         old = batch.read(STEP)
-        steps = [torch.zeros((), device=w.device) if x is None else x for x, w in zip(old, batch.w, strict=True)]
+        steps = [
+            torch.zeros((), dtype=torch.float32, device=w.device) if x is None else x
+            for x, w in zip(old, batch.w, strict=True)
+        ]
         torch._foreach_add_(steps, 1)
         batch.store(STEP, steps)
         batch.step = [float(x) for x in steps] if on_host(steps) else stack(steps).double()
@@ -179,7 +182,7 @@ class Momentum(Stage):
     def weight(self, t: Any) -> Any:
         """Return the sum of the weights of the gradients in c, at step t = 1, 2, …"""
         k = self.coefficients()
-        old, new = (k.b * (1 - k.a**s) / (1 - k.a) for s in (t - 1, t))
+        old, new = (k.b * (s if k.a == 1 else (1 - k.a**s) / (1 - k.a)) for s in (t - 1, t))
         return k.d * old + k.e + k.f * new
 
     def check(self) -> None:
