@@ -51,8 +51,9 @@ from normopt.norms.base import Norm
 
 
 def all_settings() -> dict[str, Setting]:
-    """Every declared setting: lr, and the others in the order of the stages."""
-    return {name: owners()[name].settings[name] for name in ("lr", *(n for n in owners() if n != "lr"))}
+    """Every setting that normopt's own stages declare: lr, and the others in the order of the stages."""
+    ours = [name for name, stage in owners().items() if stage.__module__.startswith("normopt.")]
+    return {name: owners()[name].settings[name] for name in ("lr", *(n for n in ours if n != "lr"))}
 
 
 def norm_fields() -> dict[str, str]:
