@@ -77,6 +77,7 @@ class Recipe:
         stages: those that run.
         direction: the stage of the norm.
         metric: the stage of the coordinates.
+        count: the stage that counts steps.
         momentum: the stage of the momentum.
         decay: the stage of the weight decay.
         write: the stage of the update.
@@ -101,17 +102,16 @@ class Recipe:
         scale = self.direction.scale
         matched = scale == "matched" and not norm.is_identity(scale) and norm.needs(scale) != "none"
         # What stages need of each other and of the norm.
-        self.metric = cast(Metric, every[Metric])
+        self.count, self.metric = cast(Count, every[Count]), cast(Metric, every[Metric])
         self.metric.direction, cast(Unwhiten, every[Unwhiten]).metric = self.direction, self.metric
         self.direction.map, self.write.decaying = norm, self.decay
         cast(Rescale, every[Rescale]).matched = matched
         self.stages = tuple(stage for stage in every.values() if stage.place != "none" and stage.runs())
-        # Nobody else sees the c that the momentum makes.
-        self.direction.reads_c_last = self.stages[-3:] == (self.momentum, self.direction, self.write)
+        self.direction.sees_c_alone = self.stages[-3:] == (self.momentum, self.direction, self.write)
         self.slots: tuple[Slot, ...] = tuple(slot for stage in self.stages for slot in stage.slots())
         self.shaped = [slot.name for slot in self.slots if not slot.is_scalar]
-        averages = [stage for stage in (every[Count], self.momentum, self.metric) if stage.runs()]
-        self.counted = [slot.name for stage in averages for slot in stage.slots()] if every[Count].runs() else []
+        averages = [stage for stage in (self.count, self.momentum, self.metric) if stage.runs()]
+        self.counted = [slot.name for stage in averages for slot in stage.slots()] if self.count.runs() else []
         self.differentiable: bool = self.run.differentiable
 
     @property
@@ -313,11 +313,8 @@ def _choose_backend(recipe: Recipe, params: list[Tensor]) -> tuple[Backend, str]
     if fused or (fused is None and cuda and not sharded):
         lowered = recipe.lower()
         dtype = cast("str | None", recipe.momentum.state_dtype)
-        why_not: str | None
-        if isinstance(lowered, str):
-            why_not = lowered
-        else:
-            why_not = support.why_not(recipe.differentiable, dtype, params, lowered[0])
+        known = recipe.differentiable, dtype, params
+        why_not = lowered if isinstance(lowered, str) else support.why_not(*known, lowered[0])
         if why_not is None:
             return "fused", "fused=True" if fused else "every parameter is a plain CUDA tensor"
         if fused:

@@ -23,7 +23,6 @@ from normopt.norms.scales import NormPair
 from normopt.params import check_like, check_writable, dtype_of
 from normopt.sharding.layout import gradient_of, layout_of, to_dtensor_like, to_local
 from normopt.stages.base import Batch, Slot
-from normopt.stages.momentum import STEP
 
 if TYPE_CHECKING:
     from normopt.recipe import Recipe
@@ -256,7 +255,7 @@ class FusedUpdate:
         new: list[int] = []
         for slot, operand in self._states.items():
             new = self._complete(slot, operand, batch.state) or new
-        shares = self._shares(batch) if STEP in recipe.slots else None
+        shares = self._shares(batch) if recipe.count.runs() else None
         if self._shapes != (shapes := self._weights.shapes):
             self._shapes, self._chunks, self._cache = shapes, Chunks(shapes), {}
         if not len(self._chunks) and not self.layouts:
@@ -306,15 +305,10 @@ class FusedUpdate:
 
     def _shares(self, batch: FusedBatch) -> tuple[Array, Array]:
         """Count the step, unless it is skipped, and return 1/Σ of the weights in c, and √(1/Σ) of those in v."""
-        momentum, metric = batch.recipe.momentum, batch.recipe.metric
-        states = [batch.state[p] for p in self._params]
-        for x, p in zip(states, self._params, strict=True):
-            if STEP.name not in x:
-                x[STEP.name] = torch.zeros((), dtype=torch.float32, device=p.device)
-        steps = [x[STEP.name] for x in states]
-        if batch.found_inf is None or not batch.found_inf:
-            torch._foreach_add_(steps, 1)
-        t = np.array([max(1.0, float(x)) for x in steps])  # a first step that is skipped is none
+        count, momentum, metric = batch.recipe.count, batch.recipe.momentum, batch.recipe.metric
+        is_skipped = batch.found_inf is not None and bool(batch.found_inf)
+        # A first step that is skipped has the number 0.
+        t = np.array([max(1.0, float(x)) for x in count.advance(batch, by=int(not is_skipped))])
         ones = np.ones_like(t)
         return 1 / momentum.weight(t) if momentum.runs() else ones, metric.weight(t) ** -0.5 if metric.runs() else ones
 

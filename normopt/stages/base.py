@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
+from operator import is_
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
 
@@ -357,7 +358,10 @@ class Batch:
 
     def store(self, slot: Slot, values: Sequence[Tensor]) -> None:
         """Write a slot that was read: into its tensors where they fit, else, or under autograd, as new ones."""
-        self._kept.setdefault(slot.name, self._states.get(slot.name, ()))
+        known = self._states.get(slot.name)
+        if known is not None and all(map(is_, known, values)):  # updated in place
+            return
+        self._kept.setdefault(slot.name, known or ())
         for p, x, kept in zip(self.params, values, self._kept[slot.name], strict=True):
             if not slot.exists(p):
                 continue

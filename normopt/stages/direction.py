@@ -93,7 +93,7 @@ class Direction(Stage):
     )
     eps: float = setting(0.0, _check_eps, 'ε of scale="power", ``c·(|c| + ε)^(−ρ)``; 0 is exact at p = 2 and ∞')
     map: Norm = field(default=cast(Any, None), init=False)  # the norm with its fields, which the recipe sets
-    reads_c_last: bool = field(default=False, init=False)  # no later stage does; likewise
+    sees_c_alone: bool = field(default=False, init=False)  # no stage but the momentum does; likewise
 
     @property
     def whole_group(self) -> bool:
@@ -147,7 +147,7 @@ class Direction(Stage):
         if norm.is_identity(self.scale):
             batch.u = batch.c
         elif (self.scale == "power" and way == "local") or norm.needs(self.scale) == "none":
-            may_overwrite = self.reads_c_last and batch.owns_c
+            may_overwrite = self.sees_c_alone and batch.owns_c
             batch.u = norm.power_(batch.c, self.eps) if may_overwrite else norm.power(batch.c, self.eps)
         else:
             self._map(batch, norm, way, scalars)

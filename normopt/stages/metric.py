@@ -65,6 +65,10 @@ class Metric(Stage):
             batch.c = list(torch._foreach_div(batch.c, root))
         batch.root = root
 
+    def coefficients(self) -> tuple[float, float]:
+        """Return a and b of v ← a·v + b·g²."""
+        return (1.0, 1.0) if self.metric_rule == "sum" else (self.metric_beta, 1 - self.metric_beta)
+
     def weight(self, t: Any) -> Any:
         """Return the sum of the weights of the squares in v, at step t = 1, 2, …; 1 for a sum."""
         return 1 - self.metric_beta**t if self.metric_rule != "sum" else t**0
@@ -72,9 +76,10 @@ class Metric(Stage):
     def _averages(self, batch: Batch) -> list[Tensor]:
         """Update v and return it."""
         v = batch.read_or_zeros(SQUARES)
-        if self.metric_rule != "sum":
-            torch._foreach_mul_(v, self.metric_beta)
-        torch._foreach_addcmul_(v, batch.g, batch.g, 1.0 if self.metric_rule == "sum" else 1 - self.metric_beta)
+        keep, take = self.coefficients()
+        if keep != 1:
+            torch._foreach_mul_(v, keep)
+        torch._foreach_addcmul_(v, batch.g, batch.g, take)
         batch.store(SQUARES, v)
         if self.metric_rule == "max":
             largest = batch.read_or_zeros(LARGEST)
@@ -97,7 +102,7 @@ class Metric(Stage):
         straight = norm.is_identity(scale)
         if not straight and norm.needs(scale) != "none":
             return "a norm over whole tensors has no kernel in adaptive coordinates"
-        keep, take = (1.0, 1.0) if self.metric_rule == "sum" else (self.metric_beta, 1 - self.metric_beta)
+        keep, take = self.coefficients()
         numbers = dict(metric_keep=keep, metric_take=take, metric_eps=self.metric_eps)
         return Op({"metric": STRAIGHT if straight else BOTH_SIDES}, numbers)
 

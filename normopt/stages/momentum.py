@@ -115,14 +115,17 @@ class Count(Stage):
     def slots(self) -> tuple[Slot, ...]:
         return (STEP,) if self.bias_correction else ()
 
-    def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+    def advance(self, batch: Batch, by: int = 1) -> list[Tensor]:
+        """Count a step and return the number of it for each parameter."""
         old = batch.read(STEP)
-        steps = [
-            torch.zeros((), dtype=torch.float32, device=w.device) if x is None else x
-            for x, w in zip(old, batch.w, strict=True)
-        ]
-        torch._foreach_add_(steps, 1)
+        zeros = (torch.zeros((), dtype=torch.float32, device=p.device) for p in batch.params)
+        steps = [zero if x is None else x for x, zero in zip(old, zeros, strict=True)]
+        torch._foreach_add_(steps, by)
         batch.store(STEP, steps)
+        return steps
+
+    def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+        steps = self.advance(batch)
         batch.step = [float(x) for x in steps] if on_host(steps) else stack(steps).double()
 
     def lower(self) -> Op | str:
