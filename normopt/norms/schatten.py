@@ -35,7 +35,11 @@ class Schatten(MatrixNorm):
         ‖G‖⋆  = f · ‖σ‖_q
         D(G)  = f · U diag((σ/‖σ‖_q)^(q−1)) Vᵀ       p = ∞: f·UVᵀ     p = 2: f·G/‖G‖_F
         p = 1:  f · u₁v₁ᵀ, the top singular pair
-        power = f · U diag(σ^(1/(p−1))) Vᵀ           or diag(σ^exponent) if an exponent is given
+        power = f · U diag(σ^(1/(p−1))) Vᵀ
+
+    An ``exponent`` takes the place of q − 1 = 1/(p−1) everywhere, and so of p. A negative one, as in Freon, is the map
+    of no norm. As long as q > 0, D(G) still does not depend on the length of G, and ⟨G, D(G)⟩ = ‖G‖⋆. For q ≤ 0 both are
+    NaN, and only "power" is left.
 
     Singular values up to ε·max(rows, columns)·σ₁ count as zero. The norm of several matrices (a stack, blocks,
     or a group under ``scope="group"``) is the largest of their norms. Their dual norm is therefore the sum,
@@ -53,8 +57,8 @@ class Schatten(MatrixNorm):
         dtype: the dtype of the iteration for p = ∞, "bfloat16" or "float32". Default "float32".
         aspect: the factor f: "none" (the default), "rms" (the RMS → RMS operator norm), "original" (Keller Jordan's),
             "match_rms_adamw" (Moonlight's), or another; see [`MatrixNorm`][normopt.norms.MatrixNorm].
-        exponent: the exponent of the power scale; None (the default) means 1/(p−1). A negative exponent, as in Freon,
-            corresponds to no norm.
+        exponent: the exponent of the singular values, in place of 1/(p−1); above −1, except under scale="power". None
+            (the default) means 1/(p−1).
         matrix_view: "flatten", "batch" or "transposed": how a tensor of more than two dims is read as matrices.
             Default "flatten".
         blocks: the number of matrices the rows are split into. Default 1.
@@ -104,15 +108,17 @@ class Schatten(MatrixNorm):
 
     @property
     def power_exponent(self) -> float | None:
-        """The exponent of the singular values under the power scale; None at p = 1, where it diverges."""
+        """The exponent q − 1 of the singular values; None at p = 1, where it diverges."""
         if self.exponent is not None:
             return self.exponent
         return None if self.p == 1 else 1 / (self.p - 1)
 
     def check(self, scale: Scale, params: list[Tensor]) -> None:
-        if self.exponent is not None and scale != "power":
+        e = self.exponent
+        if e is not None and e <= -1 and scale != "power":
             raise ValueError(
-                f'exponent = {self.exponent} is only for scale="power", but the scale is "{scale}": leave it out'
+                f"exponent = {e:g} means q = 1 + exponent = {1 + e:g} ≤ 0, for which there is no ‖σ‖_q to divide by: use "
+                'an exponent above −1, or scale="power"'
             )
         super().check(scale, params)
 
@@ -124,8 +130,14 @@ class Schatten(MatrixNorm):
 
         Raises:
             TypeError: x is complex or integer.
+            NotImplementedError: the exponent is negative, which is the map of no norm.
         """
-        return self._largest_norm(x, lambda y: norm_last_dim(torch.linalg.svdvals(y), self.p))
+        p, e = self.p, self.exponent
+        if e is not None:
+            if e < 0:
+                raise NotImplementedError(f"exponent = {e:g} is negative: that is the map of no norm")
+            p = 1 + 1 / e if e else math.inf
+        return self._largest_norm(x, lambda y: norm_last_dim(torch.linalg.svdvals(y), p))
 
     def power(self, c: list[Tensor], eps: float = 0.0) -> list[Tensor]:
         """Return ``f · U diag(σ^exponent) Vᵀ``; singular values that count as zero stay zero.
@@ -150,23 +162,23 @@ class Schatten(MatrixNorm):
         return [d for _, d in self._map(c, lambda y, _: (None, powers(y, exponent)))]
 
     def pairs(self, c: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        linear = self.power_exponent == 1
         # A vector is its own singular vector: no iteration or SVD is needed.
-        return self._map(c, lambda y, vectors: normalize(y) if vectors or self.p == 2 else self._dual(y))
+        return self._map(c, lambda y, vectors: normalize(y) if vectors or linear else self._dual(y))
 
     def _dual(self, y: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the dual norms (None means: use ⟨c, map⟩) and the map, in any dtype."""
-        p = self.p
         if self.method == "lanczos":
             return top_pair(y, self.steps)
         if self.method != "svd":
             return None, polar(y, self.method, self.steps, getattr(torch, self.dtype))
         u, s, vt, power = singular(y)
-        if p == 1:
+        exponent = self.power_exponent
+        if exponent is None:
             top = (s[:, :1] > 0).to(s)[:, :, None]
             return mul_pow2(s, power)[:, 0], u[:, :, :1] * top * vt[:, :1]
-        q = 1 if p == math.inf else p / (p - 1)
-        norms = norm_last_dim(s, q)[:, None]
-        r = (s > 0).to(s) if p == math.inf else (s / nonzero(norms)).pow(q - 1)
+        norms = norm_last_dim(s, 1 + exponent)[:, None] if exponent > -1 else s.new_full((len(s), 1), math.nan)
+        r = torch.where(s == 0, 0, (s / nonzero(norms)).pow(exponent))
         return mul_pow2(norms, power)[:, 0], (u * r[:, None]) @ vt
 
     def _map(

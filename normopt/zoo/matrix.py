@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from normopt._checks import check_number
+from normopt._checks import check_choice, check_number
 from normopt.arguments import fixed_kwargs
 from normopt.engine import SteepestDescent
 from normopt.settings import Common, Settings
@@ -165,31 +165,36 @@ class NucGD(SteepestDescent):
 
 
 class Freon(SteepestDescent):
-    """A power of the singular values: ``(GGᵀ)^(−c) G``, from SGD (c = 0) to Muon (c = 1/2) and beyond.
+    """A power of the singular values, ``(GGᵀ)^(−c) G``: from SGD (c = 0) to Muon (c = 1/2) and beyond.
 
     ::
 
-        m ← μm + (1−μ)g  (first m = 0)
-        w ← (1 − ηλ)w − η · U Σ^(1−2c) Vᵀ       of m = UΣVᵀ
+        m ← μm + g  (first m = g)               G = m/‖m‖_Sq, q = 2 − 2c
+        w ← (1 − ηλ)w − η · U Σ^(1−2c) Vᵀ       of G = UΣVᵀ
 
-    For c ≤ 1/2 this is the power scale of a Schatten norm, 1 − 2c = 1/(p−1). For c > 1/2, where the paper
-    reports its best exponents on GPT-2, the exponent is negative and corresponds to no norm.
+    ‖m‖_Sq is the ℓq norm of the singular values: the length of a step does not depend on the gradient's. For c ≤ 1/2
+    this is the unit step of the Schatten norm with 1/p + 1/q = 1. For 1/2 < c < 1, where the paper reports its best
+    exponents on GPT-2, ‖·‖_Sq is a quasi-norm, and the step is that of no norm.
 
     Args:
         params: parameters or param groups of matrices.
         lr: η. Default 1e-2, our choice.
-        c: the power of GGᵀ. Default 0.5, which is Muon's direction.
-        momentum: μ. Default 0.95, as in Muon.
+        c: the power of GGᵀ, c < 1 under scale="unit". Default 0.5, which is Muon's direction.
+        momentum: μ. Default 0.95, the paper's.
+        scale: "unit", the paper's, or "power", our variant without the division by ‖m‖_Sq and with a moving average,
+            m ← μm + (1−μ)g: a gradient 1000 times smaller then changes the step's length by 1000^(2c−1). Default
+            "unit".
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter.
 
     Raises:
-        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule.
-        ValueError: c is not finite; a setting is out of range or contradicts another. See `SteepestDescent`, also for
-            warnings.
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, momentum_rule.
+        ValueError: c is not finite, or c ≥ 1 under scale="unit", where q ≤ 0 and no ‖·‖_Sq exists; a setting is out of
+            range or contradicts another. See `SteepestDescent`, also for warnings.
 
-    Differs from the paper: the power is computed by an SVD instead of an iteration (QDWH).
+    Differs from the paper: the power is computed by an SVD instead of an iteration (QDWH), and singular values that
+    count as zero stay zero.
 
     Source: Shumaylov et al., "Muon is Not That Special", arXiv:2605.11181, where c = 1 − q/2. HTMuon's
     σ^0.125, arXiv:2603.10067, is c = 0.4375.
@@ -204,11 +209,20 @@ class Freon(SteepestDescent):
         lr: float | Tensor = 1e-2,
         c: float = 0.5,
         momentum: float = 0.95,
+        *,
+        scale: Literal["unit", "power"] = "unit",
         **settings: Unpack[Settings],
     ) -> None:
         check_number("c", c, open_low=True, open_high=True)
-        fixed = fixed_kwargs("Freon", settings, norm="spectral", scale="power", momentum_rule="ema")
-        super().__init__(params, lr, momentum=momentum, norm_exponent=1 - 2 * c, **fixed)
+        check_choice("scale", scale, ("unit", "power"))
+        if c >= 1 and scale == "unit":
+            raise ValueError(
+                f"c = {c} means q = 2 − 2c = {2 - 2 * c:g} ≤ 0, for which there is no ‖m‖_Sq to divide by: use c < 1, "
+                'or scale="power"'
+            )
+        rule = "heavy" if scale == "unit" else "ema"
+        fixed = fixed_kwargs("Freon", settings, norm="spectral", momentum_rule=rule)
+        super().__init__(params, lr, momentum=momentum, norm_exponent=1 - 2 * c, scale=scale, **fixed)
 
 
 class Scion(SteepestDescent):

@@ -160,6 +160,24 @@ def test_power_raises_the_singular_values(exponent):
     torch.testing.assert_close(by_p, Schatten(math.inf, exponent=0.25).power([x])[0])
 
 
+def test_an_exponent_takes_the_place_of_p():
+    """1/(p−1) as an exponent is that norm; a negative one keeps ⟨x, D(x)⟩ = ‖x‖⋆, homogeneity and every scale."""
+    for x in matrices(torch.float64).values():
+        for exponent, p in ((0.0, math.inf), (0.25, 5.0), (1.0, 2.0)):
+            n, same = Schatten(math.inf, exponent=exponent), Schatten(p)
+            torch.testing.assert_close(n.dual_map(x), same.dual_map(x), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(n.dual_norm(x), same.dual_norm(x))
+            torch.testing.assert_close(n.norm(x), same.norm(x))
+        beyond = Schatten(math.inf, exponent=-0.25)
+        d, dual = beyond.dual_map(x), beyond.dual_norm(x)
+        torch.testing.assert_close((x * d).sum(), dual)
+        assert torch.equal(beyond.dual_map(4 * x), d)
+        (by_power,), _ = beyond.scaled([x], -0.25, whole_group=False)
+        if 0 < float(x.abs().sum()) < 1e20:
+            torch.testing.assert_close(by_power, beyond.power([x])[0])
+    assert Schatten(math.inf, exponent=-1.0).dual_norm(torch.ones(4, 3)).isnan()
+
+
 # The stated errors, relative in the Frobenius norm, on Gaussian matrices, which have few small singular values.
 FAST = [
     ("newton-schulz", 5, "float32", 0.3),
@@ -348,7 +366,8 @@ def test_gradient_and_momentum_are_never_aliased(dtype, foreach):
         (lambda: Schatten(math.inf, matrix_view="rows"), ValueError, "matrix_view"),
         (lambda: spectral(torch.ones(4, 3), norm_blocks=3), ValueError, "does not divide the 4 rows"),
         (lambda: spectral(torch.ones(4, 3, dtype=torch.complex64)), ValueError, "real matrices"),
-        (lambda: spectral(torch.ones(4, 3), norm_exponent=0.1, scale="unit"), ValueError, "exponent"),
+        (lambda: spectral(torch.ones(4, 3), norm_exponent=-1.0, scale="unit"), ValueError, "above −1"),
+        (lambda: Schatten(math.inf, exponent=-0.5).norm(torch.ones(4, 3)), NotImplementedError, "no norm"),
         (lambda: spectral(torch.ones(4, 3), norm_methd="svd"), TypeError, "norm_method"),
         (lambda: normopt.SteepestDescent([w_of(torch.ones(2))], norm="nuclear", scale="power"), ValueError, "power"),
     ],
