@@ -38,8 +38,8 @@ class Schatten(MatrixNorm):
         power = f · U diag(σ^(1/(p−1))) Vᵀ
 
     An ``exponent`` takes the place of q − 1 = 1/(p−1) everywhere, and so of p. A negative one, as in Freon, is the map
-    of no norm. As long as q > 0, D(G) still does not depend on the length of G, and ⟨G, D(G)⟩ = ‖G‖⋆. For q ≤ 0 both are
-    NaN, and only "power" is left.
+    of no norm. As long as q > 0, D(G) still does not depend on the length of G, and ⟨G, D(G)⟩ = ‖G‖⋆. For q ≤ 0 both
+    are NaN, and only "power" is left.
 
     Singular values up to ε·max(rows, columns)·σ₁ count as zero. The norm of several matrices (a stack, blocks,
     or a group under ``scope="group"``) is the largest of their norms. Their dual norm is therefore the sum,
@@ -117,8 +117,8 @@ class Schatten(MatrixNorm):
         e = self.exponent
         if e is not None and e <= -1 and scale != "power":
             raise ValueError(
-                f"exponent = {e:g} means q = 1 + exponent = {1 + e:g} ≤ 0, for which there is no ‖σ‖_q to divide by: use "
-                'an exponent above −1, or scale="power"'
+                f"exponent = {e:g} means q = 1 + exponent = {1 + e:g} ≤ 0, for which there is no ‖σ‖_q to divide by: "
+                'use an exponent above −1, or scale="power"'
             )
         super().check(scale, params)
 
