@@ -51,8 +51,8 @@ class Step:
             ready.numbers = None  # the next step has the same weight for all
         self.shares: Array | None = None
         if tables.shares is not None:
-            self.shares, root_shares = tables.shares
-            ready.rows[:, kernels.SHARE], ready.rows[:, kernels.ROOT_SHARE] = self.shares, root_shares
+            self.shares = tables.shares.numpy()[:, 0]
+            ready.rows[:, [kernels.SHARE, kernels.ROOT_SHARE]] = tables.shares
         more = (ready.none if x is None else x for x in (tables.states, tables.compensations, tables.squares))
         self.tensors = (tables.weights, tables.gradients, *more), (chunks.tensor, chunks.start, chunks.count)
         n = len(chunks.sizes)

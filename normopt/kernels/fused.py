@@ -19,6 +19,7 @@ from torch import Tensor
 from normopt.kernels.flags import NEAREST, STOCHASTIC, Flags, Numbers
 from normopt.kernels.support import KERNELS
 from normopt.kernels.tables import Array, Chunks, Phase, Tables, nothing
+from normopt.norms.base import stack
 from normopt.norms.scales import NormPair
 from normopt.params import check_like, check_writable, dtype_of
 from normopt.sharding.layout import gradient_of, layout_of, to_dtensor_like, to_local
@@ -303,14 +304,17 @@ class FusedUpdate:
 
         return [*step.phases(), Phase(nothing, finish)]
 
-    def _shares(self, batch: FusedBatch) -> tuple[Array, Array]:
-        """Count the step, unless it is skipped, and return 1/Σ of the weights in c, and √(1/Σ) of those in v."""
+    def _shares(self, batch: FusedBatch) -> Tensor:
+        """Count the step, unless it is skipped; return 1/Σ of the weights in c and √(1/Σ) of those in v, [n, 2].
+
+        All on the parameters' device, where a captured graph counts its replays.
+        """
         count, momentum, metric = batch.recipe.count, batch.recipe.momentum, batch.recipe.metric
-        is_skipped = batch.found_inf is not None and bool(batch.found_inf)
-        # A first step that is skipped has the number 0.
-        t = np.array([max(1.0, float(x)) for x in count.advance(batch, by=int(not is_skipped))])
-        ones = np.ones_like(t)
-        return 1 / momentum.weight(t) if momentum.runs() else ones, metric.weight(t) ** -0.5 if metric.runs() else ones
+        found = batch.found_inf
+        by = 1 if found is None else (found == 0).to(batch.params[0].device, torch.float32).reshape(())
+        t = stack(count.advance(batch, by)).double().clamp_(min=1)  # a first step that is skipped has the number 0
+        c, v = (stage.weight(t) if stage.runs() else torch.ones_like(t) for stage in (momentum, metric))
+        return torch.stack([1 / c, v**-0.5], 1)
 
     def _complete(self, slot: Slot, operand: Operand, state: State) -> list[int]:
         """Make the state that is missing, or has another dtype than it should; return the indices of the new."""

@@ -31,7 +31,7 @@ class Kernels(NamedTuple):
 _CUDA_DTYPES = torch.float32, torch.bfloat16, torch.float16
 KERNELS = {
     "cpu": Kernels("normopt.kernels.cpu", "numba", 'the extra "cpu"', (torch.float32, torch.bfloat16)),
-    "cuda": Kernels("normopt.kernels.triton", "triton", "PyTorch's CUDA wheels", _CUDA_DTYPES, ("corrected", "metric")),
+    "cuda": Kernels("normopt.kernels.triton", "triton", "PyTorch's CUDA wheels", _CUDA_DTYPES),
 }
 
 

@@ -96,7 +96,7 @@ class Tables:
         states: those of the momentum, None without one.
         compensations: those of what Kahan's rounding keeps, None without it.
         squares: those of the squares that make adaptive coordinates, None without them.
-        shares: what c and √v of each tensor are multiplied by, [n] each; None without bias corrections.
+        shares: what c and √v of each tensor are multiplied by, [n, 2] on the device; None without bias corrections.
         new: the indices of momenta that were made in this step, and are zero.
         cache: what a backend keeps from step to step, such as tables on its device.
         unscale: what gradients are multiplied by, for a GradScaler; one element on the device.
@@ -118,4 +118,4 @@ class Tables:
     seed: torch.Tensor | int = 0
     layouts: Sequence[Layout] = ()
     squares: Array | None = None
-    shares: tuple[Array, Array] | None = None
+    shares: torch.Tensor | None = None

@@ -36,6 +36,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 # A kernel may read no global but a constant of Triton's.
 SIGN, LINEAR, SQRT, SQUARE = (tl.constexpr(x) for x in (choices.SIGN, choices.LINEAR, choices.SQRT, choices.SQUARE))
 STOCHASTIC, KAHAN = tl.constexpr(choices.STOCHASTIC), tl.constexpr(choices.KAHAN)
+STRAIGHT, BOTH_SIDES = tl.constexpr(choices.STRAIGHT), tl.constexpr(choices.BOTH_SIDES)
 INFINITY = tl.constexpr(math.inf)
 LARGEST, TINY = tl.constexpr(float(np.finfo(np.float32).max)), tl.constexpr(float(np.finfo(np.float32).tiny))
 SMALLEST = tl.constexpr(2.0**-149)  # above 0
@@ -44,20 +45,21 @@ SMALLEST = tl.constexpr(2.0**-149)  # above 0
 # ``BIT & FLAGS``, in this order: in Triton's interpreter FLAGS is an int, which does not know the constants' operators.
 # They are not a NamedTuple, because the Triton of PyTorch 2.6 and 2.7 finds no attributes in a constant.
 RUNS, OLD, GRADIENT_NOW, NEW = (tl.constexpr(x) for x in (choices.RUNS, choices.OLD, choices.GRADIENT, choices.NEW))
-NAMES = "smoothed scaled matched agr coupled maximize scales_weight decay decay_inverse decay_wide"  # in `Flags`
+# Names in `Flags`.
+NAMES = "smoothed scaled matched agr coupled maximize corrected scales_weight decay decay_inverse decay_wide"
 SWITCHES = {name: tl.constexpr(1 << i) for i, name in enumerate(NAMES.split(), 5)}
-SMOOTHED, SCALED, MATCHED, AGR, COUPLED, MAXIMIZE, *_DECAY = SWITCHES.values()
+SMOOTHED, SCALED, MATCHED, AGR, COUPLED, MAXIMIZE, CORRECTED, *_DECAY = SWITCHES.values()
 SCALES_WEIGHT, DECAYS, DECAY_INVERSE, DECAY_WIDE = _DECAY
-ALIGNED, MEASURING = tl.constexpr(1 << 15), tl.constexpr(1 << 16)
+ALIGNED, MEASURING = tl.constexpr(1 << 16), tl.constexpr(1 << 17)
 
 # Columns of the tables, which are int64: of tensors, of chunks, and of the chunks that a sum is over.
-WEIGHT, GRADIENT, STATE, COMPENSATION, FRESH, TENSOR = (tl.constexpr(i) for i in range(6))  # the last is their number
+WEIGHT, GRADIENT, STATE, COMPENSATION, SQUARES, FRESH, TENSOR = (tl.constexpr(i) for i in range(7))  # last: how many
 OF, BEGIN, COUNT, WIDE, CHUNKS = (tl.constexpr(i) for i in range(5))
 FIRST, MANY, SIZE, SPAN = (tl.constexpr(i) for i in range(4))
 # Places of the numbers, which are float64.
 PLACES = [tl.constexpr(i) for i in range(len(Numbers._fields))]
 STEP_SIZE, KEEP, TAKE, FIRST_TAKE, FROM_OLD, FROM_GRADIENT, FROM_NEW = PLACES[:7]
-DECAY, WEIGHT_FACTOR, DECAY_STRENGTH, EXPONENT, EPS, DECAY_EXPONENT = PLACES[7:13]  # no metric yet
+DECAY, WEIGHT_FACTOR, DECAY_STRENGTH, EXPONENT, EPS, DECAY_EXPONENT, METRIC_KEEP, METRIC_TAKE, METRIC_EPS = PLACES[7:]
 # What is known of each vector that a norm is over, float64: the dual norm, the factor of D(c), and what an entry of c
 # is divided by before its power, and that multiplied by; both in two parts, the first a power of two.
 DUAL, FACTOR, SHIFT, DIVISOR, LIFT, MULTIPLIER, MEASURED = (tl.constexpr(i) for i in range(7))
@@ -66,9 +68,9 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 
 @triton.jit
-def number(numbers, PLACE: tl.constexpr):
+def number(numbers, place):
     """A number, in float32."""
-    return tl.load(numbers + PLACE).to(tl.float32)
+    return tl.load(numbers + place).to(tl.float32)
 
 
 @triton.jit
@@ -237,8 +239,24 @@ def momentum_step(states, x, table, t, numbers, mask, DTYPE: tl.constexpr, FLAGS
 
 
 @triton.jit
-def store_sums(sums, j, c, high, low, MODE: tl.constexpr, FLAGS: tl.constexpr):
-    """Write the sums of chunk j: max|c| = M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent)."""
+def metric_step(squares, x, numbers, shares, t, mask, METRIC: tl.constexpr, FLAGS: tl.constexpr):
+    """Return P, or its root under ``BOTH_SIDES``, after v has taken x², which is stored unless ``MEASURING``."""
+    v = number(numbers, METRIC_KEEP) * loaded(squares, mask) + number(numbers, METRIC_TAKE) * x * x
+    if not (MEASURING & FLAGS):
+        tl.store(squares, v, mask)
+    root = tl.sqrt_rn(v)
+    if CORRECTED & FLAGS:
+        root *= number(shares, 2 * t + 1)
+    root += number(numbers, METRIC_EPS)
+    return tl.sqrt_rn(root) if METRIC == BOTH_SIDES else root
+
+
+@triton.jit
+def store_sums(sums, j, c, root, high, low, MODE: tl.constexpr, METRIC: tl.constexpr, FLAGS: tl.constexpr):
+    """Write the sums of chunk j: max|c| = M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent).
+
+    In adaptive coordinates the terms of the last two are divided by P, in float64, because ε has no lower bound.
+    """
     a = tl.abs(c)
     # Off 0 and ∞, for 0/0 and ∞/∞ are NaN. Triton 3.2 takes SMALLEST for a float64.
     top = tl.minimum(tl.maximum(tl.max(a, 0), SMALLEST), LARGEST).to(tl.float32)
@@ -247,6 +265,8 @@ def store_sums(sums, j, c, high, low, MODE: tl.constexpr, FLAGS: tl.constexpr):
     tl.store(sums + 4 * j, top.to(tl.float64))
     tl.store(sums + 4 * j + 1, tl.sum(r * y, 0).to(tl.float64))
     if MATCHED & FLAGS:
+        if METRIC == BOTH_SIDES:
+            r, y = r.to(tl.float64) / root, y.to(tl.float64) / root
         tl.store(sums + 4 * j + 2, tl.sum(r * r, 0).to(tl.float64))
         tl.store(sums + 4 * j + 3, tl.sum(y * y, 0).to(tl.float64))
 
@@ -291,9 +311,11 @@ def step_kernel(
     seed,
     regularizers,
     measured,
+    shares,
     sums,
     FLAGS: tl.constexpr,
     MODE: tl.constexpr,
+    METRIC: tl.constexpr,
     DECAY_MODE: tl.constexpr,
     ROUNDING: tl.constexpr,
     WEIGHT_TYPE: tl.constexpr,
@@ -331,11 +353,20 @@ def step_kernel(
             if RUNS & FLAGS:
                 states = entries(table, t, STATE, begin, STATE_TYPE, FLAGS)
                 c = momentum_step(states, x, table, t, numbers, mask, STATE_TYPE, FLAGS)
+            if CORRECTED & FLAGS:
+                c *= number(shares, 2 * t)
+            root = c
+            if METRIC != 0:
+                squares = entries(table, t, SQUARES, begin, tl.float32, FLAGS)
+                root = metric_step(squares, x, numbers, shares, t, mask, METRIC, FLAGS)
+                c = tl.div_rn(c, root)
 
             if MEASURING & FLAGS:
-                store_sums(sums, j, c, high, low, MODE, FLAGS)
+                store_sums(sums, j, c, root, high, low, MODE, METRIC, FLAGS)
             else:
                 u = direction(c, numbers, measured, t, high, low, MODE, FLAGS)
+                if METRIC == BOTH_SIDES:
+                    u = tl.div_rn(u, root)
                 w = stepped(w, u, chunks, j, numbers, DECAY_MODE, FLAGS)
                 if ROUNDING == STOCHASTIC:
                     tl.store(weights, cut_off(w, noise(tl.load(seed), j)), mask)
@@ -477,7 +508,7 @@ class Step:
         seed, layouts = tables.seed, tables.layouts
         if stochastic and not isinstance(seed, Tensor):
             seed = kept.changing("seed", np.array([seed]))
-        self.unscale = tables.unscale
+        self.unscale, self.shares = tables.unscale, tables.shares
         self.given = self.table, self.cuts, self.values, tables.unscale, tables.found_inf, seed if stochastic else None
         self.regularizers: Tensor | None = None
         self.measured: tuple[Tensor, Tensor] | None = None
@@ -536,7 +567,7 @@ class Step:
         if len(self.chunks):
             launch = step_kernel[len(self.chunks),]
             constants = constants_of(self.flags, self.aligned, measuring)
-            launch(*self.given, self.regularizers, norms, sums, **constants, **OPTIONS)
+            launch(*self.given, self.regularizers, norms, self.shares, sums, **constants, **OPTIONS)
 
 
 def _padded(chunks: Chunks) -> list[Array]:
@@ -569,6 +600,7 @@ def constants_of(flags: Flags, aligned: bool, measuring: bool = False) -> dict[s
         + ALIGNED.value * aligned
         + MEASURING.value * measuring,
         "MODE": flags.mode,
+        "METRIC": flags.metric,
         "DECAY_MODE": flags.decay_mode,
         "ROUNDING": flags.rounding,
         "WEIGHT_TYPE": TYPES[flags.weight],
@@ -578,13 +610,13 @@ def constants_of(flags: Flags, aligned: bool, measuring: bool = False) -> dict[s
 
 
 def _rows(flags: Flags, tables: Tables) -> Array:
-    """Return the table of tensors: four addresses each, and whether the momentum has just been made."""
+    """Return the table of tensors: five addresses each, and whether the momentum has just been made."""
     rows = np.zeros((len(tables.weights), TENSOR.value), dtype=np.int64)
     rows[:, WEIGHT.value], rows[:, GRADIENT.value] = tables.weights, tables.gradients
-    if tables.states is not None:
-        rows[:, STATE.value] = tables.states
-    if tables.compensations is not None:
-        rows[:, COMPENSATION.value] = tables.compensations
+    kept = {STATE: tables.states, COMPENSATION: tables.compensations, SQUARES: tables.squares}
+    for column, addresses in kept.items():
+        if addresses is not None:
+            rows[:, column.value] = addresses
     if flags.momentum:
         rows[tables.new, FRESH.value] = 1
     return rows

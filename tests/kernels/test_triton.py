@@ -19,7 +19,7 @@ CASES = Path(__file__).with_name("triton_cases.py")
 # Only a 16-byte load or store moves 128 bits at once.
 VECTOR = re.compile(r"\b(ld|st)\.global(?:\.\w+)*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b16)")
 POINTERS = dict(table="*i64", chunks="*i64", numbers="*fp64", unscale="*fp32", found_inf="*fp32", seed="*i64")
-POINTERS |= dict(regularizers="*fp32", measured="*fp64", sums="*fp64", spans="*i64")
+POINTERS |= dict(regularizers="*fp32", measured="*fp64", shares="*fp64", sums="*fp64", spans="*i64")
 
 
 def pytest_generate_tests(metafunc):
@@ -91,7 +91,7 @@ def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, momentum, 
     from normopt.kernels.tables import CHUNK
     from normopt.kernels.triton import OPTIONS, constants_of, step_kernel
 
-    absent = ("unscale", "found_inf", "seed", "regularizers", "measured", "sums")
+    absent = ("unscale", "found_inf", "seed", "regularizers", "measured", "shares", "sums")
     step = flags(dtype, mode=mode, momentum=RUNS | NEW | SAME if momentum else 0)
     found = {}
     for aligned in (True, False):
@@ -104,7 +104,7 @@ def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, momentum, 
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("what", ["scaled", "smoothed", "stochastic", "kahan", "float16"])
+@pytest.mark.parametrize("what", ["scaled", "smoothed", "stochastic", "kahan", "float16", "adam", "coordinates"])
 def test_every_step_compiles_without_atomics(what, capability, compile_kernel):
     from normopt.kernels import flags as f
     from normopt.kernels import triton as kernels
@@ -125,6 +125,8 @@ def test_every_step_compiles_without_atomics(what, capability, compile_kernel):
             ("found_inf",),
         ),
         "float16": (dict.fromkeys(("weight", "gradient", "state"), torch.float16) | heavy, ()),
+        "adam": (low | heavy | dict(metric=f.STRAIGHT, corrected=True, scales_weight=True), ("measured",)),
+        "coordinates": (scaled | heavy | dict(metric=f.BOTH_SIDES, corrected=True), ()),
     }[what]
     step = flags(**changes)
     for measuring in {False, step.scaled}:

@@ -14,8 +14,10 @@ import torch
 import triton
 
 import normopt
+from normopt.kernels import support
 from normopt.kernels import triton as kernels
 from normopt.kernels.flags import NEAREST, Flags
+from normopt.kernels.fused import FusedBatch, FusedUpdate
 from normopt.kernels.tables import CHUNK, Chunks, Tables
 from normopt.recipe import make_recipe
 from normopt.sharding.layout import Layout
@@ -178,6 +180,106 @@ def test_every_momentum_with_every_regularizer(momentum, regularizer):
     shapes = [(), (1,), (5, 9)]
     for p, scale in [(2.0, "power"), (3.0, "dual")]:
         check(shapes, p=p, scale=scale, **MOMENTA[momentum], **REGULARIZERS[regularizer])
+
+
+ADAM = dict(momentum=0.9, momentum_rule="ema", bias_correction=True, metric="diagonal")
+COORDINATES = {
+    "agr lp": ADAM | REGULARIZERS["lp0.8"] | dict(agr=True),
+    "lion signs": ADAM | MOMENTA["lion"] | dict(norm="linf", scale="unit", maximize=True),
+    "nesterov p": ADAM | dict(nesterov=True, norm="lp", p=3.0, scale="power"),
+    "sum": dict(metric="diagonal", metric_rule="sum", **MOMENTA["heavy"], **REGULARIZERS["coupled"]),
+    "smoothed": dict(metric="diagonal", norm="lp", p=1.7, scale="power", eps=1e-3, bias_correction=True),
+    "corrected dual": MOMENTA["ema"] | dict(bias_correction=True, norm="lp", p=2.7, scale="dual"),
+    "corrected matched": MOMENTA["lion"] | dict(bias_correction=True, norm="lp", p=1.4, scale="matched"),
+}
+
+
+@pytest.fixture
+def optimizers(monkeypatch):
+    """Make two optimizers of equal parameters, one stepped by these kernels wherever they are, one by the for-loop."""
+    monkeypatch.setitem(support.KERNELS, DEVICE, support.KERNELS["cuda"])
+
+    def make(shapes, dtype=torch.float32, **settings):
+        torch.manual_seed(0)
+        ws = [torch.randn(s, device=DEVICE).to(dtype) for s in shapes]
+        hows = dict(fused=True), dict(foreach=False)
+        return [normopt.SteepestDescent([w.clone().requires_grad_() for w in ws], **settings, **h) for h in hows]
+
+    return make
+
+
+def gradients(opt, step):
+    torch.manual_seed(1000 + step)
+    params = opt.param_groups[0]["params"]
+    for p in params:
+        p.grad = (10.0 ** (step % 5 - 2) * torch.randn(p.shape)).to(p)
+    return params
+
+
+@pytest.mark.parametrize("rounding", [None, "kahan"])
+@pytest.mark.parametrize("how", COORDINATES)
+def test_adaptive_coordinates_are_the_for_loops(how, rounding, optimizers):
+    """From the for-loop's state at every step; relative to max(|w|, η|u|) of the whole weight."""
+    dtype = torch.float32 if rounding is None else torch.bfloat16
+    settings = dict(lr=0.01, rounding=rounding or "nearest") | COORDINATES[how]
+    opt, other = optimizers([(13, 7), (CHUNK + 3,), ()], dtype, **settings)
+    for step in range(STEPS):
+        ours, theirs = gradients(opt, step), gradients(other, step)
+        for p, q in zip(ours, theirs, strict=True):
+            p.data.copy_(q.data)
+            for key, x in opt.state[p].items():
+                x.copy_(other.state[q][key])
+        before = [whole(other, q) for q in theirs]
+        opt.step()
+        other.step()
+        for p, q, w in zip(ours, theirs, before, strict=True):
+            a, b = whole(opt, p), whole(other, q)
+            assert float(((a - b).abs() / torch.maximum(w.abs(), (b - w).abs())).max()) <= (
+                2**-14 if rounding else 2e-6
+            )
+            assert opt.state[p].keys() == other.state[q].keys()
+            for key in {*opt.state[p]} - {"kahan_compensation"}:
+                x, y = opt.state[p][key], other.state[q][key]
+                torch.testing.assert_close(x, y, rtol=max(2e-6, TOLERANCE[x.dtype]), atol=1e-7 * float(y.abs().max()))
+
+
+def whole(opt, p):
+    return p.detach().double() + opt.state[p].get("kahan_compensation", 0)
+
+
+def test_a_skipped_step_is_not_counted(optimizers):
+    """The first, which makes the state, neither."""
+    opt, _ = optimizers([(4, 3), (0,), ()], lr=0.1, **ADAM)
+    params = opt.param_groups[0]["params"]
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0)
+    for i, factor in enumerate((math.inf, 1.0, 1.0, math.nan, 1.0)):
+        before = [p.detach().clone() for p in params]
+        opt.zero_grad()
+        scaler.scale(sum((factor * p).sum() for p in params)).backward()
+        scaler.step(opt)
+        scaler.update()
+        for p, w in zip(params, before, strict=True):  # of a constant gradient every step is lr long
+            torch.testing.assert_close(w - p.detach(), torch.full_like(w, 0.1 * math.isfinite(factor)))
+            assert opt.state[p]["step"] == (0, 1, 2, 2, 3)[i]
+            assert opt.state[p]["step"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("t", [0, 999, 200_000])
+def test_steps_are_counted_where_nothing_can_be_read(t):
+    """On the meta device, where a tensor has no value; and there and elsewhere what is counted is exact to 1e-7."""
+    settings = ADAM | dict(momentum_rule="lion", beta2=0.9999, metric_beta=0.999)
+    found = {}
+    for device in ("meta", DEVICE):
+        params = [torch.nn.Parameter(torch.zeros(3, device=device)) for _ in range(2)]
+        opt = normopt.SteepestDescent(params, foreach=True, **settings)
+        opt.state |= {p: {"step": torch.tensor(float(t), device=device)} for p in params}
+        batch = FusedBatch(make_recipe(opt.param_groups[0], params), params, opt.state, FusedUpdate(), None, None)
+        batch.found_inf = torch.zeros(1, device=device)
+        found[device] = FusedUpdate()._shares(batch)
+    assert found["meta"].shape == (2, 2)
+    t = np.float64(t + 1)
+    c, v = 0.9 * -np.expm1((t - 1) * np.log(0.9999)) + (1 - 0.9), -np.expm1(t * np.log(0.999))
+    np.testing.assert_allclose(numbers(found[DEVICE]), [[1 / c, v**-0.5]] * 2, rtol=1e-12)
 
 
 @pytest.mark.parametrize("weight", TOLERANCE, ids=str)
@@ -551,6 +653,25 @@ def test_a_captured_step_is_replayed_with_a_new_lr_and_survives_steps_between():
     for _ in range(2):
         other.step(g)
     assert all(map(torch.equal, other.weights, run.weights))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="there is no CUDA graph without CUDA")
+def test_a_replayed_step_is_counted(optimizers):
+    opt, other = optimizers([(3, 4), (CHUNK + 5,)], lr=0.1, **ADAM)
+    for _ in range(2):
+        gradients(opt, 0)
+        opt.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    for _ in range(3):
+        graph.replay()
+    for _ in range(5):
+        gradients(other, 0)
+        other.step()
+    for p, q in zip(opt.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
+        assert opt.state[p]["step"] == other.state[q]["step"] == 5
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_the_interpreter_is_what_runs_without_cuda():
