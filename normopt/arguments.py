@@ -51,10 +51,10 @@ def check_unused(
     runs = [group["momentum"] != 0 for group in groups]
     metrics = [group["metric"] != "none" for group in groups]
     averages = [group["metric"] != "none" and group["metric_rule"] != "sum" for group in groups]
-    decays = [given["decay"] != "lp" or not equals(group["weight_decay"], 0) for group in groups]
+    decays = [not Decay.of(given).reads_p or not equals(group["weight_decay"], 0) for group in groups]
     # (argument, which groups use it, where it has no effect, whether no schedule changes that)
     cases = [
-        ("decay_p", [Decay.of(group).reads_p for group in groups], 'without decay="lp"', True),
+        ("decay_p", [Decay.of(group).reads_p for group in groups], 'without decay="lp" or "cautious-lp"', True),
         ("decay", decays, "at weight_decay = 0 (unless that is a tensor, for a schedule)", True),
         ("beta2", [Momentum.of(group).reads("beta2") for group in groups], 'without momentum_rule="lion"', True),
         (
@@ -66,6 +66,8 @@ def check_unused(
         ("metric_beta", averages, 'without metric="diagonal", and under metric_rule="sum"', True),
         ("metric_eps", metrics, 'without metric="diagonal"', True),
         ("metric_rule", metrics, 'without metric="diagonal"', True),
+        ("agr_scope", [group["agr"] for group in groups], "without agr", True),
+        ("coupling_rate", [group["coupling"] != 0 for group in groups], "at coupling = 0", True),
         ("dampening", runs, "at momentum = 0", no_momentum),
         ("state_dtype", runs, "at momentum = 0", no_momentum),
         ("eps", [not norm.is_identity("power") for norm in norms], "at p = 2", all(g["p"] is None for g in groups)),

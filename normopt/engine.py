@@ -22,7 +22,8 @@ from normopt.params import (
     are_plain,
     batches,
     check_admissible,
-    check_counted,
+    check_no_zeros,
+    check_own_shapes,
     check_tensors,
     warn_if_stuck,
     with_gradients,
@@ -42,7 +43,7 @@ class SteepestDescent(Optimizer):
     One step takes every gradient through the same stages, each of which is optional but the norm::
 
         g ← −g                                   maximize
-        g ← g·(1 − |g|/Σ|g|)                     agr
+        g ← g·(1 − |g|/Σ|g|)                     agr; Σ over each tensor, or agr_scope "group"
         g ← g + λw                               decay "coupled"
 
         m ← μm + (1−τ)g (first m = g),  c = m    momentum_rule "heavy"
@@ -50,17 +51,25 @@ class SteepestDescent(Optimizer):
         c = μm + (1−μ)g, m ← β₂m + (1−β₂)g       "lion"
 
         c ← c/Σ of its weights                   bias_correction, "ema" and "lion"
+        d ← βd + (1−β)(g − g_prev), c ← c + βd   difference_beta
 
         v ← βv + (1−β)g²,  P = diag(√v̂ + ε)      metric "diagonal"; "none": P = 1
         c ← P^−½ c
         u ← ‖c‖⋆^κ · D(c)                        scale "unit" κ = 0, "dual" κ = 1,
                                                        "power" κ = 1/(p−1)
         u ← P^−½ u
-        u ← u · RMS(P^−½ c)/RMS(u)               scale "matched"
+        each row of u by its average size        row_beta
+        u ← u + λw                               decay "inside"
+        u ← u · ‖P⁻¹c‖₂/‖u‖₂                     scale "matched"
+        u ← u · ‖w‖₂/‖u‖₂                        scale "relative"
 
         w ← w − ηru                              no decay; r = radius
         w ← (1 − ηλ)w − ηru                      decay "decoupled"
-        w ← (w − ηru) · X/(X + pηλ)              decay "lp"; X = |w|^(2−p), p = decay_p
+        w ← (w − ηru)/(1 + ηλ)                   "proximal"
+        w ← (w − ηru) · X/(X + pηλ)              "lp"; X = |w|^(2−p), p = decay_p
+                                                 "cautious", "cautious-lp": where u·w ≥ 0
+        w ← w + τ(z − w_old + ηru), z ← z − αc   coupling τ
+        w ← R·w/‖w‖₂                             constraint "sphere"
 
     with ‖·‖⋆ the dual norm and D the dual map of the chosen norm (see [`Norm`][normopt.norms.Norm]).
     Every argument but ``params`` is a setting that a param group may override; there, all are numbers,
@@ -71,9 +80,12 @@ class SteepestDescent(Optimizer):
         lr: η, a float or a one-element tensor, which is never read on the host. Default 0.001.
         maximize: maximize the objective: negate the gradient. Default False.
         agr: adaptive gradient regularization. Default False.
+        agr_scope: AGR's sums over each "tensor", as in the paper, or the param "group". Default "tensor".
         weight_decay: λ ≥ 0, a float or a one-element tensor. Default 0.
-        decay: "coupled", "decoupled", "lp", or your own; runs if λ ≠ 0. Default "decoupled".
-        decay_p: p of decay="lp", p > 0 (p < 1 too), which acts on tensors of 2 or more dims. Default 1.
+        decay: "coupled", "decoupled", "proximal", "inside", "lp", "cautious", "cautious-lp", or your own; runs if λ
+            ≠ 0. Default "decoupled".
+        decay_p: p of decay="lp" and "cautious-lp", p > 0 (p < 1 too), which act on tensors of 2 or more dims.
+            Default 1.
         bias_correction: divide the momentum ("ema", "lion") and the average of the metric by the sums of their
             weights. Default False.
         momentum: μ, the weight of the OLD state, 0 ≤ μ < 1 (heavy: ≤ 1); 0 keeps no buffer. Default 0.
@@ -82,6 +94,7 @@ class SteepestDescent(Optimizer):
         dampening: τ of "heavy", any finite number. Default 0.
         nesterov: c = g + μm ("heavy") or (1−μ)g + μm ("ema"). Default False.
         state_dtype: the momentum's dtype; None is the parameter's own. Default None.
+        difference_beta: β of Adan's average of gradient differences; 0 keeps none. Default 0.
         metric: the coordinates of the norm: "none" or "diagonal", P = diag(√v̂ + ε). Default "none".
         metric_beta: β of v ← βv + (1−β)g², the weight of the OLD state. Default 0.999.
         metric_eps: ε > 0 of P. Default 1e-08.
@@ -91,10 +104,15 @@ class SteepestDescent(Optimizer):
             ``norm``, ``p`` and ``norm_<field>``. Default "l2".
         p: the norm's order, for norms that have one; 1 ≤ p ≤ ∞, a float or a one-element tensor. Default None.
         scale: "power" (the un-normalised power map; needs p > 1), "dual" (true steepest descent), "unit" (the LMO
-            step) or "matched" (SGD's step length at every p). Default "dual".
+            step), "matched" (SGD's step length at every p) or "relative" (the length of the weights). Default "dual".
         scope: the norm over each "tensor", or over the param "group" as one vector. Default "tensor".
         eps: ε of scale="power", ``c·(|c| + ε)^(−ρ)``; 0 is exact at p = 2 and ∞. Default 0.
+        row_beta: β of the average of the direction's squares by rows, of NorMuon; 0 keeps none. Default 0.
+        coupling: τ of Stacey's coupling to a second iterate; 0 keeps none. Default 0.
+        coupling_rate: α, the step size of Stacey's second iterate. Default 0.001.
         radius: r > 0, the radius of the norm's ball: it multiplies the step, and not the decay. Default 1.
+        constraint: "sphere" keeps the ℓ2 norm R that each tensor has at its first step: w ← R·N(w − ηrR·N(u)), N(x)
+            = x/‖x‖₂. Default "none".
         rounding: how 16-bit weights are rounded: "nearest" (a step below half a unit in the last place is lost),
             "stochastic" (bfloat16; right on average) or "kahan" (the rounding error is kept, in one more buffer).
             Default "nearest".
@@ -106,7 +124,9 @@ class SteepestDescent(Optimizer):
 
     State: ``momentum_buffer``, shaped like its parameter, if momentum ≠ 0; ``kahan_compensation``, shaped and typed
     like it, if a 16-bit weight is rounded so; ``exp_avg_sq`` under metric="diagonal" (and ``max_exp_avg_sq`` under
-    its rule "max"), float32 for 16-bit weights; ``step``, float32 and 0-d, under bias_correction. Complex
+    its rule "max"), float32 for 16-bit weights; ``step``, float32 and 0-d, under bias_correction; likewise float32 for
+    16-bit weights ``exp_avg_diff`` and ``previous_grad`` with difference_beta, ``dual_iterate`` with coupling,
+    ``row_avg_sq`` (one number a row) with row_beta, and ``sphere_radius`` (0-d) under the constraint. Complex
     parameters are taken as pairs of reals. 16-bit parameters are computed in float32. Of DTensors, such as FSDP2's,
     each rank steps its local shard by norms of the whole tensor, and the state has their placements; all ranks must
     make the same step. lr, p and weight_decay given as tensors are never read on the host. Each group has its own
@@ -130,7 +150,7 @@ class SteepestDescent(Optimizer):
             moves the momentum or p: dampening or state_dtype without momentum, eps at p = 2.
 
     Source: the frame is Bernstein and Newhouse, "Old Optimizer, New Norm", arXiv:2409.20325. metric="diagonal" under ℓ2
-    with scale="dual" is Adam, arXiv:1412.6980.
+    with scale="dual" is Adam, arXiv:1412.6980. Each stage's docstring names its own source.
 
     Example:
         >>> opt = normopt.SteepestDescent(model.parameters(), lr=0.01, norm="lp", p=3.0, scale="dual",
@@ -209,8 +229,10 @@ class SteepestDescent(Optimizer):
         _unshare(group)
         recipe = self._make_recipe(group, group["params"])
         check_parts(group["params"])
-        if recipe.decay.runs() and recipe.decay.decay == "lp" and recipe.decay.decay_p < 2:
+        if recipe.decay.rule.reads_p and recipe.decay.decay_p < 2:
             warn_if_stuck(group["params"], recipe.decay.decay_p)
+        if recipe.sphere.runs():
+            check_no_zeros(group["params"], group.get("param_names", ()))
         if not chosen:
             warn_vectors(type(self).__name__, recipe.norm, group["params"])
 
@@ -384,8 +406,8 @@ class SteepestDescent(Optimizer):
         if known is not None:
             self._recipes[i] = known
         params, gradients = with_gradients(group["params"])
-        if recipe.counted and not compiling:
-            check_counted(params, self.state, recipe.counted)
+        if len(recipe.shaped) < len(recipe.slots) and not compiling:
+            check_own_shapes(params, self.state, recipe)
         if recipe.backend == "fused":
             return recipe, self._fused(i, recipe, params, gradients)
         if compiling:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from normopt._checks import warn
@@ -14,7 +13,8 @@ from normopt.arguments import SYNONYMS
 from normopt.stages.base import stages_in_order
 
 Groups = list[dict[str, Any]]
-RULE = ("norm", "scale", "momentum_rule", "metric", "metric_rule", "bias_correction")  # what makes it another optimizer
+# What makes it another optimizer.
+RULE = ("norm", "scale", "momentum_rule", "metric", "metric_rule", "bias_correction", "constraint")
 
 
 def match_params(param_groups: Groups, state_dict: dict[str, Any]) -> list[tuple[dict[str, Any], Any, Tensor]]:
@@ -49,16 +49,17 @@ def prepare_state_dict(
     complete = [{**own, **group} for own, group in zip(kept, groups, strict=False)]
     stages = [cls.of(group) for group in complete for cls in stages_in_order()]
     read = {name for stage in stages if stage.state and (stage.slots() or stage.runs()) for name in stage.state}
-    scalars = {slot.name for stage in stages for slot in stage.slots() if slot.is_scalar}
+    shapes = {slot.name: slot.shape for stage in stages for slot in stage.slots()}
     for _, i, p in match_params(param_groups, state_dict):
         for key, value in state_dict["state"].get(i, {}).items():
-            expected = torch.Size() if key in scalars else p.shape
+            shape = shapes.get(key)
+            expected = p.shape if shape is None else shape(p.shape)
             if key in read and isinstance(value, Tensor) and value.shape != expected:
                 raise ValueError(
                     f"the checkpoint's {key} of parameter {i} has the shape {tuple(value.shape)}, not "
                     f"{tuple(expected)}: load it into an optimizer of the same parameters in the same order"
                 )
-            if key in scalars and not 0 <= float(value) < math.inf:
+            if expected.numel() == 1 and shape and not 0 <= float(value) < math.inf:
                 raise ValueError(f"the checkpoint's {key} of parameter {i} must be at least 0, but is {float(value):g}")
     foreign = {key for state in state_dict["state"].values() for key in state} - read
     of_normopt = all("norm" in group for group in groups)

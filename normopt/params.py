@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
@@ -81,19 +81,29 @@ def check_tensors(params: list[Tensor], gradients: list[Tensor], states: dict[st
         check_writable(name, kept)
 
 
-def check_counted(params: list[Tensor], state: Mapping[Tensor, Any], names: list[str]) -> None:
-    """Raise unless each parameter has all of the state whose steps are counted together, or none of it.
+def check_own_shapes(params: list[Tensor], state: Mapping[Tensor, Any], recipe: Recipe) -> None:
+    """Check the state that has shapes of its own, and that whose steps are counted together.
 
     Args:
         params: parameters.
         state: the optimizer's.
-        names: the names of that state, the count first.
+        recipe: the group's.
 
     Raises:
-        RuntimeError: a part is missing, or the count is no number.
+        RuntimeError: a state has not its shape, or a part of what is counted together is missing.
+        ValueError: a constraint to a sphere would begin with a zero tensor.
     """
+    names = recipe.counted
     for p in params:
-        own = state.get(p)
+        own = state.get(p) or {}
+        for slot in recipe.slots if own else ():
+            if slot.shape is not None and (x := own.get(slot.name)) is not None:
+                expected = slot.shape(p.shape)
+                if not isinstance(x, Tensor) or x.shape != expected:
+                    raise RuntimeError(
+                        f"{slot.name!r} of a parameter of shape {tuple(p.shape)} must be a tensor of shape "
+                        f"{tuple(expected)}, but is {x if not isinstance(x, Tensor) else tuple(x.shape)}"
+                    )
         if not own or not (found := [name for name in names if own.get(name) is not None]):
             continue
         if missing := set(names) - set(found):
@@ -102,8 +112,26 @@ def check_counted(params: list[Tensor], state: Mapping[Tensor, Any], names: list
                 "bias_correction=True corrects averages that began together. Set bias_correction=False, or delete the "
                 "parameter's state, so that all begin anew"
             )
-        if not isinstance(own[names[0]], Tensor) or own[names[0]].dim():
-            raise RuntimeError(f"{names[0]!r} of a parameter of shape {tuple(p.shape)} must be a 0-d tensor")
+    if recipe.sphere.runs():
+        check_no_zeros([p for p in params if state.get(p, {}).get("sphere_radius") is None])
+
+
+def check_no_zeros(params: list[Tensor], names: Sequence[str] = ()) -> None:
+    """Raise a ValueError if all entries of a tensor are zero, which a constraint to a sphere cannot keep.
+
+    Args:
+        params: tensors; frozen ones and those without values are not checked.
+        names: their names, if they have any.
+    """
+    known = names or [f"a parameter of shape {tuple(p.shape)}" for p in params]
+    checked = [(name, p) for name, p in zip(known, params, strict=True) if p.requires_grad and not p.is_meta]
+    alive = nonzero([p for _, p in checked])
+    if zeros := [name for (name, _), ok in zip(checked, alive, strict=True) if not ok]:
+        raise ValueError(
+            f'constraint="sphere" keeps the norm that a tensor has at its first step, but all entries are zero in '
+            f"{', '.join(zeros[:8])}: initialise them away from zero, or give them a param group with "
+            'constraint="none"'
+        )
 
 
 def check_like(name: str, xs: list[Tensor], params: list[Tensor]) -> None:
@@ -194,7 +222,7 @@ def batches(recipe: Recipe, params: list[Tensor]) -> Iterator[list[Tensor]]:
     """
     if not params:
         return
-    if recipe.direction.whole_group:
+    if recipe.whole_group:
         yield params
     elif recipe.backend == "for-loop":
         yield from ([p] for p in params)
@@ -203,7 +231,7 @@ def batches(recipe: Recipe, params: list[Tensor]) -> Iterator[list[Tensor]]:
         for p in params:  # a kernel has nothing to do for empty ones
             empty = recipe.backend == "fused" and not p.numel()
             layout = layout_of(p)
-            sharding = layout and (layout.group, comm_strategy(recipe.norm, recipe.direction.scale, layout))
+            sharding = layout and (layout.group, comm_strategy(recipe.norm, recipe.direction.base, layout))
             buckets.setdefault((p.device, p.dtype, empty, is_dtensor(p), sharding), []).append(p)
         yield from buckets.values()
 

@@ -21,12 +21,20 @@ from normopt.params import kinds_of
 from normopt.sharding.layout import any_dtensor, layout_of
 from normopt.stages import (
     Count,
+    Coupling,
     Decay,
+    DecayInside,
+    Difference,
     Direction,
     Metric,
     Momentum,
+    Pull,
+    Regularization,
     Rescale,
+    Round,
+    RowAverage,
     Slot,
+    Sphere,
     Stage,
     Unwhiten,
     Write,
@@ -78,9 +86,14 @@ class Recipe:
         direction: the stage of the norm.
         metric: the stage of the coordinates.
         count: the stage that counts steps.
+        difference: the stage of Adan's gradient differences.
+        sphere: the stage of the constraint.
+        coupling: the stage of Stacey's second iterate.
         momentum: the stage of the momentum.
         decay: the stage of the weight decay.
         write: the stage of the update.
+        round: the stage of the rounding.
+        whole_group: whether some stage sees all tensors of the group as one vector.
         run: the settings of how it is run.
         norm: the norm, with its fields.
         slots: the state that the stages keep.
@@ -99,18 +112,30 @@ class Recipe:
         self.every, self.version = every, 0
         self.momentum, self.direction = cast(Momentum, every[Momentum]), cast(Direction, every[Direction])
         self.decay, self.write, self.run = cast(Decay, every[Decay]), cast(Write, every[Write]), cast(Run, every[Run])
-        scale = self.direction.scale
-        matched = scale == "matched" and not norm.is_identity(scale) and norm.needs(scale) != "none"
+        self.count, self.metric, self.round = (cast(Any, every[cls]) for cls in (Count, Metric, Round))
+        self.difference, self.sphere = cast(Difference, every[Difference]), cast(Sphere, every[Sphere])
         # What stages need of each other and of the norm.
-        self.count, self.metric = cast(Count, every[Count]), cast(Metric, every[Metric])
-        self.metric.direction, cast(Unwhiten, every[Unwhiten]).metric = self.direction, self.metric
+        self.metric.direction = cast(RowAverage, every[RowAverage]).direction = self.direction
+        cast(Unwhiten, every[Unwhiten]).metric = self.metric
+        self.coupling = cast(Pull, every[Pull]).coupling = cast(Coupling, every[Coupling])
         self.direction.map, self.write.decaying = norm, self.decay
-        cast(Rescale, every[Rescale]).matched = matched
+        cast(DecayInside, every[DecayInside]).decay = self.decay
+        scale, base = self.direction.scale, self.direction.base
+        plain = (norm.is_identity(base) or norm.needs(base) == "none") and not self.decay.rule.in_direction
+        to = (
+            "sphere"
+            if self.sphere.runs()
+            else scale
+            if scale == "relative" or (scale == "matched" and not plain)
+            else ""
+        )
+        cast(Rescale, every[Rescale]).to = to
+        self.whole_group = self.direction.whole_group or cast(Regularization, every[Regularization]).whole_group
         self.stages = tuple(stage for stage in every.values() if stage.place != "none" and stage.runs())
-        self.direction.sees_c_alone = self.stages[-3:] == (self.momentum, self.direction, self.write)
+        self.direction.sees_c_alone = self.stages[-4:] == (self.momentum, self.direction, self.write, self.round)
         self.slots: tuple[Slot, ...] = tuple(slot for stage in self.stages for slot in stage.slots())
-        self.shaped = [slot.name for slot in self.slots if not slot.is_scalar]
-        averages = [stage for stage in (self.count, self.momentum, self.metric) if stage.runs()]
+        self.shaped = [slot.name for slot in self.slots if slot.shape is None]
+        averages = [stage for stage in (self.count, self.momentum, self.difference, self.metric) if stage.runs()]
         self.counted = [slot.name for stage in averages for slot in stage.slots()] if self.count.runs() else []
         self.differentiable: bool = self.run.differentiable
 
@@ -218,7 +243,7 @@ class CachedRecipe:
         if changed and not self.recipe.take_numbers(group, changed):
             return None
         self._values = values
-        self.recipe.norm.check(self.recipe.direction.scale, params)
+        self.recipe.norm.check(self.recipe.direction.base, params)
         return self.recipe
 
 
@@ -244,7 +269,7 @@ def make_recipe(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> R
     for stage in recipe.every.values():
         stage.check()
     _check_together(recipe, params)
-    recipe.norm.check(recipe.direction.scale, params)
+    recipe.norm.check(recipe.direction.base, params)
     recipe.backend, recipe.why = _choose_backend(recipe, params)
     return recipe
 
@@ -258,7 +283,16 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 def _check_together(recipe: Recipe, params: list[Tensor]) -> None:
     """Check settings of several stages against each other and against the parameters."""
-    norm, rounding, whole_group = recipe.norm, recipe.write.rounding, recipe.direction.whole_group
+    if recipe.sphere.runs() and recipe.whole_group:
+        raise ValueError('constraint="sphere" keeps the norm of each tensor: use a scope of "tensor"')
+    if recipe.sphere.runs() and recipe.decay.runs() and recipe.decay.decay in ("decoupled", "proximal", "cautious"):
+        raise ValueError(
+            'constraint="sphere" keeps the norm of every tensor, which weight decay would shrink: set weight_decay=0, '
+            'or use decay="lp", which makes small weights smaller'
+        )
+    if recipe.coupling.runs() and recipe.metric.runs():
+        raise ValueError('coupling follows c in the plain coordinates: set coupling=0 or metric="none"')
+    norm, rounding, whole_group = recipe.norm, recipe.round.rounding, recipe.whole_group
     if recipe.counted and recipe.momentum.runs():
         rule = recipe.momentum.momentum_rule
         if recipe.momentum.coefficients().first is not None:
@@ -283,8 +317,8 @@ def _check_together(recipe: Recipe, params: list[Tensor]) -> None:
     tensors = [name for name, value in numbers.items() if isinstance(value, Tensor)]
     if whole_group and tensors and len({p.device for p in params}) > 1:
         raise ValueError(
-            f'scope="group" over several devices takes numbers, but {", ".join(tensors)} is a tensor: give floats, or '
-            "a group for each device"
+            f'a scope of "group" over several devices takes numbers, but {", ".join(tensors)} is a tensor: give '
+            "floats, or a group for each device"
         )
     if not any_dtensor(params):
         return
@@ -293,11 +327,11 @@ def _check_together(recipe: Recipe, params: list[Tensor]) -> None:
         raise ValueError("differentiable=True steps unsharded tensors only, but some parameters are DTensors")
     if whole_group and len({layout.group for layout in layouts}) > 1:
         raise ValueError(
-            'scope="group" is over one process group, but some parameters are sharded over others: give each a param '
-            "group"
+            'a scope of "group" is over one process group, but some parameters are sharded over others: give each a '
+            "param group"
         )
-    ways = {comm_strategy(norm, recipe.direction.scale, layout) for layout in layouts}
-    if whole_group and not ways <= {"local", "sums"}:
+    ways = {comm_strategy(norm, recipe.direction.base, layout) for layout in layouts}
+    if recipe.direction.whole_group and not ways <= {"local", "sums"}:
         raise ValueError(
             f'scope="group" of DTensors needs a norm of partial sums, but {norm!r} needs whole tensors here: '
             'use scope="tensor"'

@@ -19,15 +19,23 @@ class Common(TypedDict, total=False):
     Attributes:
         maximize: maximize the objective: negate the gradient. Default False.
         agr: adaptive gradient regularization. Default False.
-        decay_p: p of decay="lp", p > 0 (p < 1 too), which acts on tensors of 2 or more dims. Default 1.
+        agr_scope: AGR's sums over each "tensor", as in the paper, or the param "group". Default "tensor".
+        decay_p: p of decay="lp" and "cautious-lp", p > 0 (p < 1 too), which act on tensors of 2 or more dims.
+            Default 1.
         bias_correction: divide the momentum ("ema", "lion") and the average of the metric by the sums of their
             weights. Default False.
         state_dtype: the momentum's dtype; None is the parameter's own. Default None.
+        difference_beta: β of Adan's average of gradient differences; 0 keeps none. Default 0.
         metric: the coordinates of the norm: "none" or "diagonal", P = diag(√v̂ + ε). Default "none".
         metric_beta: β of v ← βv + (1−β)g², the weight of the OLD state. Default 0.999.
         metric_eps: ε > 0 of P. Default 1e-08.
         metric_rule: v is the "average" of g², their "sum" (Adagrad) or the "max" of the averages (AMSGrad). Default
             "average".
+        row_beta: β of the average of the direction's squares by rows, of NorMuon; 0 keeps none. Default 0.
+        coupling: τ of Stacey's coupling to a second iterate; 0 keeps none. Default 0.
+        coupling_rate: α, the step size of Stacey's second iterate. Default 0.001.
+        constraint: "sphere" keeps the ℓ2 norm R that each tensor has at its first step: w ← R·N(w − ηrR·N(u)), N(x)
+            = x/‖x‖₂. Default "none".
         rounding: how 16-bit weights are rounded: "nearest" (a step below half a unit in the last place is lost),
             "stochastic" (bfloat16; right on average) or "kahan" (the rounding error is kept, in one more buffer).
             Default "nearest".
@@ -39,13 +47,19 @@ class Common(TypedDict, total=False):
 
     maximize: bool
     agr: bool
+    agr_scope: Literal["tensor", "group"]
     decay_p: float
     bias_correction: bool
     state_dtype: str | torch.dtype | None
+    difference_beta: float
     metric: Literal["none", "diagonal"]
     metric_beta: float
     metric_eps: float
     metric_rule: Literal["average", "sum", "max"]
+    row_beta: float
+    coupling: float
+    coupling_rate: float
+    constraint: Literal["none", "sphere"]
     rounding: Literal["nearest", "stochastic", "kahan"]
     foreach: bool | None
     fused: bool | None
@@ -57,11 +71,12 @@ class Settings(Common, total=False):
 
     Attributes:
         weight_decay: λ ≥ 0, a float or a one-element tensor. Default 0.
-        decay: "coupled", "decoupled", "lp", or your own; runs if λ ≠ 0. Default "decoupled".
+        decay: "coupled", "decoupled", "proximal", "inside", "lp", "cautious", "cautious-lp", or your own; runs if λ
+            ≠ 0. Default "decoupled".
     """
 
     weight_decay: float | Tensor
-    decay: Literal["coupled", "decoupled", "lp"] | str
+    decay: Literal["coupled", "decoupled", "proximal", "inside", "lp", "cautious", "cautious-lp"] | str
 
 
 class Arguments(Settings, total=False):
@@ -69,7 +84,7 @@ class Arguments(Settings, total=False):
 
     norm: str | Norm
     p: float | Tensor | None
-    scale: Literal["power", "dual", "unit", "matched"]
+    scale: Literal["power", "dual", "unit", "matched", "relative"]
     scope: Literal["tensor", "group"]
     eps: float
     radius: float

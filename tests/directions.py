@@ -20,7 +20,7 @@ def direction(
     """The direction u of c, and ‖u‖ and ‖c‖⋆ of each tensor; with layouts, of local shards."""
     stage = Direction(scale=scale, scope="group" if whole_group else "tensor", eps=eps)
     stage.map = norm
-    stages = [stage, Rescale()] if scale == "matched" and not norm.is_identity(scale) else [stage]
+    stages = [stage, Rescale(to="matched")] if scale == "matched" and not norm.is_identity(scale) else [stage]
     batch = cast(Any, SimpleNamespace(c=c, u=c, w=c, params=c, layouts=list(layouts), pair=None, phases=stages))
     if layouts:
         run_together([batch])

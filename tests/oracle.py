@@ -93,6 +93,20 @@ def agr(g: Array) -> Array:
     return out.reshape(g.shape)
 
 
+def scaled_to(x: Array, length: float) -> Array:
+    """x at an ℓ2 length; 0 stays 0."""
+    n = lp_norm(x, 2)
+    return x if n == 0 else (x * (length / n)).astype(np.float64)
+
+
+def polar(c: Array) -> Array:
+    """UVᵀ of c as a matrix, dim 0 × the rest; of a vector c/‖c‖₂."""
+    if c.ndim < 2:
+        return scaled_to(c, 1.0)
+    u, _, vt = np.linalg.svd(c.reshape(len(c), -1), full_matrices=False)
+    return (u @ vt).reshape(c.shape)
+
+
 def lp_decay_factor(w: Array, p: float, lr_decay: float) -> Array:
     """X/(X + pηλ) with X = |w|^(2−p), of arXiv 2404.10824; 1/(1 + pηλ|w|^(p−2)) for p ≥ 2."""
     k = p * lr_decay
@@ -129,7 +143,19 @@ class Rule:
     metric_beta: float = 0.999
     metric_eps: float = 1e-8
     metric_rule: str = "average"
+    agr_scope: str = "tensor"
+    difference_beta: float = 0.0
+    row_beta: float = 0.0
+    coupling: float = 0.0
+    coupling_rate: float = 1e-3
+    constraint: str = "none"
+    spectral: bool = False
     t: int = 0
+    d: list[Array] = field(default_factory=list)
+    before: list[Array] = field(default_factory=list)
+    rows: list[Array] = field(default_factory=list)
+    z: list[Array] = field(default_factory=list)
+    radii: list[float] = field(default_factory=list)
     v: list[Array] = field(default_factory=list)
     top: list[Array] = field(default_factory=list)
     c: list[Array] = field(default_factory=list)
@@ -140,27 +166,82 @@ class Rule:
         new_m: list[Array | None] = []
         self.c, seen = [], []
         self.t += 1
-        for w, g, m in zip(ws, gs, ms, strict=True):
-            x = -g if self.maximize else g
-            x = agr(x) if self.agr else x
+        for x, w, m in zip(self._regularized(gs), ws, ms, strict=True):
             x = x + lam * w if self.decay == "coupled" else x
             c, m2 = self._momentum(x, m, mu)
             self.c.append(c / self._weights() if self.bias_correction else c)
             seen.append(x)
             new_m.append(m2)
-        if self.metric == "none":
-            self.u = direction(self.c, self.p, self.scale, self.scope, self.eps)
+        if self.difference_beta:
+            seen = self._differences(seen)
+        base = "dual" if self.scale == "relative" else self.scale
+        if self.spectral:
+            self.u = [polar(c) for c in self.c]
+        elif self.metric == "none":
+            self.u = direction(self.c, self.p, base, self.scope, self.eps)
         else:
-            self.u = self._in_coordinates(seen)
+            self.u = self._in_coordinates(seen, base)
+        if self.row_beta:
+            self.u = self._rows(self.u)
+        if self.decay == "inside":
+            lengths = [float(lp_norm(u, 2)) for u in self.u]
+            self.u = [u + lam * w for u, w in zip(self.u, ws, strict=True)]
+            if self.scale == "matched":  # before the decay as long as P⁻¹c
+                self.u = [scaled_to(u, n) for u, n in zip(self.u, lengths, strict=True)]
+        if self.scale == "relative":
+            lengths = [float(lp_norm(w, 2)) or float(lp_norm(u, 2)) for w, u in zip(ws, self.u, strict=True)]
+            self.u = [scaled_to(u, n) for u, n in zip(self.u, lengths, strict=True)]
+        if self.constraint == "sphere":
+            self.radii = self.radii or [float(lp_norm(w, 2)) for w in ws]
+            self.u = [scaled_to(u, n) for u, n in zip(self.u, self.radii, strict=True)]
         new_w = []
-        for w, u in zip(ws, self.u, strict=True):
-            if self.decay == "decoupled" and lam:
-                new_w.append((1 - eta * lam) * w - eta * r * u)
-            elif self.decay == "lp" and lam and w.ndim >= 2:
-                new_w.append((w - eta * r * u) * lp_decay_factor(w, self.decay_p, eta * lam))
+        for i, (w, u) in enumerate(zip(ws, self.u, strict=True)):
+            k = 1 - self.coupling
+            kind = self.decay.removeprefix("cautious-")
+            aligned = np.sign(u) * np.sign(w) >= 0 if self.decay.startswith("cautious") else np.ones(w.shape, bool)
+            if kind in ("decoupled", "cautious") and lam:
+                after = (1 - eta * lam * aligned) * w - eta * r * k * u
+            elif kind == "proximal":
+                after = (w - eta * r * k * u) / (1 + eta * lam)
+            elif kind == "lp" and lam and w.ndim >= 2:
+                after = (w - eta * r * k * u) * np.where(aligned, lp_decay_factor(w, self.decay_p, eta * lam), 1)
             else:
-                new_w.append(w - eta * r * u)
+                after = w - eta * r * k * u
+            if self.coupling:
+                self.z = self.z or [x.copy() for x in ws]
+                self.z[i] = self.z[i] - self.coupling_rate * self.c[i]
+                after = after + self.coupling * (self.z[i] - w)
+            new_w.append(scaled_to(after, self.radii[i]) if self.constraint == "sphere" else after)
         return new_w, new_m
+
+    def _regularized(self, gs: list[Array]) -> list[Array]:
+        xs = [-g if self.maximize else g for g in gs]
+        if not self.agr:
+            return xs
+        if self.agr_scope == "tensor":
+            return [agr(x) for x in xs]
+        whole = agr(np.concatenate([x.ravel() for x in xs]))
+        ends = np.cumsum([x.size for x in xs])[:-1]
+        return [x.reshape(g.shape) for x, g in zip(np.split(whole, ends), gs, strict=True)]
+
+    def _differences(self, gs: list[Array]) -> list[Array]:
+        """Add β·d/(1−βᵗ) to c; return g + β(g − g_prev), which the metric sees. Adan, arXiv:2208.06677."""
+        beta = self.difference_beta
+        changes = [g - b for g, b in zip(gs, self.before or gs, strict=True)]
+        self.d = [beta * d + (1 - beta) * x for d, x in zip(self.d or [0 * g for g in gs], changes, strict=True)]
+        self.before = [g.copy() for g in gs]
+        share = 1 - beta**self.t if self.bias_correction else 1.0
+        self.c = [c + beta * d / share for c, d in zip(self.c, self.d, strict=True)]
+        return [g + beta * x for g, x in zip(gs, changes, strict=True)]
+
+    def _rows(self, us: list[Array]) -> list[Array]:
+        """NorMuon, arXiv:2510.05491: rows are those of a tensor's dim 0."""
+        flat = [u.reshape(len(u), -1) for u in us]
+        means = [(u**2).mean(1, keepdims=True) for u in flat]
+        beta = self.row_beta
+        self.rows = [beta * v + (1 - beta) * x for v, x in zip(self.rows or [0 * x for x in means], means, strict=True)]
+        out = [u / (np.sqrt(v) + 1e-8) for u, v in zip(flat, self.rows, strict=True)]
+        return [scaled_to(x, float(lp_norm(u, 2))).reshape(u.shape) for x, u in zip(out, us, strict=True)]
 
     def _weights(self) -> float:
         """The sum of the weights of gradients 1 … t in c, added up one by one."""
@@ -185,14 +266,14 @@ class Rule:
         share = sum((1 - beta) * beta**k for k in range(self.t)) if self.bias_correction else 1.0
         return [np.sqrt(x / share) + self.metric_eps for x in used]
 
-    def _in_coordinates(self, gs: list[Array]) -> list[Array]:
+    def _in_coordinates(self, gs: list[Array], scale: str) -> list[Array]:
         metric = self.metric_of(gs)
-        plain = "dual" if self.scale == "matched" else self.scale
+        plain = "dual" if scale == "matched" else scale
         white = [c / np.sqrt(x) for c, x in zip(self.c, metric, strict=True)]
         us = [
             u / np.sqrt(x) for u, x in zip(direction(white, self.p, plain, self.scope, self.eps), metric, strict=True)
         ]
-        if self.scale != "matched":
+        if scale != "matched":
             return us
         straight = [c / x for c, x in zip(self.c, metric, strict=True)]  # P⁻¹c
         return [u * float(rms(s) / rms(u) if u.any() else 1.0) for u, s in zip(us, straight, strict=True)]

@@ -98,7 +98,7 @@ def test_a_decay_with_a_kernel(backend: str) -> None:
     if backend == "fused":
         pytest.importorskip("numba")
 
-    @register_decay("proximal")
+    @register_decay("shrink")
     class Proximal(Rule):
         def update(self, batch: Batch, s: Decay) -> None:
             descend_(batch.w, batch.u, batch.step_size)
@@ -108,7 +108,7 @@ def test_a_decay_with_a_kernel(backend: str) -> None:
         def lower(self, lr: float | Tensor, s: Decay) -> Op:
             return factor(0.0, lr * s.weight_decay, inverse=True, wide=False)
 
-    w, gradients, found = steps(lr=0.1, momentum=0, weight_decay=0.5, decay="proximal", **BACKENDS[backend])
+    w, gradients, found = steps(lr=0.1, momentum=0, weight_decay=0.5, decay="shrink", **BACKENDS[backend])
     for g, after in zip(gradients, found, strict=True):
         w = [(a - 0.1 * b) / 1.05 for a, b in zip(w, g, strict=True)]
         for ours, theirs in zip(after, w, strict=True):

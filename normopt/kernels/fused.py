@@ -210,7 +210,7 @@ class FusedUpdate:
 
     def _check_states(self, recipe: Recipe, state: State, weights: list[Tensor], as_before: bool = False) -> bool:
         params = self._params
-        slots = [slot for slot in recipe.slots if slot.exists(params[0]) and not slot.is_scalar]
+        slots = [slot for slot in recipe.slots if slot.exists(params[0]) and slot.shape is None]
         self._states = {slot: self._states.get(slot) or Operand(slot.name) for slot in slots}
         # A state that belongs to these parameters alone, in their order: no need to hash them.
         in_order = as_before and len(state) == len(params) and all(map(is_, state, params))

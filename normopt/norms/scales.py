@@ -44,3 +44,11 @@ def rescale_to_norm(d: list[Tensor], target: Tensor, current: Tensor) -> tuple[l
     own = current[:, 0] * shifts
     u = torch._foreach_mul(safe_divide(d, own), unbind_like(lengths, d))
     return list(u), lengths / own.clamp_min(torch.finfo(own.dtype).tiny)
+
+
+def normalize_to(d: list[Tensor], lengths: Tensor, current: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Rescale each d to an ℓ2 length, shape [n], given its own ℓ2 scalars, shape [n, 3]; also return the factors."""
+    norms, safe, shifts = current.unbind(-1)
+    u = safe_divide(d, safe, shifts)
+    torch._foreach_mul_(u, unbind_like(lengths, d))
+    return u, lengths / norms.clamp_min(torch.finfo(norms.dtype).tiny)

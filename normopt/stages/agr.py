@@ -11,13 +11,14 @@ Like a norm, it is split into partials per piece of a tensor, their reduction, a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from normopt._checks import check_bool
 from normopt.norms.base import num_reals
-from normopt.stages.base import Batch, Op, Stage, register_stage, setting
+from normopt.stages.base import Batch, Op, Stage, one_of, register_stage, setting
 
 
 def agr(g: list[Tensor]) -> list[Tensor]:
@@ -111,9 +112,17 @@ class Regularization(Stage):
     place = "gradient"
 
     agr: bool = setting(False, check_bool, "adaptive gradient regularization")
+    agr_scope: Literal["tensor", "group"] = setting(
+        "tensor", one_of(("tensor", "group")), 'AGR\'s sums over each "tensor", as in the paper, or the param "group"'
+    )
 
     def runs(self) -> bool:
         return self.agr
+
+    @property
+    def whole_group(self) -> bool:
+        """True if all gradients of the group are regularized as one vector."""
+        return self.agr and self.agr_scope == "group"
 
     def measure(self, batch: Batch) -> Tensor | None:
         return measure(batch.g)
@@ -123,10 +132,13 @@ class Regularization(Stage):
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
         assert scalars is not None
-        batch.c = batch.g = apply(batch.g, scalars, [num_reals(p) for p in batch.params])
+        sizes = [num_reals(p) for p in batch.params]
+        if self.whole_group:
+            scalars, sizes = combine(scalars).expand(len(sizes), -1), [sum(sizes)] * len(sizes)
+        batch.c = batch.g = apply(batch.g, scalars, sizes)
 
     def lower(self) -> Op | str:
-        return Op({"agr": True})
+        return 'agr_scope="group" needs the sums of all tensors first' if self.whole_group else Op({"agr": True})
 
     def describe(self) -> str:
-        return "AGR"
+        return "AGR over the group" if self.whole_group else "AGR"

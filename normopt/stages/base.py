@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from normopt.recipe import Recipe
     from normopt.sharding.layout import Layout
 
-Place = Literal["gradient", "momentum", "coordinates", "direction", "length", "update", "weights", "none"]
-PLACES: tuple[Place, ...] = ("gradient", "momentum", "coordinates", "direction", "length", "update", "weights")
+Place = Literal["gradient", "momentum", "coordinates", "direction", "length", "update", "weights", "rounding", "none"]
+PLACES: tuple[Place, ...] = (
+    *("gradient", "momentum", "coordinates", "direction", "length", "update", "weights", "rounding"),
+)
 Check = Callable[[str, object], None]
 
 
@@ -73,13 +75,14 @@ class Slot(NamedTuple):
         dtype: its dtype by name; None is the parameter's own, and "compute" too, but for 16-bit parameters, of which it
             is float32.
         only_16_bit: whether only 16-bit parameters have it.
-        is_scalar: whether it is a number, 0-d, instead of a tensor like the parameter.
+        shape: its shape, a function of the parameter's; None (the default) is the parameter's own. A state with a
+            shape is a plain tensor, the same on all ranks.
     """
 
     name: str
     dtype: str | None = None
     only_16_bit: bool = False
-    is_scalar: bool = False
+    shape: Callable[[torch.Size], torch.Size] | None = None
 
     def exists(self, p: Tensor) -> bool:
         """Return whether a parameter has this state."""
@@ -89,14 +92,14 @@ class Slot(NamedTuple):
         """Return the dtype for a parameter; complex parameters have complex state of their own dtype."""
         if self.dtype == "compute":
             return torch.float32 if is_low_precision(p) else p.dtype
-        if self.dtype is None or (p.is_complex() and not self.is_scalar):
+        if self.dtype is None or (p.is_complex() and self.shape is None):
             return p.dtype
         return cast(torch.dtype, getattr(torch, self.dtype))
 
     @property
     def is_plain(self) -> bool:
-        """True if the state of 32- and 64-bit parameters has their dtype, or is a number."""
-        return self.is_scalar or self.dtype in (None, "compute")
+        """True if the state of 32- and 64-bit parameters has their dtype, or a shape of its own."""
+        return self.shape is not None or self.dtype in (None, "compute")
 
 
 class Op(NamedTuple):
@@ -120,8 +123,8 @@ class Stage:
     ``check`` and ``describe``.
 
     Attributes:
-        place: where it runs: "gradient", "momentum", "coordinates", "direction", "length", "update" or "weights";
-            within a place stages run in the order of their registration.
+        place: where it runs: "gradient", "momentum", "coordinates", "direction", "length", "update", "weights" (on the
+            updated weights) or "rounding"; within a place stages run in the order of their registration.
         state: the names of all slots that it may have.
         settings: its settings by name; `register_stage` sets it.
     """
@@ -267,12 +270,14 @@ class Batch:
         w: the same in the dtype of the arithmetic: float32 for 16-bit weights, else the weights themselves.
         old: w, where autograd records the step a copy: what a stage may keep after w is written.
         g: the gradient, which stages before the momentum replace.
+        s: the gradient as the metric sees it, None if that is g.
         c: what the norm is applied to: the momentum, or the gradient without one.
         owns_c: whether c is no other's memory, such as the gradient's, so that the direction may overwrite it.
         u: the update per unit of the learning rate.
         lr, weight_decay: as in the param group; a tensor is cast to the dtype and device of w.
         step_size: lr times the radius.
         root: the square root of the metric, or the metric itself where the direction is c.
+        pull: what a coupling adds to the updated weights.
         step: the number of the step of each parameter, as floats on CPU, else float64 [n]; None if it is not counted.
         pair: ``‖u‖`` and ``‖c‖⋆`` of each tensor, None where the step needs no norm.
         phases: the stages, or the kernels that replace them.
@@ -283,6 +288,8 @@ class Batch:
     step_size: Number
     phases: Sequence[Any]
     root: list[Tensor]
+    pull: list[Tensor]
+    s: list[Tensor] | None
     step: list[float] | Tensor | None
 
     def __init__(
@@ -321,17 +328,17 @@ class Batch:
             self.weights = [as_real(to_local(p)) for p in params]
             self.w = [to_compute_dtype(x) for x in self.weights]
             self.g = [as_real(gradient_of(p)).to(x.dtype) for p, x in zip(params, self.w, strict=True)]
-            write.widen(self)
+            self.recipe.round.widen(self)
         self.lr, self.weight_decay = like(write.lr, self.w), like(decay.weight_decay, self.w)
         self.step_size = self.lr if write.radius == 1 else self.lr * write.radius
         self.old = [x.clone() for x in self.w] if self.differentiable else self.w
         self.c = self.u = self.g
-        self.owns_c, self.step = False, None
+        self.owns_c, self.step, self.s = False, None, None
 
     def release(self) -> None:
         """Drop what the stages made, so that its memory is free before the next batch."""
-        self.weights = self.w = self.old = self.g = self.c = self.u = self.root = []
-        self._gradients, self._kept, self._states = None, {}, {}
+        self.weights = self.w = self.old = self.g = self.c = self.u = self.root = self.pull = []
+        self._gradients, self._kept, self._states, self.s = None, {}, {}, None
 
     def state_in_place(self, name: str) -> list[Tensor] | None:
         """Return a slot's tensors, to be updated in place; None unless all are there in the dtype of the arithmetic."""
@@ -340,14 +347,14 @@ class Batch:
     def read(self, slot: Slot) -> list[Tensor | None]:
         """Return a slot's tensors, local and real, in the dtype of the arithmetic; None where there is none yet.
 
-        A scalar slot's are as they are stored.
+        Those with a shape of their own are as they are stored.
         """
         if slot.name in self._states:
             return list(self._states[slot.name])
         stored = [self.state[p].get(slot.name) if slot.exists(p) else None for p in self.params]
         kept = [None if x is None else as_real(to_local(x)) for x in stored]
         self._kept[slot.name] = kept
-        if slot.is_scalar:
+        if slot.shape is not None:
             return kept
         found = [None if x is None else x.to(w.dtype) for x, w in zip(kept, self.w, strict=True)]
         return [None if x is None else x.clone() for x in found] if self.differentiable else found
@@ -367,8 +374,8 @@ class Batch:
                 continue
             dtype = slot.dtype_of(p)
             if kept is None or self.differentiable or self.state[p][slot.name].dtype != dtype:  # p's may have changed
-                x = (torch.view_as_complex(x) if p.is_complex() and not slot.is_scalar else x).to(dtype)
-                self.state[p][slot.name] = x if slot.is_scalar else to_dtensor_like(x, p)
+                x = (torch.view_as_complex(x) if p.is_complex() and slot.shape is None else x).to(dtype)
+                self.state[p][slot.name] = to_dtensor_like(x, p) if slot.shape is None else x
             elif kept is not x:
                 kept.copy_(x)
 

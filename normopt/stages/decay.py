@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ class Rule:
     Attributes:
         name: how ``backend()`` calls it.
         before_momentum: whether it changes the gradient, by ``in_gradient``, and not the update.
+        in_direction: whether λw is added to the direction, before that is rescaled, and the update is plain.
         reads_p: whether it depends on ``decay_p``.
     """
 
     name: str = ""
     before_momentum: ClassVar[bool] = False
+    in_direction: ClassVar[bool] = False
     reads_p: ClassVar[bool] = False
 
     def in_gradient(self, batch: Batch, s: Decay) -> None:
@@ -98,6 +100,25 @@ class Decoupled(Rule):
         return Op({"scales_weight": True}, {"weight_factor": 1 - lr * wide(s.weight_decay)})
 
 
+@register_decay("proximal")
+class Proximal(Rule):
+    """``w ← (w − ηru)/(1 + ηλ)``. Source: Adan, arXiv:2208.06677."""
+
+    def update(self, batch: Batch, s: Decay) -> None:
+        descend_(batch.w, batch.u, batch.step_size)
+        torch._foreach_div_(batch.w, 1 + batch.lr * batch.weight_decay)
+
+    def lower(self, lr: Number, s: Decay) -> Op | str:
+        return factor(0.0, lr * wide(s.weight_decay), True, False)
+
+
+@register_decay("inside")
+class Inside(Rule):
+    """``u ← u + λw``, before u is rescaled. Source: LAMB, arXiv:1904.00962."""
+
+    in_direction = True
+
+
 @register_decay("lp")
 class LpDecay(Rule):
     """``w ← (w − ηru)·X/(X + pηλ)`` with X = |w|^(2−p), on tensors of 2 or more dims; see `lp_factors`."""
@@ -106,12 +127,41 @@ class LpDecay(Rule):
 
     def update(self, batch: Batch, s: Decay) -> None:
         wide = [i for i, p in enumerate(batch.params) if p.dim() >= 2]
-        factors = lp_factors([batch.old[i] for i in wide], s.decay_p, batch.lr * batch.weight_decay)
+        factors = self.factors([batch.old[i] for i in wide], [batch.u[i] for i in wide], batch, s)
         descend_(batch.w, batch.u, batch.step_size)
         scale_([batch.w[i] for i in wide], factors)
 
+    def factors(self, w: list[Tensor], u: list[Tensor], batch: Batch, s: Decay) -> list[Tensor]:
+        """Return the factors of the updated weights, given the old weights and their directions."""
+        return lp_factors(w, s.decay_p, batch.lr * batch.weight_decay)
+
     def lower(self, lr: Number, s: Decay) -> Op | str:
         return factor(abs(2 - s.decay_p), s.decay_p * lr * wide(s.weight_decay), s.decay_p >= 2, True)
+
+
+@register_decay("cautious")
+class Cautious(Rule):
+    """``w ← w − η(ru + λ·1[u·w ≥ 0]·w)``: only weights that the step does not enlarge. Source: arXiv:2510.12402."""
+
+    def update(self, batch: Batch, s: Decay) -> None:
+        kept = 1 - batch.lr * batch.weight_decay
+        factors = where_aligned(batch.u, batch.old, [x.new_ones(()) * kept for x in batch.w])
+        scale_(batch.w, factors)
+        descend_(batch.w, batch.u, batch.step_size)
+
+    def lower(self, lr: Number, s: Decay) -> Op | str:
+        return "cautious decay has no kernel"
+
+
+@register_decay("cautious-lp")
+class CautiousLp(LpDecay):
+    """``w ← (w − ηru)·F`` with F of ℓp decay where u·w ≥ 0, else 1. Source: arXiv:2404.10824 and 2510.12402; ours."""
+
+    def factors(self, w: list[Tensor], u: list[Tensor], batch: Batch, s: Decay) -> list[Tensor]:
+        return where_aligned(u, w, super().factors(w, u, batch, s))
+
+    def lower(self, lr: Number, s: Decay) -> Op | str:
+        return "cautious decay has no kernel"
 
 
 @register_stage
@@ -124,13 +174,15 @@ class Decay(Stage):
     weight_decay: float | Tensor = setting(
         0.0, number(low=0, open_high=True, tensor=True), "λ ≥ 0, a float or a one-element tensor"
     )
-    decay: Literal["coupled", "decoupled", "lp"] | str = setting(
-        "decoupled", one_of(RULES), '"coupled", "decoupled", "lp", or your own; runs if λ ≠ 0'
+    decay: Literal["coupled", "decoupled", "proximal", "inside", "lp", "cautious", "cautious-lp"] | str = setting(
+        "decoupled",
+        one_of(RULES),
+        '"coupled", "decoupled", "proximal", "inside", "lp", "cautious", "cautious-lp", or your own; runs if λ ≠ 0',
     )
     decay_p: float = setting(
         1.0,
         number(low=0, open_low=True, open_high=True),
-        'p of decay="lp", p > 0 (p < 1 too), which acts on tensors of 2 or more dims',
+        'p of decay="lp" and "cautious-lp", p > 0 (p < 1 too), which act on tensors of 2 or more dims',
     )
 
     def runs(self) -> bool:
@@ -165,8 +217,30 @@ class Decay(Stage):
         return f"{self.rule.name} decay λ = {strength}" + (f", p = {self.decay_p:g}" if self.rule.reads_p else "")
 
 
+@register_stage
+@dataclass
+class DecayInside(Stage):
+    """The decay kinds that act on the direction: ``u ← u + λw``."""
+
+    place = "length"
+
+    decay: Decay = field(default=cast(Any, None), init=False)  # which the recipe sets
+
+    def runs(self) -> bool:
+        return self.decay.rule.in_direction
+
+    def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+        batch.u = coupled(batch.u, batch.old, batch.weight_decay)
+
+    def lower(self) -> Op | str:
+        return 'decay="inside" has no kernel'
+
+    def describe(self) -> str:
+        return self.decay.words()
+
+
 def coupled(g: list[Tensor], w: list[Tensor], weight_decay: Number) -> list[Tensor]:
-    """Return ``g + λw``, the gradient before momentum."""
+    """Return ``g + λw``."""
     if isinstance(weight_decay, Tensor):
         decayed = zip(torch._foreach_mul(w, weight_decay), g, strict=True)
         return list(torch._foreach_add(g, [x.to(y.dtype) for x, y in decayed]))  # 0-d tensors may have been promoted
@@ -179,6 +253,11 @@ def descend_(w: list[Tensor], u: list[Tensor], step_size: Number) -> None:
         torch._foreach_sub_(w, torch._foreach_mul(u, step_size))
     else:
         torch._foreach_add_(w, u, alpha=-step_size)
+
+
+def where_aligned(u: list[Tensor], w: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
+    """Return the factors where u·w ≥ 0, else 1; by signs, because the product may underflow."""
+    return [torch.where(x.sign() * y.sign() < 0, 1, f) for x, y, f in zip(u, w, factors, strict=True)]
 
 
 def scale_(w: list[Tensor], factors: list[Tensor]) -> None:

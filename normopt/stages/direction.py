@@ -16,12 +16,13 @@ from normopt.norms import registry
 from normopt.norms.base import Norm, Scale
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import MatrixNorm
-from normopt.norms.scales import NormPair, rescale_to_norm, unit_pair
+from normopt.norms.scales import NormPair, normalize_to, rescale_to_norm, unit_pair
 from normopt.sharding.layout import Layout
 from normopt.sharding.matrices import map_full_tensors
 from normopt.stages.base import Batch, Op, Stage, number, one_of, register_stage, setting
+from normopt.stages.constraint import radii_of
 
-SCALES = ("power", "dual", "unit", "matched")
+SCALES = ("power", "dual", "unit", "matched", "relative")
 CommStrategy = Literal["local", "sums", "rows", "whole"]
 
 
@@ -65,6 +66,7 @@ class Direction(Stage):
         dual      u = ‖c‖⋆ · D(c)
         power     u = ‖c‖⋆^κ · D(c), κ = 1/(p−1): elementwise for ℓp
         matched   u = D(c) · RMS(c)/RMS(D(c)), per tensor: SGD's step length, another direction
+        relative  u = D(c) · ‖w‖₂/‖D(c)‖₂, per tensor: as long as the weights; where w = 0, as under "dual"
 
     With scope="group", ‖·‖⋆ and D are those of all tensors of the group as one vector. u may be c itself.
     """
@@ -82,11 +84,11 @@ class Direction(Stage):
         number(tensor=True),
         "the norm's order, for norms that have one; 1 ≤ p ≤ ∞, a float or a one-element tensor",
     )
-    scale: Literal["power", "dual", "unit", "matched"] = setting(
+    scale: Literal["power", "dual", "unit", "matched", "relative"] = setting(
         "dual",
         one_of(SCALES),
-        '"power" (the un-normalised power map; needs p > 1), "dual" (true steepest descent), "unit" (the LMO step) or '
-        '"matched" (SGD\'s step length at every p)',
+        '"power" (the un-normalised power map; needs p > 1), "dual" (true steepest descent), "unit" (the LMO step), '
+        '"matched" (SGD\'s step length at every p) or "relative" (the length of the weights)',
     )
     scope: Literal["tensor", "group"] = setting(
         "tensor", one_of(("tensor", "group")), 'the norm over each "tensor", or over the param "group" as one vector'
@@ -94,6 +96,11 @@ class Direction(Stage):
     eps: float = setting(0.0, _check_eps, 'ε of scale="power", ``c·(|c| + ε)^(−ρ)``; 0 is exact at p = 2 and ∞')
     map: Norm = field(default=cast(Any, None), init=False)  # the norm with its fields, which the recipe sets
     sees_c_alone: bool = field(default=False, init=False)  # no stage but the momentum does; likewise
+
+    @property
+    def base(self) -> Scale:
+        """The scale of the norm's own map, before the direction is rescaled."""
+        return "dual" if self.scale == "relative" else self.scale
 
     @property
     def whole_group(self) -> bool:
@@ -113,7 +120,7 @@ class Direction(Stage):
             raise ValueError(f"eps = {self.eps} has no meaning for {norm!r}: set eps=0")
         if self.whole_group and not norm.spans_groups:
             raise ValueError(f'{norm!r} does not support scope="group": use scope="tensor"')
-        if self.whole_group and scale in ("power", "matched"):
+        if self.whole_group and scale not in ("dual", "unit"):
             raise ValueError(
                 f'scope="group" needs scale="dual" or "unit", not "{scale}", which uses no norm over the group: '
                 'use scope="tensor"'
@@ -144,9 +151,9 @@ class Direction(Stage):
         norm, way = self.map, self._strategy(batch)
         if isinstance(self.p, Tensor):
             norm = norm.on(batch.w[0].device)
-        if norm.is_identity(self.scale):
+        if norm.is_identity(self.base):
             batch.u = batch.c
-        elif (self.scale == "power" and way == "local") or norm.needs(self.scale) == "none":
+        elif (self.scale == "power" and way == "local") or norm.needs(self.base) == "none":
             may_overwrite = self.sees_c_alone and batch.owns_c
             batch.u = norm.power_(batch.c, self.eps) if may_overwrite else norm.power(batch.c, self.eps)
         else:
@@ -154,7 +161,7 @@ class Direction(Stage):
 
     def _map(self, batch: Batch, norm: Norm, way: CommStrategy, scalars: Tensor | None) -> None:
         """Compute directions that need more than their own entries."""
-        scale, c = self.scale, batch.c
+        scale, c = self.base, batch.c
         kappa = cast(Number, norm.power_exponent) if scale == "power" else 1 if scale == "dual" else 0
 
         def mapped(x: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -176,7 +183,7 @@ class Direction(Stage):
     def _strategy(self, batch: Batch) -> CommStrategy:
         if not batch.layouts:
             return "local"
-        ways = (comm_strategy(self.map, self.scale, lay) for lay in batch.layouts)
+        ways = (comm_strategy(self.map, self.base, lay) for lay in batch.layouts)
         return next((way for way in ways if way != "local"), "local")
 
     def _begins(self, batch: Batch) -> list[int]:
@@ -184,7 +191,7 @@ class Direction(Stage):
         return [0 if lay is None else lay.rank * len(batch.c) for lay in batch.layouts]
 
     def lower(self) -> Op | str:
-        norm, scale = self.map, self.scale
+        norm, scale = self.map, self.base
         if not isinstance(norm, Lp):
             return f"{norm!r} does not work entry by entry"
         if equals(norm.p, 1):
@@ -214,17 +221,24 @@ class Direction(Stage):
 @register_stage
 @dataclass
 class Rescale(Stage):
-    """The last part of scale="matched": ``u ← u·‖c‖₂/‖u‖₂``, 0 where u is 0; lengths over all shards of a tensor."""
+    """``u ← u·L/‖u‖₂`` for each whole tensor, 0 where u is 0.
+
+    ::
+
+        scale "matched"         L = ‖c‖₂
+        scale "relative"        L = ‖w‖₂, and ‖u‖₂ where that is 0. Source: LARS and LAMB, arXiv:1904.00962
+        constraint "sphere"     L = R
+    """
 
     place = "length"
 
-    matched: bool = False  # not a setting
+    to: Literal["", "matched", "relative", "sphere"] = ""  # not a setting
 
     def runs(self) -> bool:
-        return self.matched
+        return self.to != ""
 
     def measure(self, batch: Batch) -> Tensor | None:
-        sums = Lp(2.0).measure([*batch.c, *batch.u])
+        sums = Lp(2.0).measure([*(batch.c if self.to == "matched" else batch.old), *batch.u])
         return torch.cat(sums.tensor_split(2), 1)
 
     def combine(self, partials: Tensor) -> Tensor:
@@ -232,12 +246,19 @@ class Rescale(Stage):
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
         assert scalars is not None
-        batch.u, factors = rescale_to_norm(batch.u, *scalars.tensor_split(2, -1))
+        target, own = scalars.tensor_split(2, -1)
+        if self.to == "matched":
+            batch.u, factors = rescale_to_norm(batch.u, target, own)
+        else:
+            lengths = torch.where(target[:, 0] == 0, own[:, 0], target[:, 0])
+            if self.to == "sphere":
+                lengths = radii_of(batch, lengths)
+            batch.u, factors = normalize_to(batch.u, lengths, own)
         if batch.pair is not None:
-            batch.pair = NormPair(factors.to(batch.pair.dual), batch.pair.dual)
+            batch.pair = NormPair(factors.to(batch.pair.dual) * batch.pair.update, batch.pair.dual)
 
     def lower(self) -> Op | str:
-        return Op({"matched": True})
+        return Op({"matched": True}) if self.to == "matched" else "lengths of the weights have no kernel"
 
     def describe(self) -> str:
         return ""

@@ -60,7 +60,7 @@ class Metric(Stage):
         if batch.step is not None:
             torch._foreach_div_(root, batch.of_steps(lambda t: self.weight(t) ** 0.5, root))
         torch._foreach_add_(root, self.metric_eps)
-        if not self.direction.map.is_identity(self.direction.scale):
+        if not self.direction.map.is_identity(self.direction.base):
             torch._foreach_sqrt_(root)
             batch.c = list(torch._foreach_div(batch.c, root))
         batch.root = root
@@ -79,7 +79,8 @@ class Metric(Stage):
         keep, take = self.coefficients()
         if keep != 1:
             torch._foreach_mul_(v, keep)
-        torch._foreach_addcmul_(v, batch.g, batch.g, take)
+        s = batch.g if batch.s is None else batch.s
+        torch._foreach_addcmul_(v, s, s, take)
         batch.store(SQUARES, v)
         if self.metric_rule == "max":
             largest = batch.read_or_zeros(LARGEST)
@@ -96,7 +97,7 @@ class Metric(Stage):
         return f"metric diag(√v + {self.metric_eps:g}), v the {self.metric_rule} of g²{beta}"
 
     def lower(self) -> Op | str:
-        norm, scale = self.direction.map, self.direction.scale
+        norm, scale = self.direction.map, self.direction.base
         if self.metric_rule == "max":
             return 'metric_rule="max" has no kernel: it keeps one more buffer'
         straight = norm.is_identity(scale)
@@ -120,9 +121,10 @@ class Unwhiten(Stage):
         return self.metric.runs()
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
-        if self.metric.direction.scale == "matched" and batch.u is not batch.c:
-            batch.c = list(torch._foreach_div(batch.c, batch.root))
+        straight = batch.u is batch.c
         batch.u = list(torch._foreach_div(batch.u, batch.root))
+        if self.metric.direction.scale == "matched":
+            batch.c = batch.u if straight else list(torch._foreach_div(batch.c, batch.root))
 
     def lower(self) -> Op | str:
         return Op()

@@ -92,7 +92,12 @@ def lion(s: Momentum) -> Coefficients:
     return Coefficients(s.beta2, 1 - s.beta2, d=s.momentum, e=1 - s.momentum, f=0.0, averages=True)
 
 
-STEP = Slot("step", "float32", is_scalar=True)
+def scalar(_: torch.Size) -> torch.Size:
+    """Return the shape of a number: 0-d."""
+    return torch.Size()
+
+
+STEP = Slot("step", "float32", shape=scalar)
 
 
 @register_stage
@@ -245,6 +250,62 @@ class Momentum(Stage):
         more += ["Nesterov"] if self.nesterov else []
         more += [f"in {self.state_dtype}"] if self.state_dtype else []
         return f"{self.momentum_rule} momentum {self.momentum:g}" + (f" ({', '.join(more)})" if more else "")
+
+
+DIFFERENCE, PREVIOUS = Slot("exp_avg_diff", "compute"), Slot("previous_grad", "compute")
+
+
+@register_stage
+@dataclass
+class Difference(Stage):
+    """Adan's gradient differences, with any momentum: g is after AGR and coupled decay, and the first difference is 0.
+
+    ::
+
+        d ← βd + (1−β)(g − g_prev),  c ← c + β·d/(1−βᵗ)      β = difference_beta; /(1−βᵗ) under bias_correction
+        the metric sees g + β(g − g_prev)
+
+    Source: Xie et al., "Adan", arXiv:2208.06677, whose β₂ is 1 − β.
+    """
+
+    place = "momentum"
+    state = (DIFFERENCE.name, PREVIOUS.name)
+
+    difference_beta: float = setting(
+        0.0, number(low=0, high=1, open_high=True), "β of Adan's average of gradient differences; 0 keeps none"
+    )
+
+    def runs(self) -> bool:
+        return self.difference_beta != 0
+
+    def slots(self) -> tuple[Slot, ...]:
+        return (DIFFERENCE, PREVIOUS) if self.runs() else ()
+
+    def weight(self, t: Any) -> Any:
+        """Return the sum of the weights in d, at step t = 1, 2, …"""
+        return 1 - self.difference_beta**t
+
+    def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+        g, beta = batch.g, self.difference_beta
+        differences = [
+            torch.zeros_like(x) if y is None else x - y for x, y in zip(g, batch.read(PREVIOUS), strict=True)
+        ]
+        d = batch.read_or_zeros(DIFFERENCE)
+        torch._foreach_lerp_(d, differences, 1 - beta)
+        batch.store(DIFFERENCE, d)
+        batch.store(PREVIOUS, [x.clone() for x in g])
+        batch.s = list(torch._foreach_add(g, differences, alpha=beta))
+        added = d if batch.step is None else torch._foreach_div(d, batch.of_steps(self.weight, d))
+        batch.c, batch.owns_c = list(torch._foreach_add(batch.c, added, alpha=beta)), True
+
+    def structure(self) -> object:
+        return self.runs()
+
+    def describe(self) -> str:
+        return f"differences of gradients, β = {self.difference_beta:g}"
+
+    def lower(self) -> Op | str:
+        return "differences of gradients have no kernel"
 
 
 def step_(k: Coefficients, m: list[Tensor], g: list[Tensor], a: Number | None = None) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The last stage: the update itself, and rounding of its result to lower-precision weights."""
+"""The last stages: the update itself, and rounding of its result to lower-precision weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ COMPENSATION = Slot("kahan_compensation", only_16_bit=True)
 @register_stage
 @dataclass
 class Write(Stage):
-    """``w ← w − ηru`` with the weight decay's change, rounded to the weights' dtype."""
+    """``w ← w − ηru`` with the weight decay's change, in the dtype of the arithmetic."""
 
     place = "update"
-    state = (COMPENSATION.name,)
 
     lr: float | Tensor = setting(
         1e-3,
@@ -35,13 +34,45 @@ class Write(Stage):
         number(low=0, open_low=True, open_high=True),
         "r > 0, the radius of the norm's ball: it multiplies the step, and not the decay",
     )
+    decaying: Decay = field(default=cast(Any, None), init=False)  # the weight decay, which the recipe sets
+
+    def apply(self, batch: Batch, scalars: Tensor | None) -> None:
+        self.decaying.rule.update(batch, self.decaying)
+
+    def lower(self) -> Op | str:
+        lr, decay = wide(self.lr), Op()
+        if self._updates_with_decay():
+            lowered = self.decaying.rule.lower(lr, self.decaying)
+            if isinstance(lowered, str):
+                return lowered
+            decay = lowered
+        return Op(decay.flags, {"step_size": lr * self.radius, **decay.numbers})
+
+    def structure(self) -> object:
+        return isinstance(self.lr, Tensor)
+
+    def describe(self) -> str:
+        return f"{self.decaying.words()} → write" if self._updates_with_decay() else "write"
+
+    def _updates_with_decay(self) -> bool:
+        rule = self.decaying.rule
+        return self.decaying.runs() and not rule.before_momentum and not rule.in_direction
+
+
+@register_stage
+@dataclass
+class Round(Stage):
+    """Round the result to the weights' dtype."""
+
+    place = "rounding"
+    state = (COMPENSATION.name,)
+
     rounding: Literal["nearest", "stochastic", "kahan"] = setting(
         "nearest",
         one_of(ROUNDINGS),
         'how 16-bit weights are rounded: "nearest" (a step below half a unit in the last place is lost), "stochastic" '
         '(bfloat16; right on average) or "kahan" (the rounding error is kept, in one more buffer)',
     )
-    decaying: Decay = field(default=cast(Any, None), init=False)  # the weight decay, which the recipe sets
 
     def slots(self) -> tuple[Slot, ...]:
         return (COMPENSATION,) if self.rounding == "kahan" else ()
@@ -55,7 +86,6 @@ class Write(Stage):
                     x.add_(e)
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
-        self.decaying.rule.update(batch, self.decaying)
         if batch.w is batch.weights:
             return
         if self.rounding == "stochastic":
@@ -66,25 +96,10 @@ class Write(Stage):
             nearest_(batch.weights, batch.w)
 
     def lower(self) -> Op | str:
-        lr, decay = wide(self.lr), Op()
-        if self._updates_with_decay():
-            lowered = self.decaying.rule.lower(lr, self.decaying)
-            if isinstance(lowered, str):
-                return lowered
-            decay = lowered
-        flags = {"rounding": ROUNDINGS[self.rounding], **decay.flags}
-        return Op(flags, {"step_size": lr * self.radius, **decay.numbers})
-
-    def structure(self) -> object:
-        return self.rounding, isinstance(self.lr, Tensor)
+        return Op({"rounding": ROUNDINGS[self.rounding]})
 
     def describe(self) -> str:
-        decay = f"{self.decaying.words()} → " if self._updates_with_decay() else ""
-        rounding = f" ({self.rounding})" if self.rounding != "nearest" else ""
-        return f"{decay}write{rounding}"
-
-    def _updates_with_decay(self) -> bool:
-        return self.decaying.runs() and not self.decaying.rule.before_momentum
+        return f"{self.rounding} rounding" if self.rounding != "nearest" else ""
 
 
 def nearest_(weights: list[Tensor], w: list[Tensor]) -> None:

@@ -93,7 +93,7 @@ class Stepped:
             self.momenta = [self.placed(torch.zeros(w.shape), self.state) for w in self.weights]
         if ms is not None and ms[0] is not None:
             self.momenta, fresh = [self.placed(m, self.state) for m in ms], [False] * len(gs)
-        if recipe.write.rounding == "kahan" and self.lost is None:
+        if recipe.round.rounding == "kahan" and self.lost is None:
             self.lost = [torch.zeros_like(w) for w in self.weights]
         gs = self.kept["gradients"] = [
             self.placed(g, self.gradient) for g in gs
