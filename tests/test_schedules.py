@@ -146,6 +146,87 @@ def test_ends_that_have_no_exponent():
     assert visited(CosineP, 2, p=2.0, total_steps=3, p_end=2.0) == [2.0, 2.0]
 
 
+def test_gsgd_raises_the_exponent_in_equal_steps():
+    """Yuan, Liu and Nie: |g|^e with e from 0 (signSGD) to 1 (SGD) over the iterations."""
+    w = torch.nn.Parameter(torch.zeros(2))
+    opt = normopt.LPSGD([w], lr=1.0, p=math.inf)
+    sched = LinearP(opt, total_steps=5, space="exponent")
+    for e in (0.0, 0.25, 0.5, 0.75, 1.0, 1.0):
+        w.data.zero_()
+        w.grad = torch.tensor([0.01, -4.0])
+        opt.step()
+        torch.testing.assert_close(-w.detach(), w.grad.sign() * w.grad.abs() ** e)
+        sched.step()
+
+
+# (optimizer, setting, end): each number of a group, in a rule that reads it.
+NUMBERS = [
+    (lambda ps: normopt.Freon(ps, c=0.375), "norm_exponent", -0.25),  # DynMuon's
+    (lambda ps: normopt.Muon(ps, method="svd", weight_decay=0.1), "momentum", 0.5),
+    (lambda ps: normopt.Lion(ps, weight_decay=0.1), "weight_decay", 0.0),
+    (lambda ps: normopt.Lion(ps), "beta2", 0.9),
+    (lambda ps: normopt.Scion(ps, method="svd"), "radius", 1.0),
+    (lambda ps: normopt.SteepestDescent(ps, metric="diagonal", metric_beta=0.9), "metric_beta", 0.99),
+    (lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9), "momentum", 0.0),
+]
+
+
+@pytest.mark.parametrize(("make", "setting", "end"), NUMBERS)
+def test_another_number_is_moved_and_saved_as_p_is(make, setting, end):
+    def run(steps, resumed=False):
+        torch.manual_seed(0)
+        w = torch.nn.Parameter(torch.randn(4, 3))
+        opt = make([w])
+        start = opt.param_groups[0][setting]
+        sched = LinearP(opt, total_steps=5, setting=setting, end=end)
+        values = []
+        for i in range(steps):
+            if resumed and i == 2:
+                saved, state = sched.state_dict(), opt.state_dict()
+                opt = make([w])
+                sched = LinearP(opt, total_steps=9, setting=setting, end=end)
+                opt.load_state_dict(state)
+                sched.load_state_dict(saved)
+            values.append(opt.param_groups[0][setting])
+            w.grad = torch.randn(4, 3)
+            opt.step()
+            sched.step()
+        assert values == pytest.approx([start + (end - start) * min(i, 4) / 4 for i in range(steps)], abs=1e-12)
+        assert values[0] == start
+        assert values[4:] == [end] * len(values[4:])
+        return w.detach()
+
+    assert torch.equal(run(6), run(6, resumed=True))
+
+
+def test_a_moved_number_is_the_one_that_the_step_uses():
+    w, w2 = (torch.nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(0))) for _ in range(2))
+    w.grad = w2.grad = torch.randn(4, 3)
+    opt = normopt.Freon([w], c=0.375, momentum=0.0)
+    PiecewiseP(opt, [1], [-0.25], setting="norm_exponent").step()
+    opt.step()
+    normopt.Freon([w2], c=0.625, momentum=0.0).step()
+    assert torch.equal(w, w2)
+
+
+def test_groups_that_lack_the_setting_are_passed_over():
+    a, b = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    opt = normopt.Freon([{"params": [a]}, {"params": [b], "norm_exponent": None}], c=0.375)
+    sched = CosineP(opt, total_steps=2, setting="norm_exponent", end=-0.25)
+    sched.step()
+    assert sched.get_last_p() == [-0.25, None]
+    assert opt.param_groups[1]["norm_exponent"] is None  # Muon's direction still
+    wrong = {**sched.state_dict(), "base_ps": [0.25, 0.25]}
+    with pytest.raises(ValueError, match="no norm_exponent here and a norm_exponent in this state"):
+        sched.load_state_dict(wrong)
+    # Each group goes from its own value, also where that is a tensor.
+    opt = normopt.SGD([{"params": [a], "weight_decay": torch.tensor(0.4)}, {"params": [b]}], weight_decay=0.2)
+    held = opt.param_groups[0]["weight_decay"]
+    LinearP(opt, total_steps=3, setting="weight_decay", end=0.0).step()
+    assert opt.param_groups[0]["weight_decay"] is held
+    assert [float(group["weight_decay"]) for group in opt.param_groups] == pytest.approx([0.2, 0.1])
+
+
 def test_step_never_changes_p():
     opt = optimizer()
     for p in opt.param_groups[0]["params"]:
@@ -169,11 +250,32 @@ def test_step_never_changes_p():
         (lambda: PiecewiseP(optimizer(), [3], [4, 2]), ValueError, "as many values"),
         (lambda: PiecewiseP(optimizer(), [3], [0.2]), ValueError, "value"),
         (lambda: PiecewiseP(optimizer(), ["3"], [2]), TypeError, "integers"),
+        (lambda: of("momentun", 0.5), ValueError, "no param group .* did you mean 'momentum'"),
+        (lambda: of("norm_exponent", 0.5), ValueError, "initial value"),
+        (lambda: of("norm", 0.5), TypeError, "norm of group 0 must be a number .* but is 'lp'"),
+        (lambda: of("nesterov", 0.5), TypeError, "nesterov of group 0 must be a number"),
+        (lambda: of("momentum", 1.5), ValueError, "momentum must be in"),
+        (lambda: of("momentum", None), ValueError, "takes its final value as end"),
+        (lambda: of("momentum", 0.5, p_end=3.0), ValueError, "neither p_end nor space"),
+        (lambda: of("momentum", math.inf), ValueError, "end must be in"),
+        (lambda: of("p", 3.0), ValueError, "use p_end"),
+        (lambda: PiecewiseP(optimizer(), [3], [1.5], setting="momentum"), ValueError, "momentum must be in"),
+        (lambda: of("norm_steps", 3, opt=muon()), TypeError, "steps must be an integer"),
+        (lambda: of("momentum", 0.5, opt=normopt.SignSGD(muon().param_groups[0]["params"])), ValueError, "fixes"),
+        (lambda: of("norm_exponent", -1.5, opt=normopt.Freon(muon().param_groups[0]["params"])), ValueError, "above"),
     ],
 )
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def of(setting, end, opt=None, **kwargs):
+    return LinearP(optimizer() if opt is None else opt, total_steps=3, setting=setting, end=end, **kwargs)
+
+
+def muon():
+    return normopt.Muon([torch.nn.Parameter(torch.ones(2, 2))])
 
 
 def test_a_refused_schedule_changes_nothing():

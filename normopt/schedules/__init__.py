@@ -1,4 +1,4 @@
-"""Schedules of p, the norm's order, over training. The interface follows torch's LR schedulers."""
+"""Schedules of p, the norm's order, or of another setting, over training, with the interface of torch's schedulers."""
 
 from normopt.schedules.adaptive import AdaptiveP
 from normopt.schedules.base import PSchedule

@@ -1,4 +1,4 @@
-"""Base class of schedules of p: where p is stored, when it changes, how it is saved."""
+"""Base class of schedules of p and other settings: where the value is stored, when it changes, how it is saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt._checks import check_number
+from normopt._checks import check_number, near
 
 
 class PSchedule(ABC):
@@ -20,10 +20,14 @@ class PSchedule(ABC):
     value. p is stored in the param group (``group["p"]``), where it is visible and saved with the optimizer.
     Groups whose norm has no p are skipped.
 
+    ``setting`` names another number of the param groups to move in place of p, such as "momentum" or "norm_exponent".
+    Groups where it is missing or None are skipped, and what is said of p holds for it.
+
     Subclasses define p at step s, given the group's initial p (``p_at``).
 
     Args:
         optimizer: any optimizer with a p in its param groups.
+        setting: the name of the setting. Default "p".
 
     Attributes:
         optimizer: the optimizer.
@@ -37,22 +41,33 @@ class PSchedule(ABC):
     Source: the paper that schedules p is arXiv:2606.02078; the interface follows torch.optim.lr_scheduler.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, setting: str = "p") -> None:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"a schedule of p takes an optimizer, but was given {type(optimizer).__name__}")
-        self.optimizer = optimizer
-        starts = [group.get("p") for group in optimizer.param_groups]
-        for i, p in enumerate(starts):
-            if p is not None:
-                check_number(f"p of group {i}", p, tensor=True)
-        self.base_ps: list[float | None] = [None if p is None else float(p) for p in starts]
-        if all(p is None for p in self.base_ps):
-            raise ValueError(
-                "no param group of this optimizer has a p to schedule: use a norm with a p, such as "
-                'normopt.LPSGDM or SteepestDescent(norm="lp", p=8.0)'
+            raise TypeError(f"a schedule takes an optimizer, but was given {type(optimizer).__name__}")
+        self.optimizer, self.setting = optimizer, setting
+        groups = optimizer.param_groups
+        starts = [group.get(setting) for group in groups]
+        for i, start in enumerate(starts):
+            if start is not None:
+                check_number(f"{setting} of group {i}", start, tensor=True)
+        if all(start is None for start in starts):
+            names = {name for group in groups for name in group}
+            remedy = (
+                'use a norm with a p, such as normopt.LPSGDM or SteepestDescent(norm="lp", p=8.0)'
+                if setting == "p"
+                else f"give its initial value to the optimizer or to a param group{near(setting, names - {setting})}"
             )
+            raise ValueError(f"no param group of this optimizer has a {setting} to schedule: {remedy}")
+        self.base_ps: list[float | None] = [None if start is None else float(start) for start in starts]
         self.last_step = 1
         self._set(self.last_step)
+
+    def _check_planned(self, value: float) -> None:
+        """Refuse a value that a normopt optimizer would refuse when the schedule arrives there."""
+        make = getattr(self.optimizer, "_make_recipe", None)
+        for start, group in zip(self.base_ps, self.optimizer.param_groups, strict=False):
+            if make is not None and start is not None:
+                make({**group, self.setting: value}, group["params"])
 
     @abstractmethod
     def p_at(self, start: float, s: int) -> float:
@@ -74,7 +89,7 @@ class PSchedule(ABC):
 
     def get_last_p(self) -> list[float | Tensor | None]:
         """Return the current p of each param group; None for a group without p."""
-        return [group.get("p") for group in self.optimizer.param_groups]
+        return [group.get(self.setting) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the optimizer, as primitive values."""
@@ -96,16 +111,16 @@ class PSchedule(ABC):
                 "load it into the class of schedule that saved it"
             )
         # Fewer is fine: groups may have been added to the optimizer after the schedule was created.
-        groups, starts = self.optimizer.param_groups, state_dict["base_ps"]
+        trial = copy.copy(self)
+        trial.__dict__.update({k: v for k, v in state_dict.items() if k != "schedule"})
+        groups, starts, name = self.optimizer.param_groups, trial.base_ps, trial.setting
         remedy = "rebuild the groups that were saved"
         if len(starts) > len(groups):
             raise ValueError(f"this state has {len(starts)} param groups, the optimizer has {len(groups)}: {remedy}")
         for i, (start, group) in enumerate(zip(starts, groups, strict=False)):
-            if (start is None) != (group.get("p") is None):
+            if (start is None) != (group.get(name) is None):
                 ours, saved = ("a", "no") if start is None else ("no", "a")
-                raise ValueError(f"group {i} has {ours} p here and {saved} p in this state: {remedy}")
-        trial = copy.copy(self)
-        trial.__dict__.update({k: v for k, v in state_dict.items() if k != "schedule"})
+                raise ValueError(f"group {i} has {ours} {name} here and {saved} {name} in this state: {remedy}")
         trial._set(trial.last_step)
         self.__dict__.update(trial.__dict__)
 
@@ -118,10 +133,10 @@ class PSchedule(ABC):
         ps = [None if start is None else self._p_of(i, start, s) for i, start in enumerate(self.base_ps)]
         # Groups added after construction keep their own p, as with torch's LR schedulers.
         for group, p in zip(self.optimizer.param_groups, ps, strict=False):
-            if isinstance(group.get("p"), Tensor):
-                group["p"].fill_(p)  # in place, because a compiled or captured step reads this tensor
+            if p is not None and isinstance(group[self.setting], Tensor):
+                group[self.setting].fill_(p)  # in place, because a compiled or captured step reads this tensor
             elif p is not None:
-                group["p"] = p
+                group[self.setting] = p
 
 
 def interpolate_exponent(start: float, end: float, weight: float) -> float:

@@ -1,4 +1,4 @@
-"""Schedules of p that depend only on the step number."""
+"""Schedules of p, or of another setting, that depend only on the step number."""
 
 from __future__ import annotations
 
@@ -17,15 +17,28 @@ class AnnealedP(PSchedule):
     """Base class of schedules that anneal p from the group's p to ``p_end`` along a curve falling from 1 to 0."""
 
     def __init__(
-        self, optimizer: Optimizer, total_steps: int, p_end: float = 2.0, space: Literal["p", "exponent"] = "p"
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        p_end: float = 2.0,
+        space: Literal["p", "exponent"] = "p",
+        *,
+        setting: str = "p",
+        end: float | None = None,
     ) -> None:
         check_integer("total_steps", total_steps)
-        check_number("p_end", p_end, low=1)
         check_choice("space", space, ("p", "exponent"))
-        self.total_steps, self.p_end, self.space = total_steps, float(p_end), space
-        super().__init__(optimizer)
-        if self.p_end == 1 and any(group.get("scale") == "power" for group in optimizer.param_groups):
-            raise ValueError('scale="power" diverges at p_end = 1: use p_end > 1 or another scale')
+        if setting == "p" and end is not None:
+            raise ValueError(f"end = {end} is the final value of another setting than p: use p_end")
+        if setting != "p" and (space != "p" or p_end != 2 or end is None):
+            raise ValueError(f"a schedule of {setting!r} takes its final value as end, and neither p_end nor space")
+        if setting == "p":
+            check_number("p_end", p_end, low=1)
+        else:
+            check_number("end", end, open_low=True, open_high=True)
+        self.total_steps, self.p_end, self.space = total_steps, float(p_end if end is None else end), space
+        super().__init__(optimizer, setting)
+        self._check_planned(self.p_end)
 
     def p_at(self, start: float, s: int) -> float:
         """Return p at step s; raise, before any group is changed, if an endpoint is infinite in this space.
@@ -70,11 +83,14 @@ class CosineP(AnnealedP):
         total_steps: S ≥ 1, in optimizer steps or epochs: the unit in which ``step()`` is called.
         p_end: the final p. Default 2 (SGD), the paper's.
         space: anneal "p" (the default, as in the paper) or the "exponent" 1/(p−1), which can start at p = ∞.
+        setting: another number of the param groups to move in place of p, from each group's own value. Default "p".
+        end: the final value of that setting; None for p.
 
     Raises:
         ValueError: S < 1, p_end < 1, an unknown space; p = ∞ in the space "p", p = 1 in the space "exponent", or
-            p_end = 1 under scale="power"; no group of the optimizer has a p.
-        TypeError: S is not an integer, p_end not a number, or ``optimizer`` not an optimizer.
+            p_end = 1 under scale="power"; no group of the optimizer has a p, or the setting; another setting without
+            end, or with p_end or space; a final value that the optimizer refuses.
+        TypeError: S is not an integer, a final or initial value not a number, or ``optimizer`` not an optimizer.
 
     Source: arXiv:2606.02078.
 
@@ -106,12 +122,22 @@ class LinearP(AnnealedP):
         total_steps: S ≥ 1, in optimizer steps or epochs, as ``step()`` is called. S = 1 keeps p at its initial value.
         p_end: the final p. Default 2 (SGD), as for `CosineP`.
         space: anneal "p" (the default) or the "exponent" 1/(p−1), which can start at p = ∞.
+        setting: another number of the param groups to move in place of p, from each group's own value. Default "p".
+        end: the final value of that setting; None for p.
+
+    From p = ∞ in the space "exponent", with a ``step()`` after every optimizer step, this is the schedule of gradual
+    SGD (GSGD): `LPSGD` goes from signSGD, |g|⁰, to SGD, |g|¹.
 
     Raises:
         ValueError: as for `CosineP`.
         TypeError: as for `CosineP`.
 
-    Source: ours, for comparison with `CosineP`.
+    Source: Yuan, Liu and Nie, "Gradual Stochastic Gradient Descent: from signSGD to SGD via ℓp Norm", Sci4DL workshop,
+    ICLR 2026, for the exponent from p = ∞; the rest is ours, for comparison with `CosineP`.
+
+    Example:
+        >>> opt = normopt.LPSGD(model.parameters(), lr=0.01, p=float("inf"))
+        >>> gsgd = normopt.schedules.LinearP(opt, total_steps=1000, space="exponent")
     """
 
     def curve(self, t: float) -> float:
@@ -123,10 +149,11 @@ class ConstantP(PSchedule):
 
     Args:
         optimizer: any optimizer with a p in its param groups.
+        setting: another number of the param groups to keep in place of p. Default "p".
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer.
-        ValueError: no group of the optimizer has a p.
+        ValueError: no group of the optimizer has a p, or the setting.
 
     Source: ours.
     """
@@ -146,16 +173,19 @@ class PiecewiseP(PSchedule):
         optimizer: any optimizer with a p in its param groups.
         milestones: the number of ``step()`` calls before each change: increasing integers ≥ 1, as in MultiStepLR.
         values: p from each milestone on, one value per milestone; ∞ is allowed.
+        setting: another number of the param groups to set in place of p. Default "p".
 
     Raises:
         ValueError: milestones are missing or not increasing, their number differs from that of values, or a value is
-            below 1; no group of the optimizer has a p.
+            below 1 or refused by the optimizer; no group of the optimizer has a p, or the setting.
         TypeError: a milestone is not an integer, a value not a number, or ``optimizer`` not an optimizer.
 
     Source: ours; the milestones follow torch.optim.lr_scheduler.MultiStepLR.
     """
 
-    def __init__(self, optimizer: Optimizer, milestones: Sequence[int], values: Sequence[float]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, milestones: Sequence[int], values: Sequence[float], *, setting: str = "p"
+    ) -> None:
         for m in milestones:
             if isinstance(m, bool) or not isinstance(m, int):
                 raise TypeError(f"milestones must be integers, but one is {m!r} ({type(m).__name__})")
@@ -165,9 +195,11 @@ class PiecewiseP(PSchedule):
         if len(values) != len(self.milestones):
             raise ValueError(f"{len(self.milestones)} milestones need as many values, but got {len(values)}")
         for value in values:
-            check_number("each value", value, low=1)
+            check_number("each value", value, low=1 if setting == "p" else -math.inf)
         self.values = [float(v) for v in values]
-        super().__init__(optimizer)
+        super().__init__(optimizer, setting)
+        for value in self.values:
+            self._check_planned(value)
 
     def p_at(self, start: float, s: int) -> float:
         passed = sum(m <= s - 1 for m in self.milestones)
