@@ -21,7 +21,6 @@ from benchmarks.tasks import Task
 from normopt._checks import near
 from normopt.groups.presets import PRESETS as LAYER_PRESETS
 from normopt.schedules import AdaptiveP, CosineP, LinearP, PSchedule
-from normopt.settings import Settings
 
 # What every optimizer takes: those that have them not, from normopt's add-ons.
 REGULARIZERS = ("agr", "decay", "decay_p", "weight_decay", "decay_step")
@@ -58,7 +57,7 @@ class Entry:
         if "betas" in own:  # a setting is one number
             own = own - {"betas"} | {"beta1", "beta2"}
         if self.ours:
-            own |= {"preset", *Settings.__annotations__}
+            own |= {"preset"}
         return frozenset((own | set(REGULARIZERS)) - set(self.fixed))
 
 
@@ -75,6 +74,9 @@ _ZOO = {
     "nucgd": ("the leading singular pair of the momentum", {}),
     "freon": ("the momentum with its singular values raised to a power", {}),
     "rownormsgd": ("the momentum 0.9, every row at ℓ2 length 1", {}),
+    "adam": ("normopt's AdamW with its decay in the gradient, 0 by default", {}),
+    "adagrad": ("the gradient over the root of the sum of all squared gradients", {}),
+    "rmsprop": ("the gradient over the root of their average square, at 0.99", {}),
 }
 _LAYERED = {
     "muon": "the averaged momentum 0.95, Nesterov's, with all singular values 1; signs in output, vectors, embeddings",
@@ -103,7 +105,9 @@ OPTIMIZERS: dict[str, Entry] = {
         LengthOfLPSGDM, "SGD's direction, averaged momentum 0.9, at the step length that LPSGDM has in every tensor"
     ),
     "sgd-torch": Entry(torch.optim.SGD, "torch.optim.SGD, momentum 0.9", {"momentum": 0.9}),
+    # Of its name there are results, and they are torch's.
     "adamw": Entry(torch.optim.AdamW, "torch.optim.AdamW at its defaults, its own weight decay 0.01 included"),
+    "adamw-normopt": Entry(normopt.AdamW, "normopt.AdamW at its defaults, which are torch's"),
 }
 
 
@@ -163,7 +167,7 @@ def make_optimizer(spec: RunSpec, model: nn.Module, task: Task) -> tuple[Optimiz
     - ``decay_step`` is ηλ, the decay of one step at the peak of the learning rate: λ = decay_step/η. Learning rates
       differ by factors of a thousand between optimizers, so that one λ for all would erase one's weights and leave
       another's alone.
-    - ``beta1`` and ``beta2`` are the ``betas`` of torch's optimizers.
+    - ``beta1`` and ``beta2`` are the ``betas`` of Adam and its kin.
 
     AGR and ℓp decay are normopt's add-ons where the optimizer is not normopt's own; ``weight_decay`` then is the
     ℓp decay's if ``decay`` is "lp", and else the optimizer's own.
@@ -186,7 +190,7 @@ def _ours(entry: Entry, settings: dict[str, Any], model: nn.Module, task: Task) 
     # On models this small the calls cost more than the arithmetic, and multi-tensor ones are fewer.
     if not settings.get("fused"):
         settings = {"foreach": True} | settings
-    preset = settings.pop("preset", entry.preset)
+    preset, settings = settings.pop("preset", entry.preset), _with_betas(entry.cls, settings)
     with warnings.catch_warnings():
         # Without a preset all layers step alike, as meant.
         warnings.filterwarnings("ignore", r"\w+ steps matrices, but some parameters are vectors")
@@ -212,9 +216,7 @@ def _theirs(entry: Entry, settings: dict[str, Any], model: nn.Module) -> Optimiz
     strength = settings.pop("weight_decay", 0.0) if decay == "lp" else None
     if strength is not None and "weight_decay" in names:
         settings["weight_decay"] = 0.0
-    if "betas" in names and {"beta1", "beta2"} & settings.keys():
-        usual = names["betas"].default
-        settings["betas"] = (settings.pop("beta1", usual[0]), settings.pop("beta2", usual[1]))
+    settings = _with_betas(entry.cls, settings)
     if "foreach" in names:
         settings.setdefault("foreach", True)
     optimizer = entry.cls(model.parameters(), **settings)
@@ -223,6 +225,16 @@ def _theirs(entry: Entry, settings: dict[str, Any], model: nn.Module) -> Optimiz
     if strength:
         normopt.LpDecay(optimizer, weight_decay=strength, p=1.0 if decay_p is None else decay_p)
     return optimizer
+
+
+def _with_betas(cls: type[Optimizer], settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which beta1, beta2 are the ``betas`` of a class that takes them so."""
+    betas = inspect.signature(cls.__init__).parameters.get("betas")
+    given = {f"beta{i}": usual for i, usual in enumerate(betas.default, 1)} if betas else {}
+    if not given.keys() & settings.keys():
+        return settings
+    others = {k: v for k, v in settings.items() if k not in given}
+    return others | {"betas": tuple(settings.get(k, usual) for k, usual in given.items())}
 
 
 def _schedule(spec: RunSpec, optimizer: Optimizer) -> PSchedule | None:

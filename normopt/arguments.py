@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from normopt import settings
-from normopt._checks import equals, near, warn
+from normopt._checks import check_bool, check_number, equals, near, warn
 from normopt.norms import registry
 from normopt.norms.base import Norm
 from normopt.norms.matrices import MatrixNorm
@@ -18,10 +18,19 @@ from normopt.stages import Decay, Momentum
 from normopt.stages.base import default_settings, owners
 
 SYNONYMS = {
-    "betas": "give β₁ as momentum and, under Lion's rule, β₂ as beta2",
+    "alpha": "α of RMSprop is metric_beta",
+    "amsgrad": 'amsgrad=True is metric_rule="max"',
+    "betas": "give β₁ as momentum, and β₂ as metric_beta or, under Lion's rule, as beta2",
     "beta1": "β₁ is momentum",
     "learning_rate": "the learning rate is lr",
     "wd": "the strength of the decay is weight_decay",
+}
+# Settings of torch's adaptive optimizers, and what they are here.
+TORCHS = {
+    "alpha": ("metric_beta",),
+    "amsgrad": ("metric_rule",),
+    "betas": ("momentum", "metric_beta"),
+    "eps": ("metric_eps",),
 }
 
 
@@ -91,6 +100,34 @@ def fixed_kwargs(name: str, given: Mapping[str, Any], **fixed: Any) -> dict[str,
     return {**fixed, **given}
 
 
+def from_torch(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate settings that have the names of torch's adaptive optimizers: alpha, amsgrad, betas and eps.
+
+    Raises:
+        ValueError: betas are not two numbers from 0 to 1, or a setting is given under both names.
+        TypeError: amsgrad is not True or False.
+    """
+    ours = {key: value for key, value in given.items() if key not in TORCHS}
+    for name, keys in TORCHS.items():
+        if name not in given:
+            continue
+        values: Any = [given[name]]
+        if name == "betas":
+            values = given[name]
+            if not isinstance(values, (tuple, list)) or len(values) != len(keys):
+                raise ValueError(f"betas must be {len(keys)} numbers, but is {values!r}")
+            for i, value in enumerate(values):
+                check_number(f"betas[{i}]", value, low=0, high=1, open_high=True)
+        elif name == "amsgrad":
+            check_bool(name, given[name])
+            values = ["max" if given[name] else "average"]
+        for key, value in zip(keys, values, strict=True):
+            if key in given:
+                raise ValueError(f"{key} = {given[key]!r} is given a second time, as {name}: leave out one of them")
+            ours[key] = value
+    return ours
+
+
 def check_unknown_arguments(name: str, norm: object, arguments: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Raise a TypeError for an argument that is neither a setting of the optimizer ``name`` nor a norm field."""
     fields = {registry.setting_key(f) for f in registry.entry_of(norm).fields} - {"p"}
@@ -138,11 +175,11 @@ def show_settings(function: Any) -> None:
     *named, last = signature.parameters.values()
     if last.kind is not last.VAR_KEYWORD or hasattr(function, "__signature__"):
         return
-    kinds = {kind.__name__: kind for kind in (settings.Common, settings.Settings, settings.Arguments)}
     name = str(last.annotation).removesuffix("]").rpartition("[")[2].rpartition(".")[2]
-    kind = kinds.get(name, settings.Arguments)
+    kind = name if name in ("Common", "Coordinates", "Settings") else "Arguments"
+    shown = getattr(settings, kind).__annotations__
     for name, owner in owners().items():
-        if name in kind.__annotations__ and name not in signature.parameters:
+        if name in shown and name not in signature.parameters:
             s = owner.settings[name]
             named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=s.default, annotation=s.type))
     function.__signature__ = signature.replace(parameters=[*named, last.replace(annotation=Any)])

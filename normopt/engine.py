@@ -11,7 +11,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from normopt._checks import plain
-from normopt.arguments import check_unknown_arguments, check_unknown_keys, check_unused, show_settings, warn_vectors
+from normopt.arguments import (
+    check_unknown_arguments,
+    check_unknown_keys,
+    check_unused,
+    from_torch,
+    show_settings,
+    warn_vectors,
+)
 from normopt.kernels.fused import FusedBatch, FusedUpdate
 from normopt.loading import match_params, prepare_state_dict
 from normopt.norms import registry
@@ -194,7 +201,8 @@ class SteepestDescent(Optimizer):
         """Add a group, as torch.optim does, after checking its settings; a refused group leaves no trace.
 
         Args:
-            param_group: a dict with ``params``, and the settings in which it differs from the optimizer's own.
+            param_group: a dict with ``params``, and the settings in which it differs from the optimizer's own. With a
+                metric, ``betas``, ``alpha``, ``eps`` and ``amsgrad`` are read as torch.optim's adaptive optimizers do.
 
         Raises:
             ValueError: a setting is out of range, in contradiction to another, or misspelt; a parameter is in another
@@ -208,6 +216,11 @@ class SteepestDescent(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, but is a {type(param_group).__name__}")
         group = dict(param_group)
+        whole = {**self.defaults, **group}
+        if whole["metric"] != "none":
+            # A group of another optimizer has both; the power map has an ε of its own.
+            kept = {"eps"} & group.keys() if "metric_eps" in group or whole["scale"] == "power" else set()
+            group = from_torch({k: v for k, v in group.items() if k not in kept}) | {k: group[k] for k in kept}
         if "norm" in group:
             # A group that names the optimizer's own norm keeps the optimizer's fields of it.
             own = group["norm"] == self.defaults["norm"]
@@ -262,9 +275,10 @@ class SteepestDescent(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict()`` gave, the momentum in the group's ``state_dtype``.
 
-        Settings that the checkpoint lacks, because an older version or torch.optim.SGD wrote it, stay
-        as they are. torch rounds all loaded state to the parameter's dtype, which would cost a float32
-        momentum of 16-bit weights its lower half; here it does not.
+        Settings that the checkpoint lacks, because an older version or torch.optim.SGD wrote it, stay as they are.
+        Checkpoints of torch.optim.AdamW and Adam load where all groups have Adam's rule. torch rounds all loaded state
+        to the parameter's dtype, which would cost a float32 momentum of 16-bit weights its lower half; here it does
+        not.
 
         Args:
             state_dict: of an optimizer of the same parameters, in the same groups and order.

@@ -1,4 +1,4 @@
-"""Validate a checkpoint before it is loaded, so that a bad one changes nothing."""
+"""Validate a checkpoint before it is loaded, so that a bad one changes nothing; take torch's, and give them back."""
 
 from __future__ import annotations
 
@@ -6,15 +6,37 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from normopt._checks import warn
-from normopt.arguments import SYNONYMS
-from normopt.stages.base import stages_in_order
+from normopt._checks import equals, warn
+from normopt.arguments import SYNONYMS, from_torch
+from normopt.norms import registry
+from normopt.stages.base import default_settings, stages_in_order
 
 Groups = list[dict[str, Any]]
 # What makes it another optimizer.
 RULE = ("norm", "scale", "momentum_rule", "metric", "metric_rule", "bias_correction", "constraint")
+
+ADAM = {"metric": "diagonal", "bias_correction": True, "momentum_rule": "ema"}
+# How torch runs a step, which is not how a step is run here.
+RUN = {"capturable", "differentiable", "foreach", "fused"}
+# Settings that torch's classes have, or that do nothing under their rules.
+OF_TORCH = {
+    "lr",
+    "maximize",
+    "momentum",
+    "weight_decay",
+    "decay",
+    "decay_p",
+    "beta2",
+    "norm",
+    "p",
+    "scale",
+    "scope",
+    *RUN,
+}
 
 
 def match_params(param_groups: Groups, state_dict: dict[str, Any]) -> list[tuple[dict[str, Any], Any, Tensor]]:
@@ -43,6 +65,7 @@ def prepare_state_dict(
     Warns:
         UserWarning: a normopt checkpoint has extra state keys.
     """
+    state_dict = _from_adam(state_dict, param_groups)
     groups = state_dict["param_groups"]
     kept = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in param_groups]
     kept += [{}] * (len(groups) - len(kept))  # torch reports a mismatch in number
@@ -79,3 +102,84 @@ def prepare_state_dict(
                 "from the checkpoint's param_groups (with norm, also p and norm_…) to keep the current ones"
             )
     return {**state_dict, "param_groups": complete}
+
+
+def _from_adam(state_dict: dict[str, Any], param_groups: Groups) -> dict[str, Any]:
+    """Give a checkpoint of torch.optim.Adam or AdamW our names, if all of ``param_groups`` are an Adam's."""
+    groups = state_dict["param_groups"]
+    theirs = all({"betas", "eps", "amsgrad"} <= group.keys() and "norm" not in group for group in groups)
+    if not theirs or not all(ADAM.items() <= group.items() for group in param_groups):
+        return state_dict
+    translated = []
+    for group, own in zip(groups, [*param_groups, *groups], strict=False):  # torch reports a mismatch in number
+        kept = from_torch({key: value for key, value in group.items() if key not in RUN})
+        decoupled = kept.pop("decoupled_weight_decay", None)  # since torch 2.7
+        if decoupled is not None and own.get("decay") in ("coupled", "decoupled"):  # a decay that torch lacks stays
+            kept["decay"] = "decoupled" if decoupled else "coupled"
+        translated.append(kept)
+    names = {"exp_avg": "momentum_buffer"}
+    state = {i: {names.get(key, key): x for key, x in s.items()} for i, s in state_dict["state"].items()}
+    return {**state_dict, "state": state, "param_groups": translated}
+
+
+def to_torch_state_dict(optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state as torch.optim.AdamW or Adam, or SGD, loads it and goes on from it.
+
+    Args:
+        optimizer: one of normopt, whose groups all have Adam's rule (`AdamW`, `Adam`) or all SGD's.
+
+    Returns:
+        A state dict for ``load_state_dict`` of torch's class, with the optimizer's tensors, not copies, and your own
+        keys of its groups. How torch runs the step (foreach, fused) is left to its defaults.
+
+    Raises:
+        ValueError: a group has a setting that torch's class does not have, such as agr, ℓp decay, a radius, or another
+            norm; or some groups are Adam's and others SGD's.
+        TypeError: the optimizer is not one of normopt's.
+
+    Example:
+        >>> opt = normopt.AdamW(model.parameters(), lr=1e-3)
+        >>> theirs = torch.optim.AdamW(model.parameters())
+        >>> theirs.load_state_dict(normopt.to_torch_state_dict(opt))
+    """
+    saved = optimizer.state_dict()
+    if any("metric" not in group for group in saved["param_groups"]):
+        raise TypeError(f"to_torch_state_dict takes an optimizer of normopt, but was given {type(optimizer).__name__}")
+    adam = saved["param_groups"][0]["metric"] != "none"
+    cls = torch.optim.Adam if adam else torch.optim.SGD
+    declared, groups = default_settings(), []
+    for i, group in enumerate(saved["param_groups"]):
+        if found := _beyond_torch(group, adam):
+            raise ValueError(f"group {i} has {found}, which torch.optim.{cls.__name__} does not have")
+        theirs = {k: v for k, v in group.items() if k not in declared and not k.startswith("norm_")}
+        theirs |= {k: group[k] for k in ("lr", "maximize")} | {"weight_decay": float(group["weight_decay"])}
+        if adam:
+            theirs |= {"betas": (group["momentum"], group["metric_beta"]), "eps": group["metric_eps"]}
+            theirs |= {"amsgrad": group["metric_rule"] == "max", "decoupled_weight_decay": group["decay"] != "coupled"}
+        else:
+            theirs |= {k: group[k] for k in ("momentum", "dampening", "nesterov")}
+        groups.append(cls([torch.zeros(())]).defaults | theirs)
+    return {"state": {i: _to_adam(s) if adam else s for i, s in saved["state"].items()}, "param_groups": groups}
+
+
+def _beyond_torch(group: Mapping[str, Any], adam: bool) -> dict[str, Any]:
+    """Return the settings of a group that torch.optim.Adam, or else SGD, does not have."""
+    known = OF_TORCH | ({"metric_beta", "metric_eps", "metric_rule"} if adam else {"dampening", "nesterov"})
+    usual = default_settings() | (ADAM if adam else {})
+    found = [k for k, value in usual.items() if k not in known and group[k] != value]
+    if group["momentum"] == 0:
+        found = [k for k in found if k != "momentum_rule"]
+    if not registry.build(group).is_identity(group["scale"]):
+        found += ["norm", "p", "scale"]
+    if not equals(group["weight_decay"], 0) and group["decay"] not in ("coupled", "decoupled" if adam else "coupled"):
+        found.append("decay")
+    if adam and group["metric_rule"] == "sum":
+        found.append("metric_rule")
+    return {k: group[k] for k in found if group[k] is not None}
+
+
+def _to_adam(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a parameter's state under the names of torch.optim.Adam, which counts on the host."""
+    squares = {key: x for key, x in state.items() if key not in ("step", "momentum_buffer")}
+    m = state.get("momentum_buffer", torch.zeros_like(squares["exp_avg_sq"]))
+    return {"step": state["step"].cpu(), "exp_avg": m, **squares}

@@ -22,15 +22,7 @@ class Common(TypedDict, total=False):
         agr_scope: AGR's sums over each "tensor", as in the paper, or the param "group". Default "tensor".
         decay_p: p of decay="lp" and "cautious-lp", p > 0 (p < 1 too), which act on tensors of 2 or more dims.
             Default 1.
-        bias_correction: divide the momentum ("ema", "lion") and the average of the metric by the sums of their
-            weights. Default False.
         state_dtype: the momentum's dtype; None is the parameter's own. Default None.
-        difference_beta: β of Adan's average of gradient differences; 0 keeps none. Default 0.
-        metric: the coordinates of the norm: "none" or "diagonal", P = diag(√v̂ + ε). Default "none".
-        metric_beta: β of v ← βv + (1−β)g², the weight of the OLD state. Default 0.999.
-        metric_eps: ε > 0 of P. Default 1e-08.
-        metric_rule: v is the "average" of g², their "sum" (Adagrad) or the "max" of the averages (AMSGrad). Default
-            "average".
         row_beta: β of the average of the direction's squares by rows, of NorMuon; 0 keeps none. Default 0.
         coupling: τ of Stacey's coupling to a second iterate; 0 keeps none. Default 0.
         coupling_rate: α, the step size of Stacey's second iterate. Default 0.001.
@@ -49,13 +41,7 @@ class Common(TypedDict, total=False):
     agr: bool
     agr_scope: Literal["tensor", "group"]
     decay_p: float
-    bias_correction: bool
     state_dtype: str | torch.dtype | None
-    difference_beta: float
-    metric: Literal["none", "diagonal"]
-    metric_beta: float
-    metric_eps: float
-    metric_rule: Literal["average", "sum", "max"]
     row_beta: float
     coupling: float
     coupling_rate: float
@@ -66,8 +52,30 @@ class Common(TypedDict, total=False):
     differentiable: bool
 
 
-class Settings(Common, total=False):
-    """`Common` and weight decay, for optimizers without arguments of that.
+class Coordinates(Common, total=False):
+    """`Common` and adaptive coordinates, which Adam and its kin fix.
+
+    Attributes:
+        bias_correction: divide the momentum ("ema", "lion") and the average of the metric by the sums of their
+            weights. Default False.
+        difference_beta: β of Adan's average of gradient differences; 0 keeps none. Default 0.
+        metric: the coordinates of the norm: "none" or "diagonal", P = diag(√v̂ + ε). Default "none".
+        metric_beta: β of v ← βv + (1−β)g², the weight of the OLD state. Default 0.999.
+        metric_eps: ε > 0 of P. Default 1e-08.
+        metric_rule: v is the "average" of g², their "sum" (Adagrad) or the "max" of the averages (AMSGrad). Default
+            "average".
+    """
+
+    bias_correction: bool
+    difference_beta: float
+    metric: Literal["none", "diagonal"]
+    metric_beta: float
+    metric_eps: float
+    metric_rule: Literal["average", "sum", "max"]
+
+
+class Settings(Coordinates, total=False):
+    """`Coordinates` and weight decay, where that is no own argument.
 
     Attributes:
         weight_decay: λ ≥ 0, a float or a one-element tensor. Default 0.

@@ -24,7 +24,8 @@ PUBLIC = (
     + [f"normopt.norms.{name}" for name in normopt.norms.__all__]
     + [f"normopt.schedules.{name}" for name in normopt.schedules.__all__]
     + [f"normopt.sparsity.{name}" for name in normopt.sparsity.__all__]
-    + ["normopt.recipe.Recipe", "normopt.recipe.make_recipe", "normopt.settings.Settings", "normopt.settings.Common"]
+    + ["normopt.recipe.Recipe", "normopt.recipe.make_recipe"]
+    + [f"normopt.settings.{name}" for name in ("Settings", "Coordinates", "Common")]
     + ["normopt.integrations.timm.register"]
 )
 

@@ -25,10 +25,11 @@ import normopt
 from normopt.addons.attach import AddOn
 from normopt.norms import Norm, registry
 from normopt.schedules import PSchedule
-from normopt.settings import Arguments, Common, Settings
+from normopt.settings import Arguments, Common, Coordinates, Settings
 from tests.test_docs import PUBLIC
 
 HEADS = ("Args", "Attributes", "Returns", "Raises", "Warns", "Example", "Source", "State", "Memory", "Cost")
+KINDS = [Common, Coordinates, Settings]  # each has the settings of those before it
 CHECKS = {"check_number": {"TypeError", "ValueError"}, "check_choice": {"ValueError"}, "check_bool": {"TypeError"}}
 # What only looks as if it could be raised, because what is called is given nothing that it would refuse.
 CANNOT = {
@@ -214,7 +215,7 @@ class TestClasses:
         """A class's docstring is of its constructor too. Of attributes those of a base class may be told there."""
         cls = CLASSES[name]
         own = Doc(cls.__doc__)
-        bases = [*cls.__mro__, *([Common] if cls is Settings else [])]  # a TypedDict's are not in its order of classes
+        bases = [*cls.__mro__, *(KINDS[: KINDS.index(cls)] if cls in KINDS else [])]  # a TypedDict's order has no bases
         everything = Doc(*(c.__doc__ for c in bases if is_ours(c)))
         made = [f for _, f in constructors(cls)]
         given = parameters(cls) if made or dataclasses.is_dataclass(cls) else []

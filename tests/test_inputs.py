@@ -237,7 +237,7 @@ class TestParametersWithoutValues:
             opt = normopt.get_optimizer(name)([w], **settings)
             w.grad = torch.zeros(4, 3, device="meta")
             opt.step()
-            assert all(b.is_meta and b.shape == w.shape for b in opt.state[w].values())
+            assert all(b.is_meta and b.shape in (w.shape, ()) for b in opt.state[w].values())
 
     @pytest.mark.parametrize("name", NAMES)
     def test_fake(self, name):
@@ -249,7 +249,7 @@ class TestParametersWithoutValues:
                 opt = normopt.get_optimizer(name)([w], **settings, lr=torch.tensor(0.1))
                 w.grad = torch.zeros(4, 3)
                 opt.step()
-            assert all(b.shape == w.shape for b in opt.state[w].values())
+            assert all(b.shape in (w.shape, ()) for b in opt.state[w].values())
             normopt.get_optimizer(name)([w], **settings)  # made outside of the mode, of what was made inside
 
     def test_fake_under_the_add_on(self):
@@ -545,7 +545,7 @@ class TestSchedulesOfTheMomentum:
                 act(opt)
             assert [g["lr"] for g in opt.param_groups] == [0.3]
 
-    @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("signsgd", "lpsgd")])
+    @pytest.mark.parametrize("name", [n for n in NAMES if not normopt.get_optimizer(n)._no_momentum])
     def test_are_taken_by_the_others(self, name):
         w = param(4, 3)
         opt = normopt.get_optimizer(name)([w])
@@ -564,14 +564,16 @@ class TestCheckpointsOfOthers:
     @pytest.mark.parametrize(
         ("theirs", "what"),
         [
-            (torch.optim.AdamW, "betas, exp_avg, exp_avg_sq, step"),
-            (torch.optim.RMSprop, "square_avg, step"),
-            (torch.optim.Adagrad, "step, sum"),
+            (torch.optim.AdamW, "betas, exp_avg"),
+            (torch.optim.RMSprop, "square_avg"),
+            (torch.optim.Adagrad, "sum"),
             (lambda ps: torch.optim.Adadelta(ps), "acc_delta"),
         ],
     )
     @pytest.mark.parametrize("name", NAMES)
     def test_are_refused_and_nothing_is_changed(self, name, theirs, what):
+        if name in ("adam", "adamw") and theirs is torch.optim.AdamW:
+            pytest.skip("whose rule it is: test_zoo_adaptive.py")
         opt = self.trained(normopt.get_optimizer(name))
         before = copy.deepcopy(opt.state_dict())
         with pytest.raises(ValueError, match=f"{what}.*, which {type(opt).__name__} does not read.*another optimizer"):

@@ -75,7 +75,7 @@ def test_stochastic_repeats_from_the_same_seed():
     assert torch.equal(*(hundred_small_steps(torch.bfloat16, "stochastic")[0] for _ in range(2)))
 
 
-STATELESS = {"lpsgd", "signsgd"}  # which fix the momentum at 0
+STATELESS = {name for name in normopt.list_optimizers() if normopt.get_optimizer(name)._no_momentum}
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "bfloat16"), ("bfloat16", None), (None, "float64")])
@@ -103,8 +103,8 @@ def test_state_dtype_is_kept_by_load_state_dict(name, state_dtype, tmp_path):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(4, 3, dtype=d)) for d in (torch.bfloat16, torch.float32)]
         settings = dict(rounding="kahan", weight_decay=0.1, decay="lp", agr=True)
-        settings |= {} if name in STATELESS else dict(momentum=0.9, state_dtype=state_dtype)
-        opt = normopt.get_optimizer(name)(params, lr=0.1, **settings)
+        group = {} if name in STATELESS else dict(momentum=0.9, state_dtype=state_dtype)
+        opt = normopt.get_optimizer(name)([{"params": params, **group}], lr=0.1, **settings)
         return params, opt
 
     def step(params, opt, seed):

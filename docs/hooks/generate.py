@@ -16,7 +16,7 @@ from normopt.stages.base import Setting, owners
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES, ENGINE = ROOT / "normopt/settings.py", ROOT / "normopt/engine.py"
-# Settings that a named optimizer gives or fixes itself, and which of them the two smaller types have.
+# Settings that a named optimizer gives or fixes itself, and those that the smaller types have one after another.
 OWN = (
     "lr",
     "norm",
@@ -32,6 +32,7 @@ OWN = (
     "nesterov",
 )
 DECAY = ("weight_decay", "decay")
+COORDINATES = ("bias_correction", "difference_beta", "metric", "metric_beta", "metric_eps", "metric_rule")
 
 HEAD = '''"""Types of the settings that optimizers take as ``**settings``.
 
@@ -95,12 +96,13 @@ def typed(name: str, base: str, summary: str, settings: dict[str, Setting], more
 def types() -> str:
     """The text of `normopt/settings.py`."""
     every = all_settings()
-    common = {k: s for k, s in every.items() if k not in (*OWN, *DECAY)}
-    decay, own = ({k: every[k] for k in keys if k != "lr"} for keys in (DECAY, OWN))
+    common = {k: s for k, s in every.items() if k not in (*OWN, *DECAY, *COORDINATES)}
+    coordinates, decay, own = ({k: every[k] for k in keys if k != "lr"} for keys in (COORDINATES, DECAY, OWN))
     parts = [
         HEAD,
         typed("Common", "TypedDict", "Settings that every optimizer accepts as ``**settings``.", common),
-        typed("Settings", "Common", "`Common` and weight decay, for optimizers without arguments of that.", decay),
+        typed("Coordinates", "Common", "`Common` and adaptive coordinates, which Adam and its kin fix.", coordinates),
+        typed("Settings", "Coordinates", "`Coordinates` and weight decay, where that is no own argument.", decay),
         typed(
             "Arguments",
             "Settings",

@@ -37,7 +37,7 @@ def state_bytes(cls: type[normopt.SteepestDescent], **settings: object) -> float
     for _ in range(2):
         weight.grad = torch.ones_like(weight)
         opt.step()
-    kept = (value for value in opt.state[weight].values() if isinstance(value, torch.Tensor))
+    kept = (value for value in opt.state[weight].values() if value.dim())  # not the count of steps
     return sum(value.numel() * value.element_size() for value in kept) / weight.numel()
 
 
@@ -50,6 +50,10 @@ def facts(name: str) -> str:
     fields = [f"{field} {value}" for field, value in chosen.items()]
     rule = RULES[group["momentum_rule"]]
     momentum = f"{rule}, μ = {group['momentum']:g}" if group["momentum"] else f"none by default ({rule})"
+    coordinates = {}
+    if group["metric"] != "none":
+        averaged = "sum" if group["metric_rule"] == "sum" else f"average (β = {group['metric_beta']:g})"
+        coordinates["coordinates"] = f"{group['metric']}, the {averaged} of g², ε = {group['metric_eps']:g}"
     given = inspect.signature(cls).parameters
     own = (
         cls.__init__.__code__.co_varnames if cls is not normopt.SteepestDescent else given
@@ -57,6 +61,7 @@ def facts(name: str) -> str:
     defaults = [f"`{k}={v.default!r}`" for k, v in given.items() if k in own and k not in NOT_SHOWN]
     rows = {
         "norm": f"`{group['norm']}`{order}" + (f" ({', '.join(fields)})" if fields else ""),
+        **coordinates,
         "scale": SCALES[group["scale"]],
         "momentum": momentum,
         "state": f"{state_bytes(cls):g} bytes for a float32 weight",

@@ -38,7 +38,7 @@ def register() -> dict[str, type[SteepestDescent]]:
         name = ours if known.get(ours, cls) is cls else f"normopt{ours}"  # no underscore: timm splits names there
         registered[name] = cls
         if name not in known:
-            takes = {f"has_{x}": x in inspect.signature(cls).parameters for x in ("eps", "momentum")}
+            takes = {f"has_{x}": x in inspect.signature(cls).parameters for x in ("betas", "eps", "momentum")}
             info = OptimInfo(name=name, opt_class=cls, description="normopt: steepest descent under a norm", **takes)
             default_registry.register(info)
     return registered

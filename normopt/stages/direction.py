@@ -115,7 +115,10 @@ class Direction(Stage):
                 'use "dual", "unit" or "matched"'
             )
         if self.eps != 0 and scale != "power":
-            raise ValueError(f'eps = {self.eps} belongs to scale="power", but the scale is {scale!r}: set eps=0')
+            raise ValueError(
+                f'eps = {self.eps} belongs to scale="power", but the scale is {scale!r}: set eps=0. The ε of adaptive '
+                "coordinates is metric_eps"
+            )
         if self.eps != 0 and not norm.power_takes_eps:
             raise ValueError(f"eps = {self.eps} has no meaning for {norm!r}: set eps=0")
         if self.whole_group and not norm.spans_groups:

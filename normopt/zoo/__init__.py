@@ -6,11 +6,13 @@ import fnmatch
 
 from normopt._checks import near
 from normopt.engine import SteepestDescent
+from normopt.zoo.adaptive import Adagrad, Adam, AdamW, RMSprop
 from normopt.zoo.lp import LPSGD, LPSGDM, SGD, Lion, NormalizedSGD, PowerStep, SignSGD, Signum
 from normopt.zoo.matrix import SCALE, Freon, Muon, NucGD, RowNormSGD, Scion, SpectralSGD
 
 MEMBERS = (
     *(SGD, NormalizedSGD, SignSGD, Signum, Lion, PowerStep, LPSGD, LPSGDM),
+    *(AdamW, Adam, Adagrad, RMSprop),
     *(Muon, Scion, SCALE, SpectralSGD, NucGD, Freon, RowNormSGD),
 )
 ZOO: dict[str, type[SteepestDescent]] = {cls.__name__.lower(): cls for cls in MEMBERS}
@@ -57,5 +59,6 @@ def get_optimizer(name: str) -> type[SteepestDescent]:
 
 
 __all__ = ["LPSGD", "LPSGDM", "SGD", "Lion", "NormalizedSGD", "PowerStep", "SignSGD", "Signum"]
+__all__ += ["Adagrad", "Adam", "AdamW", "RMSprop"]
 __all__ += ["SCALE", "Freon", "Muon", "NucGD", "RowNormSGD", "Scion", "SpectralSGD"]
 __all__ += ["get_optimizer", "list_optimizers"]

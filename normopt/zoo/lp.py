@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from normopt.arguments import fixed_kwargs
 from normopt.engine import SteepestDescent
 from normopt.norms.base import Scale
-from normopt.settings import Common, Settings
+from normopt.settings import Coordinates, Settings
 
 
 class SGD(SteepestDescent):
@@ -32,7 +32,7 @@ class SGD(SteepestDescent):
         weight_decay: λ. Default 0; coupled (ℓ2 in the gradient) by default, as in torch.
         nesterov: use Nesterov momentum.
         decay: the kind of decay. Default "coupled", torch's.
-        **settings: any of [`Common`][normopt.settings.Common], as in `SteepestDescent`.
+        **settings: any of [`Coordinates`][normopt.settings.Coordinates], as in `SteepestDescent`.
 
     State: one buffer per parameter if momentum ≠ 0, otherwise none.
 
@@ -56,7 +56,7 @@ class SGD(SteepestDescent):
         nesterov: bool = False,
         *,
         decay: Literal["coupled", "decoupled", "lp"] | str = "coupled",
-        **settings: Unpack[Common],
+        **settings: Unpack[Coordinates],
     ) -> None:
         fixed = fixed_kwargs("SGD", settings, norm="l2", scale="dual", momentum_rule="heavy")
         momenta = dict[str, Any](momentum=momentum, dampening=dampening, nesterov=nesterov)

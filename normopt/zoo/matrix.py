@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from normopt._checks import check_choice, check_number
 from normopt.arguments import fixed_kwargs
 from normopt.engine import SteepestDescent
-from normopt.settings import Common, Settings
+from normopt.settings import Coordinates, Settings
 
 
 class Muon(SteepestDescent):
@@ -249,7 +249,7 @@ class Scion(SteepestDescent):
         weight_decay: λ. Default 1.
         decay: the kind of decay. Default "decoupled"; "lp" does not keep the weights in a ball.
         method: "newton-schulz", as in the paper, "polar-express", or "svd", which is exact.
-        **settings: any of [`Common`][normopt.settings.Common], as in `SteepestDescent`.
+        **settings: any of [`Coordinates`][normopt.settings.Coordinates], as in `SteepestDescent`.
 
     State: one buffer per parameter if momentum ≠ 0, otherwise none.
 
@@ -279,7 +279,7 @@ class Scion(SteepestDescent):
         weight_decay: float | Tensor = 1.0,
         decay: Literal["coupled", "decoupled", "lp"] | str = "decoupled",
         method: str = "newton-schulz",
-        **settings: Unpack[Common],
+        **settings: Unpack[Coordinates],
     ) -> None:
         fixed = fixed_kwargs("Scion", settings, norm="spectral", scale="unit", momentum_rule="ema", norm_aspect="rms")
         ball = dict[str, Any](radius=radius, weight_decay=weight_decay, decay=decay)
