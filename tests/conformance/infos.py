@@ -50,7 +50,8 @@ def optim_inputs(name):
                 OptimizerInput(params=None, kwargs=dampening, desc="dampening"),
             ]
         if "scale" in cls.__init__.__code__.co_varnames:
-            out += [OptimizerInput(params=None, kwargs={"lr": lr, "scale": s}, desc=s) for s in ("dual", "matched")]
+            scales = ("power",) if name == "freon" else ("dual", "matched")
+            out += [OptimizerInput(params=None, kwargs={"lr": lr, "scale": s}, desc=s) for s in scales]
         if group["p"] is not None:
             out += [OptimizerInput(params=None, kwargs={"lr": lr, "p": 3.0}, desc="p = 3")]
         return out
