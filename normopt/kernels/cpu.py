@@ -12,7 +12,7 @@ from torch import Tensor
 from normopt.kernels import numba as kernels
 from normopt.kernels import totals
 from normopt.kernels.compiling import call_with_jit_lock
-from normopt.kernels.flags import GENERAL, LINEAR, SAME, Flags, Numbers
+from normopt.kernels.flags import BUFFERS, GENERAL, LINEAR, SAME, Flags, Numbers
 from normopt.kernels.pool import share_out
 from normopt.kernels.tables import Array, Block, Chunks, Phase, Tables, nothing
 
@@ -46,15 +46,14 @@ class Step:
         if ready is None or not ready.renew(flags, numbers, factor):
             ready = cache["ready"] = LaunchConfig(flags, numbers, bool(self.layouts), chunks, factor, cache)
         self.ready, self.chunks = ready, chunks
-        if flags.momentum and numbers.first != numbers.take and tables.new:
-            ready.rows[tables.new, kernels.TAKE] = numbers.first
+        if flags.momentum and numbers.first != numbers.take and (new := tables.new["momentum_buffer"]):
+            ready.rows[new, kernels.TAKE] = numbers.first
             ready.numbers = None  # the next step has the same weight for all
-        self.shares: Array | None = None
         if tables.shares is not None:
-            self.shares = tables.shares.numpy()[:, 0]
             ready.rows[:, [kernels.SHARE, kernels.ROOT_SHARE]] = tables.shares
-        more = (ready.none if x is None else x for x in (tables.states, tables.compensations, tables.squares))
-        self.tensors = (tables.weights, tables.gradients, *more), (chunks.tensor, chunks.start, chunks.count)
+        more = (ready.none if x is None else x for x in (tables.states, tables.compensations))
+        buffers = tuple(tables.buffers.get(name, ready.none) for name in BUFFERS)
+        self.tensors = (tables.weights, tables.gradients, *more), buffers, (chunks.tensor, chunks.start, chunks.count)
         n = len(chunks.sizes)
         self.sums, self.partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 4))
         self.duals, self.factors = np.empty(n), np.empty(n)
@@ -125,12 +124,6 @@ class Step:
         scale = totals.MATCHED if flags.matched else totals.DUAL if flags.dual else totals.UNIT
         known = float(self.numbers.exponent), scale, ready.powers_cached, ready.rows, self.duals, self.factors
         self.powers_cached = call_with_jit_lock(totals.duals, partials, *where, *known)
-        if self.shares is not None:  # D(c) does not depend on the size of c
-            some = slice(*where[2:])
-            self.duals[some] *= self.shares[some]
-            if scale != totals.UNIT:
-                self.factors[some] *= self.shares[some]
-                ready.rows[some, kernels.FACTOR] *= self.shares[some]
         self.measured = torch.from_numpy(self.duals), torch.from_numpy(self.factors)
 
     def _update(self, block: Block, place: Array) -> None:
@@ -174,9 +167,7 @@ class LaunchConfig:
         self.powers: Array = cache["powers"] if self.powers_cached else np.empty(0, F)
         momentum_written = bool(flags.scaled and flags.momentum & SAME and flags.state == torch.float32)
         self.agr = kernels.agr_kernel(flags.gradient == torch.bfloat16)
-        undecayed = flags._replace(
-            decay=False, scales_weight=False, decay_mode=LINEAR, decay_inverse=False, corrected=False
-        )
+        undecayed = flags._replace(decay=False, scales_weight=False, decay_mode=LINEAR, decay_inverse=False)
         self.norms = kernels.norm_kernel(undecayed._replace(dual=False), momentum_written, self.powers_cached)
         one = flags._replace(matched=False, dual=False, decay_wide=True)  # other values change nothing in this kernel
         self.update, self.update_without_cache = (

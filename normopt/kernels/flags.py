@@ -22,6 +22,8 @@ NEAREST, STOCHASTIC, KAHAN = range(3)
 STRAIGHT, BOTH_SIDES = 1, 2
 # Bits of a momentum rule, m' = a·m + b·g and c = d·m + e·g + f·m': it runs; d, e, f are not 0; c is m'.
 RUNS, OLD, GRADIENT, NEW, SAME = (1 << i for i in range(5))
+# State beside the momentum: slots of float32, in the order in which kernels take them.
+BUFFERS = "exp_avg_sq", "max_exp_avg_sq"
 
 
 def mode_of(exponent: float) -> int:
@@ -39,7 +41,8 @@ class Flags(NamedTuple):
         dual, matched: the factor is the dual norm, or the one of "matched", which needs more sums; else it is 1.
         momentum: the bits of the momentum rule, 0 without one.
         corrected: c and the squares are divided by the sums of their weights, numbers of each tensor.
-        metric: STRAIGHT, BOTH_SIDES or 0, the use of adaptive coordinates P = √v + ε; v is float32.
+        metric: STRAIGHT, BOTH_SIDES or 0, the use of adaptive coordinates P = √v + ε.
+        metric_max: v is the largest average so far, a buffer of its own.
         agr: the gradient is regularized, by sums over its tensor.
         coupled: λw is added to the gradient.
         scales_weight: the weight is multiplied by a number before the step.
@@ -60,6 +63,7 @@ class Flags(NamedTuple):
     momentum: int = 0
     corrected: bool = False
     metric: int = 0
+    metric_max: bool = False
     agr: bool = False
     coupled: bool = False
     scales_weight: bool = False

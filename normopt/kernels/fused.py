@@ -253,9 +253,7 @@ class FusedUpdate:
     def phases(self, batch: FusedBatch) -> list[Phase]:
         """Make the missing state, and return the phases of a step on the tensors that `check` has just checked."""
         recipe = batch.recipe
-        new: list[int] = []
-        for slot, operand in self._states.items():
-            new = self._complete(slot, operand, batch.state) or new
+        new = {slot.name: self._complete(slot, operand, batch.state) for slot, operand in self._states.items()}
         shares = self._shares(batch) if recipe.count.runs() else None
         if self._shapes != (shapes := self._weights.shapes):
             self._shapes, self._chunks, self._cache = shapes, Chunks(shapes), {}
@@ -276,11 +274,9 @@ class FusedUpdate:
             if dtypes[0] not in (torch.bfloat16, torch.float16):
                 self._flags = self._flags._replace(rounding=NEAREST)
         weights, gradients = self._weights.table, self._gradients.table
-        states, compensations, squares = (
-            None if operand is None else operand.table for operand in (momenta, lost, by_name.get("exp_avg_sq"))
-        )
+        states, compensations = (None if operand is None else operand.table for operand in (momenta, lost))
         tables = Tables(self._chunks, device, weights, gradients, states, compensations, new, self._cache)
-        tables.layouts, tables.squares = self.layouts, squares
+        tables.layouts, tables.buffers = self.layouts, {name: x.table for name, x in by_name.items()}
         if batch.grad_scale is not None:
             tables.unscale = (1 / batch.grad_scale).to(device, non_blocking=True)
         if batch.found_inf is not None:
@@ -333,7 +329,7 @@ class FusedUpdate:
                 state[p][slot.name] = x = x.to(dtype)
             tensors.append(to_local(x))
         operand.look(tensors)
-        return new if slot.name == "momentum_buffer" else []
+        return new
 
 
 class FusedBatch(Batch):

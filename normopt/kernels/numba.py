@@ -25,6 +25,7 @@ from numba.extending import intrinsic, overload
 from normopt.kernels.compiling import can_cache, compiled
 from normopt.kernels.flags import (
     ABOVE,
+    BOTH_SIDES,
     GRADIENT,
     KAHAN,
     LINEAR,
@@ -259,6 +260,27 @@ def momentum_step(m, x, rule, keep, take, from_old, from_gradient, from_new):
 
 
 @compiled(**INLINE)
+def floats(buffers, t, start, n):
+    """A chunk's entries of each of the `BUFFERS`."""
+    squares, largest = buffers
+    return entries(squares[t], start, n, False), entries(largest[t], start, n, False)
+
+
+@compiled(**INLINE)
+def metric_step(kept, i, x, metric_max, is_known, keep, take, share, eps):
+    """P = √v̂ + ε of one entry; v takes in x², unless ``is_known``: then it has."""
+    v, largest = kept
+    square = largest[i] if metric_max and is_known else v[i]
+    if not is_known:
+        square = F(keep * square + F(take * x) * x)
+        v[i] = square
+        if metric_max:
+            square = largest[i] if largest[i] >= square else square  # a NaN is taken
+            largest[i] = square
+    return F(F(math.sqrt(square)) * share + eps)
+
+
+@compiled(**INLINE)
 def direction(c, mode, smoothed, scaled, exponent, eps, shift, size, factor, lift):
     """D(c) of one entry."""
     if smoothed:
@@ -311,8 +333,8 @@ def agr_kernel(gradient16: bool) -> Kernel:
     """Return a kernel that computes each chunk's largest |g| and the sum of the others, which it must not absorb."""
 
     @compiled(**SUMS)
-    def sums(addresses, chunks, begin, end, unscale, partials):
-        (_, gradients, _, _, _), (tensor, start, count) = addresses, chunks
+    def sums(addresses, _, chunks, begin, end, unscale, partials):
+        (_, gradients, _, _), (tensor, start, count) = addresses, chunks
         for j in range(begin, end):
             n = count[j]
             g = entries(gradients[tensor[j]], start[j], n, gradient16)
@@ -340,20 +362,24 @@ def agr_kernel(gradient16: bool) -> Kernel:
 
 
 @compiled(**SUMS, forceinline=True)
-def summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, again, flags):
+def summed(n, w, g, m, k, kept, row, numbers, exponent, powered, near, relative, again, flags):
     """A chunk's (largest entry's bits, least entry's bits less 1, Σ(|c|/M)^q and the two of "matched").
 
     ``flags`` are those of `norm_kernel`, ``near`` is M and ``relative`` 1/M. If ``again`` it has been here before, and
     no special case is left out.
     """
-    mode, matched, rule, maximize, agr, coupled, kahan, momentum_written, powers_cached = flags
+    (mode, matched, rule, maximize, agr, coupled, kahan, corrected, metric, metric_max), kept_before = flags
+    momentum_written, powers_cached = kept_before
     unscale, keep, decay = numbers[UNSCALE], numbers[KEEP], numbers[COUPLED]
     from_old, from_gradient, from_new = numbers[FROM_OLD], numbers[FROM_GRADIENT], numbers[FROM_NEW]
     scale, agr_top, agr_others, inverse = row[AGR_SCALE], row[AGR_TOP], row[AGR_OTHERS], row[AGR_INVERSE]
-    take = row[TAKE]
+    take, share, root_share = row[TAKE], row[SHARE], row[ROOT_SHARE]
+    metric_keep, metric_take, metric_eps = numbers[METRIC_KEEP], numbers[METRIC_TAKE], numbers[METRIC_EPS]
     relative_power = power(relative, mode, exponent)
     largest, least, sum_q, sum_2, sum_d = J(0), NO_BITS, ZERO, ZERO, ZERO
+    wide_2, wide_d = np.float64(0), np.float64(0)  # the metric's squares are of any size
     for i in range(n):
+        x, root = ZERO, ONE
         m0 = load(m[i]) if rule != 0 else ZERO
         if momentum_written and again:
             c = m0  # since the first time
@@ -365,6 +391,12 @@ def summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, again
             c = momentum_step(m0, x, rule, keep, take, from_old, from_gradient, from_new)[0]
         if momentum_written and not again:
             m[i] = c
+        if corrected:
+            c = F(c * share)
+        if metric:
+            root = metric_step(kept, i, x, metric_max, again, metric_keep, metric_take, root_share, metric_eps)
+            root = F(math.sqrt(root))
+            c = F(c / root)
         a = abs(c)
         if powers_cached:
             y = pow_f32(a, exponent, not again, not again)
@@ -379,10 +411,14 @@ def summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, again
             a = F(a / near) if again else F(a * relative)
             y = power(a, mode, exponent)
         sum_q += a * y
-        if matched:
+        if matched and metric:
+            a, y = F(a / root), F(y / root)
+            wide_2 += np.float64(a) * a
+            wide_d += np.float64(y) * y
+        elif matched:
             sum_2 += a * a
             sum_d += y * y
-    return largest, least, sum_q, sum_2, sum_d
+    return largest, least, sum_q, sum_2 + wide_2, sum_d + wide_d
 
 
 @cache
@@ -395,38 +431,47 @@ def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
     matched, kahan = f.matched, f.rounding == KAHAN
-    flags = f.mode, matched, f.momentum, f.maximize, f.agr, f.coupled, kahan, momentum_written, powers_cached
+    metric = f.metric != 0
+    stages = f.mode, matched, f.momentum, f.maximize, f.agr, f.coupled, kahan, f.corrected, metric, f.metric_max
+    flags = stages, (momentum_written, powers_cached)
 
     @compiled(**SUMS)
-    def sums(addresses, chunks, begin, end, rows, numbers, exponent, partials, powers, place):
-        (weights, gradients, states, lost, _), (tensor, start, count) = addresses, chunks
+    def sums(addresses, buffers, chunks, begin, end, rows, numbers, exponent, partials, powers, place):
+        (weights, gradients, states, lost), (tensor, start, count) = addresses, chunks
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
             row = rows[t]
             w, g = entries(weights[t], s, n, weight16), entries(gradients[t], s, n, gradient16)
-            m, k = entries(states[t], s, n, state16), entries(lost[t], s, n, True)
+            m, k, kept = entries(states[t], s, n, state16), entries(lost[t], s, n, True), floats(buffers, t, s, n)
             powered = powers[place[j] : place[j] + n] if powers_cached else powers
             # By a guess of the size, or unscaled where the powers are kept. Where a sum or an entry shows that this was
             # wrong, once more with the largest entry's.
-            near, relative = (
-                (ONE, ONE) if powers_cached else scale_guess(abs(load(g[0]) * numbers[UNSCALE] * row[TAKE]))
-            )
+            near, relative = ONE, ONE
+            if not powers_cached:
+                guess = abs(load(g[0]) * numbers[UNSCALE])
+                if metric:
+                    v = numbers[METRIC_KEEP] * kept[0][0] + numbers[METRIC_TAKE] * guess * guess
+                    guess = guess / F(math.sqrt(math.sqrt(v) + numbers[METRIC_EPS]))
+                near, relative = scale_guess(guess * row[TAKE])
             largest, least, sum_q, sum_2, sum_d = summed(
-                n, w, g, m, k, row, numbers, exponent, powered, near, relative, False, flags
+                n, w, g, m, k, kept, row, numbers, exponent, powered, near, relative, False, flags
             )
             if powers_cached:
                 fine = least == NO_BITS or (least >= DENORMAL and sum_is_safe(sum_q))
-                fine = fine and (not matched or least == NO_BITS or (sum_is_safe(sum_2) and sum_is_safe(sum_d)))
+                if matched and not metric and least != NO_BITS:
+                    fine = fine and sum_is_safe(sum_2) and sum_is_safe(sum_d)
             else:
                 fine = sum_q > LEAST and sum_q < MOST
             if not fine:
                 if powers_cached:
-                    largest = summed(n, w, g, m, k, row, numbers, exponent, powered, near, relative, True, flags)[0]
+                    largest = summed(n, w, g, m, k, kept, row, numbers, exponent, powered, near, relative, True, flags)[
+                        0
+                    ]
                     near, relative = scale_of(largest)
                 else:
                     near = float_of(min(max(largest, SMALLEST_BITS), LARGEST_BITS))
                 _, _, sum_q, sum_2, sum_d = summed(
-                    n, w, g, m, k, row, numbers, exponent, powered, near, relative, True, flags
+                    n, w, g, m, k, kept, row, numbers, exponent, powered, near, relative, True, flags
                 )
             partials[j, 0] = near
             partials[j, 1] = sum_q
@@ -447,11 +492,11 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
     maximize, agr, coupled = f.maximize, f.agr, f.coupled
     scales_weight, decays, decay_mode, decay_inverse = f.scales_weight, f.decay, f.decay_mode, f.decay_inverse
     stochastic, kahan, chunk = f.rounding == STOCHASTIC, f.rounding == KAHAN, CHUNK
-    metric, corrected = f.metric, f.corrected
+    metric, metric_max, corrected = f.metric, f.metric_max, f.corrected
 
     @compiled(**EXACT)
-    def update(addresses, chunks, begin, end, rows, numbers, exponent, decay_exponent, seed, powers, place):
-        (weights, gradients, states, lost, squares), (tensor, start, count) = addresses, chunks
+    def update(addresses, buffers, chunks, begin, end, rows, numbers, exponent, decay_exponent, seed, powers, place):
+        (weights, gradients, states, lost), (tensor, start, count) = addresses, chunks
         unscale, keep, decay, eps = numbers[UNSCALE], numbers[KEEP], numbers[COUPLED], numbers[EPS]
         from_old, from_gradient, from_new = numbers[FROM_OLD], numbers[FROM_GRADIENT], numbers[FROM_NEW]
         step_size, weight_factor, decay_strength = numbers[STEP_SIZE], numbers[WEIGHT_FACTOR], numbers[DECAY_STRENGTH]
@@ -464,35 +509,33 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
             pulled = decay_strength if rows[t, WIDE] != ZERO else ZERO
             w, g = entries(weights[t], s, n, weight16), entries(gradients[t], s, n, gradient16)
             m, k = entries(states[t], s, n, state16), entries(lost[t], s, n, True)
-            v, share, root_share = entries(squares[t], s, n, False), rows[t, SHARE], rows[t, ROOT_SHARE]
+            kept, share, root_share = floats(buffers, t, s, n), rows[t, SHARE], rows[t, ROOT_SHARE]
             powered = powers[place[j] : place[j] + n] if powers_cached else powers
             drawn = J(seed + j * chunk)
             for i in range(n):
                 old = load(w[i])
                 if kahan:
                     old = F(old + load(k[i]))
+                x = ZERO
                 if momentum_written:
                     c = m1 = load(m[i])
                 else:
                     x = gradient_of(g[i], old, maximize, unscale, agr, scale, top, rest, inverse, coupled, decay)
                     m0 = load(m[i]) if rule != 0 else ZERO
                     c, m1 = momentum_step(m0, x, rule, keep, take, from_old, from_gradient, from_new)
-                if corrected and not scaled:  # the sums of a norm have it already
+                if corrected:
                     c = F(c * share)
+                root = ONE
+                if metric != 0:
+                    root = metric_step(kept, i, x, metric_max, scaled, metric_keep, metric_take, root_share, metric_eps)
+                    root = root if metric == STRAIGHT else F(math.sqrt(root))
+                    c = F(c / root)
                 if powers_cached:
                     u = F(powered[i] * factor)
-                elif metric != 0:
-                    square = F(metric_keep * v[i] + F(metric_take * x) * x)
-                    v[i] = square
-                    root = F(F(math.sqrt(square)) * root_share + metric_eps)
-                    if metric == STRAIGHT:
-                        u = F(c / root)
-                    else:
-                        root = F(math.sqrt(root))
-                        u = direction(F(c / root), mode, smoothed, scaled, exponent, eps, shift, size, factor, lift)
-                        u = F(u / root)
                 else:
                     u = direction(c, mode, smoothed, scaled, exponent, eps, shift, size, factor, lift)
+                if metric == BOTH_SIDES:
+                    u = F(u / root)
                 after = F((weight_factor * old if scales_weight else old) - step_size * u)
                 if decays:
                     after = F(after * decay_factor(abs(old), decay_mode, decay_inverse, pulled, decay_exponent))

@@ -18,20 +18,21 @@ from normopt.sharding.layout import is_dtensor
 class Kernels(NamedTuple):
     """The kernels of a kind of device: a module with `Step`, its compiler, what installs that, and the dtypes taken.
 
-    ``lacks`` are the fields of `Flags` that they do not know.
+    ``lacks`` are the fields of `Flags` that they do not know, or not together.
     """
 
     module: str
     compiler: str
     source: str
     dtypes: tuple[torch.dtype, ...]
-    lacks: tuple[str, ...] = ()
+    lacks: tuple[tuple[str, ...], ...] = ()
 
 
 _CUDA_DTYPES = torch.float32, torch.bfloat16, torch.float16
+_CUDA_LACKS = ("metric", "scaled"), ("metric_max",)
 KERNELS = {
     "cpu": Kernels("normopt.kernels.cpu", "numba", 'the extra "cpu"', (torch.float32, torch.bfloat16)),
-    "cuda": Kernels("normopt.kernels.triton", "triton", "PyTorch's CUDA wheels", _CUDA_DTYPES),
+    "cuda": Kernels("normopt.kernels.triton", "triton", "PyTorch's CUDA wheels", _CUDA_DTYPES, _CUDA_LACKS),
 }
 
 
@@ -55,8 +56,8 @@ def why_not(
         if kind not in KERNELS:
             return f"there are no kernels for {kind} tensors"
         _, compiler, source, _, lacks = KERNELS[kind]
-        if missing := [name for name in lacks if flags.get(name)]:
-            return f"the kernels for {kind} do not have {missing[0]!r} yet"
+        if missing := [names for names in lacks if all(map(flags.get, names))]:
+            return f"the kernels for {kind} do not have {' with '.join(missing[0])} yet"
         if not _installed(compiler):
             return f"{compiler} is not installed, which {source} brings"
         if compiler == "numba" and _jit_is_disabled():

@@ -95,9 +95,9 @@ class Tables:
         weights, gradients: the addresses of their memory, shape [n], int64.
         states: those of the momentum, None without one.
         compensations: those of what Kahan's rounding keeps, None without it.
-        squares: those of the squares that make adaptive coordinates, None without them.
+        buffers: those of further float32 state, by the names in `BUFFERS`.
         shares: what c and √v of each tensor are multiplied by, [n, 2] on the device; None without bias corrections.
-        new: the indices of momenta that were made in this step, and are zero.
+        new: of each slot the indices of what was made in this step.
         cache: what a backend keeps from step to step, such as tables on its device.
         unscale: what gradients are multiplied by, for a GradScaler; one element on the device.
         found_inf: where it is not 0, nothing is written; likewise.
@@ -111,11 +111,11 @@ class Tables:
     gradients: Array
     states: Array | None
     compensations: Array | None
-    new: list[int]
+    new: dict[str, list[int]]
     cache: dict[str, Any] = field(default_factory=dict)
     unscale: torch.Tensor | None = None
     found_inf: torch.Tensor | None = None
     seed: torch.Tensor | int = 0
     layouts: Sequence[Layout] = ()
-    squares: Array | None = None
+    buffers: dict[str, Array] = field(default_factory=dict)
     shares: torch.Tensor | None = None

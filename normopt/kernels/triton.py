@@ -613,12 +613,12 @@ def _rows(flags: Flags, tables: Tables) -> Array:
     """Return the table of tensors: five addresses each, and whether the momentum has just been made."""
     rows = np.zeros((len(tables.weights), TENSOR.value), dtype=np.int64)
     rows[:, WEIGHT.value], rows[:, GRADIENT.value] = tables.weights, tables.gradients
-    kept = {STATE: tables.states, COMPENSATION: tables.compensations, SQUARES: tables.squares}
+    kept = {STATE: tables.states, COMPENSATION: tables.compensations, SQUARES: tables.buffers.get("exp_avg_sq")}
     for column, addresses in kept.items():
         if addresses is not None:
             rows[:, column.value] = addresses
     if flags.momentum:
-        rows[tables.new, FRESH.value] = 1
+        rows[tables.new["momentum_buffer"], FRESH.value] = 1
     return rows
 
 

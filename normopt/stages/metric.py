@@ -97,15 +97,10 @@ class Metric(Stage):
         return f"metric diag(√v + {self.metric_eps:g}), v the {self.metric_rule} of g²{beta}"
 
     def lower(self) -> Op | str:
-        norm, scale = self.direction.map, self.direction.base
-        if self.metric_rule == "max":
-            return 'metric_rule="max" has no kernel: it keeps one more buffer'
-        straight = norm.is_identity(scale)
-        if not straight and norm.needs(scale) != "none":
-            return "a norm over whole tensors has no kernel in adaptive coordinates"
+        use = STRAIGHT if self.direction.map.is_identity(self.direction.base) else BOTH_SIDES
         keep, take = self.coefficients()
         numbers = dict(metric_keep=keep, metric_take=take, metric_eps=self.metric_eps)
-        return Op({"metric": STRAIGHT if straight else BOTH_SIDES}, numbers)
+        return Op({"metric": use, "metric_max": self.metric_rule == "max"}, numbers)
 
 
 @register_stage

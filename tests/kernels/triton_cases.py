@@ -100,7 +100,7 @@ class Stepped:
         ]  # of which the step only has addresses
         chunks = self.kept.setdefault("cut", Chunks([w.shape for w in self.weights]))
         at = (xs and np.array([x.data_ptr() for x in xs]) for xs in (self.weights, gs, self.momenta, self.lost))
-        new = [i for i, made in enumerate(fresh) if made]
+        new = {"momentum_buffer": [i for i, made in enumerate(fresh) if made]}
         tables = Tables(chunks, self.weights[0].device, *at, new, self.kept, **given)
         flags, values = recipe.lower()
         dtype = self.weights[0].dtype

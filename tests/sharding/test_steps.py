@@ -95,6 +95,7 @@ FUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "∞, dual": (dict(norm="linf"), dict(replicated=SOME)),
     "power": (LP | dict(scale="power", agr=True), {}),
     "Adam": (ADAM | dict(agr=True, **DECAYS["ℓp"]), dict(replicated=SOME)),
+    "ℓ3 in adaptive coordinates, matched": (ADAM | LP | dict(scale="matched", metric_rule="max"), dict(dim=1)),
 }
 
 
