@@ -94,6 +94,12 @@ OPTIMIZERS: dict[str, Entry] = {
         {"momentum": 0.9},
         {"norm": "l2", "scale": "dual", "momentum_rule": "ema"},
     ),
+    "adamw-lp": Entry(
+        normopt.SteepestDescent,
+        "the ℓp direction, p = 4 unless set, in the adaptive coordinates of AdamW, at its step length",
+        {"momentum": 0.9, "weight_decay": 0.01, "p": 4.0, "scale": "matched"},
+        {"norm": "lp", "momentum_rule": "ema", "bias_correction": True, "metric": "diagonal"},
+    ),
     "modular": Entry(
         normopt.SteepestDescent,
         "unit steps of the averaged momentum 0.9 under the modular norm of the whole network",

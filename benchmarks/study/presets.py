@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from benchmarks.study.spec import Arm, PSchedule, Range, Study, Tuning, Value
 
 COSINE = PSchedule(kind="cosine")
@@ -180,6 +182,33 @@ ADAPTIVE_P = Study(
     seeds=tuple(range(1, 11)),
 )
 
+# AdamW's and its twins', whose steps are as long at every p, so that all search one range.
+_ADAM_LENGTH = Range(low=1e-4, high=1)
+# Under "dual" a step's length is about d^½·(d^(1−2/p)) in a tensor of d entries, AdamW's being d^½: the same range,
+# divided by what that is in a matrix of 10,000.
+_DUAL = {1.5: Range(low=2e-3, high=20), 4.0: Range(low=1e-6, high=1e-2), math.inf: Range(low=1e-8, high=1e-4)}
+
+
+def _twin(p: float, scale: str, lr: Range) -> Arm:
+    return _arm(f"ℓ{p:g} {scale}".replace("inf", "∞"), "adamw-lp", {"p": p, "scale": scale}, lr=lr)
+
+
+# Declared before the first run: held against AdamW by test score, ten seeds, Holm over the arms of a task. At p = 2 the
+# twin is AdamW itself with a tuning of its own: what it differs by is what the luck of tuning is.
+ADAPTIVE_NORMS = Study(
+    name="adaptive-norms",
+    purpose="Is there an ℓp direction in AdamW's coordinates that is better than AdamW's own, which is p = 2?",
+    tasks=("digits", "bytes"),
+    arms=(
+        _arm("AdamW", "adamw", lr=_ADAM_LENGTH),
+        *(_twin(p, "matched", _ADAM_LENGTH) for p in (1.5, 2.0, 3.0, 4.0, 6.0, 10.0, math.inf)),
+        *(_twin(p, "dual", lr) for p, lr in _DUAL.items()),
+    ),
+    baseline="AdamW",
+    tuning=Tuning(trials=12, startup=8),
+    seeds=tuple(range(1, 11)),
+)
+
 _AGR_TWINS = (SGD_EMA, ADAMW, LPSGDM, MUON)
 
 AGR = Study(
@@ -259,5 +288,8 @@ ORDERINGS = Study(
 
 PRESETS: dict[str, Study] = {
     study.name: study
-    for study in (SMOKE, QUICK, STANDARD, FULL, P_SCHEDULE, ADAPTIVE_P, AGR, PWD_SPARSITY, NORMS_BY_LAYER, ORDERINGS)
+    for study in (
+        *(SMOKE, QUICK, STANDARD, FULL, P_SCHEDULE, ADAPTIVE_P, ADAPTIVE_NORMS, AGR, PWD_SPARSITY, NORMS_BY_LAYER),
+        ORDERINGS,
+    )
 }
