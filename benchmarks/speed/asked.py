@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 
-from benchmarks.speed.candidates import DRESSED, DUAL, GENERAL, OWN, PEERS, PLAIN, TORCH_MUON, TORCH_SGD
+from benchmarks.speed.candidates import (
+    ADAMW,
+    ADAMW_L1,
+    ADAMW_LP,
+    DRESSED,
+    DUAL,
+    GENERAL,
+    OWN,
+    PEERS,
+    PLAIN,
+    TORCH_ADAMW,
+    TORCH_MUON,
+    TORCH_SGD,
+)
 from benchmarks.speed.limit import STREAMS
 from benchmarks.speed.models import MATRICES, TINY
 from benchmarks.speed.records import Case, Entry, Ratio, Results, ratio
@@ -48,6 +61,8 @@ def _of_case(case: Case) -> Iterator[Line]:
     else:
         for names, most in ((PLAIN, 1.15), ((GENERAL,), 1.6), (DUAL, 2), ((DRESSED,), 2)):
             yield from _worst(case, names, "fused", case.reference, most)
+        for name, most in ((ADAMW, 1.1), (ADAMW_L1, 1.5), (ADAMW_LP, 1.9)) if case.threads == 1 else ():
+            yield from _worst(case, [name], "fused", case.entry(TORCH_ADAMW, "fused"), most)
 
 
 def _on_cuda(case: Case) -> Iterator[Line]:

@@ -30,7 +30,11 @@ PLAIN = ("normopt p = 2", "normopt p = 3", "normopt p = ∞")
 GENERAL = "normopt p = 2.7"
 DUAL = ("normopt dual p = 2.7", "normopt dual p = ∞")
 DRESSED = "normopt p = 3, AGR, ℓp decay"
+ADAMW = "normopt AdamW"
+ADAMW_L1 = "normopt AdamW, AGR, ℓ1 decay"
+ADAMW_LP = "normopt AdamW, AGR, ℓ0.8 decay"
 TORCH_SGD = "torch SGD"
+TORCH_ADAMW = "torch AdamW"
 TORCH_MUON = "torch Muon"
 
 RULES: dict[str, dict[str, Any]] = {
@@ -42,7 +46,12 @@ RULES: dict[str, dict[str, Any]] = {
     "normopt dual p = ∞": {"p": math.inf, "scale": "dual"},
     DRESSED: {"p": 3.0, "agr": True, "weight_decay": 1e-3, "decay": "lp", "decay_p": 0.8},
 }
-READ_TWICE = (*DUAL, DRESSED)  # a sum over a tensor has to be known before its first entry can move
+ADAMS: dict[str, dict[str, Any]] = {
+    ADAMW: {},
+    ADAMW_L1: {"agr": True, "decay": "lp", "decay_p": 1.0},
+    ADAMW_LP: {"agr": True, "decay": "lp", "decay_p": 0.8},
+}
+READ_TWICE = (*DUAL, DRESSED, ADAMW_L1, ADAMW_LP)  # a sum over a tensor has to be known before its first entry can move
 
 # Packages by the name they are installed under, with the module, and their elementwise steps.
 PEERS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
@@ -96,16 +105,19 @@ def _ours() -> Iterator[Candidate]:
             make = partial(normopt.LPSGDM, **MOMENTUM, **rule, **how)
             yield Candidate(name, backend, make, 6 if name in READ_TWICE else 5)
         yield Candidate("normopt SGD", backend, partial(normopt.SGD, **MOMENTUM, **how))
+        for name, rule in ADAMS.items():
+            adamw = partial(normopt.AdamW, lr=LR, **rule, **how)
+            yield Candidate(name, backend, adamw, 8 if name in READ_TWICE else 7)
 
 
 def _torchs(compiled: bool) -> Iterator[Candidate]:
     sgd, adamw = partial(torch.optim.SGD, **MOMENTUM), partial(torch.optim.AdamW, lr=LR)
     for backend, how in BACKENDS.items():
         yield Candidate(TORCH_SGD, backend, partial(sgd, **how))
-        yield Candidate("torch AdamW", backend, partial(adamw, **how), 7, {"capturable": True})
+        yield Candidate(TORCH_ADAMW, backend, partial(adamw, **how), 7, {"capturable": True})
     if compiled:
         yield Candidate(TORCH_SGD, COMPILED, partial(sgd, foreach=True), to_capture=None)
-        yield Candidate("torch AdamW", COMPILED, partial(adamw, foreach=True), 7, None)
+        yield Candidate(TORCH_ADAMW, COMPILED, partial(adamw, foreach=True), 7, None)
 
 
 def _peers() -> Iterator[Candidate]:

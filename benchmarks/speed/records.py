@@ -84,10 +84,14 @@ class Case(Record):
     def entry(self, optimizer: str, backend: str) -> Entry | None:
         return next((e for e in self.entries if (e.optimizer, e.backend) == (optimizer, backend)), None)
 
+    def moved(self, entry: Entry) -> float:
+        """Bytes of each parameter that a step's rule has to read and write."""
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return entry.streams * itemsize
+
     def bandwidth(self, entry: Entry) -> float:
         """Bytes per second that a step's rule has to move, by the median."""
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return entry.streams * self.parameters * itemsize / median(entry.seconds)
+        return self.moved(entry) * self.parameters / median(entry.seconds)
 
 
 class Startup(Record):

@@ -23,7 +23,8 @@ All steps of a case are timed in one run: every round gives each of them a turn,
 weights, gradients and buffers of state. {turn} Times are medians over {rounds} rounds, with the quartiles in
 brackets. A ratio is made in every round by itself, to the reference measured in that round; shown are the median of
 those ratios and, in brackets, its 95 % interval (order statistics). The reference is the limit{where}; of matrices it
-is torch's Muon. GB/s count the bytes that the rule has to move at least. The first step, in which kernels are
+is torch's Muon. Bytes are what the rule has to read and write of each parameter at least: its weight, gradient and
+state; GB/s count them. The first step, in which kernels are
 compiled or read from a cache, is outside of all that, and two more are; it is the last column."""
 TURNS = {
     "cpu": f"A turn is a step, or as many as take {1000 * TURN:g} ms; where gradients are fresh it is one.",
@@ -55,6 +56,7 @@ def columns(case: Case) -> list[Column]:
             f"× {case.reference.optimizer}",
             lambda case, e: "1" if e is case.reference else str(ratio(e, case.reference)),
         ),
+        Column("bytes", lambda case, e: f"{case.moved(e):g}" if e.streams else "", wide=True),
         Column("GB/s", lambda case, e: digits(case.bandwidth(e) / 1e9) if e.streams else "", wide=True),
         Column("first s", lambda case, e: f"{e.first:.2f}", wide=True),
     ]

@@ -302,6 +302,7 @@ def test_promises_on_a_cpu():
     ones = [1.0] * ROUNDS
     fused = {"normopt p = 2": 1.0, "normopt p = 3": 1.1, "normopt p = ∞": 1.2, "normopt p = 2.7": 1.6}
     fused |= {"normopt dual p = 2.7": 1.9, "normopt dual p = ∞": 1.8, candidates.DRESSED: 2.1}
+    fused |= {candidates.ADAMW: 1.3, candidates.ADAMW_L1: 1.9, candidates.ADAMW_LP: 2.5, "torch AdamW": 1.25}
     large = made_up([entry("limit", ones, "loop"), *(entry(n, [x] * ROUNDS) for n, x in fused.items())])
     tiny = made_up(
         [entry("limit", ones, "loop"), entry("normopt p = 2", [3.0] * ROUNDS), entry("torch SGD", [8.0] * ROUNDS)],
@@ -317,6 +318,9 @@ def test_promises_on_a_cpu():
         ("≤ 1.6 × the limit", "1.60", "yes, uncertain"),
         ("≤ 2 × the limit", "1.90", "yes"),
         ("≤ 2 × the limit", "2.10", "no"),
+        ("≤ 1.1 × torch AdamW, fused", "1.04", "yes"),
+        ("≤ 1.5 × torch AdamW, fused", "1.52", "no"),
+        ("≤ 1.9 × torch AdamW, fused", "2.00", "no"),
         ("≤ 0.4 × torch SGD, fused", "0.38", "yes"),
         ("≤ 0.8 × torch SGD, fused", "0.38", "yes"),
         ("≤ 1 × torch Muon, as it comes", "0.50", "yes"),
@@ -404,6 +408,7 @@ def test_results_survive_json_and_a_page_is_made_of_them(case, tmp_path):
         assert "Too large for the memory that was free: gpt2." in text
         shown = report.digits(1000 * median(case.entries[1].seconds))
         assert f"| normopt p = 3 | for-loop | {shown} (" in text
+        assert case.moved(case.entry("torch AdamW", "foreach")) == 28
 
 
 @pytest.mark.parametrize(
