@@ -85,22 +85,24 @@ def flags(dtype=torch.float32, **changes):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["sign", "general"])
-@pytest.mark.parametrize("momentum", [False, True])
-def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, momentum, dtype, capability, compile_kernel):
-    from normopt.kernels.flags import NEW, RUNS, SAME
+@pytest.mark.parametrize("kept", ["nothing", "momentum", "momentum and squares"])
+def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, kept, dtype, capability, compile_kernel):
+    from normopt.kernels.flags import NEW, RUNS, SAME, STRAIGHT
     from normopt.kernels.tables import CHUNK
     from normopt.kernels.triton import OPTIONS, constants_of, step_kernel
 
-    absent = ("unscale", "found_inf", "seed", "regularizers", "measured", "shares", "sums")
-    step = flags(dtype, mode=mode, momentum=RUNS | NEW | SAME if momentum else 0)
+    absent = ("unscale", "found_inf", "seed", "regularizers", "measured", "sums")
+    momentum, metric = RUNS | NEW | SAME if "momentum" in kept else 0, STRAIGHT if "squares" in kept else 0
+    step = flags(dtype, mode=mode, momentum=momentum, metric=metric, corrected=bool(metric))
     found = {}
     for aligned in (True, False):
         text = compile_kernel(step_kernel, capability, absent, **constants_of(step, aligned))
         assert not re.search(r"\b(atom|red)\.", text)
         found[aligned] = [VECTOR.findall(text).count(way) for way in ("ld", "st")]
     entries = CHUNK // (32 * OPTIONS["num_warps"])  # of each thread
-    vectors = entries * dtype.itemsize // 16
-    assert found == {True: [(3 if momentum else 2) * vectors, (2 if momentum else 1) * vectors], False: [0, 0]}
+    vectors, squares = entries * dtype.itemsize // 16, entries * 4 // 16 if metric else 0
+    states = 1 if momentum else 0
+    assert found == {True: [(2 + states) * vectors + squares, (1 + states) * vectors + squares], False: [0, 0]}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
