@@ -46,14 +46,15 @@ SMALLEST = tl.constexpr(2.0**-149)  # above 0
 # They are not a NamedTuple, because the Triton of PyTorch 2.6 and 2.7 finds no attributes in a constant.
 RUNS, OLD, GRADIENT_NOW, NEW = (tl.constexpr(x) for x in (choices.RUNS, choices.OLD, choices.GRADIENT, choices.NEW))
 # Names in `Flags`.
-NAMES = "smoothed scaled matched agr coupled maximize corrected scales_weight decay decay_inverse decay_wide"
+NAMES = "smoothed scaled matched agr coupled maximize corrected metric_max scales_weight decay decay_inverse decay_wide"
 SWITCHES = {name: tl.constexpr(1 << i) for i, name in enumerate(NAMES.split(), 5)}
-SMOOTHED, SCALED, MATCHED, AGR, COUPLED, MAXIMIZE, CORRECTED, *_DECAY = SWITCHES.values()
+SMOOTHED, SCALED, MATCHED, AGR, COUPLED, MAXIMIZE, CORRECTED, METRIC_MAX, *_DECAY = SWITCHES.values()
 SCALES_WEIGHT, DECAYS, DECAY_INVERSE, DECAY_WIDE = _DECAY
-ALIGNED, MEASURING = tl.constexpr(1 << 16), tl.constexpr(1 << 17)
+ALIGNED, MEASURING = tl.constexpr(1 << 20), tl.constexpr(1 << 21)
 
 # Columns of the tables, which are int64: of tensors, of chunks, and of the chunks that a sum is over.
-WEIGHT, GRADIENT, STATE, COMPENSATION, SQUARES, FRESH, TENSOR = (tl.constexpr(i) for i in range(7))  # last: how many
+WEIGHT, GRADIENT, STATE, COMPENSATION, *_MORE = (tl.constexpr(i) for i in range(6 + len(choices.BUFFERS)))
+SQUARES, LARGEST_SQUARES, FRESH, TENSOR = _MORE  # the last is the number of columns
 OF, BEGIN, COUNT, WIDE, CHUNKS = (tl.constexpr(i) for i in range(5))
 FIRST, MANY, SIZE, SPAN = (tl.constexpr(i) for i in range(4))
 # Places of the numbers, which are float64.
@@ -239,11 +240,18 @@ def momentum_step(states, x, table, t, numbers, mask, DTYPE: tl.constexpr, FLAGS
 
 
 @triton.jit
-def metric_step(squares, x, numbers, shares, t, mask, METRIC: tl.constexpr, FLAGS: tl.constexpr):
+def metric_step(x, table, t, begin, numbers, shares, mask, METRIC: tl.constexpr, FLAGS: tl.constexpr):
     """Return P, or its root under ``BOTH_SIDES``, after v has taken x², which is stored unless ``MEASURING``."""
+    squares = entries(table, t, SQUARES, begin, tl.float32, FLAGS)
     v = number(numbers, METRIC_KEEP) * loaded(squares, mask) + number(numbers, METRIC_TAKE) * x * x
     if not (MEASURING & FLAGS):
         tl.store(squares, v, mask)
+    if METRIC_MAX & FLAGS:
+        largest = entries(table, t, LARGEST_SQUARES, begin, tl.float32, FLAGS)
+        top = loaded(largest, mask)
+        v = tl.where((v < top) | (top != top), top, v)  # NaN stays
+        if not (MEASURING & FLAGS):
+            tl.store(largest, v, mask)
     root = tl.sqrt_rn(v)
     if CORRECTED & FLAGS:
         root *= number(shares, 2 * t + 1)
@@ -357,8 +365,7 @@ def step_kernel(
                 c *= number(shares, 2 * t)
             root = c
             if METRIC != 0:
-                squares = entries(table, t, SQUARES, begin, tl.float32, FLAGS)
-                root = metric_step(squares, x, numbers, shares, t, mask, METRIC, FLAGS)
+                root = metric_step(x, table, t, begin, numbers, shares, mask, METRIC, FLAGS)
                 c = tl.div_rn(c, root)
 
             if MEASURING & FLAGS:
@@ -610,13 +617,13 @@ def constants_of(flags: Flags, aligned: bool, measuring: bool = False) -> dict[s
 
 
 def _rows(flags: Flags, tables: Tables) -> Array:
-    """Return the table of tensors: five addresses each, and whether the momentum has just been made."""
+    """Return the table of tensors: the addresses of each, and whether its momentum has just been made."""
     rows = np.zeros((len(tables.weights), TENSOR.value), dtype=np.int64)
     rows[:, WEIGHT.value], rows[:, GRADIENT.value] = tables.weights, tables.gradients
-    kept = {STATE: tables.states, COMPENSATION: tables.compensations, SQUARES: tables.buffers.get("exp_avg_sq")}
-    for column, addresses in kept.items():
+    kept = map(tables.buffers.get, choices.BUFFERS)
+    for column, addresses in enumerate((tables.states, tables.compensations, *kept), STATE.value):
         if addresses is not None:
-            rows[:, column.value] = addresses
+            rows[:, column] = addresses
     if flags.momentum:
         rows[tables.new["momentum_buffer"], FRESH.value] = 1
     return rows

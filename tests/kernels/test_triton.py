@@ -128,7 +128,7 @@ def test_every_step_compiles_without_atomics(what, capability, compile_kernel):
         ),
         "float16": (dict.fromkeys(("weight", "gradient", "state"), torch.float16) | heavy, ()),
         "adam": (low | heavy | dict(metric=f.STRAIGHT, corrected=True, scales_weight=True), ("measured",)),
-        "coordinates": (scaled | heavy | dict(metric=f.BOTH_SIDES, corrected=True), ()),
+        "coordinates": (scaled | heavy | dict(metric=f.BOTH_SIDES, metric_max=True, corrected=True), ()),
     }[what]
     step = flags(**changes)
     for measuring in {False, step.scaled}:

@@ -186,11 +186,13 @@ ADAM = dict(momentum=0.9, momentum_rule="ema", bias_correction=True, metric="dia
 COORDINATES = {
     "agr lp": ADAM | REGULARIZERS["lp0.8"] | dict(agr=True),
     "lion signs": ADAM | MOMENTA["lion"] | dict(norm="linf", scale="unit", maximize=True),
-    "nesterov p": ADAM | dict(nesterov=True, norm="lp", p=3.0, scale="power"),
+    "nesterov p max": ADAM | dict(nesterov=True, norm="lp", p=3.0, scale="power", metric_rule="max"),
     "sum": dict(metric="diagonal", metric_rule="sum", **MOMENTA["heavy"], **REGULARIZERS["coupled"]),
     "smoothed": dict(metric="diagonal", norm="lp", p=1.7, scale="power", eps=1e-3, bias_correction=True),
-    "corrected dual": MOMENTA["ema"] | dict(bias_correction=True, norm="lp", p=2.7, scale="dual"),
     "corrected matched": MOMENTA["lion"] | dict(bias_correction=True, norm="lp", p=1.4, scale="matched"),
+    "dual max": ADAM | dict(norm="lp", p=1.4, scale="dual", metric_rule="max", agr=True),
+    "matched": ADAM | dict(norm="lp", p=2.7, scale="matched") | REGULARIZERS["coupled"],
+    "unit": dict(metric="diagonal", norm="lp", p=torch.tensor(3.0, device=DEVICE), scale="unit"),
 }
 
 
@@ -219,7 +221,7 @@ def gradients(opt, step):
 @pytest.mark.parametrize("rounding", [None, "kahan"])
 @pytest.mark.parametrize("how", COORDINATES)
 def test_adaptive_coordinates_are_the_for_loops(how, rounding, optimizers):
-    """From the for-loop's state at every step; relative to max(|w|, η|u|) of the whole weight."""
+    """From the for-loop's state at every step; relative to max(|w|, η|u|) of the whole weight; and the norms."""
     dtype = torch.float32 if rounding is None else torch.bfloat16
     settings = dict(lr=0.01, rounding=rounding or "nearest") | COORDINATES[how]
     opt, other = optimizers([(13, 7), (CHUNK + 3,), ()], dtype, **settings)
@@ -232,6 +234,9 @@ def test_adaptive_coordinates_are_the_for_loops(how, rounding, optimizers):
         before = [whole(other, q) for q in theirs]
         opt.step()
         other.step()
+        for found, expected in zip(opt.norm_pairs(), other.norm_pairs(), strict=True):
+            if found is not None:
+                torch.testing.assert_close(found, expected, rtol=2e-6, atol=0, check_dtype=False)
         for p, q, w in zip(ours, theirs, before, strict=True):
             a, b = whole(opt, p), whole(other, q)
             assert float(((a - b).abs() / torch.maximum(w.abs(), (b - w).abs())).max()) <= (
