@@ -283,7 +283,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 def _check_together(recipe: Recipe, params: list[Tensor]) -> None:
     """Check settings of several stages against each other and against the parameters."""
-    if recipe.sphere.runs() and recipe.whole_group:
+    if recipe.sphere.runs() and recipe.direction.whole_group:
         raise ValueError('constraint="sphere" keeps the norm of each tensor: use a scope of "tensor"')
     if recipe.sphere.runs() and recipe.decay.runs() and recipe.decay.decay in ("decoupled", "proximal", "cautious"):
         raise ValueError(

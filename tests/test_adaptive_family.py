@@ -107,14 +107,15 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, dtype, tmp_path):
             assert x.dtype == other.state[q][key].dtype
 
 
+@pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("rounding", ["nearest", "kahan", None])
-def test_the_norm_stays_on_the_sphere(rounding):
+def test_the_norm_stays_on_the_sphere(rounding, steps):
     dtype = torch.float32 if rounding is None else torch.bfloat16
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(64, 32).to(dtype))
     length = float(p.detach().double().norm())
     opt = normopt.SteepestDescent([p], lr=0.02, constraint="sphere", rounding=rounding or "nearest", **ADAM)
-    for _ in range(200):
+    for _ in range(steps):
         p.grad = torch.randn_like(p)
         opt.step()
         whole = p.detach().double()

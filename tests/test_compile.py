@@ -18,6 +18,8 @@ MORE = [
     ("lpsgdm", dict(scale="dual", foreach=True)),
     ("lpsgdm", dict(scale="dual", metric="diagonal", bias_correction=True)),
     ("sgd", dict(decay="lp", momentum=0.9, nesterov=True, maximize=True)),
+    ("lpsgdm", dict(scale="relative", decay="cautious-lp", bias_correction=True, difference_beta=0.9, coupling=0.1)),
+    ("muon", dict(row_beta=0.9, constraint="sphere", decay="lp", agr=True, agr_scope="group")),
 ]
 EVERY_CASE = [*((name, {}) for name in normopt.list_optimizers()), *MORE]
 KINDS = ("lion", "lpsgdm", "muon", "nucgd", "rownormsgd", "sgd")  # one of every norm, scale and momentum

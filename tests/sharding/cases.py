@@ -151,7 +151,8 @@ def compare(
                 of = a.detach() if key == "kahan_compensation" else None
                 found["state"] = max(found["state"], error(whole(ours.state[b][key]), value, of))
                 if reset:
-                    ours.state[b][key] = laid(value.clone(), b) if value.shape == a.shape else value.clone()
+                    is_sharded = isinstance(ours.state[b][key], DTensor)
+                    ours.state[b][key] = laid(value.clone(), b) if is_sharded else value.clone()
             assert theirs.state[a].keys() == ours.state[b].keys()
             if reset:
                 with torch.no_grad():
@@ -161,6 +162,32 @@ def compare(
             if x is not None and y is not None:
                 found["pairs"] = max(found["pairs"], *(error(p[None], q[None]) for p, q in zip(x, y, strict=True)))
     return found
+
+
+ROUNDINGS = {"float32": torch.float32, "kahan": torch.bfloat16, "nearest": torch.bfloat16}
+
+
+def off_the_sphere(steps: int) -> dict[str, float]:
+    """The largest relative error of ‖W‖_F under constraint="sphere" for each rounding, under Kahan's of both parts."""
+    torch.manual_seed(0)
+    first = {name: torch.randn(64, 32).to(dtype) for name, dtype in ROUNDINGS.items()}
+    mesh = mesh_of(dist.get_world_size())
+    params = {
+        name: torch.nn.Parameter(distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None))
+        for name, x in first.items()
+    }
+    groups = [dict(params=[p], rounding=name if name != "float32" else "nearest") for name, p in params.items()]
+    opt = normopt.SteepestDescent(groups, lr=0.02, constraint="sphere", momentum=0.9)
+    worst = dict.fromkeys(params, 0.0)
+    for step in range(steps):
+        torch.manual_seed(step)
+        for p in params.values():
+            p.grad = laid(torch.randn(64, 32).to(p.dtype), p)
+        opt.step()
+        for name, p in params.items() if step % 20 == 0 or step == steps - 1 else ():
+            now = whole(p.detach()).double() + whole(opt.state[p].get("kahan_compensation", torch.zeros(()))).double()
+            worst[name] = max(worst[name], abs(float(now.norm() / first[name].double().norm()) - 1))
+    return worst
 
 
 def compare_as(optimizer: str, settings: dict[str, Any], how: dict[str, Any]) -> dict[str, float]:

@@ -78,6 +78,19 @@ NORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ℓ3 in adaptive coordinates, matched": (ADAM | LP | dict(scale="matched", agr=True), dict(dim=1)),
     "ℓ3 in adaptive coordinates, over a group": (ADAM | LP | dict(scope="group"), dict(replicated=SOME)),
     "spectral in adaptive coordinates": (ADAM | dict(norm="spectral", scale="unit"), {}),
+    "Adan": (ADAM | dict(difference_beta=0.92, agr=True, weight_decay=0.1, decay="proximal"), dict(replicated=SOME)),
+    "LAMB": (ADAM | dict(scale="relative", weight_decay=0.1, decay="inside"), dict(dim=1, replicated=SOME)),
+    "NorMuon": (dict(norm="spectral", scale="unit", row_beta=0.9), {}),
+    "NorMuon, cut along dim 1, on a sphere": (
+        dict(norm="spectral", scale="unit", row_beta=0.9, constraint="sphere"),
+        dict(dim=1, replicated=SOME),
+    ),
+    "NorMuon of stacks": (dict(norm="spectral", scale="unit", row_beta=0.9, norm_matrix_view="batch"), dict(dim=1)),
+    "NorMuon, transposed": (dict(norm="spectral", scale="unit", row_beta=0.9, norm_matrix_view="transposed"), {}),
+    "hyperball": (ADAM | dict(constraint="sphere"), dict(replicated=SOME)),
+    "Stacey": (LP | dict(scale="power", eps=1e-4, coupling=0.1, momentum=0.9, momentum_rule="lion"), {}),
+    "cautious": (ADAM | dict(weight_decay=0.5, decay="cautious-lp", decay_p=0.8), {}),
+    "AGR over the group": (ADAM | dict(agr=True, agr_scope="group"), dict(replicated=SOME)),
     "mixed": (dict(norm="mixed", norm_p_inner=1.5, norm_p_outer=3.0), {}),
 }
 
@@ -86,6 +99,13 @@ NORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_every_norm_and_every_way_to_be_cut(case: str, ranks: Ranks) -> None:
     settings, how = NORMS[case]
     holds(ranks.call(cases.compare_as, ENGINE, settings, how))
+
+
+@pytest.mark.parametrize("steps", [20, pytest.param(10_000, marks=pytest.mark.exhaustive)])
+def test_the_norm_stays_on_the_sphere(steps: int, ranks: Ranks) -> None:
+    for found in ranks.call(cases.off_the_sphere, steps, timeout=1800):
+        assert max(found["float32"], found["kahan"]) <= 1e-6, found
+        assert found["nearest"] <= 2e-4, found
 
 
 FUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
