@@ -118,6 +118,8 @@ class SteepestDescent(Optimizer):
         coupling: τ of Stacey's coupling to a second iterate; 0 keeps none. Default 0.
         coupling_rate: α, the step size of Stacey's second iterate. Default 0.001.
         radius: r > 0, the radius of the norm's ball: it multiplies the step, and not the decay. Default 1.
+        lr_ratio: a factor of lr, in the step and in the decay: a group of another learning rate under one schedule.
+            Default 1.
         constraint: "sphere" keeps the ℓ2 norm R that each tensor has at its first step: w ← R·N(w − ηrR·N(u)), N(x)
             = x/‖x‖₂. Default "none".
         rounding: how 16-bit weights are rounded: "nearest" (a step below half a unit in the last place is lost),

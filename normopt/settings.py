@@ -26,6 +26,8 @@ class Common(TypedDict, total=False):
         row_beta: β of the average of the direction's squares by rows, of NorMuon; 0 keeps none. Default 0.
         coupling: τ of Stacey's coupling to a second iterate; 0 keeps none. Default 0.
         coupling_rate: α, the step size of Stacey's second iterate. Default 0.001.
+        lr_ratio: a factor of lr, in the step and in the decay: a group of another learning rate under one schedule.
+            Default 1.
         constraint: "sphere" keeps the ℓ2 norm R that each tensor has at its first step: w ← R·N(w − ηrR·N(u)), N(x)
             = x/‖x‖₂. Default "none".
         rounding: how 16-bit weights are rounded: "nearest" (a step below half a unit in the last place is lost),
@@ -45,6 +47,7 @@ class Common(TypedDict, total=False):
     row_beta: float
     coupling: float
     coupling_rate: float
+    lr_ratio: float
     constraint: Literal["none", "sphere"]
     rounding: Literal["nearest", "stochastic", "kahan"]
     foreach: bool | None

@@ -478,6 +478,7 @@ def test_names():
         (dict(scale="dualnorm"), ValueError, "scale must be one of"),
         (dict(scope="model"), ValueError, "scope must be one of"),
         (dict(radius=0.0), ValueError, "radius must be in"),
+        (dict(lr_ratio=0.0), ValueError, "lr_ratio must be in"),
         (dict(radius=-1.0), ValueError, "radius must be in"),
         (dict(radius=math.inf), ValueError, "radius must be in"),
         (dict(radius=math.nan), ValueError, "radius must be in"),
@@ -594,7 +595,8 @@ def test_a_changed_number_is_that_of_a_new_optimizer(scale, how):
     changes += [({key: a}, {key: b}) for key in ("momentum",) for a in (0.0, 0.5) for b in (0.0, 0.7)]
     decays = [dict(weight_decay=a, decay="decoupled", decay_p=1.0) for a in (0.0, 0.5)]
     changes += [(a, b) for a in decays for b in decays]
-    changes += [({"lr": 0.1}, {"lr": 0.0}), ({"radius": 1.0}, {"radius": 2.0}), ({"decay_p": 1.0}, {"decay_p": 2.0})]
+    changes += [({"lr": 0.1}, {"lr": 0.0}), ({"radius": 1.0}, {"radius": 2.0}), ({"lr_ratio": 1.0}, {"lr_ratio": 0.5})]
+    changes += [({"decay_p": 1.0}, {"decay_p": 2.0})]
     changes += [
         ({"decay": "lp"}, {"decay": "coupled"}),
         ({"beta2": 0.99}, {"beta2": 0.5}),
@@ -625,6 +627,25 @@ def test_a_changed_number_is_that_of_a_new_optimizer(scale, how):
             # A kernel's last bit may depend on where the tensors are.
             rounding = 1e-6 if "fused" in how else 0.0
             torch.testing.assert_close(p, q, rtol=rounding, atol=rounding, msg=f"{before} → {after}")
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_lr_ratio_is_a_learning_rate_of_ones_own(foreach):
+    """In the step and in every kind of decay: the same bits as with that learning rate, also where it is a tensor."""
+    cases = [dict(decay=kind) for kind in ("coupled", "decoupled", "lp", "proximal", "inside", "cautious")]
+    cases += [dict(constraint="sphere", weight_decay=0.0), dict(coupling=0.1, momentum=0.9, momentum_rule="ema")]
+    for case in cases:
+        for number in (float, torch.tensor):
+            w, w2 = (torch.nn.Parameter(torch.linspace(-2, 1, 12).reshape(3, 4)) for _ in range(2))
+            settings = dict(norm="lp", p=3.0, weight_decay=0.3, radius=3.0, foreach=foreach) | case
+            own = normopt.SteepestDescent([w2], lr=number(0.05), **settings)
+            opt = normopt.SteepestDescent([w], lr=number(0.2), lr_ratio=0.25, **settings)
+            for _ in range(2):
+                w.grad = w2.grad = torch.linspace(1, -0.3, 12).reshape(3, 4)
+                opt.step()
+                own.step()
+            assert torch.equal(w, w2), case
+            assert "at 0.25 lr" in opt.backend()
 
 
 def one_step(**settings):

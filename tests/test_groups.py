@@ -76,7 +76,17 @@ def test_every_parameter_is_in_one_group_and_learns(preset):
     groups = normopt.param_groups(model, preset)
     names = [name for group in groups for name, _ in group["params"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
-    lr = {"muon": 0.05, "scion": 2e-4, "scion-cnn": 1e-3, "scion-mlp": 1e-3, "scale": 3e-3, "modular": 0.2}[preset]
+    lr = {
+        "muon-adamw": 0.2,
+        "normuon-adamw": 0.2,
+        "adamw": 0.3,
+        "muon": 0.05,
+        "scion": 2e-4,
+        "scion-cnn": 1e-3,
+        "scion-mlp": 1e-3,
+        "scale": 3e-3,
+        "modular": 0.2,
+    }[preset]
     opt = normopt.SteepestDescent(groups, lr=lr, momentum=0.9, momentum_rule="ema")
     x, y = torch.randint(17, (64, 8, 8)), torch.randint(10, (64,))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -158,6 +168,83 @@ def test_the_steps_of_scions_preset_are_the_published_ones():
     torch.testing.assert_close(step["embed.weight"], 8 * g["embed.weight"] / rms)
     for name in ("norm.weight", "hidden.bias"):
         torch.testing.assert_close(step[name], 8 * g[name] / g[name].square().mean().sqrt())
+
+
+def split(model, groups):
+    """The hidden matrices by Muon and the rest by AdamW, as torch has them, and the names of the former."""
+    hidden = {n for group in groups for n, _ in group["params"] if group["kind"] == "linear"}
+    muon = [p for n, p in model.named_parameters() if n in hidden]
+    rest = [p for n, p in model.named_parameters() if n not in hidden]
+    two = torch.optim.Muon(muon, lr=0.02, weight_decay=0.1), torch.optim.AdamW(rest, lr=3e-4, weight_decay=0.1)
+    return two, hidden
+
+
+def test_muon_adamw_is_torchs_muon_and_torchs_adamw_with_a_learning_rate_each():
+    """50 steps by one optimizer under one schedule, from torch's gradients; saved and loaded on the way."""
+    torch.manual_seed(0)
+    theirs, ours = Stream(), Stream()
+    ours.load_state_dict(theirs.state_dict())
+    groups = normopt.param_groups(ours, preset="muon-adamw")
+    two, hidden = split(theirs, groups)
+    assert len(hidden) == 8
+
+    def one():
+        opt = normopt.Muon(normopt.param_groups(ours, preset="muon-adamw"), lr=0.02, weight_decay=0.1)
+        return opt, torch.optim.lr_scheduler.CosineAnnealingLR(opt, 50)
+
+    opt, schedule = one()
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(other, 50) for other in two]
+    walked = dict.fromkeys(hidden, 0.0)
+    for i in range(50):
+        x = torch.randint(11, (4, 5))
+        for other in two:
+            other.zero_grad()
+        nn.functional.cross_entropy(theirs(x).flatten(0, 1), x.flatten()).backward()
+        before = {n: p.detach().clone() for n, p in theirs.named_parameters()}
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = q.grad.clone()
+        for thing in (opt, *two, schedule, *schedules):
+            thing.step()
+        for (n, q), p in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+            if n in hidden:  # both iterate in bfloat16
+                walked[n] += float((q.detach() - before[n]).norm())
+                assert float((p - q).detach().norm()) <= 2**-7 * walked[n]
+            else:
+                torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+        if i == 20:
+            saved = io.BytesIO()
+            torch.save([opt.state_dict(), schedule.state_dict()], saved)
+            saved.seek(0)
+            opt, schedule = one()
+            for thing, state in zip((opt, schedule), torch.load(saved, weights_only=True), strict=True):
+                thing.load_state_dict(state)
+    assert {len(opt.state[p]) for n, p in ours.named_parameters() if n in hidden} == {1}
+    assert {len(opt.state[p]) for n, p in ours.named_parameters() if n not in hidden} == {3}
+
+
+def test_the_rule_of_adamw_in_a_preset():
+    groups = normopt.param_groups(Mix(), "normuon-adamw", lr_ratio=0.1)
+    opt = normopt.Muon(groups, lr=0.02, weight_decay=0.1, row_beta=0.95)
+    found = {tuple(g[k] for k in ("norm", "row_beta", "lr_ratio", "lr", "weight_decay")) for g in opt.param_groups}
+    assert found == {("spectral", 0.95, 1.0, 0.02, 0.1), ("l2", 0.0, 0.1, 0.02, 0.1)}
+    for group in normopt.AdamW(normopt.param_groups(Mix(), "adamw"), betas=(0.8, 0.95)).param_groups:
+        assert [group[k] for k in ("metric", "momentum", "metric_beta", "lr_ratio")] == ["diagonal", 0.8, 0.95, 1.0]
+    opt.add_param_group({"params": [("late", nn.Parameter(torch.ones(2, 2)))]})
+    assert opt.param_groups[-1]["lr_ratio"] == 1
+    # A norm of the user's replaces the whole rule; other settings are laid over it.
+    overrides = {"head.weight": {"norm": "linf", "scale": "unit"}, nn.LayerNorm: {"metric_beta": 0.95, "lr_ratio": 0.5}}
+    groups = normopt.param_groups(Mix(), "muon-adamw", overrides=overrides)
+    assert by_name(groups, "metric")["head.weight"] is None
+    assert by_name(groups, "momentum")["head.weight"] is None
+    assert by_name(groups, "lr_ratio") | {} == {
+        "hidden.weight": None,
+        "conv.weight": None,
+        "head.weight": None,
+        "norm2.weight": 0.5,
+        "norm2.bias": 0.5,
+        **dict.fromkeys(("embed.weight", "norm.weight", "norm.bias", "conv.bias", "hidden.bias", "head.bias"), 0.015),
+    }
+    assert "AdamW, metric_beta 0.95, lr_ratio 0.5" in str(groups)
 
 
 def test_the_step_of_scales_preset_is_the_published_one():
@@ -278,6 +365,8 @@ REFUSED = [
     (dict(preset="modular", residual_depth=0), ValueError, "residual_depth must be in"),
     (dict(preset="modular", residual_depth=2.5), TypeError, "residual_depth must be an integer"),
     (dict(overrides={"head": {"norm": "spectrall"}}), ValueError, "did you mean 'spectral'"),
+    (dict(lr_ratio=0.1), ValueError, "lr_ratio is for the presets with two rules"),
+    (dict(preset="muon-adamw", lr_ratio=0), ValueError, "lr_ratio must be in"),
 ]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from normopt._checks import check_choice, check_integer, check_number, near
 from normopt.groups.classify import KINDS, MATRICES, ParamInfo, classify_params
 from normopt.groups.modular import budgets
-from normopt.groups.presets import PRESETS
+from normopt.groups.presets import ADAMW, PRESETS
 from normopt.norms import registry
 
 Overrides = Mapping[str | type[nn.Module], Mapping[str, Any]]
@@ -25,31 +25,41 @@ def param_groups(
     overrides: Overrides | None = None,
     output: str | None = "last",
     residual_depth: int | None = None,
+    lr_ratio: float | None = None,
 ) -> ParamGroups:
     """Build param groups that assign each layer of a model its norm; ``print`` them to see the assignment.
 
     ::
 
-        preset        hidden layers       embeddings       output           vectors     radii
-        "muon"        spectral            sign             sign             sign        1, the rest 0.015
-        "scion"       RMS → RMS           ℓ1 → RMS         sign/d_in        RMS         50, output 3000: a GPT's
-        "scion-cnn"   the same                                                          8, output 128
-        "scion-mlp"   the same                                                          1, output 1024
-        "scale"       rows at RMS 1       the same, transp. the same        sign        1; momentum at the output
-        "modular"     RMS → RMS           ℓ1 → RMS         RMS → RMS        RMS         computed from the model
+        preset          hidden layers   embeddings          output          vectors   radii
+        "muon-adamw"    spectral        AdamW               AdamW           AdamW     1; AdamW at 0.015 lr
+        "normuon-adamw" the same, for NorMuon
+        "adamw"         ℓ2, as the rest                                               1
+        "muon"          spectral        sign                sign            sign      1, the rest 0.015
+        "scion"         RMS → RMS       ℓ1 → RMS            sign/d_in       RMS       50, output 3000: a GPT's
+        "scion-cnn"     the same                                                      8, output 128
+        "scion-mlp"     the same                                                      1, output 1024
+        "scale"         rows at RMS 1   the same, transp.   the same        sign      1; momentum at the output
+        "modular"       RMS → RMS       ℓ1 → RMS            RMS → RMS       RMS       computed from the model
 
-    Hidden layers are linear layers, attention and convolutions. Their weights are read as out × rest. The three
-    matrices of a fused in_proj and the groups of a grouped convolution are separate; transposed convolutions and
-    embeddings are transposed. Vectors are biases and the gains of norm layers. All presets use unit steps.
+    Start with "muon-adamw" for a transformer. Hidden layers are linear layers, attention and convolutions. Their
+    weights are read as out × rest. The three matrices of a fused in_proj and the groups of a grouped convolution are
+    separate; transposed convolutions and embeddings are transposed. Vectors are biases and the gains of norm layers.
+    All presets but the first three use unit steps throughout.
 
     The groups set a norm, a scale and a radius, and leave the rest to the optimizer. Pass them to the optimizer that
-    the preset is named after (`Muon`, `Scion` or `SCALE`), or "modular" to any with EMA momentum. A group with the
-    optimizer's own norm also inherits the norm's fields from the optimizer, such as Muon's ``method`` and ``steps``;
-    in overrides and in groups these are called ``norm_method`` and ``norm_steps``. The sign is printed as "linf", the
-    RMS as "frobenius" with the aspect "entries", ℓ1 → RMS as "column" with the aspect "rows".
+    the preset is named after (`Muon`, `NorMuon`, `AdamW`, `Scion` or `SCALE`), or "modular" to any with EMA momentum. A
+    group with the optimizer's own norm also inherits the norm's fields from the optimizer, such as Muon's ``method``
+    and ``steps``; in overrides and in groups these are called ``norm_method`` and ``norm_steps``. The sign is printed
+    as "linf", the RMS as "frobenius" with the aspect "entries", ℓ1 → RMS as "column" with the aspect "rows".
+
+    "muon-adamw" is one optimizer with two rules: torch.optim.Muon's for hidden matrices, and torch.optim.AdamW's, with
+    its defaults, for the rest. AdamW's learning rate is lr_ratio times Muon's, in its step and in its decay: 3e-4 at
+    Muon's default of 0.02. AdamW's settings are in its groups: change β₂ by ``group["metric_beta"] = 0.95``, or by an
+    override. "adamw" leaves them to `AdamW`.
 
     The radius 0.015 of "muon" gives steps of 3e-4 at Muon's default learning rate of 0.02. With another learning
-    rate, give the groups whose norm is "linf" a matching radius or lr.
+    rate, give the groups whose norm is "linf" a matching radius or lr. A radius does not scale the decay.
 
     "modular" bounds how far a step can move the model's output. Every parameter has a mass m and a sensitivity s, the
     change of the model's output per change of its layer's output. Its radius is (m/Σm)/s. To first order, all steps
@@ -71,11 +81,12 @@ def param_groups(
         preset: one of the above. Default "muon".
         overrides: a dict from a pattern or module type to a dict of settings; none by default. A shell pattern matches
             the parameter's or its module's name. The settings override the preset's, and later entries override
-            earlier ones. "norm" replaces the preset's norm with its fields and radius. "kind" says what a parameter
-            is ("embedding", "linear", "conv", "output", "norm" or "bias"), and "mass" is for "modular".
+            earlier ones. "norm" replaces the preset's norm with its fields and radius, or all of AdamW. "kind" says
+            what a parameter is ("embedding", "linear", "conv", "output", "norm" or "bias"); "mass" is for "modular".
         output: the name of the output layer. "last" is the last linear layer or convolution in the order of
             definition, frozen or not; None means no output layer. A weight tied to the embedding counts as output.
         residual_depth: L, for "modular"; None traces the model.
+        lr_ratio: AdamW's learning rate relative to Muon's, for "muon-adamw" and "normuon-adamw"; None means 0.015.
 
     Returns:
         A list of dicts, one for each kind and setting, with ``params`` as (name, parameter) pairs and the key
@@ -84,9 +95,10 @@ def param_groups(
     Raises:
         ValueError: a parameter of unknown kind, or of a lazy module without a shape; an override that matches
             nothing; an unknown preset, kind, norm or output; a mass or residual_depth that is out of range or used
-            without preset "modular"; a model that "modular" cannot trace.
+            without preset "modular"; an lr_ratio that is out of range or used with a preset of one rule; a model that
+            "modular" cannot trace.
         TypeError: ``model`` is not a module, an override not a dict, its key neither pattern nor module type, its mass
-            not a number, or residual_depth not an integer.
+            or lr_ratio not a number, or residual_depth not an integer.
 
     Source: Muon, Keller Jordan, 2024; Scion, arXiv:2502.07529; SCALE, arXiv:2506.16659; the modular norm, Large et
     al., arXiv:2405.14813, and modular duality, Bernstein and Newhouse, arXiv:2410.21265.
@@ -109,9 +121,15 @@ def param_groups(
         check_integer("residual_depth", residual_depth)
         if preset != "modular":
             raise ValueError(f'residual_depth is only for preset="modular", but the preset is {preset!r}: leave it out')
+    if lr_ratio is not None:
+        check_number("lr_ratio", lr_ratio, low=0, open_low=True, open_high=True)
+        if not any("lr_ratio" in settings for settings in PRESETS[preset].values()):
+            raise ValueError(
+                f'lr_ratio is for the presets with two rules, such as "muon-adamw", not {preset!r}: leave it out'
+            )
     infos = classify_params(model, output)
     given = _overrides_by_param(infos, overrides or {})
-    settings = {info.name: _settings(info, preset, given[info.name]) for info in infos}
+    settings = {info.name: _settings(info, preset, given[info.name], lr_ratio) for info in infos}
     trained = [info for info in infos if info.param.requires_grad]
     if unknown := [info for info in trained if "norm" not in settings[info.name]]:
         raise ValueError(_ask_for_kinds(unknown))
@@ -185,12 +203,16 @@ def _matches(info: ParamInfo, key: str | type[nn.Module]) -> bool:
     raise TypeError(f"a key of overrides must be a pattern or a module type, but is {key!r}")
 
 
-def _settings(info: ParamInfo, preset: str, given: dict[str, Any]) -> dict[str, Any]:
+def _settings(info: ParamInfo, preset: str, given: dict[str, Any], lr_ratio: float | None) -> dict[str, Any]:
     """Return one parameter's settings: the preset's for its kind, its matrix view, and the user's on top."""
     if "kind" in given and given["kind"] != info.kind:
         info.kind = given["kind"]
         info.matrix = {"matrix_view": "transposed"} if info.kind == "embedding" else {}
     base = PRESETS[preset][info.kind] if info.kind else {}
+    if "lr_ratio" in base and lr_ratio is not None:
+        base = {**base, "lr_ratio": lr_ratio}
+    if "metric" in base and "norm" in given:
+        base = {}  # AdamW's rule goes with its norm
     settings = _override(base, given) | {"kind": info.kind or "other"}
     if "mass" in settings and preset != "modular":
         raise ValueError(f'"mass" is only for preset="modular", but the preset is {preset!r}: leave it out')
@@ -240,9 +262,11 @@ _COLUMNS = ("params", "kind", "norm", "radius")
 
 
 def _other_settings(group: Mapping[str, Any]) -> str:
-    others = {k: v for k, v in group.items() if k not in _COLUMNS and not (k == "scale" and v == "unit")}
+    adamw = "metric" in group
+    usual = ADAMW if adamw else {"scale": "unit"}
+    others = {k: v for k, v in group.items() if k not in _COLUMNS and (k not in usual or usual[k] != v)}
     shown = {k.removeprefix("norm_"): f"{v:.3g}" if isinstance(v, float) else v for k, v in others.items()}
-    return ", ".join(f"{k} {v}" for k, v in shown.items())
+    return ", ".join(["AdamW"] * adamw + [f"{k} {v}" for k, v in shown.items()])
 
 
 def _abbreviate(names: list[str]) -> str:

@@ -10,13 +10,25 @@ from normopt.groups.classify import KINDS, Kind
 Settings = Mapping[str, Any]
 Preset = Mapping[Kind, Settings]
 
-# All are unit steps; layers differ in norm and radius.
+# Unit steps, except AdamW's; layers differ in norm and radius.
 _SIGN = {"norm": "linf", "scale": "unit"}
 _SPECTRAL = {"norm": "spectral", "scale": "unit"}
 _RMS_TO_RMS = _SPECTRAL | {"norm_aspect": "rms"}
 _ONE_HOT_TO_RMS = {"norm": "column", "scale": "unit", "norm_aspect": "rows"}
 _RMS = {"norm": "frobenius", "scale": "unit", "norm_aspect": "entries"}
 _ROWS = {"norm": "row", "scale": "unit", "norm_aspect": "columns"}
+_LINEAR = {"norm": "l2", "scale": "dual"}
+# torch.optim.AdamW's rule and defaults, whatever the momentum and the rows' average of the optimizer are.
+ADAMW = _LINEAR | {
+    "momentum": 0.9,
+    "momentum_rule": "ema",
+    "nesterov": False,
+    "bias_correction": True,
+    "metric": "diagonal",
+    "metric_beta": 0.999,
+    "metric_eps": 1e-8,
+    "row_beta": 0.0,
+}
 
 
 def _layers(embedding: Settings, hidden: Settings, output: Settings, vectors: Settings) -> Preset:
@@ -33,6 +45,16 @@ def _muon() -> Preset:
     return _layers(rest, _SPECTRAL, rest, rest)
 
 
+def _muon_adamw() -> Preset:
+    """Return Keller Jordan's split as he has it: Muon for hidden matrices, AdamW for the rest.
+
+    The ratio is that of the authors' learning rates, 3e-4 to 0.02. It also scales the decay, as AdamW's own learning
+    rate would.
+    """
+    rest = ADAMW | {"lr_ratio": 0.015}
+    return _layers(rest, _SPECTRAL, rest, rest)
+
+
 def _scion(radius: float, output: float) -> Preset:
     """Return Scion's norms, arXiv:2502.07529: RMS → RMS inside, ℓ1 → ℓ∞ with 1/d_in at the output, RMS for vectors.
 
@@ -44,6 +66,9 @@ def _scion(radius: float, output: float) -> Preset:
 
 
 PRESETS: dict[str, Preset] = {
+    "muon-adamw": _muon_adamw(),
+    "normuon-adamw": _muon_adamw(),  # the optimizer sets row_beta
+    "adamw": _layers(_LINEAR, _LINEAR, _LINEAR, _LINEAR),  # the optimizer has AdamW's rule, and its betas and eps
     "muon": _muon(),
     "scion": _scion(50.0, 3000.0),
     "scion-cnn": _scion(8.0, 128.0),

@@ -274,7 +274,7 @@ class Batch:
         c: what the norm is applied to: the momentum, or the gradient without one.
         owns_c: whether c is no other's memory, such as the gradient's, so that the direction may overwrite it.
         u: the update per unit of the learning rate.
-        lr, weight_decay: as in the param group; a tensor is cast to the dtype and device of w.
+        lr, weight_decay: as in the param group, lr times lr_ratio; a tensor is cast to the dtype and device of w.
         step_size: lr times the radius.
         root: the square root of the metric, or the metric itself where the direction is c.
         pull: what a coupling adds to the updated weights.
@@ -330,6 +330,7 @@ class Batch:
             self.g = [as_real(gradient_of(p)).to(x.dtype) for p, x in zip(params, self.w, strict=True)]
             self.recipe.round.widen(self)
         self.lr, self.weight_decay = like(write.lr, self.w), like(decay.weight_decay, self.w)
+        self.lr = self.lr if write.lr_ratio == 1 else self.lr * write.lr_ratio
         self.step_size = self.lr if write.radius == 1 else self.lr * write.radius
         self.old = [x.clone() for x in self.w] if self.differentiable else self.w
         self.c = self.u = self.g

@@ -34,6 +34,11 @@ class Write(Stage):
         number(low=0, open_low=True, open_high=True),
         "r > 0, the radius of the norm's ball: it multiplies the step, and not the decay",
     )
+    lr_ratio: float = setting(
+        1.0,
+        number(low=0, open_low=True, open_high=True),
+        "a factor of lr, in the step and in the decay: a group of another learning rate under one schedule",
+    )
     decaying: Decay = field(default=cast(Any, None), init=False)  # the weight decay, which the recipe sets
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
@@ -41,6 +46,7 @@ class Write(Stage):
 
     def lower(self) -> Op | str:
         lr, decay = wide(self.lr), Op()
+        lr = lr if self.lr_ratio == 1 else lr * self.lr_ratio
         if self._updates_with_decay():
             lowered = self.decaying.rule.lower(lr, self.decaying)
             if isinstance(lowered, str):
@@ -52,7 +58,8 @@ class Write(Stage):
         return isinstance(self.lr, Tensor)
 
     def describe(self) -> str:
-        return f"{self.decaying.words()} → write" if self._updates_with_decay() else "write"
+        decay = f"{self.decaying.words()} → " if self._updates_with_decay() else ""
+        return f"{decay}write" + (f" at {self.lr_ratio:g} lr" if self.lr_ratio != 1 else "")
 
     def _updates_with_decay(self) -> bool:
         rule = self.decaying.rule

@@ -53,7 +53,7 @@ class Muon(SteepestDescent):
     arXiv:2409.20325; "match_rms_adamw" is arXiv:2502.16982.
 
     Example:
-        >>> opt = normopt.Muon(normopt.param_groups(model, preset="muon"), lr=0.02)
+        >>> opt = normopt.Muon(normopt.param_groups(model, preset="muon-adamw"), lr=0.02, weight_decay=0.1)
     """
 
     _usual_fields: ClassVar = {"norm_dtype": "bfloat16"}

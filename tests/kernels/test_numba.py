@@ -352,9 +352,11 @@ def test_bit_identical_from_run_to_run_and_with_any_number_of_threads():
 
 @pytest.mark.parametrize("scale", ["unit", "dual", "matched"])
 def test_norm_pairs_are_the_for_loops(scale):
-    ours, theirs = twins([(30, 20), (7,)], norm="lp", p=2.7, scale=scale, radius=3.0)
+    ours, theirs = twins([(30, 20), (7,)], norm="lp", p=2.7, scale=scale, radius=3.0, lr_ratio=0.3)
     ours.step()
     theirs.step()
+    for p, q in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(p, q)
     (a,), (b,) = ours.norm_pairs(), theirs.norm_pairs()
     assert float(a.dual) == pytest.approx(float(b.dual), rel=1e-5)
     assert float(a.update) == pytest.approx(float(b.update), rel=1e-5)
