@@ -120,11 +120,13 @@ def check_no_zeros(params: list[Tensor], names: Sequence[str] = ()) -> None:
     """Raise a ValueError if all entries of a tensor are zero, which a constraint to a sphere cannot keep.
 
     Args:
-        params: tensors; frozen ones and those without values are not checked.
+        params: tensors; frozen and empty ones and those without values are not checked.
         names: their names, if they have any.
     """
     known = names or [f"a parameter of shape {tuple(p.shape)}" for p in params]
-    checked = [(name, p) for name, p in zip(known, params, strict=True) if p.requires_grad and not p.is_meta]
+    checked = [
+        (name, p) for name, p in zip(known, params, strict=True) if p.requires_grad and p.numel() and not p.is_meta
+    ]
     alive = nonzero([p for _, p in checked])
     if zeros := [name for (name, _), ok in zip(checked, alive, strict=True) if not ok]:
         raise ValueError(

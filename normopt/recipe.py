@@ -121,15 +121,9 @@ class Recipe:
         self.direction.map, self.write.decaying = norm, self.decay
         cast(DecayInside, every[DecayInside]).decay = self.decay
         scale, base = self.direction.scale, self.direction.base
-        plain = (norm.is_identity(base) or norm.needs(base) == "none") and not self.decay.rule.in_direction
-        to = (
-            "sphere"
-            if self.sphere.runs()
-            else scale
-            if scale == "relative" or (scale == "matched" and not plain)
-            else ""
-        )
-        cast(Rescale, every[Rescale]).to = to
+        plain = scale == "matched" and (norm.is_identity(base) or norm.needs(base) == "none")
+        rescaled = scale in ("matched", "relative") and not plain
+        cast(Rescale, every[Rescale]).to = cast(Any, "sphere" if self.sphere.runs() else scale if rescaled else "")
         self.whole_group = self.direction.whole_group or cast(Regularization, every[Regularization]).whole_group
         self.stages = tuple(stage for stage in every.values() if stage.place != "none" and stage.runs())
         self.direction.sees_c_alone = self.stages[-4:] == (self.momentum, self.direction, self.write, self.round)
@@ -289,6 +283,11 @@ def _check_together(recipe: Recipe, params: list[Tensor]) -> None:
         raise ValueError(
             'constraint="sphere" keeps the norm of every tensor, which weight decay would shrink: set weight_decay=0, '
             'or use decay="lp", which makes small weights smaller'
+        )
+    if recipe.decay.rule.in_direction and recipe.direction.scale == "matched":
+        raise ValueError(
+            f'decay="{recipe.decay.decay}" is added to a direction under scale="dual" or "relative", not "matched": '
+            'use one of these, or decay="decoupled"'
         )
     if recipe.coupling.runs() and recipe.metric.runs():
         raise ValueError('coupling follows c in the plain coordinates: set coupling=0 or metric="none"')

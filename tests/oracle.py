@@ -184,10 +184,7 @@ class Rule:
         if self.row_beta:
             self.u = self._rows(self.u)
         if self.decay == "inside":
-            lengths = [float(lp_norm(u, 2)) for u in self.u]
             self.u = [u + lam * w for u, w in zip(self.u, ws, strict=True)]
-            if self.scale == "matched":  # before the decay as long as P⁻¹c
-                self.u = [scaled_to(u, n) for u, n in zip(self.u, lengths, strict=True)]
         if self.scale == "relative":
             lengths = [float(lp_norm(w, 2)) or float(lp_norm(u, 2)) for w, u in zip(ws, self.u, strict=True)]
             self.u = [scaled_to(u, n) for u, n in zip(self.u, lengths, strict=True)]

@@ -26,7 +26,16 @@ BUFFER = "momentum_buffer"
 SEQUENCES = int(os.environ["NORMOPT_FUZZ"])
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 2**-6}
 SHAPES = [(3, 4), (5,), (), (2, 2, 2), (1,), (0, 2)]
-RULE_KEYS = set(Rule.__dataclass_fields__) - {"c", "u"}
+RULE_KEYS = set(Rule.__dataclass_fields__) - {"c", "u", "t", "v", "top", "d", "before", "rows", "z", "radii"}
+# The oracle's names of further state, a list of one entry a tensor.
+STATE = {
+    "v": "exp_avg_sq",
+    "top": "max_exp_avg_sq",
+    "d": "exp_avg_diff",
+    "before": "previous_grad",
+    "z": "dual_iterate",
+    "radii": "sphere_radius",
+}
 
 
 @st.composite
@@ -37,24 +46,35 @@ def group_settings(draw) -> dict:
     out = dict(
         norm="lp",
         p=draw(st.sampled_from([1.0, 1.5, 2.0, 3.0, 8.0, math.inf])),
-        scale=draw(st.sampled_from(["power", "dual", "unit", "matched"])),
+        scale=draw(st.sampled_from(["power", "dual", "unit", "matched", "relative"])),
         lr=draw(st.sampled_from([1e-3, 1e-2])),
         momentum=momentum,
         momentum_rule=rule_name,
         agr=draw(st.booleans()),
         weight_decay=draw(st.sampled_from([0.0, 0.1])),
-        decay=draw(st.sampled_from(["coupled", "decoupled", "lp"])),
+        decay=draw(st.sampled_from(["coupled", "decoupled", "lp", "proximal", "inside", "cautious", "cautious-lp"])),
         decay_p=draw(st.sampled_from([0.8, 1.0, 2.0, 3.0])),
         maximize=draw(st.booleans()),
         foreach=draw(st.sampled_from([None, False, True])),
         state_dtype=draw(st.sampled_from([None, "float32", "float64"])),
     )
+    if draw(st.booleans()):
+        out["metric"] = draw(st.sampled_from(["none", "diagonal"]))
+        out["metric_beta"] = 0.9
+        out["metric_rule"] = draw(st.sampled_from(["average", "sum", "max"]))
+        out["bias_correction"] = not (momentum and rule_name == "heavy") and draw(st.booleans())
+        out["difference_beta"] = draw(st.sampled_from([0.0, 0.5]))
+        out["coupling"] = 0.0 if out["metric"] != "none" else draw(st.sampled_from([0.0, 0.3]))
+        if not out["weight_decay"] or out["decay"] in ("coupled", "inside", "lp", "cautious-lp"):
+            out["constraint"] = draw(st.sampled_from(["none", "sphere"]))
     if rule_name == "heavy":
         out["dampening"] = draw(st.sampled_from([0.0, 0.3]))
     if momentum and rule_name != "lion" and not out.get("dampening"):
         out["nesterov"] = draw(st.booleans())
-    if out["scale"] in ("dual", "unit"):
+    if out["scale"] in ("dual", "unit") and not out.get("metric"):
         out["scope"] = draw(st.sampled_from(["tensor", "group"]))
+    if out["decay"] == "inside" and out["scale"] == "matched":
+        out["decay"] = "coupled"
     if out["p"] == 1.0 and out["scale"] == "power":
         out["scale"] = "dual"
     return out
@@ -90,29 +110,44 @@ class Life(RuleBasedStateMachine):
                 g.view(-1)[poison % g.numel()] = math.nan
             p.grad = None if i in self.frozen else g
         before = [
-            [(p, *self.as_arrays(p)) for p in group["params"] if p.grad is not None] for group in self.opt.param_groups
+            [(p, *self.as_arrays(p), self.state_of(p)) for p in group["params"] if p.grad is not None]
+            for group in self.opt.param_groups
         ]
         untouched = [(p, p.detach().clone()) for p in self.params() if p.grad is None]
         self.opt.step()
         for p, old in untouched:
             assert torch.equal(p, old)
         for group, entries in zip(self.opt.param_groups, before, strict=True):
-            if entries:
+            if group["scope"] == "group":
                 self.judge(group, entries)
+            else:  # each tensor with its own count of steps
+                for entry in entries:
+                    self.judge(group, [entry])
 
     def as_arrays(self, p):
         buffer = self.opt.state[p].get(BUFFER) if p in self.opt.state else None
         m = None if buffer is None else buffer.double().numpy().copy()
         return p.detach().double().numpy().copy(), p.grad.double().numpy().copy(), m
 
+    def state_of(self, p):
+        state = self.opt.state.get(p, {})
+        return {key: x.double().numpy().copy() for key, x in state.items()}
+
     def judge(self, group, entries):
-        params, ws, gs, ms = map(list, zip(*entries, strict=True))
+        if not entries:
+            return
+        params, ws, gs, ms, states = map(list, zip(*entries, strict=True))
         oracle = Rule(**{k: v for k, v in group.items() if k in RULE_KEYS})
+        oracle.t = int(states[0].get("step", 0))
+        for name, key in STATE.items():
+            if key in states[0]:
+                setattr(oracle, name, [state[key] for state in states])
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             new_ws, new_ms = oracle.step(ws, gs, ms)
         for i, p in enumerate(params):
             m = np.zeros_like(gs[i]) if ms[i] is None else ms[i]
             noise = oracle.momentum * np.abs(m) + np.abs(gs[i]) + np.abs(ws[i]) * (oracle.decay == "coupled")
+            noise = noise + sum(np.abs(states[i].get(key, 0.0)) for key in ("exp_avg_diff", "previous_grad"))
             sure = ~(np.abs(oracle.c[i]) < 1e-4 * noise)
             size = np.maximum(np.abs(ws[i]), oracle.lr * np.abs(oracle.u[i])) + 1e-30
             ours = p.detach().double().numpy()

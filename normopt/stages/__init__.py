@@ -13,9 +13,10 @@ from normopt.stages.momentum import Coefficients, Count, Difference, Momentum, r
 from normopt.stages.constraint import Sphere  # isort: skip
 from normopt.stages.direction import Direction, Rescale  # isort: skip
 from normopt.stages.metric import Metric, Unwhiten  # isort: skip
-from normopt.stages.coupling import Coupling, Pull  # isort: skip
 from normopt.stages.rows import RowAverage
 from normopt.stages.write import Round, Write
+
+from normopt.stages.coupling import Coupling, Pull  # isort: skip
 
 __all__ = ["Batch", "Coefficients", "Count", "Coupling", "Decay", "DecayInside", "Difference", "Direction"]
 __all__ += ["Maximize", "Metric", "Momentum", "Op", "Pull", "Regularization", "Rescale", "Round", "RowAverage"]

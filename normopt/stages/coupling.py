@@ -58,7 +58,7 @@ class Coupling(Stage):
 class Pull(Stage):
     """The second half of the coupling: add τ(z − w) to the updated weights."""
 
-    place = "weights"
+    place = "update"  # after that of the write, and before constraints
 
     coupling: Coupling = field(default=cast(Any, None), init=False)  # which the recipe sets
 

@@ -116,10 +116,9 @@ class Unwhiten(Stage):
         return self.metric.runs()
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
-        straight = batch.u is batch.c
+        if self.metric.direction.scale == "matched" and batch.u is not batch.c:
+            batch.c = list(torch._foreach_div(batch.c, batch.root))
         batch.u = list(torch._foreach_div(batch.u, batch.root))
-        if self.metric.direction.scale == "matched":
-            batch.c = batch.u if straight else list(torch._foreach_div(batch.c, batch.root))
 
     def lower(self) -> Op | str:
         return Op()
