@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import normopt
+from normopt.norms import registry
 from tests.oracle import Rule
 
 SHAPES = [(13, 7), (40,), (5, 3, 2), (1,)]
@@ -52,10 +53,11 @@ NAMES = {"momentum_buffer": "exp_avg", "exp_avg_sq": "exp_avg_sq", "max_exp_avg_
 THEIRS = {"adagrad": {"exp_avg_sq": "sum"}, "rmsprop": {"exp_avg_sq": "square_avg"}}
 
 
+@pytest.mark.parametrize("steps", [40, pytest.param(500, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("how", [*BACKENDS, dict(fused=True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", TORCH)
-def test_single_steps_are_torchs(name, dtype, how):
+def test_single_steps_are_torchs(name, dtype, how, steps):
     """From torch's state at every step; relative to max(|w|, η|u|), but where the momentum cancels."""
     if how.get("fused"):
         pytest.importorskip("numba")
@@ -65,7 +67,7 @@ def test_single_steps_are_torchs(name, dtype, how):
     ours, theirs = make(dtype), make(dtype)
     opt, other = normopt.SteepestDescent(ours, lr=0.01, **how, **settings), theirs_of(theirs, lr=0.01, foreach=False)
     left_out, all_entries = 0, 0
-    for step in range(40):
+    for step in range(steps):
         for p, q in zip(ours, theirs, strict=True):
             p.data.copy_(q.data)
             for key, x in opt.state[p].items():
@@ -144,6 +146,8 @@ NORMS = [
     normopt.norms.Schatten(1.0, method="svd"),
     normopt.norms.Schatten(3.0, method="svd"),
     normopt.norms.Schatten(math.inf, method="svd"),
+    *(registry.build({"norm": name}) for name in ("row", "column", "max", "max-row", "frobenius")),
+    registry.build({"norm": "spectral", "norm_blocks": 2, "norm_aspect": "rms"}),
 ]
 
 
