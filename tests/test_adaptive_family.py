@@ -42,13 +42,15 @@ CASES: dict[str, dict[str, Any]] = {
 
 def make(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     torch.manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(s, dtype=torch.float64).to(dtype)) for s in SHAPES]
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return [torch.nn.Parameter(torch.randn(s, dtype=wide).to(dtype)) for s in SHAPES]
 
 
 def give(params: list[torch.nn.Parameter], step: int) -> None:
     torch.manual_seed(1000 + step)
     for p in params:
-        p.grad = (10.0 ** (step % 3 - 1) * torch.randn(p.shape, dtype=torch.float64)).to(p.dtype)
+        wide = torch.complex128 if p.is_complex() else torch.float64
+        p.grad = (10.0 ** (step % 3 - 1) * torch.randn(p.shape, dtype=wide)).to(p.dtype)
 
 
 def oracle_of(settings: dict[str, Any], lr: float) -> Rule:
@@ -79,8 +81,16 @@ def test_fifty_steps_of_the_oracle(name, how, dtype):
             np.testing.assert_allclose(x.detach().double().numpy(), w, rtol=0, atol=bound * (1 + step) ** 0.5 * size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["adan", "normuon on a sphere", "stacey"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("adan", torch.complex64),
+        ("hyperball", torch.complex64),
+        ("stacey", torch.complex64),
+        *((name, dtype) for name in ("adan", "stacey") for dtype in (torch.float32, torch.bfloat16)),
+        ("normuon on a sphere", torch.bfloat16),
+    ],
+)
 def test_a_resumed_run_goes_on_bit_for_bit(name, dtype, tmp_path):
     settings = dict(lr=0.01, **CASES[name]) | (dict(rounding="kahan") if dtype == torch.bfloat16 else {})
 
