@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt._checks import check_bool
+from normopt._checks import check_bool, check_choice
 from normopt.addons.attach import AddOn, check_dense_grads
-from normopt.norms.base import as_real, num_reals, to_compute_dtype
+from normopt.norms.base import as_real, num_reals, stack, to_compute_dtype
 from normopt.sharding.exchange import of_each
 from normopt.sharding.layout import resolved, to_local
 from normopt.stages import agr
+
+SCOPES = ("tensor", "group")
 
 
 class SwappedGrad(NamedTuple):
@@ -31,7 +34,7 @@ class AGR(AddOn):
 
     ::
 
-        step(g)  becomes  step(g·(1 − |g|/Σ|g|))                  Σ over each tensor
+        step(g)  becomes  step(g·(1 − |g|/Σ|g|))       Σ over each tensor, or over its param group
 
     AGR acts before the moments, so that all of the optimizer's state is built from regularized gradients (including
     Adan's previous gradient, as in the paper). Weight decay is not regularized, unless the optimizer adds it to the
@@ -48,14 +51,17 @@ class AGR(AddOn):
 
     Args:
         optimizer: any optimizer but torch.optim.LBFGS and normopt's own, which have the setting ``agr=True``.
+        scope: what Σ is over: each "tensor", as in the paper, or the param "group" as one vector, as trainers of
+            low-rank adapters have it. The more tensors a group has, the weaker is "group". Default "tensor".
 
-    Settings of a param group: ``agr``, True by default.
+    Settings of a param group: ``agr``, True by default, and ``agr_scope``.
 
     Memory: one number per parameter during the step. 16-bit gradients are computed in float32.
 
     Raises:
         TypeError: not an optimizer, or a wrapper around one that has no hooks.
-        ValueError: a normopt optimizer, LBFGS, one that is ``differentiable``, or one that already has an AGR.
+        ValueError: a normopt optimizer, LBFGS, one that is ``differentiable``, or one that already has an AGR; an
+            unknown scope.
         RuntimeError: in ``step()``, before anything is written, for a sparse gradient, or one that torch refuses to
             assign, such as when its parameter's shape or dtype has changed.
 
@@ -66,12 +72,14 @@ class AGR(AddOn):
         >>> agr = normopt.AGR(opt)
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, scope: Literal["tensor", "group"] = "tensor") -> None:
+        check_choice("scope", scope, SCOPES)
         self._swapped: list[SwappedGrad] = []
-        super().__init__(optimizer, {"agr": True})
+        super().__init__(optimizer, {"agr": True, "agr_scope": scope})
 
     def _check(self, where: str, group: Mapping[str, Any]) -> None:
         check_bool(f"agr of {where}", group["agr"])
+        check_choice(f"agr_scope of {where}", group["agr_scope"], SCOPES)
 
     def _abort(self) -> None:
         # A replacement that was written since (by the user, or by the step that raised) is kept: its values may matter.
@@ -81,11 +89,13 @@ class AGR(AddOn):
     @torch.no_grad()
     def _on_gradients(self) -> None:
         groups = [group for group in self.optimizer.param_groups if group["agr"]]
-        params = [p for group in groups for p in group["params"] if p.grad is not None]
+        members = [[p for p in group["params"] if p.grad is not None] for group in groups]
+        params = [p for some in members for p in some]
         check_dense_grads(params, "AGR")
-        gradients = [p.grad for p in params]
+        gradients = [[p.grad for p in some] for some in members]
+        whole = [group["agr_scope"] == "group" for group in groups]
         try:
-            for p, new in zip(params, _regularize_all(gradients), strict=True):
+            for p, new in zip(params, _regularize_all(gradients, whole), strict=True):
                 self._swapped.append(SwappedGrad(p, p.grad, new, _version(new)))
                 p.grad = new
         except Exception:  # torch refuses the assignment if the parameter's shape or dtype has changed
@@ -99,14 +109,26 @@ class AGR(AddOn):
         self._swapped = []
 
 
-def _regularize_all(gradients: list[Tensor]) -> Iterator[Tensor]:
-    """Yield regularized copies with the gradients' memory layout, which some fused steps rely on."""
+def _regularize_all(groups: list[list[Tensor]], whole: list[bool]) -> Iterator[Tensor]:
+    """Yield regularized copies of all gradients with their memory layout, which some fused steps rely on.
+
+    Args:
+        groups: the gradients of each param group.
+        whole: for each group, whether its gradients are regularized as one vector.
+    """
+    gradients = [g for gs in groups for g in gs]
     sums = of_each(gradients, lambda g: agr.measure([to_compute_dtype(as_real(resolved(g)))])[0], agr.combine)
-    for g, scalars in zip(gradients, sums, strict=True):
-        new = torch.empty_like(g)
-        shard = to_compute_dtype(as_real(resolved(to_local(g))))
-        as_real(to_local(new)).copy_(agr.apply([shard], scalars[None], [num_reals(g)])[0])
-        yield new
+    rest = iter(sums)
+    for gs, together in zip(groups, whole, strict=True):
+        found, sizes = list(islice(rest, len(gs))), [num_reals(g) for g in gs]
+        if together and gs:
+            scalars, sizes = agr.over_group(stack(found), sizes)
+            found = list(scalars)
+        for g, s, size in zip(gs, found, sizes, strict=True):
+            new = torch.empty_like(g)
+            shard = to_compute_dtype(as_real(resolved(to_local(g))))
+            as_real(to_local(new)).copy_(agr.apply([shard], s[None], [size])[0])
+            yield new
 
 
 def _version(x: Tensor) -> int:

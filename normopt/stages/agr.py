@@ -76,6 +76,16 @@ def _apply(g: Tensor, scalars: Tensor) -> Tensor:
     return g * (r / torch.where(total == 0, 1, total))
 
 
+def over_group(scalars: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
+    """Return the scalars and sizes, as ``apply`` takes them, of n tensors that are regularized as one vector.
+
+    Args:
+        scalars: results of ``combine``, one row per tensor, shape [n, 3].
+        sizes: the tensors' numbers of entries.
+    """
+    return combine(scalars).expand(len(sizes), -1), [sum(sizes)] * len(sizes)
+
+
 def clamp_normal(x: Tensor) -> Tensor:
     """Clamp x ≥ 0 to the normal range of its dtype, so that dividing by it gives no 0/0 or ∞/∞."""
     limits = torch.finfo(x.dtype)
@@ -134,7 +144,7 @@ class Regularization(Stage):
         assert scalars is not None
         sizes = [num_reals(p) for p in batch.params]
         if self.whole_group:
-            scalars, sizes = combine(scalars).expand(len(sizes), -1), [sum(sizes)] * len(sizes)
+            scalars, sizes = over_group(scalars, sizes)
         batch.c = batch.g = apply(batch.g, scalars, sizes)
 
     def lower(self) -> Op | str:

@@ -69,6 +69,52 @@ def test_what_a_step_reads(shape, dtype, scale, seed):
     assert torch.equal(w.grad, g)
 
 
+def over_group(gs):
+    """The oracle: AGR of all entries of a group as one vector, in float64."""
+    flat = agr(np.concatenate([g.double().numpy().ravel() for g in gs]))
+    parts = np.split(flat, np.cumsum([g.numel() for g in gs])[:-1])
+    return [torch.from_numpy(x.reshape(g.shape)).to(g.dtype) for x, g in zip(parts, gs, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_the_sum_over_a_group(dtype):
+    """Also of a group with one-element and empty tensors, without a gradient, and at the ends of float16."""
+    torch.manual_seed(0)
+    shapes = [[(3, 2), (1,), (0, 2), (4,)], [(2, 2)], [(3,)]]
+    params = [[torch.nn.Parameter(torch.zeros(s, dtype=dtype)) for s in some] for some in shapes]
+    late = torch.nn.Parameter(torch.zeros(2, dtype=dtype))
+    opt = Spy([{"params": [*params[0], late]}, {"params": params[1], "agr_scope": "tensor"}, {"params": params[2]}])
+    AGR(opt, scope="group")
+    assert [group["agr_scope"] for group in opt.param_groups] == ["group", "tensor", "group"]
+    for size in (1.0, 6e4, 6e-8) if dtype == torch.float16 else (1.0, 1e300, 1e-300):
+        gs = [[(torch.rand(p.shape, dtype=torch.float64) - 0.5) * 2 * size for p in some] for some in params]
+        gs = [[g.to(dtype) for g in some] for some in gs]
+        for some, given_ in zip(params, gs, strict=True):
+            for p, g in zip(some, given_, strict=True):
+                p.grad = g.clone()
+        opt.step()
+        seen = [g for g in opt.seen[-1] if g is not None]
+        expected = [*over_group(gs[0]), *map(regularized, gs[1]), *over_group(gs[2])]
+        tol = dict(rtol=1e-12, atol=0) if dtype == torch.float64 else dict(rtol=1e-3, atol=6e-8)
+        for a, b in zip(seen, expected, strict=True):
+            torch.testing.assert_close(a, b, **tol)
+        for some, own in zip(params, gs, strict=True):
+            assert same([p.grad for p in some], own)
+
+
+def test_a_group_of_several_dtypes_is_one_vector():
+    params = [torch.nn.Parameter(torch.zeros(3, dtype=d)) for d in (torch.float16, torch.float64, torch.bfloat16)]
+    for p in params:
+        p.grad = torch.tensor([1.0, -2.0, 0.5], dtype=p.dtype)
+    opt = Spy(params)
+    AGR(opt, scope="group")
+    opt.step()
+    for a, b in zip(opt.seen[0], over_group([p.grad for p in params]), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="scope must be one of 'tensor', 'group'"):
+        AGR(Spy(params), scope="all")
+
+
 def test_complex_gradients_are_pairs_of_reals():
     w = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.complex64))
     g = torch.randn(3, 2, dtype=torch.complex64)

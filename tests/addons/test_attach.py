@@ -242,7 +242,7 @@ def test_how_it_is_shown():
     ws = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
     opt = torch.optim.SGD([{"params": [ws[0]]}, {"params": [ws[1]], "lp_decay": 0.0}], lr=0.1)
     agr, decay = AGR(opt), LpDecay(opt, over="rows", weight_decay=1.0)
-    assert repr(agr) == "AGR(SGD, agr=True, attached)"
+    assert repr(agr) == "AGR(SGD, agr=True, agr_scope='tensor', attached)"
     assert repr(decay) == (
         "LpDecay(SGD, lp_decay=[1.0, 0.0], lp_p=0.8, lp_over='rows', lp_heads=None, lp_warmup=0, lp_elastic=False, "
         "lp_step=0, attached)"

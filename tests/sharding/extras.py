@@ -43,13 +43,13 @@ def apart(plain: list[torch.nn.Parameter], cut: list[torch.nn.Parameter]) -> flo
     return max(error(whole(b.detach()), a.detach()) for a, b in zip(plain, cut, strict=True))
 
 
-def agr_on(optimizer: str, dim: int) -> float:
+def agr_on(optimizer: str, dim: int, scope: Any) -> float:
     """The weights' largest difference over steps of an optimizer of torch's that carries AGR."""
     plain, cut = both(dim)
     # torch's foreach steps do not take DTensors beside tensors.
     opts = [getattr(torch.optim, optimizer)(params, lr=0.01, foreach=False) for params in (plain, cut)]
     for opt in opts:
-        normopt.AGR(opt)
+        normopt.AGR(opt, scope)
     found = 0.0
     for step in range(5):
         give_gradients(plain, cut, step)

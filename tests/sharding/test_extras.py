@@ -9,10 +9,10 @@ from tests.sharding.ranks import Ranks
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_agr(optimizer: str, dim: int, ranks: Ranks) -> None:
+@pytest.mark.parametrize(("optimizer", "scope"), [("SGD", "group"), ("AdamW", "tensor")])
+def test_agr(optimizer: str, scope: str, dim: int, ranks: Ranks) -> None:
     # AdamW divides by the root of what AGR has rounded: where that is next to nothing, its first steps jump.
-    assert max(ranks.call(extras.agr_on, optimizer, dim)) <= (1e-6 if optimizer == "SGD" else 1e-5)
+    assert max(ranks.call(extras.agr_on, optimizer, dim, scope)) <= (1e-6 if optimizer == "SGD" else 1e-5)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
