@@ -36,7 +36,7 @@ class GroupSnapshot:
     @torch.no_grad()
     def __init__(self, group: Mapping[str, Any], norm: Norm, over_group: bool) -> None:
         self.params, self.norm, self.over_group = unquantized(group), norm, over_group
-        self.lr, self.p = scalar_setting(group, "lr"), scalar_setting(group, "p")
+        self.lr, self.p = learning_rate(group), scalar_setting(group, "p")
         xs = [as_dense_real(full_tensor(p)) for p in self.params]
         # Indices of tensors, and a copy of their entries as one vector.
         self.weights = [(indices, torch.cat([xs[i].reshape(-1) for i in indices])) for indices in buckets(xs)]
@@ -114,6 +114,11 @@ def scalar_setting(group: Mapping[str, Any], name: str) -> float | Tensor:
     if isinstance(value, Tensor):
         return value.detach().reshape(()) if value.numel() == 1 and not value.is_complex() else math.nan
     return float(value) if isinstance(value, numbers.Real) else math.nan
+
+
+def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
+    """Return the learning rate of a param group, lr times normopt's lr_ratio, as `scalar_setting` does."""
+    return scalar_setting(group, "lr") * group.get("lr_ratio", 1.0)
 
 
 def as_dense_real(x: Tensor) -> Tensor:

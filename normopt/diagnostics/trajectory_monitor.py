@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from normopt._checks import check_bool
 from normopt.diagnostics.iterates import LOSS, LR, DiskStore, FlatParams, SketchStore
-from normopt.diagnostics.measures import scalar_setting
+from normopt.diagnostics.measures import learning_rate
 from normopt.diagnostics.sketch import check_size
 from normopt.diagnostics.trajectory import Trajectory, from_record
 from normopt.hooks import OutermostStep
@@ -251,7 +251,7 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
 
 def _single_lr(optimizer: Optimizer) -> float | Tensor:
     """Return the common learning rate of all groups, NaN if none or several; tensors are not read on the host."""
-    lrs = [scalar_setting(group, "lr") for group in optimizer.param_groups if group["params"]]
+    lrs = [learning_rate(group) for group in optimizer.param_groups if group["params"]]
     tensor = next((lr for lr in lrs if isinstance(lr, Tensor)), None)
     if tensor is None:
         return lrs[0] if all(lr == lrs[0] for lr in lrs) else torch.nan

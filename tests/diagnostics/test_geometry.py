@@ -76,7 +76,7 @@ def test_metrics_in_the_optimizers_own_norm(p, scope):
     params = weights()
     gradients(params)
     make = lambda ps: normopt.SteepestDescent(  # noqa: E731
-        ps, lr=0.1, norm="lp", p=p, scale="unit", scope=scope, radius=0.5, weight_decay=0.1
+        ps, lr=0.2, lr_ratio=0.5, norm="lp", p=p, scale="unit", scope=scope, radius=0.5, weight_decay=0.1
     )
     (row,), seen = one_step(make, params)
     check(row, oracle(*seen, p, scope == "group"))
