@@ -118,7 +118,7 @@ def scalar_setting(group: Mapping[str, Any], name: str) -> float | Tensor:
 
 def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
     """Return the learning rate of a param group, lr times normopt's lr_ratio, as `scalar_setting` does."""
-    return scalar_setting(group, "lr") * group.get("lr_ratio", 1.0)
+    return scalar_setting(group, "lr") * float(group.get("lr_ratio", 1.0))
 
 
 def as_dense_real(x: Tensor) -> Tensor:
