@@ -467,7 +467,8 @@ class SteepestDescent(Optimizer):
         if any(any_dtensor(group["params"]) for group in self.param_groups):
             return False  # ranks would not skip the same steps
         recipes = [self._make_recipe(group, group["params"]) for group in self.param_groups]
-        return all(r.backend == "fused" and not (r.momentum.runs() and r.momentum.starts_otherwise) for r in recipes)
+        otherwise = (r.difference.runs() or (r.momentum.runs() and r.momentum.starts_otherwise) for r in recipes)
+        return all(r.backend == "fused" for r in recipes) and not any(otherwise)
 
     def norm_pairs(self) -> list[NormPair | None]:
         """Return the norm of each param group's last update, and the dual norm of what it was made from.

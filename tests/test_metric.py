@@ -213,7 +213,7 @@ def test_state_and_its_dtypes(dtype, how, tmp_path):
 FUSED: list[dict[str, Any]] = [
     ADAM | dict(agr=True, weight_decay=0.1, decay="lp", decay_p=0.8),
     ADAM | dict(nesterov=True, norm="lp", p=3.0, scale="power", metric_rule="max"),
-    ADAM | dict(norm="linf", scale="unit", weight_decay=0.1, maximize=True),
+    ADAM | dict(norm="linf", scale="unit", weight_decay=0.1, decay="cautious", maximize=True),
     ADAM | dict(momentum_rule="lion", beta2=0.98, norm="lp", p=2.7, scale="power", agr=True),
     dict(metric="diagonal", metric_rule="sum", momentum=0.9, weight_decay=0.1, decay="coupled"),
     dict(metric="diagonal", norm="lp", p=1.7, scale="power", eps=1e-3),
@@ -221,9 +221,11 @@ FUSED: list[dict[str, Any]] = [
         dict(bias_correction=True, momentum=0.9, momentum_rule="ema", norm="lp", p=p, scale=scale, agr=True)
         for p, scale in ((2.7, "matched"), (1.4, "dual"))
     ),
-    ADAM | dict(norm="lp", p=2.7, scale="matched", agr=True),
+    ADAM | dict(norm="lp", p=2.7, scale="matched", agr=True, weight_decay=0.1, decay="cautious-lp", decay_p=0.8),
     ADAM | dict(norm="lp", p=1.4, scale="dual", metric_rule="max", nesterov=True, weight_decay=0.1, decay="coupled"),
     dict(metric="diagonal", metric_beta=0.9, norm="linf", scale="matched", state_dtype="bfloat16", momentum=0.9),
+    ADAM | dict(difference_beta=0.92, weight_decay=0.1, decay="proximal", agr=True),
+    dict(norm="lp", p=2.7, scale="dual", coupling=0.1, coupling_rate=0.02, difference_beta=0.3, momentum=0.9),
 ]
 
 
@@ -338,6 +340,13 @@ def test_a_skipped_step_is_not_counted():
         scaler.update()
     assert opt.state[p]["step"] == 2
     torch.testing.assert_close(p.detach(), torch.full((4, 3), 0.8))
+
+
+def test_a_difference_from_a_skipped_gradient_is_left_to_the_scaler():
+    pytest.importorskip("numba")
+    p = torch.nn.Parameter(torch.ones(2))
+    assert normopt.SteepestDescent([p], **ADAM, fused=True)._step_supports_amp_scaling
+    assert not normopt.SteepestDescent([p], **ADAM, fused=True, difference_beta=0.9)._step_supports_amp_scaling
 
 
 def test_autograd_goes_through_a_step():

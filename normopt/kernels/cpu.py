@@ -18,7 +18,7 @@ from normopt.kernels.tables import Array, Block, Chunks, Phase, Tables, nothing
 
 F = np.float32
 Places = tuple[Array, Array, int, int]  # where the sums of each tensor begin and end, and which tensors are meant
-COLUMNS = kernels.ROOT_SHARE + 1
+COLUMNS = kernels.BEGUN + 1
 # The numbers that all tensors share: of the others two are in the rows of tensors, exponents have another form.
 SHARED = [name for name in Numbers._fields if name not in ("take", "first", "exponent", "decay_exponent")]
 BLOCK = 1 << 21  # entries of tensors whose powers are kept, in 4 bytes each, from one pass to the next
@@ -50,7 +50,10 @@ class Step:
             ready.rows[new, kernels.TAKE] = numbers.first
             ready.numbers = None  # the next step has the same weight for all
         if tables.shares is not None:
-            ready.rows[:, [kernels.SHARE, kernels.ROOT_SHARE]] = tables.shares
+            ready.rows[:, kernels.SHARE : kernels.BEGUN] = tables.shares
+        if flags.differs:
+            ready.rows[:, kernels.BEGUN] = 1
+            ready.rows[tables.new["previous_grad"], kernels.BEGUN] = 0
         more = (ready.none if x is None else x for x in (tables.states, tables.compensations))
         buffers = tuple(tables.buffers.get(name, ready.none) for name in BUFFERS)
         self.tensors = (tables.weights, tables.gradients, *more), buffers, (chunks.tensor, chunks.start, chunks.count)
@@ -152,7 +155,7 @@ class LaunchConfig:
         self.exponent, self.decay_exponent = map(exponent_of, self.exponents)
         self.rows = np.zeros((n, COLUMNS), F)
         self.rows[:, kernels.WIDE] = chunks.wide | (not flags.decay_wide)
-        self.rows[:, kernels.ROOT_SHARE] = 1
+        self.rows[:, [kernels.ROOT_SHARE, kernels.DIFFERENCE_SHARE]] = 1
         self.numbers: Numbers | None = None
         self.unscale = unscale
         self.renew(flags, numbers, unscale)
@@ -168,7 +171,8 @@ class LaunchConfig:
         momentum_written = bool(flags.scaled and flags.momentum & SAME and flags.state == torch.float32)
         self.agr = kernels.agr_kernel(flags.gradient == torch.bfloat16)
         undecayed = flags._replace(decay=False, scales_weight=False, decay_mode=LINEAR, decay_inverse=False)
-        self.norms = kernels.norm_kernel(undecayed._replace(dual=False), momentum_written, self.powers_cached)
+        plain = undecayed._replace(dual=False, cautious=False, coupling=False)
+        self.norms = kernels.norm_kernel(plain, momentum_written, self.powers_cached)
         one = flags._replace(matched=False, dual=False, decay_wide=True)  # other values change nothing in this kernel
         self.update, self.update_without_cache = (
             kernels.update_kernel(one, momentum_written, powers_cached) for powers_cached in (self.powers_cached, False)

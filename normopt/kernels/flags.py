@@ -23,7 +23,7 @@ STRAIGHT, BOTH_SIDES = 1, 2
 # Bits of a momentum rule, m' = a·m + b·g and c = d·m + e·g + f·m': it runs; d, e, f are not 0; c is m'.
 RUNS, OLD, GRADIENT, NEW, SAME = (1 << i for i in range(5))
 # State beside the momentum: slots of float32, in the order in which kernels take them.
-BUFFERS = "exp_avg_sq", "max_exp_avg_sq"
+BUFFERS = "exp_avg_sq", "max_exp_avg_sq", "exp_avg_diff", "previous_grad", "dual_iterate"
 
 
 def mode_of(exponent: float) -> int:
@@ -40,9 +40,10 @@ class Flags(NamedTuple):
         scaled: u has a size and a factor for each tensor, from sums over it.
         dual, matched: the factor is the dual norm, or the one of "matched", which needs more sums; else it is 1.
         momentum: the bits of the momentum rule, 0 without one.
-        corrected: c and the squares are divided by the sums of their weights, numbers of each tensor.
+        corrected: c, the squares and d are divided by the sums of their weights, numbers of each tensor.
         metric: STRAIGHT, BOTH_SIDES or 0, the use of adaptive coordinates P = √v + ε.
         metric_max: v is the largest average so far, a buffer of its own.
+        differs: an average d of the differences of gradients is added to c, and the metric sees g + β(g − g_prev).
         agr: the gradient is regularized, by sums over its tensor.
         coupled: λw is added to the gradient.
         scales_weight: the weight is multiplied by a number before the step.
@@ -50,6 +51,8 @@ class Flags(NamedTuple):
         decay_mode: how X is computed.
         decay_inverse: the factor is 1/(1 + kX).
         decay_wide: only tensors of 2 or more dims have the factor.
+        cautious: both only act on entries with u·w ≥ 0.
+        coupling: the weight is coupled to a second iterate.
         maximize: the gradient is negated.
         rounding: NEAREST, STOCHASTIC or KAHAN, of 16-bit weights.
         weight, gradient, state: the dtypes of the weights, the gradients and the momentum.
@@ -64,6 +67,7 @@ class Flags(NamedTuple):
     corrected: bool = False
     metric: int = 0
     metric_max: bool = False
+    differs: bool = False
     agr: bool = False
     coupled: bool = False
     scales_weight: bool = False
@@ -71,6 +75,8 @@ class Flags(NamedTuple):
     decay_mode: int = LINEAR
     decay_inverse: bool = False
     decay_wide: bool = True
+    cautious: bool = False
+    coupling: bool = False
     maximize: bool = False
     rounding: int = NEAREST
     weight: torch.dtype = torch.float32
@@ -94,6 +100,8 @@ class Numbers(NamedTuple):
         decay_exponent: e of that factor.
         metric_keep, metric_take: a and b of v ← a·v + b·g².
         metric_eps: ε of P.
+        difference_keep, difference_take: β and 1−β of d ← βd + (1−β)(g − g_prev).
+        coupling, coupling_rate: τ and α of the second iterate.
     """
 
     step_size: Number
@@ -112,6 +120,10 @@ class Numbers(NamedTuple):
     metric_keep: float = 0.0
     metric_take: float = 0.0
     metric_eps: float = 0.0
+    difference_keep: float = 0.0
+    difference_take: float = 0.0
+    coupling: float = 0.0
+    coupling_rate: float = 0.0
 
 
 def wide(value: Number) -> Number:

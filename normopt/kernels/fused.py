@@ -301,16 +301,17 @@ class FusedUpdate:
         return [*step.phases(), Phase(nothing, finish)]
 
     def _shares(self, batch: FusedBatch) -> Tensor:
-        """Count the step, unless it is skipped; return 1/Σ of the weights in c and √(1/Σ) of those in v, [n, 2].
+        """Count the step, unless it is skipped; return 1/Σ of the weights in c and d, √(1/Σ) of those in v.
 
         All on the parameters' device, where a captured graph counts its replays.
         """
-        count, momentum, metric = batch.recipe.count, batch.recipe.momentum, batch.recipe.metric
+        recipe = batch.recipe
         found = batch.found_inf
         by = 1 if found is None else (found == 0).to(batch.params[0].device, torch.float32).reshape(())
-        t = stack(count.advance(batch, by)).double().clamp_(min=1)  # a first step that is skipped has the number 0
-        c, v = (stage.weight(t) if stage.runs() else torch.ones_like(t) for stage in (momentum, metric))
-        return torch.stack([1 / c, v**-0.5], 1)
+        t = stack(recipe.count.advance(batch, by)).double().clamp_(min=1)  # 0 at a first step that is skipped
+        stages = recipe.momentum, recipe.metric, recipe.difference
+        c, v, d = (stage.weight(t) if stage.runs() else torch.ones_like(t) for stage in stages)
+        return torch.stack([1 / c, v**-0.5, 1 / d], 1)
 
     def _complete(self, slot: Slot, operand: Operand, state: State) -> list[int]:
         """Make the state that is missing, or has another dtype than it should; return the indices of the new."""
@@ -322,8 +323,9 @@ class FusedUpdate:
         for i, p in enumerate(params):
             x = state[p].get(slot.name)
             if x is None:
-                zeros = torch.zeros_like(to_local(p), dtype=dtype, memory_format=torch.contiguous_format)
-                state[p][slot.name] = x = to_dtensor_like(zeros, p)
+                first = torch.empty_like(to_local(p), dtype=dtype, memory_format=torch.contiguous_format)
+                first = first.copy_(to_local(p)) if slot.starts_as_weight else first.zero_()
+                state[p][slot.name] = x = to_dtensor_like(first, p)
                 new.append(i)
             elif x.dtype != dtype:  # the parameter's has changed since
                 state[p][slot.name] = x = x.to(dtype)

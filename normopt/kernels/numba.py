@@ -43,12 +43,13 @@ from normopt.kernels.tables import CHUNK
 Kernel = Callable[..., None]
 
 # Columns of the table of tensors: AGR's four, what |c| is multiplied by and its power too, powers of two for both where
-# float32 does not have the number, the gradient's weight in the momentum, whether the decay's factor acts on it, and
-# what c and √v are multiplied by.
-AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, SHIFT, LIFT, TAKE, WIDE, SHARE, ROOT_SHARE = range(12)
+# float32 does not have the number, the gradient's weight in the momentum, whether the decay's factor acts on it, what
+# c, √v and the average of differences are multiplied by, and whether there is a previous gradient.
+AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, SHIFT, LIFT, TAKE, WIDE = range(10)
+SHARE, ROOT_SHARE, DIFFERENCE_SHARE, BEGUN = range(10, 14)
 # Places in the table of the numbers that all tensors share, in the order of `Numbers`.
 UNSCALE, STEP_SIZE, KEEP, FROM_OLD, FROM_GRADIENT, FROM_NEW, COUPLED, WEIGHT_FACTOR, DECAY_STRENGTH, EPS = range(10)
-METRIC_KEEP, METRIC_TAKE, METRIC_EPS = range(10, 13)
+METRIC_KEEP, METRIC_TAKE, METRIC_EPS, DIFFERENCE_KEEP, DIFFERENCE_TAKE, COUPLING, COUPLING_RATE = range(10, 17)
 
 
 class Exponent(NamedTuple):
@@ -229,8 +230,9 @@ def signed(a, c):
 
 
 @compiled(**INLINE)
-def gradient_of(g, w, maximize, unscale, agr, scale, top, rest, inverse, coupled, decay):
+def gradient_of(g, w, maximize, agr, coupled, numbers):
     """Return the gradient after the stages before the momentum: unscaled, negated, regularized, with coupled decay."""
+    unscale, decay, scale, top, rest, inverse = numbers
     x = F(load(g) * unscale)
     if maximize:
         x = -x
@@ -244,8 +246,9 @@ def gradient_of(g, w, maximize, unscale, agr, scale, top, rest, inverse, coupled
 
 
 @compiled(**INLINE)
-def momentum_step(m, x, rule, keep, take, from_old, from_gradient, from_new):
+def momentum_step(m, x, rule, numbers):
     """(c, the new m) of a momentum rule with these bits and coefficients."""
+    keep, take, from_old, from_gradient, from_new = numbers
     if rule == 0:
         return x, m
     after = F(keep * m + take * x)
@@ -262,14 +265,28 @@ def momentum_step(m, x, rule, keep, take, from_old, from_gradient, from_new):
 @compiled(**INLINE)
 def floats(buffers, t, start, n):
     """A chunk's entries of each of the `BUFFERS`."""
-    squares, largest = buffers
-    return entries(squares[t], start, n, False), entries(largest[t], start, n, False)
+    a, b, c, d, e = buffers
+    first = entries(a[t], start, n, False), entries(b[t], start, n, False), entries(c[t], start, n, False)
+    return *first, entries(d[t], start, n, False), entries(e[t], start, n, False)
 
 
 @compiled(**INLINE)
-def metric_step(kept, i, x, metric_max, is_known, keep, take, share, eps):
-    """P = √v̂ + ε of one entry; v takes in x², unless ``is_known``: then it has."""
-    v, largest = kept
+def difference_step(differences, previous, i, x, is_known, numbers):
+    """(βd of one entry, what the metric sees); d takes in x unless ``is_known``: then it has."""
+    beta, take, share, begun = numbers
+    d, seen = differences[i], x
+    if not is_known:
+        change = F(x - previous[i]) if begun != ZERO else ZERO
+        d = F(beta * d + take * change)
+        seen = F(x + beta * change)
+        differences[i], previous[i] = d, x
+    return F(F(beta * share) * d), seen
+
+
+@compiled(**INLINE)
+def metric_step(v, largest, i, x, metric_max, is_known, numbers):
+    """P = √v̂ + ε of one entry; v takes in x² unless ``is_known``: then it has."""
+    keep, take, eps, share = numbers
     square = largest[i] if metric_max and is_known else v[i]
     if not is_known:
         square = F(keep * square + F(take * x) * x)
@@ -278,6 +295,54 @@ def metric_step(kept, i, x, metric_max, is_known, keep, take, share, eps):
             square = largest[i] if largest[i] >= square else square  # a NaN is taken
             largest[i] = square
     return F(F(math.sqrt(square)) * share + eps)
+
+
+@compiled(**INLINE)
+def numbers_of(row, numbers):
+    """What the stages before the direction read of a tensor's row and of the numbers that all share, by stages."""
+    agr = row[AGR_SCALE], row[AGR_TOP], row[AGR_OTHERS], row[AGR_INVERSE]
+    momentum = numbers[KEEP], row[TAKE], numbers[FROM_OLD], numbers[FROM_GRADIENT], numbers[FROM_NEW]
+    difference = numbers[DIFFERENCE_KEEP], numbers[DIFFERENCE_TAKE], row[DIFFERENCE_SHARE], row[BEGUN]
+    metric = numbers[METRIC_KEEP], numbers[METRIC_TAKE], numbers[METRIC_EPS], row[ROOT_SHARE]
+    return (numbers[UNSCALE], numbers[COUPLED], *agr), momentum, row[SHARE], difference, metric
+
+
+@compiled(**INLINE)
+def coordinates(i, w, g, m, kept, numbers, stages, momentum_known, known):
+    """(c in the coordinates of the norm, the new m, what the direction is divided by again) of one entry.
+
+    Args:
+        i: its place.
+        w: its weight.
+        g, m, kept: the arrays of the gradient, the momentum and the `BUFFERS`, which are updated.
+        numbers: the result of `numbers_of`.
+        stages: the flags of the stages before the direction.
+        momentum_known, known: whether the momentum, which is c then, and the buffers are updated already.
+    """
+    rule, maximize, agr, coupled, corrected, differs, metric, metric_max = stages
+    of_gradient, of_momentum, share, of_difference, of_metric = numbers
+    v, largest, differences, previous, _ = kept
+    x = ZERO
+    c = m1 = load(m[i]) if rule != 0 else ZERO
+    if not momentum_known:
+        x = gradient_of(g[i], w, maximize, agr, coupled, of_gradient)
+        c, m1 = momentum_step(m1, x, rule, of_momentum)
+    if corrected:
+        c = F(c * share)
+    if differs:
+        d, x = difference_step(differences, previous, i, x, known, of_difference)
+        c = F(c + d)
+    root = ONE
+    if metric != 0:
+        root = metric_step(v, largest, i, x, metric_max, known, of_metric)
+        root = root if metric == STRAIGHT else F(math.sqrt(root))
+        c = F(c / root)
+    return c, m1, root
+
+
+def stages_of(f: Flags) -> tuple[Any, ...]:
+    """Return the flags of the stages before the direction, in the order of `coordinates`."""
+    return f.momentum, f.maximize, f.agr, f.coupled, f.corrected, f.differs, f.metric, f.metric_max
 
 
 @compiled(**INLINE)
@@ -302,6 +367,12 @@ def decay_factor(a, mode, inverse, decay_strength, e):
         return ONE / (ONE + decay_strength * x)
     x = LARGEST if x > LARGEST else x  # ∞/∞ would be NaN; a NaN stays
     return x / (x + decay_strength) if decay_strength != ZERO else ONE
+
+
+@compiled(**INLINE)
+def weight(w, k, i, kahan):
+    """A weight, with what its rounding has lost."""
+    return F(load(w[i]) + load(k[i])) if kahan else load(w[i])
 
 
 @compiled(**INLINE)
@@ -362,41 +433,22 @@ def agr_kernel(gradient16: bool) -> Kernel:
 
 
 @compiled(**SUMS, forceinline=True)
-def summed(n, w, g, m, k, kept, row, numbers, exponent, powered, near, relative, again, flags):
+def summed(n, w, g, m, k, kept, numbers, exponent, powered, near, relative, again, flags):
     """A chunk's (largest entry's bits, least entry's bits less 1, Σ(|c|/M)^q and the two of "matched").
 
     ``flags`` are those of `norm_kernel`, ``near`` is M and ``relative`` 1/M. If ``again`` it has been here before, and
     no special case is left out.
     """
-    (mode, matched, rule, maximize, agr, coupled, kahan, corrected, metric, metric_max), kept_before = flags
-    momentum_written, powers_cached = kept_before
-    unscale, keep, decay = numbers[UNSCALE], numbers[KEEP], numbers[COUPLED]
-    from_old, from_gradient, from_new = numbers[FROM_OLD], numbers[FROM_GRADIENT], numbers[FROM_NEW]
-    scale, agr_top, agr_others, inverse = row[AGR_SCALE], row[AGR_TOP], row[AGR_OTHERS], row[AGR_INVERSE]
-    take, share, root_share = row[TAKE], row[SHARE], row[ROOT_SHARE]
-    metric_keep, metric_take, metric_eps = numbers[METRIC_KEEP], numbers[METRIC_TAKE], numbers[METRIC_EPS]
+    stages, (mode, matched, kahan, momentum_written, powers_cached) = flags
+    coupled, metric = stages[3], stages[6]
     relative_power = power(relative, mode, exponent)
     largest, least, sum_q, sum_2, sum_d = J(0), NO_BITS, ZERO, ZERO, ZERO
     wide_2, wide_d = np.float64(0), np.float64(0)  # the metric's squares are of any size
     for i in range(n):
-        x, root = ZERO, ONE
-        m0 = load(m[i]) if rule != 0 else ZERO
-        if momentum_written and again:
-            c = m0  # since the first time
-        else:
-            old = load(w[i]) if coupled else ZERO
-            if kahan and coupled:
-                old = F(old + load(k[i]))
-            x = gradient_of(g[i], old, maximize, unscale, agr, scale, agr_top, agr_others, inverse, coupled, decay)
-            c = momentum_step(m0, x, rule, keep, take, from_old, from_gradient, from_new)[0]
+        old = weight(w, k, i, kahan) if coupled else ZERO
+        c, m1, root = coordinates(i, old, g, m, kept, numbers, stages, momentum_written and again, again)
         if momentum_written and not again:
-            m[i] = c
-        if corrected:
-            c = F(c * share)
-        if metric:
-            root = metric_step(kept, i, x, metric_max, again, metric_keep, metric_take, root_share, metric_eps)
-            root = F(math.sqrt(root))
-            c = F(c / root)
+            m[i] = m1
         a = abs(c)
         if powers_cached:
             y = pow_f32(a, exponent, not again, not again)
@@ -411,7 +463,7 @@ def summed(n, w, g, m, k, kept, row, numbers, exponent, powered, near, relative,
             a = F(a / near) if again else F(a * relative)
             y = power(a, mode, exponent)
         sum_q += a * y
-        if matched and metric:
+        if matched and metric != 0:
             a, y = F(a / root), F(y / root)
             wide_2 += np.float64(a) * a
             wide_d += np.float64(y) * y
@@ -431,16 +483,14 @@ def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
     matched, kahan = f.matched, f.rounding == KAHAN
-    metric = f.metric != 0
-    stages = f.mode, matched, f.momentum, f.maximize, f.agr, f.coupled, kahan, f.corrected, metric, f.metric_max
-    flags = stages, (momentum_written, powers_cached)
+    metric, flags = f.metric, (stages_of(f), (f.mode, matched, kahan, momentum_written, powers_cached))
 
     @compiled(**SUMS)
     def sums(addresses, buffers, chunks, begin, end, rows, numbers, exponent, partials, powers, place):
         (weights, gradients, states, lost), (tensor, start, count) = addresses, chunks
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
-            row = rows[t]
+            known = numbers_of(rows[t], numbers)
             w, g = entries(weights[t], s, n, weight16), entries(gradients[t], s, n, gradient16)
             m, k, kept = entries(states[t], s, n, state16), entries(lost[t], s, n, True), floats(buffers, t, s, n)
             powered = powers[place[j] : place[j] + n] if powers_cached else powers
@@ -449,29 +499,27 @@ def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel
             near, relative = ONE, ONE
             if not powers_cached:
                 guess = abs(load(g[0]) * numbers[UNSCALE])
-                if metric:
+                if metric != 0:
                     v = numbers[METRIC_KEEP] * kept[0][0] + numbers[METRIC_TAKE] * guess * guess
                     guess = guess / F(math.sqrt(math.sqrt(v) + numbers[METRIC_EPS]))
-                near, relative = scale_guess(guess * row[TAKE])
+                near, relative = scale_guess(guess * rows[t, TAKE])
             largest, least, sum_q, sum_2, sum_d = summed(
-                n, w, g, m, k, kept, row, numbers, exponent, powered, near, relative, False, flags
+                n, w, g, m, k, kept, known, exponent, powered, near, relative, False, flags
             )
             if powers_cached:
                 fine = least == NO_BITS or (least >= DENORMAL and sum_is_safe(sum_q))
-                if matched and not metric and least != NO_BITS:
+                if matched and metric == 0 and least != NO_BITS:
                     fine = fine and sum_is_safe(sum_2) and sum_is_safe(sum_d)
             else:
                 fine = sum_q > LEAST and sum_q < MOST
             if not fine:
                 if powers_cached:
-                    largest = summed(n, w, g, m, k, kept, row, numbers, exponent, powered, near, relative, True, flags)[
-                        0
-                    ]
+                    largest = summed(n, w, g, m, k, kept, known, exponent, powered, near, relative, True, flags)[0]
                     near, relative = scale_of(largest)
                 else:
                     near = float_of(min(max(largest, SMALLEST_BITS), LARGEST_BITS))
                 _, _, sum_q, sum_2, sum_d = summed(
-                    n, w, g, m, k, kept, row, numbers, exponent, powered, near, relative, True, flags
+                    n, w, g, m, k, kept, known, exponent, powered, near, relative, True, flags
                 )
             partials[j, 0] = near
             partials[j, 1] = sum_q
@@ -488,57 +536,47 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
     If ``momentum_written``, c is the momentum; if ``powers_cached``, its powers are given.
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
-    mode, smoothed, scaled, rule = f.mode, f.smoothed, f.scaled, f.momentum
-    maximize, agr, coupled = f.maximize, f.agr, f.coupled
+    mode, smoothed, scaled, stages = f.mode, f.smoothed, f.scaled, stages_of(f)
     scales_weight, decays, decay_mode, decay_inverse = f.scales_weight, f.decay, f.decay_mode, f.decay_inverse
     stochastic, kahan, chunk = f.rounding == STOCHASTIC, f.rounding == KAHAN, CHUNK
-    metric, metric_max, corrected = f.metric, f.metric_max, f.corrected
+    rule, metric, cautious, coupling = f.momentum, f.metric, f.cautious, f.coupling
 
     @compiled(**EXACT)
     def update(addresses, buffers, chunks, begin, end, rows, numbers, exponent, decay_exponent, seed, powers, place):
         (weights, gradients, states, lost), (tensor, start, count) = addresses, chunks
-        unscale, keep, decay, eps = numbers[UNSCALE], numbers[KEEP], numbers[COUPLED], numbers[EPS]
-        from_old, from_gradient, from_new = numbers[FROM_OLD], numbers[FROM_GRADIENT], numbers[FROM_NEW]
+        eps, tau, alpha = numbers[EPS], numbers[COUPLING], numbers[COUPLING_RATE]
         step_size, weight_factor, decay_strength = numbers[STEP_SIZE], numbers[WEIGHT_FACTOR], numbers[DECAY_STRENGTH]
-        metric_keep, metric_take, metric_eps = numbers[METRIC_KEEP], numbers[METRIC_TAKE], numbers[METRIC_EPS]
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
-            scale, top, rest, inverse = rows[t, AGR_SCALE], rows[t, AGR_TOP], rows[t, AGR_OTHERS], rows[t, AGR_INVERSE]
-            take, size, factor = rows[t, TAKE], rows[t, SIZE], rows[t, FACTOR]
-            shift, lift = rows[t, SHIFT], rows[t, LIFT]
+            known = numbers_of(rows[t], numbers)
+            size, factor, shift, lift = rows[t, SIZE], rows[t, FACTOR], rows[t, SHIFT], rows[t, LIFT]
             pulled = decay_strength if rows[t, WIDE] != ZERO else ZERO
             w, g = entries(weights[t], s, n, weight16), entries(gradients[t], s, n, gradient16)
-            m, k = entries(states[t], s, n, state16), entries(lost[t], s, n, True)
-            kept, share, root_share = floats(buffers, t, s, n), rows[t, SHARE], rows[t, ROOT_SHARE]
+            m, k, kept = entries(states[t], s, n, state16), entries(lost[t], s, n, True), floats(buffers, t, s, n)
+            z = kept[4]
             powered = powers[place[j] : place[j] + n] if powers_cached else powers
             drawn = J(seed + j * chunk)
             for i in range(n):
-                old = load(w[i])
-                if kahan:
-                    old = F(old + load(k[i]))
-                x = ZERO
-                if momentum_written:
-                    c = m1 = load(m[i])
-                else:
-                    x = gradient_of(g[i], old, maximize, unscale, agr, scale, top, rest, inverse, coupled, decay)
-                    m0 = load(m[i]) if rule != 0 else ZERO
-                    c, m1 = momentum_step(m0, x, rule, keep, take, from_old, from_gradient, from_new)
-                if corrected:
-                    c = F(c * share)
-                root = ONE
-                if metric != 0:
-                    root = metric_step(kept, i, x, metric_max, scaled, metric_keep, metric_take, root_share, metric_eps)
-                    root = root if metric == STRAIGHT else F(math.sqrt(root))
-                    c = F(c / root)
+                old = weight(w, k, i, kahan)
+                c, m1, root = coordinates(i, old, g, m, kept, known, stages, momentum_written, scaled)
                 if powers_cached:
                     u = F(powered[i] * factor)
                 else:
                     u = direction(c, mode, smoothed, scaled, exponent, eps, shift, size, factor, lift)
                 if metric == BOTH_SIDES:
                     u = F(u / root)
-                after = F((weight_factor * old if scales_weight else old) - step_size * u)
+                if coupling:
+                    u = F((ONE - tau) * u)
+                # By signs, because a product may underflow.
+                aligned = not (cautious and ((u > ZERO and old < ZERO) or (u < ZERO and old > ZERO)))
+                after = F((weight_factor * old if scales_weight and aligned else old) - step_size * u)
                 if decays:
-                    after = F(after * decay_factor(abs(old), decay_mode, decay_inverse, pulled, decay_exponent))
+                    pull = decay_factor(abs(old), decay_mode, decay_inverse, pulled, decay_exponent)
+                    after = F(after * pull) if aligned else after
+                if coupling:
+                    z1 = F(z[i] - alpha * c)
+                    z[i] = z1
+                    after = F(after + tau * F(z1 - old))
                 if rule != 0 and not momentum_written:
                     store(m, i, m1, state16)
                 if stochastic:

@@ -96,7 +96,7 @@ class Tables:
         states: those of the momentum, None without one.
         compensations: those of what Kahan's rounding keeps, None without it.
         buffers: those of further float32 state, by the names in `BUFFERS`.
-        shares: what c and √v of each tensor are multiplied by, [n, 2] on the device; None without bias corrections.
+        shares: what c, √v and d of each tensor are multiplied by, [n, 3] on the device; None without bias corrections.
         new: of each slot the indices of what was made in this step.
         cache: what a backend keeps from step to step, such as tables on its device.
         unscale: what gradients are multiplied by, for a GradScaler; one element on the device.

@@ -54,13 +54,13 @@ ALIGNED, MEASURING = tl.constexpr(1 << 20), tl.constexpr(1 << 21)
 
 # Columns of the tables, which are int64: of tensors, of chunks, and of the chunks that a sum is over.
 WEIGHT, GRADIENT, STATE, COMPENSATION, *_MORE = (tl.constexpr(i) for i in range(6 + len(choices.BUFFERS)))
-SQUARES, LARGEST_SQUARES, FRESH, TENSOR = _MORE  # the last is the number of columns
+SQUARES, LARGEST_SQUARES, _DIFFERENCES, _PREVIOUS, _ITERATE, FRESH, TENSOR = _MORE  # the last is the number of columns
 OF, BEGIN, COUNT, WIDE, CHUNKS = (tl.constexpr(i) for i in range(5))
 FIRST, MANY, SIZE, SPAN = (tl.constexpr(i) for i in range(4))
 # Places of the numbers, which are float64.
 PLACES = [tl.constexpr(i) for i in range(len(Numbers._fields))]
 STEP_SIZE, KEEP, TAKE, FIRST_TAKE, FROM_OLD, FROM_GRADIENT, FROM_NEW = PLACES[:7]
-DECAY, WEIGHT_FACTOR, DECAY_STRENGTH, EXPONENT, EPS, DECAY_EXPONENT, METRIC_KEEP, METRIC_TAKE, METRIC_EPS = PLACES[7:]
+DECAY, WEIGHT_FACTOR, DECAY_STRENGTH, EXPONENT, EPS, DECAY_EXPONENT, METRIC_KEEP, METRIC_TAKE, METRIC_EPS = PLACES[7:16]
 # What is known of each vector that a norm is over, float64: the dual norm, the factor of D(c), and what an entry of c
 # is divided by before its power, and that multiplied by; both in two parts, the first a power of two.
 DUAL, FACTOR, SHIFT, DIVISOR, LIFT, MULTIPLIER, MEASURED = (tl.constexpr(i) for i in range(7))
@@ -254,7 +254,7 @@ def metric_step(x, table, t, begin, numbers, shares, mask, METRIC: tl.constexpr,
             tl.store(largest, v, mask)
     root = tl.sqrt_rn(v)
     if CORRECTED & FLAGS:
-        root *= number(shares, 2 * t + 1)
+        root *= number(shares, 3 * t + 1)
     root += number(numbers, METRIC_EPS)
     return tl.sqrt_rn(root) if METRIC == BOTH_SIDES else root
 
@@ -362,7 +362,7 @@ def step_kernel(
                 states = entries(table, t, STATE, begin, STATE_TYPE, FLAGS)
                 c = momentum_step(states, x, table, t, numbers, mask, STATE_TYPE, FLAGS)
             if CORRECTED & FLAGS:
-                c *= number(shares, 2 * t)
+                c *= number(shares, 3 * t)
             root = c
             if METRIC != 0:
                 root = metric_step(x, table, t, begin, numbers, shares, mask, METRIC, FLAGS)

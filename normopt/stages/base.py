@@ -77,12 +77,14 @@ class Slot(NamedTuple):
         only_16_bit: whether only 16-bit parameters have it.
         shape: its shape, a function of the parameter's; None (the default) is the parameter's own. A state with a
             shape is a plain tensor, the same on all ranks.
+        starts_as_weight: whether kernels make it as a copy of the weight, not of zeros.
     """
 
     name: str
     dtype: str | None = None
     only_16_bit: bool = False
     shape: Callable[[torch.Size], torch.Size] | None = None
+    starts_as_weight: bool = False
 
     def exists(self, p: Tensor) -> bool:
         """Return whether a parameter has this state."""

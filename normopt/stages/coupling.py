@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normopt.stages.base import Batch, Op, Slot, Stage, number, register_stage, setting
 
-ITERATE = Slot("dual_iterate", "compute")
+ITERATE = Slot("dual_iterate", "compute", starts_as_weight=True)
 
 
 @register_stage
@@ -50,7 +50,7 @@ class Coupling(Stage):
         return f"coupling τ = {self.coupling:g}, α = {self.coupling_rate:g}"
 
     def lower(self) -> Op | str:
-        return "coupling has no kernel"
+        return Op({"coupling": True}, {"coupling": self.coupling, "coupling_rate": self.coupling_rate})
 
 
 @register_stage

@@ -44,7 +44,8 @@ class Rule:
             F = X/(X + strength)       inverse=False       X = |w|^exponent; strength = 0 gives 1
             F = 1/(1 + strength·X)     inverse=True
 
-        ``coupled`` adds ``coupled·w`` to the gradient. With ``wide=True``, F is 1 for tensors of less than 2 dims.
+        ``coupled`` adds ``coupled·w`` to the gradient. With ``wide=True``, F is 1 for tensors of less than 2 dims; with
+        ``cautious=True``, F and weight_factor are 1 where u·w < 0.
         """
         return f"the decay {type(self).__name__} has no kernel"
 
@@ -73,6 +74,11 @@ def factor(exponent: float, strength: Number, inverse: bool, wide: bool) -> Op:
     """Return the `Op` of a factor F of the update; see `Rule.lower`."""
     flags = {"decay_mode": mode_of(exponent), "decay_inverse": inverse, "decay": True, "decay_wide": wide}
     return Op(flags, {"decay_exponent": exponent, "decay_strength": strength})
+
+
+def cautious(lowered: Op | str) -> Op | str:
+    """Return the `Op` of a decay that acts only where u·w ≥ 0."""
+    return lowered if isinstance(lowered, str) else lowered._replace(flags={**lowered.flags, "cautious": True})
 
 
 @register_decay("coupled")
@@ -140,7 +146,7 @@ class LpDecay(Rule):
 
 
 @register_decay("cautious")
-class Cautious(Rule):
+class Cautious(Decoupled):
     """``w ← w − η(ru + λ·1[u·w ≥ 0]·w)``: only weights that the step does not enlarge. Source: arXiv:2510.12402."""
 
     def update(self, batch: Batch, s: Decay) -> None:
@@ -150,7 +156,7 @@ class Cautious(Rule):
         descend_(batch.w, batch.u, batch.step_size)
 
     def lower(self, lr: Number, s: Decay) -> Op | str:
-        return "cautious decay has no kernel"
+        return cautious(super().lower(lr, s))
 
 
 @register_decay("cautious-lp")
@@ -161,7 +167,7 @@ class CautiousLp(LpDecay):
         return where_aligned(u, w, super().factors(w, u, batch, s))
 
     def lower(self, lr: Number, s: Decay) -> Op | str:
-        return "cautious decay has no kernel"
+        return cautious(super().lower(lr, s))
 
 
 @register_stage

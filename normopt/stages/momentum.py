@@ -305,7 +305,8 @@ class Difference(Stage):
         return f"differences of gradients, β = {self.difference_beta:g}"
 
     def lower(self) -> Op | str:
-        return "differences of gradients have no kernel"
+        beta = self.difference_beta
+        return Op({"differs": True}, {"difference_keep": beta, "difference_take": 1 - beta})
 
 
 def step_(k: Coefficients, m: list[Tensor], g: list[Tensor], a: Number | None = None) -> list[Tensor]:

@@ -281,10 +281,10 @@ def test_steps_are_counted_where_nothing_can_be_read(t):
         batch = FusedBatch(make_recipe(opt.param_groups[0], params), params, opt.state, FusedUpdate(), None, None)
         batch.found_inf = torch.zeros(1, device=device)
         found[device] = FusedUpdate()._shares(batch)
-    assert found["meta"].shape == (2, 2)
+    assert found["meta"].shape == (2, 3)
     t = np.float64(t + 1)
     c, v = 0.9 * -np.expm1((t - 1) * np.log(0.9999)) + (1 - 0.9), -np.expm1(t * np.log(0.999))
-    np.testing.assert_allclose(numbers(found[DEVICE]), [[1 / c, v**-0.5]] * 2, rtol=1e-12)
+    np.testing.assert_allclose(numbers(found[DEVICE]), [[1 / c, v**-0.5, 1]] * 2, rtol=1e-12)
 
 
 @pytest.mark.parametrize("weight", TOLERANCE, ids=str)
