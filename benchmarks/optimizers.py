@@ -74,19 +74,25 @@ _ZOO = {
     "nucgd": ("the leading singular pair of the momentum", {}),
     "freon": ("the momentum with its singular values raised to a power", {}),
     "rownormsgd": ("the momentum 0.9, every row at ℓ2 length 1", {}),
+    "stacey": ("the smoothed power map of Lion's momentum at p = 3, coupled to a second iterate", {}),
     "adam": ("normopt's AdamW with its decay in the gradient, 0 by default", {}),
     "adagrad": ("the gradient over the root of the sum of all squared gradients", {}),
     "rmsprop": ("the gradient over the root of their average square, at 0.99", {}),
+    "adan": ("AdamW's rule with averaged differences of the gradients, no decay by default", {}),
+    "lars": ("the momentum 0.9 as long as the tensor's weights", {}),
+    "lamb": ("Adam's direction and its decay 0.01 as long as the tensor's weights", {}),
 }
+_PRESETS = {"normuon": "muon"}  # where it has another name than the optimizer
 _LAYERED = {
     "muon": "the averaged momentum 0.95, Nesterov's, with all singular values 1; signs in output, vectors, embeddings",
+    "normuon": "muon's, whose rows in hidden matrices are divided by an average of their size",
     "scion": "unit steps of the averaged momentum 0.9 inside each layer's norm ball, its own weight decay 1 included",
     "scale": "the gradient of every output unit at RMS 1, momentum in the last layer alone",
 }
 
 OPTIMIZERS: dict[str, Entry] = {
     **{name: Entry(normopt.get_optimizer(name), rule, defaults) for name, (rule, defaults) in _ZOO.items()},
-    **{name: Entry(normopt.get_optimizer(name), rule, preset=name) for name, rule in _LAYERED.items()},
+    **{n: Entry(normopt.get_optimizer(n), r, preset=_PRESETS.get(n, n)) for n, r in _LAYERED.items()},
     "steepestdescent": Entry(normopt.SteepestDescent, "steepest descent under the norm that is set"),
     "sgd-ema": Entry(
         normopt.SteepestDescent,

@@ -26,7 +26,8 @@ SYNONYMS = {
     "wd": "the strength of the decay is weight_decay",
 }
 # Settings of torch's adaptive optimizers, and what they are here.
-TORCHS = {
+ADAN = ("momentum", "difference_beta", "metric_beta")
+TORCHS: dict[str, Sequence[str]] = {
     "alpha": ("metric_beta",),
     "amsgrad": ("metric_rule",),
     "betas": ("momentum", "metric_beta"),
@@ -100,15 +101,19 @@ def fixed_kwargs(name: str, given: Mapping[str, Any], **fixed: Any) -> dict[str,
     return {**fixed, **given}
 
 
-def from_torch(given: Mapping[str, Any]) -> dict[str, Any]:
+def from_torch(given: Mapping[str, Any], betas: Sequence[str] = TORCHS["betas"]) -> dict[str, Any]:
     """Translate settings that have the names of torch's adaptive optimizers: alpha, amsgrad, betas and eps.
 
+    Args:
+        given: settings.
+        betas: what the betas are here. Default: Adam's two.
+
     Raises:
-        ValueError: betas are not two numbers from 0 to 1, or a setting is given under both names.
+        ValueError: betas are not as many numbers from 0 to 1, or a setting is given under both names.
         TypeError: amsgrad is not True or False.
     """
     ours = {key: value for key, value in given.items() if key not in TORCHS}
-    for name, keys in TORCHS.items():
+    for name, keys in (TORCHS | {"betas": betas}).items():
         if name not in given:
             continue
         values: Any = [given[name]]

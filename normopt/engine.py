@@ -12,6 +12,8 @@ from torch.optim.optimizer import ParamsT
 
 from normopt._checks import plain
 from normopt.arguments import (
+    ADAN,
+    TORCHS,
     check_unknown_arguments,
     check_unknown_keys,
     check_unused,
@@ -222,11 +224,14 @@ class SteepestDescent(Optimizer):
         if whole["metric"] != "none":
             # A group of another optimizer has both; the power map has an ε of its own.
             kept = {"eps"} & group.keys() if "metric_eps" in group or whole["scale"] == "power" else set()
-            group = from_torch({k: v for k, v in group.items() if k not in kept}) | {k: group[k] for k in kept}
+            theirs = {key: value for key, value in group.items() if key not in kept}
+            betas = ADAN if whole["difference_beta"] != 0 else TORCHS["betas"]
+            group = from_torch(theirs, betas) | {key: group[key] for key in kept}
         if "norm" in group:
-            # A group that names the optimizer's own norm keeps the optimizer's fields of it.
+            # A group that names the optimizer's own norm keeps the optimizer's fields of it, and its eps and row_beta.
             own = group["norm"] == self.defaults["norm"]
             group |= registry.flatten(group["norm"], {**self.defaults, **group} if own else group)
+            group = group if own else {"eps": 0.0, "row_beta": 0.0} | group
         check_unknown_keys(group, self.defaults)
         # The other keys are the user's own.
         ours = {key: plain(v) for key, v in group.items() if key in self.defaults or key.startswith("norm_")}

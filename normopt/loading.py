@@ -19,7 +19,7 @@ Groups = list[dict[str, Any]]
 # What makes it another optimizer.
 RULE = ("norm", "scale", "momentum_rule", "metric", "metric_rule", "bias_correction", "constraint")
 
-ADAM = {"metric": "diagonal", "bias_correction": True, "momentum_rule": "ema"}
+ADAM = {"metric": "diagonal", "bias_correction": True, "momentum_rule": "ema", "difference_beta": 0.0}
 # How torch runs a step, which is not how a step is run here.
 RUN = {"capturable", "differentiable", "foreach", "fused"}
 # Settings that torch's classes have, or that do nothing under their rules.

@@ -23,9 +23,6 @@ class Common(TypedDict, total=False):
         decay_p: p of decay="lp" and "cautious-lp", p > 0 (p < 1 too), which act on tensors of 2 or more dims.
             Default 1.
         state_dtype: the momentum's dtype; None is the parameter's own. Default None.
-        row_beta: β of the average of the direction's squares by rows, of NorMuon; 0 keeps none. Default 0.
-        coupling: τ of Stacey's coupling to a second iterate; 0 keeps none. Default 0.
-        coupling_rate: α, the step size of Stacey's second iterate. Default 0.001.
         lr_ratio: a factor of lr, in the step and in the decay: a group of another learning rate under one schedule.
             Default 1.
         constraint: "sphere" keeps the ℓ2 norm R that each tensor has at its first step: w ← R·N(w − ηrR·N(u)), N(x)
@@ -44,9 +41,6 @@ class Common(TypedDict, total=False):
     agr_scope: Literal["tensor", "group"]
     decay_p: float
     state_dtype: str | torch.dtype | None
-    row_beta: float
-    coupling: float
-    coupling_rate: float
     lr_ratio: float
     constraint: Literal["none", "sphere"]
     rounding: Literal["nearest", "stochastic", "kahan"]
@@ -104,6 +98,9 @@ class Arguments(Settings, total=False):
     beta2: float
     dampening: float
     nesterov: bool
+    row_beta: float
+    coupling: float
+    coupling_rate: float
     norm_aspect: str
     norm_blocks: int
     norm_dtype: str

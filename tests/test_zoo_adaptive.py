@@ -1,10 +1,12 @@
-"""AdamW, Adam, Adagrad and RMSprop: torch's arguments, torch's numbers, and torch's checkpoints in both directions."""
+"""The adaptive family: torch's arguments, numbers and checkpoints, in both directions; the papers' rules in NumPy."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
@@ -75,9 +77,129 @@ def test_groups_may_have_torchs_names() -> None:
     assert [found[k] for k in ("eps", "metric_eps", "metric_beta")] == [1e-3, 1e-8, 0.5]
 
 
+Array = np.ndarray
+ADAM: dict[str, Any] = dict(momentum=0.9, momentum_rule="ema", metric="diagonal", bias_correction=True)
+SPECTRAL: dict[str, Any] = dict(norm="spectral", scale="unit", momentum_rule="ema")
+
+
+def average(s: dict[str, Array], name: str, x: Array, new: float) -> Array:
+    """(1 − α)·old + α·x, from 0; the papers' α, the weight of the new."""
+    s[name] = (1 - new) * s.get(name, np.zeros_like(x)) + new * x
+    return s[name]
+
+
+def adan(w: Array, g: Array, s: dict[str, Any], t: int, lr: float, prox: bool = True) -> Array:
+    """Algorithm 1 of arXiv:2208.06677 in its own betas, with the corrections of the authors' code."""
+    a1, a2, a3, eps, decay = 0.02, 0.08, 0.01, 1e-8, 0.02
+    difference = g - s.get("g", g)
+    s["g"] = g
+    m = average(s, "m", g, a1) / (1 - (1 - a1) ** t)
+    v = average(s, "v", difference, a2) / (1 - (1 - a2) ** t)
+    n = average(s, "n", (g + (1 - a2) * difference) ** 2, a3) / (1 - (1 - a3) ** t)
+    step = lr / (np.sqrt(n) + eps) * (m + (1 - a2) * v)
+    return (w - step) / (1 + decay * lr) if prox else (1 - decay * lr) * w - step
+
+
+def relative(w: Array, r: Array) -> Array:
+    return r * (np.linalg.norm(w) / np.linalg.norm(r) if w.any() else 1.0)
+
+
+def lars(w: Array, g: Array, s: dict[str, Any], t: int, lr: float) -> Array:
+    """Algorithm 1 of arXiv:1904.00962."""
+    return w - lr * relative(w, average(s, "m", g + 0.1 * w, 0.1))
+
+
+def lamb(w: Array, g: Array, s: dict[str, Any], t: int, lr: float) -> Array:
+    """Algorithm 2 of arXiv:1904.00962."""
+    m, v = average(s, "m", g, 0.1) / (1 - 0.9**t), average(s, "v", g * g, 0.001) / (1 - 0.999**t)
+    return w - lr * relative(w, m / (np.sqrt(v) + 1e-6) + 0.01 * w)
+
+
+def normuon(w: Array, g: Array, s: dict[str, Any], t: int, lr: float) -> Array:
+    """arXiv:2510.05491 at Muon's length, with its momentum and aspect."""
+    left, _, right = np.linalg.svd(0.05 * g + 0.95 * average(s, "m", g, 0.05), full_matrices=False)
+    u = left @ right
+    new = u / (np.sqrt(average(s, "v", (u * u).mean(1, keepdims=True), 0.05)) + 1e-8)
+    return w - lr * max(1, w.shape[0] / w.shape[1]) ** 0.5 * new * np.linalg.norm(u) / np.linalg.norm(new)
+
+
+def stacey(w: Array, g: Array, s: dict[str, Any], t: int, lr: float) -> Array:
+    """Stacey(3, 2) of arXiv:2506.06606, in the form of the authors' code."""
+    old, tau = s.get("m", np.zeros_like(g)), 1e-3
+    c = 0.9 * old + 0.1 * g
+    average(s, "m", g, 0.001)
+    s["z"] = s.get("z", w) - 1e-3 * c
+    u = c * (np.abs(c) + 1e-4) ** ((2 - 3) / (3 - 1))
+    return (1 - tau - lr * 5e-4) * w + tau * s["z"] - lr * (1 - tau) * u
+
+
+# The rule of the paper, the class with its defaults, its settings under the engine's names.
+PAPERS: dict[str, tuple[Callable[..., Array], Callable[..., normopt.SteepestDescent], dict[str, Any]]] = {
+    "Adan": (
+        adan,
+        lambda ps, **k: normopt.Adan(ps, weight_decay=0.02, **k),
+        ADAM | dict(momentum=0.98, difference_beta=0.92, metric_beta=0.99, weight_decay=0.02, decay="proximal"),
+    ),
+    "Adan, no prox": (
+        lambda *a: adan(*a, prox=False),
+        lambda ps, **k: normopt.Adan(ps, weight_decay=0.02, no_prox=True, **k),
+        ADAM | dict(momentum=0.98, difference_beta=0.92, metric_beta=0.99, weight_decay=0.02, decay="decoupled"),
+    ),
+    "LARS": (
+        lars,
+        lambda ps, **k: normopt.LARS(ps, weight_decay=0.1, **k),
+        dict(momentum=0.9, momentum_rule="ema", scale="relative", weight_decay=0.1, decay="coupled", lr=0.01),
+    ),
+    "LAMB": (lamb, normopt.LAMB, ADAM | dict(metric_eps=1e-6, scale="relative", weight_decay=0.01, decay="inside")),
+    "NorMuon": (
+        normuon,
+        lambda ps, **k: normopt.NorMuon([p for p in ps if p.dim() == 2], method="svd", **k),
+        SPECTRAL
+        | dict(momentum=0.95, nesterov=True, row_beta=0.95, norm_method="svd", norm_aspect="original", lr=0.02),
+    ),
+    "Stacey": (
+        stacey,
+        normopt.Stacey,
+        dict(
+            **dict(norm="lp", p=3.0, scale="power", eps=1e-4, momentum=0.9, momentum_rule="lion", beta2=0.999),
+            **dict(coupling=1e-3, coupling_rate=1e-3, weight_decay=5e-4),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", PAPERS)
+def test_fifty_steps_are_the_papers(name: str, dtype: torch.dtype) -> None:
+    rule, cls, settings = PAPERS[name]
+    opt = cls(make(dtype))
+    params, lr = opt.param_groups[0]["params"], opt.param_groups[0]["lr"]
+    same = normopt.SteepestDescent(params, **{"lr": 1e-3, **settings}).param_groups[0]
+    unread = {"params", "norm_dtype"}  # by exact polar factors
+    assert {k: opt.param_groups[0][k] for k in same.keys() - unread} == {k: same[k] for k in same.keys() - unread}
+    ws = [p.detach().double().numpy().copy() for p in params]
+    states: list[dict[str, Any]] = [{} for _ in ws]
+    for t in range(1, 51):
+        for p, w in zip(params, ws, strict=True):
+            p.data.copy_(torch.as_tensor(w))  # so that errors of rounding do not add up in the weights
+            p.grad = (10.0 ** (t % 3 - 1) * torch.randn(p.shape, dtype=torch.float64)).to(dtype)
+        opt.step()
+        for i, p in enumerate(params):
+            new = rule(ws[i], p.grad.double().numpy(), states[i], t, lr)
+            size = np.maximum(np.abs(ws[i]), np.abs(new - ws[i])).max()
+            bound = (1e-12 if dtype == torch.float64 else 2e-6) * size
+            np.testing.assert_allclose(p.detach().double().numpy(), new, rtol=0, atol=bound)
+            ws[i] = np.asarray(new)
+
+
 @pytest.mark.parametrize(
     ("make_it", "error", "message"),
     [
+        (lambda ps: normopt.Adan(ps, betas=(0.9, 0.9)), ValueError, r"betas must be 3 numbers, but is \(0.9, 0.9\)"),
+        (lambda ps: normopt.Adan(ps, no_prox=True, decay="lp"), ValueError, 'no_prox=True is decay="decoupled"'),
+        (lambda ps: normopt.NorMuon(ps[:1], norm="l2"), TypeError, "NorMuon fixes norm = 'spectral'"),
+        (lambda ps: normopt.LAMB(ps, metric_rule="max"), TypeError, "LAMB fixes metric_rule = 'average'"),
+        (lambda ps: normopt.Adan(ps).load_state_dict(Adam(ps).state_dict()), ValueError, "which Adan does not read"),
         (lambda ps: normopt.AdamW(ps, betas=0.9), ValueError, "betas must be 2 numbers, but is 0.9"),
         (lambda ps: normopt.AdamW(ps, betas=(0.9, 1.0)), ValueError, r"betas\[1\] must be in \[0, 1\), but is 1.0"),
         (lambda ps: normopt.AdamW(ps, eps=0), ValueError, r"metric_eps must be in \["),
@@ -219,3 +341,17 @@ def test_a_checkpoint_of_muon_and_adamw_is_one_file(tmp_path: Any) -> None:
         assert opt.state[p].keys() == other.state[q].keys()
         assert all(torch.equal(x, other.state[q][key]) for key, x in opt.state[p].items())
     assert opt.state[params[1]]["exp_avg_sq"].dtype == torch.float32
+
+
+def test_rows_are_averaged_under_the_optimizers_own_norm() -> None:
+    """A group that names another has no row averages, and no ε of the power map, unless it asks for one."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3))
+    opt = normopt.NorMuon(normopt.param_groups(model, preset="muon"))
+    assert {g["norm"]: g["row_beta"] for g in opt.param_groups} == {"spectral": 0.95, "linf": 0.0}
+    opt.add_param_group({"params": make()[:1], "norm": "row", "row_beta": 0.5})
+    assert opt.param_groups[-1]["row_beta"] == 0.5
+    adam = {"norm": "l2", "scale": "dual", "metric": "diagonal"}
+    assert [g["eps"] for g in normopt.Stacey([{"params": make()[:1]}, {"params": make(), **adam}]).param_groups] == [
+        1e-4,
+        0,
+    ]

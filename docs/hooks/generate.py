@@ -30,6 +30,9 @@ OWN = (
     "beta2",
     "dampening",
     "nesterov",
+    "row_beta",
+    "coupling",
+    "coupling_rate",
 )
 DECAY = ("weight_decay", "decay")
 COORDINATES = ("bias_correction", "difference_beta", "metric", "metric_beta", "metric_eps", "metric_rule")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-SCALES = {"unit": "unit, κ = 0", "dual": "dual, κ = 1", "power": "power, κ = 1/(p−1)"}
+SCALES = {"unit": "unit, κ = 0", "dual": "dual, κ = 1", "power": "power, κ = 1/(p−1)", "relative": "relative, ‖w‖₂"}
 RULES = {"heavy": "heavy ball", "ema": "moving average", "lion": "Lion's"}
 NOT_SHOWN = {"self", "params", "settings", "norm_fields"}
 

@@ -6,14 +6,14 @@ import fnmatch
 
 from normopt._checks import near
 from normopt.engine import SteepestDescent
-from normopt.zoo.adaptive import Adagrad, Adam, AdamW, RMSprop
-from normopt.zoo.lp import LPSGD, LPSGDM, SGD, Lion, NormalizedSGD, PowerStep, SignSGD, Signum
-from normopt.zoo.matrix import SCALE, Freon, Muon, NucGD, RowNormSGD, Scion, SpectralSGD
+from normopt.zoo.adaptive import LAMB, LARS, Adagrad, Adam, AdamW, Adan, RMSprop
+from normopt.zoo.lp import LPSGD, LPSGDM, SGD, Lion, NormalizedSGD, PowerStep, SignSGD, Signum, Stacey
+from normopt.zoo.matrix import SCALE, Freon, Muon, NorMuon, NucGD, RowNormSGD, Scion, SpectralSGD
 
 MEMBERS = (
-    *(SGD, NormalizedSGD, SignSGD, Signum, Lion, PowerStep, LPSGD, LPSGDM),
-    *(AdamW, Adam, Adagrad, RMSprop),
-    *(Muon, Scion, SCALE, SpectralSGD, NucGD, Freon, RowNormSGD),
+    *(SGD, NormalizedSGD, SignSGD, Signum, Lion, PowerStep, LPSGD, LPSGDM, Stacey),
+    *(AdamW, Adam, Adagrad, RMSprop, Adan, LAMB, LARS),
+    *(Muon, NorMuon, Scion, SCALE, SpectralSGD, NucGD, Freon, RowNormSGD),
 )
 ZOO: dict[str, type[SteepestDescent]] = {cls.__name__.lower(): cls for cls in MEMBERS}
 
@@ -58,7 +58,7 @@ def get_optimizer(name: str) -> type[SteepestDescent]:
     return ZOO[name.lower()]
 
 
-__all__ = ["LPSGD", "LPSGDM", "SGD", "Lion", "NormalizedSGD", "PowerStep", "SignSGD", "Signum"]
-__all__ += ["Adagrad", "Adam", "AdamW", "RMSprop"]
-__all__ += ["SCALE", "Freon", "Muon", "NucGD", "RowNormSGD", "Scion", "SpectralSGD"]
+__all__ = ["LPSGD", "LPSGDM", "SGD", "Lion", "NormalizedSGD", "PowerStep", "SignSGD", "Signum", "Stacey"]
+__all__ += ["LAMB", "LARS", "Adagrad", "Adam", "AdamW", "Adan", "RMSprop"]
+__all__ += ["SCALE", "Freon", "Muon", "NorMuon", "NucGD", "RowNormSGD", "Scion", "SpectralSGD"]
 __all__ += ["get_optimizer", "list_optimizers"]

@@ -7,9 +7,10 @@ from typing import Any, Literal, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from normopt.arguments import fixed_kwargs, from_torch
+from normopt._checks import check_bool
+from normopt.arguments import ADAN, fixed_kwargs, from_torch
 from normopt.engine import SteepestDescent
-from normopt.settings import Common
+from normopt.settings import Common, Coordinates
 
 
 class AdamW(SteepestDescent):
@@ -62,7 +63,7 @@ class AdamW(SteepestDescent):
         decay: Literal["coupled", "decoupled", "lp"] | str = "decoupled",
         **settings: Unpack[Common],
     ) -> None:
-        adam = _adam("AdamW", settings, betas=betas, eps=eps, amsgrad=amsgrad)
+        adam = from_torch(_adam("AdamW", settings) | {"betas": betas, "eps": eps, "amsgrad": amsgrad})
         super().__init__(params, lr, weight_decay=weight_decay, decay=decay, **adam)
 
 
@@ -109,7 +110,7 @@ class Adam(SteepestDescent):
         decay: Literal["coupled", "decoupled", "lp"] | str = "coupled",
         **settings: Unpack[Common],
     ) -> None:
-        adam = _adam("Adam", settings, betas=betas, eps=eps, amsgrad=amsgrad)
+        adam = from_torch(_adam("Adam", settings) | {"betas": betas, "eps": eps, "amsgrad": amsgrad})
         super().__init__(params, lr, weight_decay=weight_decay, decay=decay, **adam)
 
 
@@ -133,8 +134,8 @@ class Adagrad(SteepestDescent):
     State: one buffer per parameter, float32 for 16-bit weights.
 
     Raises:
-        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum, metric,
-            metric_rule, bias_correction.
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum, momentum_rule,
+            metric, metric_rule, bias_correction.
         ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
     Not offered: torch's ``lr_decay``, for which there are learning-rate schedulers (``LambdaLR`` with
@@ -159,7 +160,7 @@ class Adagrad(SteepestDescent):
         decay: Literal["coupled", "decoupled", "lp"] | str = "coupled",
         **settings: Unpack[Common],
     ) -> None:
-        fixed = fixed_kwargs("Adagrad", settings, norm="l2", scale="dual", momentum=0.0, **_METRIC, metric_rule="sum")
+        fixed = _adam("Adagrad", settings, momentum=0.0, metric_rule="sum", bias_correction=False)
         super().__init__(params, lr, weight_decay=weight_decay, decay=decay, **from_torch(fixed | {"eps": eps}))
 
 
@@ -184,8 +185,8 @@ class RMSprop(SteepestDescent):
     State: one buffer per parameter, float32 for 16-bit weights.
 
     Raises:
-        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum, metric,
-            metric_rule, bias_correction.
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum, momentum_rule,
+            metric, metric_rule, bias_correction.
         ValueError: a setting is out of range, contradicts another, or is given twice, as alpha and as metric_beta. See
             `SteepestDescent`, also for warnings.
 
@@ -212,19 +213,172 @@ class RMSprop(SteepestDescent):
         decay: Literal["coupled", "decoupled", "lp"] | str = "coupled",
         **settings: Unpack[Common],
     ) -> None:
-        fixed = fixed_kwargs(
-            "RMSprop", settings, norm="l2", scale="dual", momentum=0.0, **_METRIC, metric_rule="average"
-        )
+        fixed = _adam("RMSprop", settings, momentum=0.0, metric_rule="average", bias_correction=False)
         theirs = from_torch(fixed | {"alpha": alpha, "eps": eps})
         super().__init__(params, lr, weight_decay=weight_decay, decay=decay, **theirs)
 
 
-_METRIC: dict[str, Any] = {"metric": "diagonal", "bias_correction": False}
+class Adan(SteepestDescent):
+    """Adam with an average of the gradients' differences, and proximal weight decay.
+
+    ::
+
+        m ← β₁m + (1−β₁)g
+        d ← β₂d + (1−β₂)(g − g_prev)            first difference 0
+        v ← β₃v + (1−β₃)(g + β₂(g − g_prev))²
+        u = (m̂ + β₂d̂)/(√v̂ + ε)                  m̂ = m/(1 − β₁ᵗ), d̂ and v̂ likewise
+        w ← (w − ηu)/(1 + ηλ)
+
+    Args:
+        params: parameters or param groups. ``betas`` and ``eps`` of a group are read as here.
+        lr: η. Default 1e-3, the authors'.
+        betas: β₁, β₂ and β₃, the weights of OLD averages: 1 minus the paper's. Default (0.98, 0.92, 0.99), the
+            authors'. In groups and state they are ``momentum``, ``difference_beta`` and ``metric_beta``.
+        eps: ε > 0. Default 1e-8, the authors'. In groups it is ``metric_eps``.
+        weight_decay: λ. Default 0, the authors'.
+        no_prox: the authors' name for decay="decoupled".
+        decay: the kind of decay. Default "proximal", the paper's.
+        **settings: any of [`Common`][normopt.settings.Common], as in `SteepestDescent`.
+
+    State: four buffers per parameter, float32 for 16-bit weights but for the momentum, and a count of steps. With AGR
+    the previous gradient is the regularized one.
+
+    Raises:
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule, metric,
+            metric_rule, bias_correction.
+        ValueError: a setting is out of range, contradicts another, or is given twice, as betas and as momentum, or by
+            no_prox and decay. See `SteepestDescent`, also for warnings.
+
+    Differs from the paper's Algorithm 1, as the authors' code does: averages begin at 0 and are corrected, and there is
+    no restart. Not offered: the code's ``max_grad_norm``; clip the gradients.
+
+    Source: Xie et al., "Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep Models",
+    arXiv:2208.06677, and the authors' code.
+
+    Example:
+        >>> opt = normopt.Adan(model.parameters(), lr=1e-3, weight_decay=0.02)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 0.0,
+        *,
+        no_prox: bool = False,
+        decay: Literal["coupled", "decoupled", "lp", "proximal"] | str = "proximal",
+        **settings: Unpack[Common],
+    ) -> None:
+        check_bool("no_prox", no_prox)
+        if no_prox and decay not in ("proximal", "decoupled"):
+            raise ValueError(f'no_prox=True is decay="decoupled", but decay is {decay!r}: leave out one of them')
+        decay = "decoupled" if no_prox else decay
+        fixed = _adam("Adan", settings, metric_rule="average")
+        theirs = from_torch(fixed | {"betas": betas, "eps": eps}, ADAN)
+        super().__init__(params, lr, weight_decay=weight_decay, decay=decay, **theirs)
 
 
-def _adam(name: str, given: Any, **theirs: Any) -> dict[str, Any]:
-    """Return the settings of Adam, with the user's own and those that have torch's names."""
-    fixed = fixed_kwargs(
-        name, given, norm="l2", scale="dual", momentum_rule="ema", **_METRIC | {"bias_correction": True}
-    )
-    return from_torch(fixed | theirs)
+class LARS(SteepestDescent):
+    """Steps along the averaged momentum that are as long as η times the tensor's own weights.
+
+    ::
+
+        m ← μm + (1−μ)(g + λw)  (first m = 0)
+        w ← w − η · m · ‖w‖₂/‖m‖₂               each tensor; the factor is 1 where w = 0
+
+    Args:
+        params: parameters or param groups. Biases and gains usually take plain steps, by a group with scale="dual".
+        lr: η, the length of a step relative to the weights'. Default 1e-2, our choice.
+        momentum: μ. Default 0.9, the paper's.
+        weight_decay: λ. Default 0, our choice.
+        decay: the kind of decay. Default "coupled", the paper's.
+        **settings: any of [`Coordinates`][normopt.settings.Coordinates], as in `SteepestDescent`.
+
+    State: one buffer per parameter.
+
+    Raises:
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule.
+        ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
+
+    It is Algorithm 1 of the paper, with its φ(x) = x. Not offered: LARS of 2017 (arXiv:1708.03888), which rescales the
+    gradient before the momentum, by a factor with a trust coefficient and λ in it, and clipped factors.
+
+    Source: You et al., "Large Batch Optimization for Deep Learning", arXiv:1904.00962, Algorithm 1.
+
+    Example:
+        >>> opt = normopt.LARS(model.parameters(), lr=1e-2, weight_decay=1e-4)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        momentum: float = 0.9,
+        weight_decay: float | Tensor = 0.0,
+        *,
+        decay: Literal["coupled", "decoupled", "lp"] | str = "coupled",
+        **settings: Unpack[Coordinates],
+    ) -> None:
+        fixed = fixed_kwargs("LARS", settings, norm="l2", scale="relative", momentum_rule="ema")
+        super().__init__(params, lr, momentum=momentum, weight_decay=weight_decay, decay=decay, **fixed)
+
+
+class LAMB(SteepestDescent):
+    """Adam's direction with the weight decay in it, as long as η times the tensor's own weights.
+
+    ::
+
+        m ← β₁m + (1−β₁)g,  m̂ = m/(1 − β₁ᵗ)
+        v ← β₂v + (1−β₂)g²,  v̂ = v/(1 − β₂ᵗ)
+        u = m̂/(√v̂ + ε) + λw
+        w ← w − η · u · ‖w‖₂/‖u‖₂               each tensor; the factor is 1 where w = 0
+
+    Args:
+        params: parameters or param groups. ``betas`` and ``eps`` of a group are read as here.
+        lr: η, the length of a step relative to the weights'. Default 1e-3, that of other implementations (apex, timm).
+        betas: β₁ and β₂. Default (0.9, 0.999), the paper's.
+        eps: ε > 0. Default 1e-6, that of other implementations.
+        weight_decay: λ. Default 1e-2, that of other implementations.
+        decay: the kind of decay. Default "inside", the paper's.
+        **settings: any of [`Common`][normopt.settings.Common], as in `SteepestDescent`.
+
+    State: two buffers per parameter and a count of steps; v is float32 for 16-bit weights.
+
+    Raises:
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule, metric,
+            metric_rule, bias_correction.
+        ValueError: a setting is out of range, contradicts another, or is given twice, as betas and as momentum. See
+            `SteepestDescent`, also for warnings.
+
+    It is Algorithm 2 of the paper, with its φ(x) = x. Not offered: clipped factors. Biases and gains usually take
+    Adam's own steps, by a group with scale="dual" and decay="decoupled".
+
+    Source: You et al., "Large Batch Optimization for Deep Learning", arXiv:1904.00962, Algorithm 2.
+
+    Example:
+        >>> opt = normopt.LAMB(model.parameters(), lr=2e-3)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float | Tensor = 1e-2,
+        *,
+        decay: Literal["coupled", "decoupled", "inside", "lp"] | str = "inside",
+        **settings: Unpack[Common],
+    ) -> None:
+        adam = from_torch(
+            _adam("LAMB", settings, scale="relative", metric_rule="average") | {"betas": betas, "eps": eps}
+        )
+        super().__init__(params, lr, weight_decay=weight_decay, decay=decay, **adam)
+
+
+def _adam(name: str, given: Any, **fixed: Any) -> dict[str, Any]:
+    """Return the settings that make an Adam, with the user's own."""
+    adam = dict(norm="l2", scale="dual", momentum_rule="ema", metric="diagonal", bias_correction=True)
+    return fixed_kwargs(name, given, **adam | fixed)

@@ -350,3 +350,64 @@ class LPSGDM(SteepestDescent):
     ) -> None:
         fixed = fixed_kwargs("LPSGDM", settings, norm="lp", momentum_rule="ema")
         super().__init__(params, lr, p=p, scale=scale, eps=eps, momentum=momentum, **fixed)
+
+
+class Stacey(SteepestDescent):
+    """Smoothed ℓp steps of Lion's momentum, coupled to a second iterate that takes plain steps: Stacey(p, 2).
+
+    ::
+
+        c = μm + (1−μ)g                         μ is the paper's β₁
+        z ← z − αc  (first z = w)
+        u = c·(|c| + ε)^(−ρ)                    ρ = 1 − 1/(p−1)
+        w ← (1 − τ − ηλ)w + τz − η(1−τ)u
+        m ← β₂m + (1−β₂)g  (first m = 0)
+
+    Args:
+        params: parameters or param groups.
+        lr: η. Default 1e-3, the authors'.
+        p: the norm's order. Default 3, the authors'.
+        momentum: μ = β₁. Default 0.9, the authors'.
+        beta2: β₂. Default 0.999, the authors'.
+        eps: ε. Default 1e-4, the authors'.
+        coupling: τ. Default 1e-3, the authors'.
+        coupling_rate: α. Default 1e-3, the authors'.
+        weight_decay: λ. Default 5e-4, the authors'.
+        decay: the kind of decay. Default "decoupled", the authors'.
+        **settings: any of [`Coordinates`][normopt.settings.Coordinates], as in `SteepestDescent`.
+
+    State: two buffers per parameter; z is float32 for 16-bit weights.
+
+    Raises:
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule.
+        ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
+
+    α and τ are not multiplied by η: a schedule of lr alone does not stop it, and lr = 0 does not hold the weights.
+    Not offered: Stacey(p, p), whose second iterate takes steps under ℓp.
+
+    Source: Luo et al., "Stacey: Promoting Stochastic Steepest Descent via Accelerated ℓp-Smooth Nonconvex
+    Optimization", arXiv:2506.06606, in the authors' code.
+
+    Example:
+        >>> opt = normopt.Stacey(model.parameters(), lr=1e-3, p=3.0)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        p: float = 3.0,
+        momentum: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-4,
+        *,
+        coupling: float = 1e-3,
+        coupling_rate: float = 1e-3,
+        weight_decay: float | Tensor = 5e-4,
+        decay: Literal["coupled", "decoupled", "lp"] | str = "decoupled",
+        **settings: Unpack[Coordinates],
+    ) -> None:
+        fixed = fixed_kwargs("Stacey", settings, norm="lp", scale="power", momentum_rule="lion")
+        rule = dict[str, Any](p=p, momentum=momentum, beta2=beta2, eps=eps)
+        coupled = dict[str, Any](coupling=coupling, coupling_rate=coupling_rate)
+        super().__init__(params, lr, weight_decay=weight_decay, decay=decay, **rule, **coupled, **fixed)

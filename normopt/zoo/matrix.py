@@ -71,9 +71,65 @@ class Muon(SteepestDescent):
         dtype: str = "bfloat16",
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = fixed_kwargs("Muon", settings, norm="spectral", scale="unit", momentum_rule="ema")
+        fixed = fixed_kwargs(type(self).__name__, settings, norm="spectral", scale="unit", momentum_rule="ema")
         fields = dict[str, Any](norm_method=method, norm_steps=steps, norm_aspect=aspect, norm_dtype=dtype)
         super().__init__(params, lr, momentum=momentum, nesterov=nesterov, **fields, **fixed)
+
+
+class NorMuon(Muon):
+    """Muon whose update has rows of equal size, in an average over the steps.
+
+    ::
+
+        U as Muon's u without f
+        V ← βV + (1−β)·mean of U² over each row  (first V = 0; no bias correction)
+        u = f · Û·‖U‖_F/‖Û‖_F,  Û = U/(√V + 1e-8)
+        w ← (1 − ηλ)w − ηu
+
+    Args:
+        params: parameters or param groups of matrices; convolutions are read as out × rest. Groups that name another
+            norm have no row averages, unless they set row_beta.
+        lr: η. Default 0.02, Muon's.
+        momentum: μ. Default 0.95.
+        nesterov: use Nesterov momentum. Default True, Muon's.
+        row_beta: β, the weight of the OLD V. Default 0.95, the paper's β₂.
+        method: as in `Muon`. Default "newton-schulz".
+        steps: as in `Muon`. Default 5.
+        aspect: as in `Muon`. Default "original".
+        dtype: as in `Muon`. Default "bfloat16".
+        **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
+
+    State: one buffer per parameter, and one number per row, float32 for 16-bit weights.
+
+    Raises:
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule.
+        ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
+
+    Differs from the paper: the update keeps the length of Muon's, as in the implementation in dion. The paper's has an
+    RMS of 0.2, which is aspect="match_rms_adamw" if all singular values of U are 1.
+
+    Source: Li et al., "NorMuon: Making Muon more efficient and scalable", arXiv:2510.05491.
+
+    Example:
+        >>> opt = normopt.NorMuon([p for p in model.parameters() if p.dim() == 2], lr=0.02)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        *,
+        row_beta: float = 0.95,
+        method: str = "newton-schulz",
+        steps: int = 5,
+        aspect: str = "original",
+        dtype: str = "bfloat16",
+        **settings: Unpack[Settings],
+    ) -> None:
+        own = dict[str, Any](row_beta=row_beta, method=method, steps=steps, aspect=aspect, dtype=dtype, **settings)
+        super().__init__(params, lr, momentum, nesterov, **own)
 
 
 class SpectralSGD(SteepestDescent):

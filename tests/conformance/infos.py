@@ -14,7 +14,7 @@ from torch.testing._internal.common_optimizers import (
 import normopt
 
 SMALL_STEPS = {"signsgd", "signum", "lion"}  # move every weight by lr, whatever the gradient
-MATRIX = {"freon", "muon", "nucgd", "rownormsgd", "scale", "scion", "spectralsgd"}
+MATRIX = {"freon", "muon", "normuon", "nucgd", "rownormsgd", "scale", "scion", "spectralsgd"}
 
 
 def optim_inputs(name):

@@ -291,7 +291,7 @@ def test_lr_zero_moves_nothing(info, inputs):
         params = make_params()
         before = copy.deepcopy(params)
         opt = info.optim_cls(params, **kwargs_of(inputs, lr=lr))
-        for seed in (None, 1):
+        for seed in (None, 1) if info.name != "Stacey" else (None,):  # its coupling is not multiplied by lr
             if seed is None:
                 for p in params:
                     p.grad = torch.zeros_like(p)
