@@ -82,10 +82,10 @@ _ZOO = {
     "lars": ("the momentum 0.9 as long as the tensor's weights", {}),
     "lamb": ("Adam's direction and its decay 0.01 as long as the tensor's weights", {}),
 }
-_PRESETS = {"normuon": "muon"}  # where it has another name than the optimizer
+_PRESETS = {"normuon": "normuon-adamw"}  # where it has another name than the optimizer
 _LAYERED = {
     "muon": "the averaged momentum 0.95, Nesterov's, with all singular values 1; signs in output, vectors, embeddings",
-    "normuon": "muon's, whose rows in hidden matrices are divided by an average of their size",
+    "normuon": "muon's step in hidden matrices, its rows divided by an average of their size; AdamW's elsewhere",
     "scion": "unit steps of the averaged momentum 0.9 inside each layer's norm ball, its own weight decay 1 included",
     "scale": "the gradient of every output unit at RMS 1, momentum in the last layer alone",
 }
