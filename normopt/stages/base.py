@@ -93,7 +93,8 @@ class Slot(NamedTuple):
     def dtype_of(self, p: Tensor) -> torch.dtype:
         """Return the dtype for a parameter; complex parameters have complex state of their own dtype."""
         if self.dtype == "compute":
-            return torch.float32 if is_low_precision(p) else p.dtype if self.shape is None else p.dtype.to_real()
+            real = p.dtype.to_real() if self.shape is not None and p.is_complex() else p.dtype
+            return torch.float32 if is_low_precision(p) else real
         if self.dtype is None or (p.is_complex() and self.shape is None):
             return p.dtype
         return cast(torch.dtype, getattr(torch, self.dtype))
