@@ -29,10 +29,9 @@ class Kernels(NamedTuple):
 
 
 _CUDA_DTYPES = torch.float32, torch.bfloat16, torch.float16
-_CUDA_LACKS = ("differs",), ("cautious",), ("coupling",)
 KERNELS = {
     "cpu": Kernels("normopt.kernels.cpu", "numba", 'the extra "cpu"', (torch.float32, torch.bfloat16)),
-    "cuda": Kernels("normopt.kernels.triton", "triton", "PyTorch's CUDA wheels", _CUDA_DTYPES, _CUDA_LACKS),
+    "cuda": Kernels("normopt.kernels.triton", "triton", "PyTorch's CUDA wheels", _CUDA_DTYPES),
 }
 
 

@@ -46,21 +46,25 @@ SMALLEST = tl.constexpr(2.0**-149)  # above 0
 # They are not a NamedTuple, because the Triton of PyTorch 2.6 and 2.7 finds no attributes in a constant.
 RUNS, OLD, GRADIENT_NOW, NEW = (tl.constexpr(x) for x in (choices.RUNS, choices.OLD, choices.GRADIENT, choices.NEW))
 # Names in `Flags`.
-NAMES = "smoothed scaled matched agr coupled maximize corrected metric_max scales_weight decay decay_inverse decay_wide"
+NAMES = "smoothed scaled matched agr coupled maximize corrected metric_max differs coupling"
+NAMES += " scales_weight decay decay_inverse decay_wide cautious"
 SWITCHES = {name: tl.constexpr(1 << i) for i, name in enumerate(NAMES.split(), 5)}
-SMOOTHED, SCALED, MATCHED, AGR, COUPLED, MAXIMIZE, CORRECTED, METRIC_MAX, *_DECAY = SWITCHES.values()
-SCALES_WEIGHT, DECAYS, DECAY_INVERSE, DECAY_WIDE = _DECAY
+SMOOTHED, SCALED, MATCHED, AGR, COUPLED, MAXIMIZE, CORRECTED, METRIC_MAX, DIFFERS, COUPLING, *_DECAY = SWITCHES.values()
+SCALES_WEIGHT, DECAYS, DECAY_INVERSE, DECAY_WIDE, CAUTIOUS = _DECAY
 ALIGNED, MEASURING = tl.constexpr(1 << 20), tl.constexpr(1 << 21)
 
 # Columns of the tables, which are int64: of tensors, of chunks, and of the chunks that a sum is over.
 WEIGHT, GRADIENT, STATE, COMPENSATION, *_MORE = (tl.constexpr(i) for i in range(6 + len(choices.BUFFERS)))
-SQUARES, LARGEST_SQUARES, _DIFFERENCES, _PREVIOUS, _ITERATE, FRESH, TENSOR = _MORE  # the last is the number of columns
+SQUARES, LARGEST_SQUARES, AVERAGE, PREVIOUS, ITERATE, FRESH, TENSOR = _MORE  # the last is the number of columns
+NEW_MOMENTUM, NEW_PREVIOUS = tl.constexpr(1), tl.constexpr(2)  # bits of FRESH: made in this step
 OF, BEGIN, COUNT, WIDE, CHUNKS = (tl.constexpr(i) for i in range(5))
 FIRST, MANY, SIZE, SPAN = (tl.constexpr(i) for i in range(4))
 # Places of the numbers, which are float64.
 PLACES = [tl.constexpr(i) for i in range(len(Numbers._fields))]
 STEP_SIZE, KEEP, TAKE, FIRST_TAKE, FROM_OLD, FROM_GRADIENT, FROM_NEW = PLACES[:7]
-DECAY, WEIGHT_FACTOR, DECAY_STRENGTH, EXPONENT, EPS, DECAY_EXPONENT, METRIC_KEEP, METRIC_TAKE, METRIC_EPS = PLACES[7:16]
+DECAY, WEIGHT_FACTOR, DECAY_STRENGTH, EXPONENT, EPS, DECAY_EXPONENT = PLACES[7:13]
+METRIC_KEEP, METRIC_TAKE, METRIC_EPS, DIFFERENCE_KEEP, DIFFERENCE_TAKE, PULL, RATE = PLACES[13:]
+SHARES = tl.constexpr(3)  # of c, √v and differences of gradients
 # What is known of each vector that a norm is over, float64: the dual norm, the factor of D(c), and what an entry of c
 # is divided by before its power, and that multiplied by; both in two parts, the first a power of two.
 DUAL, FACTOR, SHIFT, DIVISOR, LIFT, MULTIPLIER, MEASURED = (tl.constexpr(i) for i in range(7))
@@ -224,7 +228,7 @@ def regularized(x, regularizers, t):
 def momentum_step(states, x, table, t, numbers, mask, DTYPE: tl.constexpr, FLAGS: tl.constexpr):
     """Return c of the momentum rule, and store the new momentum unless ``MEASURING``."""
     old_m = loaded(states, mask)
-    fresh = tl.load(table + t * TENSOR + FRESH) != 0
+    fresh = tl.load(table + t * TENSOR + FRESH) & NEW_MOMENTUM != 0
     take = tl.where(fresh, number(numbers, FIRST_TAKE), number(numbers, TAKE))
     m = number(numbers, KEEP) * old_m + take * x
     c = tl.zeros_like(x)
@@ -237,6 +241,23 @@ def momentum_step(states, x, table, t, numbers, mask, DTYPE: tl.constexpr, FLAGS
     if not (MEASURING & FLAGS):
         tl.store(states, stored(m, DTYPE), mask)
     return c
+
+
+@triton.jit
+def difference_step(c, x, table, t, begin, numbers, shares, mask, FLAGS: tl.constexpr):
+    """Return c with the average of gradient differences, and what the metric sees; stored unless ``MEASURING``."""
+    beta = number(numbers, DIFFERENCE_KEEP)
+    averages = entries(table, t, AVERAGE, begin, tl.float32, FLAGS)
+    previous = entries(table, t, PREVIOUS, begin, tl.float32, FLAGS)
+    fresh = tl.load(table + t * TENSOR + FRESH) & NEW_PREVIOUS != 0
+    difference = tl.where(fresh, 0.0, x - loaded(previous, mask))
+    average = beta * loaded(averages, mask) + number(numbers, DIFFERENCE_TAKE) * difference
+    if not (MEASURING & FLAGS):
+        tl.store(averages, average, mask)
+        tl.store(previous, x, mask)
+    if CORRECTED & FLAGS:
+        average *= number(shares, SHARES * t + 2)
+    return c + beta * average, x + beta * difference
 
 
 @triton.jit
@@ -254,7 +275,7 @@ def metric_step(x, table, t, begin, numbers, shares, mask, METRIC: tl.constexpr,
             tl.store(largest, v, mask)
     root = tl.sqrt_rn(v)
     if CORRECTED & FLAGS:
-        root *= number(shares, 3 * t + 1)
+        root *= number(shares, SHARES * t + 1)
     root += number(numbers, METRIC_EPS)
     return tl.sqrt_rn(root) if METRIC == BOTH_SIDES else root
 
@@ -263,7 +284,7 @@ def metric_step(x, table, t, begin, numbers, shares, mask, METRIC: tl.constexpr,
 def store_sums(sums, j, c, root, high, low, MODE: tl.constexpr, METRIC: tl.constexpr, FLAGS: tl.constexpr):
     """Write the sums of chunk j: max|c| = M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent).
 
-    In adaptive coordinates the terms of the last two are divided by P, in float64, because ε has no lower bound.
+    In adaptive coordinates the terms of the last two are divided by P, and squared in float64: ε may be tiny.
     """
     a = tl.abs(c)
     # Off 0 and ∞, for 0/0 and ∞/∞ are NaN. Triton 3.2 takes SMALLEST for a float64.
@@ -274,7 +295,7 @@ def store_sums(sums, j, c, root, high, low, MODE: tl.constexpr, METRIC: tl.const
     tl.store(sums + 4 * j + 1, tl.sum(r * y, 0).to(tl.float64))
     if MATCHED & FLAGS:
         if METRIC == BOTH_SIDES:
-            r, y = r.to(tl.float64) / root, y.to(tl.float64) / root
+            r, y = tl.div_rn(r, root).to(tl.float64), tl.div_rn(y, root).to(tl.float64)
         tl.store(sums + 4 * j + 2, tl.sum(r * r, 0).to(tl.float64))
         tl.store(sums + 4 * j + 3, tl.sum(y * y, 0).to(tl.float64))
 
@@ -298,15 +319,30 @@ def direction(c, numbers, measured, t, high, low, MODE: tl.constexpr, FLAGS: tl.
 def stepped(w, u, chunks, j, numbers, DECAY_MODE: tl.constexpr, FLAGS: tl.constexpr):
     """The weights of chunk j after a step along u, decayed."""
     old = w
+    if CAUTIOUS & FLAGS:
+        spared = ((u < 0) & (w > 0)) | ((u > 0) & (w < 0))
     if SCALES_WEIGHT & FLAGS:
-        w *= number(numbers, WEIGHT_FACTOR)
+        scale = number(numbers, WEIGHT_FACTOR)
+        w *= tl.where(spared, 1.0, scale) if CAUTIOUS & FLAGS else scale
     w -= number(numbers, STEP_SIZE) * u
     if DECAYS & FLAGS:
         high, low = exponent_of(numbers, DECAY_EXPONENT)
         strength = number(numbers, DECAY_STRENGTH)
         factor = decay_factor(tl.abs(old), high, low, strength, DECAY_MODE, DECAY_INVERSE & FLAGS)
+        if CAUTIOUS & FLAGS:
+            factor = tl.where(spared, 1.0, factor)
         w *= tl.where((tl.load(chunks + j * CHUNKS + WIDE) != 0) | (not (DECAY_WIDE & FLAGS)), factor, 1.0)
     return w
+
+
+@triton.jit
+def coupled_step(w, u, c, table, t, begin, chunks, j, numbers, mask, DECAY_MODE: tl.constexpr, FLAGS: tl.constexpr):
+    """`stepped`, by (1−τ)u, and pulled to the second iterate z, after that has taken a step along c."""
+    iterates = entries(table, t, ITERATE, begin, tl.float32, FLAGS)
+    z = loaded(iterates, mask) - number(numbers, RATE) * c
+    tl.store(iterates, z, mask)
+    pull = number(numbers, PULL)
+    return stepped(w, (1 - pull) * u, chunks, j, numbers, DECAY_MODE, FLAGS) + pull * (z - w)
 
 
 @triton.jit
@@ -362,7 +398,9 @@ def step_kernel(
                 states = entries(table, t, STATE, begin, STATE_TYPE, FLAGS)
                 c = momentum_step(states, x, table, t, numbers, mask, STATE_TYPE, FLAGS)
             if CORRECTED & FLAGS:
-                c *= number(shares, 3 * t)
+                c *= number(shares, SHARES * t)
+            if DIFFERS & FLAGS:
+                c, x = difference_step(c, x, table, t, begin, numbers, shares, mask, FLAGS)
             root = c
             if METRIC != 0:
                 root = metric_step(x, table, t, begin, numbers, shares, mask, METRIC, FLAGS)
@@ -374,7 +412,10 @@ def step_kernel(
                 u = direction(c, numbers, measured, t, high, low, MODE, FLAGS)
                 if METRIC == BOTH_SIDES:
                     u = tl.div_rn(u, root)
-                w = stepped(w, u, chunks, j, numbers, DECAY_MODE, FLAGS)
+                if COUPLING & FLAGS:
+                    w = coupled_step(w, u, c, table, t, begin, chunks, j, numbers, mask, DECAY_MODE, FLAGS)
+                else:
+                    w = stepped(w, u, chunks, j, numbers, DECAY_MODE, FLAGS)
                 if ROUNDING == STOCHASTIC:
                     tl.store(weights, cut_off(w, noise(tl.load(seed), j)), mask)
                 else:
@@ -617,15 +658,15 @@ def constants_of(flags: Flags, aligned: bool, measuring: bool = False) -> dict[s
 
 
 def _rows(flags: Flags, tables: Tables) -> Array:
-    """Return the table of tensors: the addresses of each, and whether its momentum has just been made."""
+    """Return the table of tensors: the addresses of each, and which of its state has just been made."""
     rows = np.zeros((len(tables.weights), TENSOR.value), dtype=np.int64)
     rows[:, WEIGHT.value], rows[:, GRADIENT.value] = tables.weights, tables.gradients
     kept = map(tables.buffers.get, choices.BUFFERS)
     for column, addresses in enumerate((tables.states, tables.compensations, *kept), STATE.value):
         if addresses is not None:
             rows[:, column] = addresses
-    if flags.momentum:
-        rows[tables.new["momentum_buffer"], FRESH.value] = 1
+    for bit, name in (NEW_MOMENTUM, "momentum_buffer"), (NEW_PREVIOUS, "previous_grad"):
+        rows[tables.new.get(name, []), FRESH.value] |= bit.value
     return rows
 
 

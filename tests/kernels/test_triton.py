@@ -106,7 +106,7 @@ def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, kept, dtyp
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("what", ["scaled", "smoothed", "stochastic", "kahan", "float16", "adam", "coordinates"])
+@pytest.mark.parametrize("what", ["scaled", "smoothed", "stochastic", "kahan", "float16", "stacey", "coordinates"])
 def test_every_step_compiles_without_atomics(what, capability, compile_kernel):
     from normopt.kernels import flags as f
     from normopt.kernels import triton as kernels
@@ -127,8 +127,11 @@ def test_every_step_compiles_without_atomics(what, capability, compile_kernel):
             ("found_inf",),
         ),
         "float16": (dict.fromkeys(("weight", "gradient", "state"), torch.float16) | heavy, ()),
-        "adam": (low | heavy | dict(metric=f.STRAIGHT, corrected=True, scales_weight=True), ("measured",)),
-        "coordinates": (scaled | heavy | dict(metric=f.BOTH_SIDES, metric_max=True, corrected=True), ()),
+        "stacey": (
+            low | heavy | dict(mode="general", coupling=True, scales_weight=True, cautious=True),
+            ("shares", "measured"),
+        ),
+        "coordinates": (scaled | heavy | dict(metric=f.BOTH_SIDES, metric_max=True, corrected=True, differs=True), ()),
     }[what]
     step = flags(**changes)
     for measuring in {False, step.scaled}:

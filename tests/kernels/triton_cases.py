@@ -16,7 +16,7 @@ import triton
 import normopt
 from normopt.kernels import support
 from normopt.kernels import triton as kernels
-from normopt.kernels.flags import NEAREST, Flags
+from normopt.kernels.flags import BUFFERS, NEAREST, Flags
 from normopt.kernels.fused import FusedBatch, FusedUpdate
 from normopt.kernels.tables import CHUNK, Chunks, Tables
 from normopt.recipe import make_recipe
@@ -95,6 +95,9 @@ class Stepped:
             self.momenta, fresh = [self.placed(m, self.state) for m in ms], [False] * len(gs)
         if recipe.round.rounding == "kahan" and self.lost is None:
             self.lost = [torch.zeros_like(w) for w in self.weights]
+        names = [slot.name for slot in recipe.slots if slot.name in BUFFERS]
+        buffers = {name: self.kept.setdefault(name, [torch.zeros_like(w) for w in self.weights]) for name in names}
+        given["buffers"] = {name: np.array([x.data_ptr() for x in xs]) for name, xs in buffers.items()}
         gs = self.kept["gradients"] = [
             self.placed(g, self.gradient) for g in gs
         ]  # of which the step only has addresses
@@ -192,6 +195,12 @@ COORDINATES = {
     "corrected matched": MOMENTA["lion"] | dict(bias_correction=True, norm="lp", p=1.4, scale="matched"),
     "dual max": ADAM | dict(norm="lp", p=1.4, scale="dual", metric_rule="max", agr=True),
     "matched": ADAM | dict(norm="lp", p=2.7, scale="matched") | REGULARIZERS["coupled"],
+    "adan": ADAM | dict(difference_beta=0.9, weight_decay=0.1, decay="proximal", agr=True),
+    "adan dual": MOMENTA["heavy"] | dict(difference_beta=0.9, metric="diagonal", norm="lp", p=3.0, scale="dual"),
+    "stacey": MOMENTA["ema"]
+    | dict(coupling=0.1, norm="lp", p=3.0, scale="power", weight_decay=0.1, decay="cautious-lp"),
+    "stacey signs": dict(coupling=0.3, coupling_rate=0.1, norm="linf", scale="matched", weight_decay=0.1),
+    "cautious": ADAM | dict(weight_decay=torch.tensor(0.5, device=DEVICE), decay="cautious"),
     "unit": dict(metric="diagonal", norm="lp", p=torch.tensor(3.0, device=DEVICE), scale="unit"),
 }
 
@@ -214,7 +223,7 @@ def gradients(opt, step):
     torch.manual_seed(1000 + step)
     params = opt.param_groups[0]["params"]
     for p in params:
-        p.grad = (10.0 ** (step % 5 - 2) * torch.randn(p.shape)).to(p)
+        p.grad = (10.0 ** -(step % 3) * torch.randn(p.shape)).to(p)
     return params
 
 
@@ -683,14 +692,14 @@ def test_the_interpreter_is_what_runs_without_cuda():
     assert DEVICE == "cuda" or not isinstance(kernels.step_kernel, triton.runtime.jit.JITFunction)
 
 
-@pytest.mark.parametrize("agr", [False, True])
+@pytest.mark.parametrize("more", [dict(), dict(agr=True, metric="diagonal")])
 @pytest.mark.parametrize(
     ("p", "scale"), [(1.5, "power"), (3.0, "unit"), (2.7, "dual"), (math.inf, "dual"), (8.0, "matched")]
 )
-def test_parts_on_several_ranks_are_stepped_as_whole_tensors(p, scale, agr):
+def test_parts_on_several_ranks_are_stepped_as_whole_tensors(p, scale, more):
     """Even, uneven and empty parts, and chunks of several tensors on one rank only."""
     shapes, ranks = [(4, 7), (2 * CHUNK + 9,), (1, 5), (3, 3)], 2
-    settings = dict(p=p, scale=scale, agr=agr, momentum=0.9, weight_decay=0.03, lr=0.1)
+    settings = dict(p=p, scale=scale, momentum=0.9, weight_decay=0.03, lr=0.1, **more)
     ws, steps = data(shapes)
     layouts = [[Layout(None, ranks, r, 0, torch.Size(s)) for s in shapes] for r in range(ranks)]
 
