@@ -118,12 +118,16 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("rounding", ["nearest", "kahan", None])
-def test_the_norm_stays_on_the_sphere(rounding, steps):
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_norm_stays_on_the_sphere(fused, rounding, steps):
+    if fused:
+        pytest.importorskip("numba")
     dtype = torch.float32 if rounding is None else torch.bfloat16
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(64, 32).to(dtype))
     length = float(p.detach().double().norm())
-    opt = normopt.SteepestDescent([p], lr=0.02, constraint="sphere", rounding=rounding or "nearest", **ADAM)
+    how = dict(rounding=rounding or "nearest", fused=fused)
+    opt = normopt.SteepestDescent([p], lr=0.02, constraint="sphere", **how, **ADAM)
     for _ in range(steps):
         p.grad = torch.randn_like(p)
         opt.step()

@@ -226,6 +226,8 @@ FUSED: list[dict[str, Any]] = [
     dict(metric="diagonal", metric_beta=0.9, norm="linf", scale="matched", state_dtype="bfloat16", momentum=0.9),
     ADAM | dict(difference_beta=0.92, weight_decay=0.1, decay="proximal", agr=True),
     dict(norm="lp", p=2.7, scale="dual", coupling=0.1, coupling_rate=0.02, difference_beta=0.3, momentum=0.9),
+    ADAM | dict(norm="lp", p=2.7, scale="relative", weight_decay=0.1, decay="inside"),
+    ADAM | dict(norm="lp", p=3.0, scale="power", constraint="sphere", weight_decay=0.1, decay="inside"),
 ]
 
 
@@ -271,6 +273,10 @@ def test_what_has_no_meaning_is_refused():
 
     refused("momentum_rule='heavy' starts from", bias_correction=True, momentum=0.9, momentum_rule="heavy")
     refused("did you mean 'diagonal'", metric="diag")
+    refused(
+        "the kernels for cpu do not have sphere with decay",
+        **dict(constraint="sphere", weight_decay=0.1, decay="lp", fused=True),
+    )
     for name, value in {"metric_beta": 0.9, "metric_eps": 1e-6, "metric_rule": "max"}.items():
         refused(f"{name} = .* does nothing", **{name: value})
     refused("metric_beta must be in", metric="diagonal", metric_beta=1.0)

@@ -18,7 +18,7 @@ from normopt.kernels.tables import Array, Block, Chunks, Phase, Tables, nothing
 
 F = np.float32
 Places = tuple[Array, Array, int, int]  # where the sums of each tensor begin and end, and which tensors are meant
-COLUMNS = kernels.BEGUN + 1
+COLUMNS = kernels.STRETCH + 1
 # The numbers that all tensors share: of the others two are in the rows of tensors, exponents have another form.
 SHARED = [name for name in Numbers._fields if name not in ("take", "first", "exponent", "decay_exponent")]
 BLOCK = 1 << 21  # entries of tensors whose powers are kept, in 4 bytes each, from one pass to the next
@@ -58,9 +58,10 @@ class Step:
         buffers = tuple(tables.buffers.get(name, ready.none) for name in BUFFERS)
         self.tensors = (tables.weights, tables.gradients, *more), buffers, (chunks.tensor, chunks.start, chunks.count)
         n = len(chunks.sizes)
-        self.sums, self.partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 4))
+        self.sums, self.partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 5))
         self.duals, self.factors = np.empty(n), np.empty(n)
         self.powers_cached = ready.powers_cached
+        self.radii = np.empty(n) if tables.radii is None else tables.radii
 
     def phases(self) -> list[Phase]:
         """Return the phases: for unsharded tensors one, which goes block by block, so that a block stays cached."""
@@ -70,7 +71,7 @@ class Step:
             return [Phase(nothing, lambda _, __: self._run_blocks())]
         flags, (block, place) = self.flags, self.ready.blocks[0]
         last = Phase(nothing, lambda _, __: self._update(block, place))
-        norms = [Phase(lambda _: self._norms_of_shards(block, place), self._set_norms)] if flags.scaled else []
+        norms = [Phase(lambda _: self._norms_of_shards(block, place), self._set_norms)] if flags.sums else []
         return ([Phase(lambda _: self._sums_of_shards(block), self._set_agr)] if flags.agr else []) + norms + [last]
 
     def _run_blocks(self) -> None:
@@ -79,7 +80,7 @@ class Step:
             if self.flags.agr:
                 self._measure_agr(block)
                 self._regularize(self.sums, where)
-            if self.flags.scaled:
+            if self.flags.sums:
                 self._measure_norms(block, place)
                 self._combine_norms(self.partials, where)
             self._update(block, place)
@@ -114,8 +115,8 @@ class Step:
 
     def _norms_of_shards(self, block: Block, place: Array) -> Tensor:
         self._measure_norms(block, place)
-        found, chunks = np.empty((len(self.duals), 4)), self.chunks
-        how = float(self.numbers.exponent), self.flags.matched
+        found, chunks = np.empty((len(self.duals), 5)), self.chunks
+        how = float(self.numbers.exponent), self.flags.matched or self.flags.lengths
         call_with_jit_lock(totals.merge_each, self.partials, chunks.first, chunks.ends, *how, found)
         return torch.from_numpy(found)
 
@@ -124,10 +125,15 @@ class Step:
 
     def _combine_norms(self, partials: Array, where: Places) -> None:
         ready, flags = self.ready, self.flags
-        scale = totals.MATCHED if flags.matched else totals.DUAL if flags.dual else totals.UNIT
-        known = float(self.numbers.exponent), scale, ready.powers_cached, ready.rows, self.duals, self.factors
-        self.powers_cached = call_with_jit_lock(totals.duals, partials, *where, *known)
-        self.measured = torch.from_numpy(self.duals), torch.from_numpy(self.factors)
+        other = totals.UNIT if flags.scaled else totals.POWER
+        scale = totals.MATCHED if flags.matched else totals.DUAL if flags.dual else other
+        length = totals.SPHERE if flags.sphere else totals.RELATIVE if flags.relative else totals.NO_LENGTH
+        how = length, float(self.numbers.coupled) * flags.inside, float(self.numbers.step_size)
+        known = float(self.numbers.exponent), scale, ready.powers_cached, how
+        written = ready.rows, self.duals, self.factors, self.radii
+        self.powers_cached = call_with_jit_lock(totals.duals, partials, *where, *known, *written)
+        if flags.scaled:
+            self.measured = torch.from_numpy(self.duals), torch.from_numpy(self.factors)
 
     def _update(self, block: Block, place: Array) -> None:
         ready = self.ready
@@ -161,17 +167,17 @@ class LaunchConfig:
         self.renew(flags, numbers, unscale)
         self.none = np.zeros(n, np.int64)
         # Powers that have a way of their own are cheaper to take twice than to keep; those above 1 may overflow.
-        general = flags.scaled and flags.mode == GENERAL and float(numbers.exponent) <= 1
+        general = flags.sums and flags.mode == GENERAL and float(numbers.exponent) <= 1
         self.powers_cached = general and not at_once and bool(chunks.sizes.max() <= ROOM)
         blocks = chunks.blocks(BLOCK) if self.powers_cached else [Block(0, n, 0, len(chunks))]
         self.blocks = [(block, chunks.before[:-1] - chunks.before[block.chunk]) for block in blocks]
         if self.powers_cached and "powers" not in cache:
             cache["powers"] = np.empty(max(chunks.before[b.chunks] - chunks.before[b.chunk] for b in blocks), F)
         self.powers: Array = cache["powers"] if self.powers_cached else np.empty(0, F)
-        momentum_written = bool(flags.scaled and flags.momentum & SAME and flags.state == torch.float32)
+        momentum_written = bool(flags.sums and flags.momentum & SAME and flags.state == torch.float32)
         self.agr = kernels.agr_kernel(flags.gradient == torch.bfloat16)
         undecayed = flags._replace(decay=False, scales_weight=False, decay_mode=LINEAR, decay_inverse=False)
-        plain = undecayed._replace(dual=False, cautious=False, coupling=False)
+        plain = undecayed._replace(dual=False, cautious=False, coupling=False, inside=False)
         self.norms = kernels.norm_kernel(plain, momentum_written, self.powers_cached)
         one = flags._replace(matched=False, dual=False, decay_wide=True)  # other values change nothing in this kernel
         self.update, self.update_without_cache = (
@@ -184,7 +190,7 @@ class LaunchConfig:
             return False
         if self.numbers is not numbers or self.unscale != unscale:
             self.numbers, self.unscale, self.values = numbers, unscale, _values(numbers, unscale)
-            self.rows[:, kernels.TAKE] = numbers.take
+            self.rows[:, kernels.TAKE], self.rows[:, kernels.INSIDE] = numbers.take, self.values[kernels.COUPLED]
         return True
 
 

@@ -39,6 +39,9 @@ class Flags(NamedTuple):
         smoothed: the power scale with ε > 0, ``c·(|c| + ε)^exponent`` with the exponent −ρ, −1 under SIGN.
         scaled: u has a size and a factor for each tensor, from sums over it.
         dual, matched: the factor is the dual norm, or the one of "matched", which needs more sums; else it is 1.
+        relative, sphere: u is rescaled to the length of its weight, or to a radius, to which the updated weight is
+            rescaled then.
+        inside: λw is added to u, before it is rescaled.
         momentum: the bits of the momentum rule, 0 without one.
         corrected: c, the squares and d are divided by the sums of their weights, numbers of each tensor.
         metric: STRAIGHT, BOTH_SIDES or 0, the use of adaptive coordinates P = √v + ε.
@@ -63,6 +66,9 @@ class Flags(NamedTuple):
     scaled: bool = False
     dual: bool = False
     matched: bool = False
+    relative: bool = False
+    sphere: bool = False
+    inside: bool = False
     momentum: int = 0
     corrected: bool = False
     metric: int = 0
@@ -83,6 +89,16 @@ class Flags(NamedTuple):
     gradient: torch.dtype = torch.float32
     state: torch.dtype = torch.float32
 
+    @property
+    def lengths(self) -> bool:
+        """Whether u is rescaled to the length of a weight."""
+        return self.relative or self.sphere
+
+    @property
+    def sums(self) -> bool:
+        """Whether u has a size and a factor for each tensor, for any reason."""
+        return self.scaled or self.lengths
+
 
 class Numbers(NamedTuple):
     """The numbers that a kernel reads; a tensor is never read on the host, and is used in float64.
@@ -92,7 +108,7 @@ class Numbers(NamedTuple):
         keep, take: a and b of the momentum rule.
         first: b of the first step.
         from_old, from_gradient, from_new: d, e and f of the momentum rule.
-        coupled: λ of the coupled decay.
+        coupled: λ of the coupled decay, or of that inside u.
         weight_factor: what the weight is multiplied by before the step.
         decay_strength: k of the factor of the updated weight.
         exponent: 1/(p−1), or −ρ if smoothed.

@@ -8,6 +8,7 @@ tensor at every step (`Memory`), in a few passes that run in C; only what has ch
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import MutableMapping
 from operator import eq, is_
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -24,6 +25,7 @@ from normopt.norms.scales import NormPair
 from normopt.params import check_like, check_writable, dtype_of
 from normopt.sharding.layout import gradient_of, layout_of, to_dtensor_like, to_local
 from normopt.stages.base import Batch, Slot
+from normopt.stages.constraint import RADIUS, radii_of
 
 if TYPE_CHECKING:
     from normopt.recipe import Recipe
@@ -284,6 +286,9 @@ class FusedUpdate:
         if self._flags.rounding == STOCHASTIC:
             tables.seed = _seed(device)
         tables.shares = shares
+        if recipe.sphere.runs():
+            radii = batch.read(RADIUS)
+            tables.radii = np.array([math.nan if r is None else float(r) for r in radii])
         step = kernels.Step(self._flags, self._numbers, tables)
 
         def finish(batch: FusedBatch, _: Tensor | None) -> None:
@@ -294,6 +299,8 @@ class FusedUpdate:
                     # The kernels wrote unseen by autograd: a graph that still needs the old values must not use these.
                     torch.autograd.graph.increment_version(operand.tensors)
                 operand.tensors = []  # may be freed
+            if tables.radii is not None and not np.isnan(tables.radii).any():
+                radii_of(batch, torch.from_numpy(tables.radii))
             if step.measured is not None:
                 dual, factor = step.measured
                 batch.pair = NormPair(torch.where(dual > 0, factor, dual), dual)

@@ -44,9 +44,10 @@ Kernel = Callable[..., None]
 
 # Columns of the table of tensors: AGR's four, what |c| is multiplied by and its power too, powers of two for both where
 # float32 does not have the number, the gradient's weight in the momentum, whether the decay's factor acts on it, what
-# c, √v and the average of differences are multiplied by, and whether there is a previous gradient.
+# c, √v and the average of differences are multiplied by, whether there is a previous gradient, what of the weight is
+# added to u, and what the updated weight is multiplied by.
 AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, SHIFT, LIFT, TAKE, WIDE = range(10)
-SHARE, ROOT_SHARE, DIFFERENCE_SHARE, BEGUN = range(10, 14)
+SHARE, ROOT_SHARE, DIFFERENCE_SHARE, BEGUN, INSIDE, STRETCH = range(10, 16)
 # Places in the table of the numbers that all tensors share, in the order of `Numbers`.
 UNSCALE, STEP_SIZE, KEEP, FROM_OLD, FROM_GRADIENT, FROM_NEW, COUPLED, WEIGHT_FACTOR, DECAY_STRENGTH, EPS = range(10)
 METRIC_KEEP, METRIC_TAKE, METRIC_EPS, DIFFERENCE_KEEP, DIFFERENCE_TAKE, COUPLING, COUPLING_RATE = range(10, 17)
@@ -434,18 +435,18 @@ def agr_kernel(gradient16: bool) -> Kernel:
 
 @compiled(**SUMS, forceinline=True)
 def summed(n, w, g, m, k, kept, numbers, exponent, powered, near, relative, again, flags):
-    """A chunk's (largest entry's bits, least entry's bits less 1, Σ(|c|/M)^q and the two of "matched").
+    """A chunk's (largest entry's bits, least entry's bits less 1, Σ(|c|/M)^q and the three of lengths).
 
     ``flags`` are those of `norm_kernel`, ``near`` is M and ``relative`` 1/M. If ``again`` it has been here before, and
     no special case is left out.
     """
-    stages, (mode, matched, kahan, momentum_written, powers_cached) = flags
+    stages, (mode, matched, lengths, kahan, momentum_written, powers_cached) = flags
     coupled, metric = stages[3], stages[6]
     relative_power = power(relative, mode, exponent)
     largest, least, sum_q, sum_2, sum_d = J(0), NO_BITS, ZERO, ZERO, ZERO
-    wide_2, wide_d = np.float64(0), np.float64(0)  # the metric's squares are of any size
+    wide_2, wide_d, cross = np.float64(0), np.float64(0), np.float64(0)  # the metric's squares are of any size
     for i in range(n):
-        old = weight(w, k, i, kahan) if coupled else ZERO
+        old = weight(w, k, i, kahan) if coupled or lengths else ZERO
         c, m1, root = coordinates(i, old, g, m, kept, numbers, stages, momentum_written and again, again)
         if momentum_written and not again:
             m[i] = m1
@@ -463,27 +464,33 @@ def summed(n, w, g, m, k, kept, numbers, exponent, powered, near, relative, agai
             a = F(a / near) if again else F(a * relative)
             y = power(a, mode, exponent)
         sum_q += a * y
-        if matched and metric != 0:
-            a, y = F(a / root), F(y / root)
-            wide_2 += np.float64(a) * a
+        if lengths or (matched and metric != 0):
+            if metric == BOTH_SIDES:
+                a, y = F(a / root), F(y / root)
+            b = old if lengths else a
+            wide_2 += np.float64(b) * b
             wide_d += np.float64(y) * y
+            if lengths:
+                cross += np.float64(signed(y, c)) * old
         elif matched:
             sum_2 += a * a
             sum_d += y * y
-    return largest, least, sum_q, sum_2 + wide_2, sum_d + wide_d
+    return largest, least, sum_q, sum_2 + wide_2, sum_d + wide_d, cross
 
 
 @cache
 def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel:
     """Return a kernel for each chunk's Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent).
 
+    Where u gets a weight's length they are Σ(|w|/M)², the same as before, and Σ sign(c)(|c|/M)^exponent·w.
     M is a power of two, so that no quotient is rounded, or max |c|: at p near 1 the power of what is above 1 overflows.
     If ``momentum_written``, the momentum is c and is stored already here; if ``powers_cached``, so is
     sign(c)·|c|^exponent, which the update then reads.
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
     matched, kahan = f.matched, f.rounding == KAHAN
-    metric, flags = f.metric, (stages_of(f), (f.mode, matched, kahan, momentum_written, powers_cached))
+    metric, lengths = f.metric, f.lengths
+    flags = stages_of(f), (f.mode, matched, lengths, kahan, momentum_written, powers_cached)
 
     @compiled(**SUMS)
     def sums(addresses, buffers, chunks, begin, end, rows, numbers, exponent, partials, powers, place):
@@ -501,9 +508,10 @@ def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel
                 guess = abs(load(g[0]) * numbers[UNSCALE])
                 if metric != 0:
                     v = numbers[METRIC_KEEP] * kept[0][0] + numbers[METRIC_TAKE] * guess * guess
-                    guess = guess / F(math.sqrt(math.sqrt(v) + numbers[METRIC_EPS]))
+                    root = F(math.sqrt(v) + numbers[METRIC_EPS])
+                    guess = guess / (root if metric == STRAIGHT else F(math.sqrt(root)))
                 near, relative = scale_guess(guess * rows[t, TAKE])
-            largest, least, sum_q, sum_2, sum_d = summed(
+            largest, least, sum_q, sum_2, sum_d, cross = summed(
                 n, w, g, m, k, kept, known, exponent, powered, near, relative, False, flags
             )
             if powers_cached:
@@ -518,13 +526,14 @@ def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel
                     near, relative = scale_of(largest)
                 else:
                     near = float_of(min(max(largest, SMALLEST_BITS), LARGEST_BITS))
-                _, _, sum_q, sum_2, sum_d = summed(
+                _, _, sum_q, sum_2, sum_d, cross = summed(
                     n, w, g, m, k, kept, known, exponent, powered, near, relative, True, flags
                 )
             partials[j, 0] = near
             partials[j, 1] = sum_q
-            partials[j, 2] = sum_2
+            partials[j, 2] = sum_2 / (np.float64(near) * near) if lengths else sum_2
             partials[j, 3] = sum_d
+            partials[j, 4] = cross
 
     return sums
 
@@ -536,10 +545,11 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
     If ``momentum_written``, c is the momentum; if ``powers_cached``, its powers are given.
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
-    mode, smoothed, scaled, stages = f.mode, f.smoothed, f.scaled, stages_of(f)
+    mode, smoothed, scaled, stages = f.mode, f.smoothed, f.sums, stages_of(f)
     scales_weight, decays, decay_mode, decay_inverse = f.scales_weight, f.decay, f.decay_mode, f.decay_inverse
     stochastic, kahan, chunk = f.rounding == STOCHASTIC, f.rounding == KAHAN, CHUNK
-    rule, metric, cautious, coupling = f.momentum, f.metric, f.cautious, f.coupling
+    rule, metric, inside, cautious = f.momentum, f.metric, f.inside, f.cautious
+    coupling, sphere = f.coupling, f.sphere
 
     @compiled(**EXACT)
     def update(addresses, buffers, chunks, begin, end, rows, numbers, exponent, decay_exponent, seed, powers, place):
@@ -553,7 +563,7 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
             pulled = decay_strength if rows[t, WIDE] != ZERO else ZERO
             w, g = entries(weights[t], s, n, weight16), entries(gradients[t], s, n, gradient16)
             m, k, kept = entries(states[t], s, n, state16), entries(lost[t], s, n, True), floats(buffers, t, s, n)
-            z = kept[4]
+            z, added, stretch = kept[4], rows[t, INSIDE], rows[t, STRETCH]
             powered = powers[place[j] : place[j] + n] if powers_cached else powers
             drawn = J(seed + j * chunk)
             for i in range(n):
@@ -565,6 +575,8 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
                     u = direction(c, mode, smoothed, scaled, exponent, eps, shift, size, factor, lift)
                 if metric == BOTH_SIDES:
                     u = F(u / root)
+                if inside:
+                    u = F(u + added * old)
                 if coupling:
                     u = F((ONE - tau) * u)
                 # By signs, because a product may underflow.
@@ -577,6 +589,8 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
                     z1 = F(z[i] - alpha * c)
                     z[i] = z1
                     after = F(after + tau * F(z1 - old))
+                if sphere:
+                    after = F(after * stretch)
                 if rule != 0 and not momentum_written:
                     store(m, i, m1, state16)
                 if stochastic:

@@ -102,6 +102,8 @@ class Tables:
         unscale: what gradients are multiplied by, for a GradScaler; one element on the device.
         found_inf: where it is not 0, nothing is written; likewise.
         seed: of stochastic rounding. In a captured graph an int is the same at every replay.
+        radii: of the spheres that the weights are kept on, NaN where that is yet to be measured, and then it is
+            written here, [n]; None without a sphere.
         layouts: how the tensors are sharded, if they are local shards.
     """
 
@@ -116,6 +118,7 @@ class Tables:
     unscale: torch.Tensor | None = None
     found_inf: torch.Tensor | None = None
     seed: torch.Tensor | int = 0
+    radii: Array | None = None
     layouts: Sequence[Layout] = ()
     buffers: dict[str, Array] = field(default_factory=dict)
     shares: torch.Tensor | None = None

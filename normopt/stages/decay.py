@@ -239,7 +239,7 @@ class DecayInside(Stage):
         batch.u = coupled(batch.u, batch.old, batch.weight_decay)
 
     def lower(self) -> Op | str:
-        return 'decay="inside" has no kernel'
+        return Op({"inside": True}, {"coupled": wide(self.decay.weight_decay)})
 
     def describe(self) -> str:
         return self.decay.words()

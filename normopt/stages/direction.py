@@ -261,7 +261,7 @@ class Rescale(Stage):
             batch.pair = NormPair(factors.to(batch.pair.dual) * batch.pair.update, batch.pair.dual)
 
     def lower(self) -> Op | str:
-        return Op({"matched": True}) if self.to == "matched" else "lengths of the weights have no kernel"
+        return Op({self.to: True})
 
     def describe(self) -> str:
         return ""

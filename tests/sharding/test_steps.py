@@ -116,6 +116,8 @@ FUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "power": (LP | dict(scale="power", agr=True), {}),
     "Adam": (ADAM | dict(agr=True, **DECAYS["ℓp"]), dict(replicated=SOME)),
     "ℓ3 in adaptive coordinates, matched": (ADAM | LP | dict(scale="matched", metric_rule="max"), dict(dim=1)),
+    "LAMB": (ADAM | dict(scale="relative", weight_decay=0.1, decay="inside"), dict(dim=1)),
+    "hyperball": (ADAM | dict(constraint="sphere"), dict(replicated=SOME)),
 }
 
 
