@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import normopt
 from normopt.addons import AGR, LpDecay
 from tests.addons import rules
 from tests.addons.optimizers import CASES, SHAPES, Adan, build, copies, give, gradients
@@ -60,6 +61,22 @@ def test_fifty_steps(make, update, lr, with_agr, decay, dtype, tolerance):
     if "previous" in kept[0]:  # Adan's is the regularized one
         for s, k in zip(states, kept, strict=True):
             np.testing.assert_allclose(s["previous"].double().numpy(), k["previous"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize(("with_agr", "decay"), ADDONS, ids=str)
+@pytest.mark.parametrize(("cls", "update"), [(normopt.AdamW, rules.adamw()), (normopt.Adan, rules.adan())])
+def test_fifty_steps_of_our_own(cls, update, with_agr, decay, dtype, tolerance):
+    """The same rules by settings of the engine, without add-ons."""
+    p, weight_decay = decay or (1.0, 0.0)
+    settings = dict(lr=0.05, agr=with_agr, weight_decay=weight_decay)
+    settings |= dict(decay="lp", decay_p=p) if decay else {}
+    recorded = recorded_gradients()
+    start, found, _ = trained(lambda ps: cls(ps, **settings), dtype, recorded, False, None)
+    arrays = [[g.numpy() for g in gs] for gs in recorded]
+    expected, _ = rules.walk(update, start, arrays, 0.05, with_agr, decay)
+    for a, b in zip(found, expected, strict=True):
+        assert np.abs(a - b).max() <= tolerance * max(1, np.abs(b).max())
 
 
 @pytest.mark.parametrize("with_agr", [False, True])

@@ -270,6 +270,8 @@ def test_zero_gradients_move_nothing_and_absent_ones_do_nothing(info, inputs, fo
         params = make_params()
         opt = info.optim_cls(params, **kwargs_of(inputs, foreach=foreach))
         lr, weight_decay = (float(opt.param_groups[0][key]) for key in ("lr", "weight_decay"))
+        if opt.param_groups[0]["scale"] == "relative" and weight_decay:  # LAMB's decay is as long as the weights
+            weight_decay = 1.0
         decayed = [p.detach() * (1 - lr * weight_decay) for p in params]
         for p in params:
             p.grad = torch.zeros_like(p)
