@@ -13,7 +13,7 @@ from benchmarks.tasks import TASKS
 from benchmarks.training import evaluate
 
 # Each somewhat below its best on these two tasks.
-RATES = {"muon": 0.03, "scion": 1e-4, "scale": 0.01, "modular": 0.1}
+RATES = {"muon": 0.03, "normuon": 0.03, "scion": 1e-4, "scale": 0.01, "modular": 0.1}
 
 
 @pytest.mark.parametrize("name", [name for name, entry in OPTIMIZERS.items() if entry.preset])
