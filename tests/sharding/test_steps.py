@@ -20,6 +20,9 @@ DECAYS = {
     "decoupled": dict(weight_decay=0.1, decay="decoupled"),
     "ℓp": dict(weight_decay=0.1, decay="lp", decay_p=0.8),
 }
+# AdamW's and SGD's relatives; LAMB's lengths of the weights are among the rules below.
+RELATIVES = ("adagrad", "adam", "lamb", "lars", "rmsprop")
+NAMES = [pytest.param(n, marks=pytest.mark.exhaustive if n in RELATIVES else ()) for n in normopt.list_optimizers()]
 SIGNS = ("signsgd", "signum", "lion")
 EXACT = ("freon", "spectralsgd", "nucgd")  # by decompositions, which amplify the roundoff of AGR's sums in float32
 
@@ -35,7 +38,7 @@ def holds(found: list[dict[str, float]], bound: float = 1e-6) -> None:
 
 @pytest.mark.parametrize("agr", [False, True], ids=["", "AGR"])
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("name", normopt.list_optimizers())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer(name: str, decay: str, agr: bool, ranks: Ranks) -> None:
     dtype = torch.float64 if name in EXACT and agr else torch.float32
     found = ranks.call(cases.compare, name, dict(agr=agr, **DECAYS[decay]), 0, cases.SHAPES, dtype)
