@@ -38,7 +38,6 @@ class Step:
 
     def __init__(self, flags: Flags, numbers: Numbers, tables: Tables) -> None:
         self.flags, self.numbers, self.layouts, self.seed = flags, numbers, tables.layouts, int(tables.seed)
-        self.skipped = tables.found_inf is not None and float(tables.found_inf) != 0
         self.measured: tuple[Tensor, Tensor] | None = None
         chunks, cache = tables.chunks, tables.cache
         factor = 1.0 if tables.unscale is None else float(tables.unscale)
@@ -61,12 +60,10 @@ class Step:
         self.sums, self.partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 5))
         self.duals, self.factors = np.empty(n), np.empty(n)
         self.powers_cached = ready.powers_cached
-        self.radii = np.empty(n) if tables.radii is None else tables.radii
+        self.radii = np.empty(n) if tables.radii is None else tables.radii.numpy()
 
     def phases(self) -> list[Phase]:
         """Return the phases: for unsharded tensors one, which goes block by block, so that a block stays cached."""
-        if self.skipped:
-            return []
         if not self.layouts:
             return [Phase(nothing, lambda _, __: self._run_blocks())]
         flags, (block, place) = self.flags, self.ready.blocks[0]

@@ -8,7 +8,6 @@ tensor at every step (`Memory`), in a few passes that run in C; only what has ch
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import MutableMapping
 from operator import eq, is_
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -283,12 +282,15 @@ class FusedUpdate:
             tables.unscale = (1 / batch.grad_scale).to(device, non_blocking=True)
         if batch.found_inf is not None:
             tables.found_inf = batch.found_inf.to(device, non_blocking=True)
+            if device.type == "cpu" and tables.found_inf:
+                return []
         if self._flags.rounding == STOCHASTIC:
             tables.seed = _seed(device)
         tables.shares = shares
-        if recipe.sphere.runs():
-            radii = batch.read(RADIUS)
-            tables.radii = np.array([math.nan if r is None else float(r) for r in radii])
+        radii = batch.read(RADIUS) if recipe.sphere.runs() else []
+        if radii:
+            unknown = torch.full((), torch.nan, device=device)
+            tables.radii = stack([unknown if r is None else r for r in radii]).double()
         step = kernels.Step(self._flags, self._numbers, tables)
 
         def finish(batch: FusedBatch, _: Tensor | None) -> None:
@@ -299,8 +301,8 @@ class FusedUpdate:
                     # The kernels wrote unseen by autograd: a graph that still needs the old values must not use these.
                     torch.autograd.graph.increment_version(operand.tensors)
                 operand.tensors = []  # may be freed
-            if tables.radii is not None and not np.isnan(tables.radii).any():
-                radii_of(batch, torch.from_numpy(tables.radii))
+            if tables.radii is not None and any(r is None for r in radii):
+                radii_of(batch, tables.radii)
             if step.measured is not None:
                 dual, factor = step.measured
                 batch.pair = NormPair(torch.where(dual > 0, factor, dual), dual)

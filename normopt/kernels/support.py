@@ -25,15 +25,13 @@ class Kernels(NamedTuple):
     compiler: str
     source: str
     dtypes: tuple[torch.dtype, ...]
-    lacks: tuple[tuple[str, ...], ...] = ()
+    lacks: tuple[tuple[str, ...], ...] = (("sphere", "decay"), ("sphere", "coupling"), ("sphere", "smoothed"))
 
 
 _CUDA_DTYPES = torch.float32, torch.bfloat16, torch.float16
-_CPU_LACKS = ("sphere", "decay"), ("sphere", "coupling"), ("sphere", "smoothed")
-_CUDA_LACKS = ("relative",), ("sphere",), ("inside",)
 KERNELS = {
-    "cpu": Kernels("normopt.kernels.cpu", "numba", 'the extra "cpu"', (torch.float32, torch.bfloat16), _CPU_LACKS),
-    "cuda": Kernels("normopt.kernels.triton", "triton", "PyTorch's CUDA wheels", _CUDA_DTYPES, _CUDA_LACKS),
+    "cpu": Kernels("normopt.kernels.cpu", "numba", 'the extra "cpu"', (torch.float32, torch.bfloat16)),
+    "cuda": Kernels("normopt.kernels.triton", "triton", "PyTorch's CUDA wheels", _CUDA_DTYPES),
 }
 
 

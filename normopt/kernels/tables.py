@@ -103,7 +103,7 @@ class Tables:
         found_inf: where it is not 0, nothing is written; likewise.
         seed: of stochastic rounding. In a captured graph an int is the same at every replay.
         radii: of the spheres that the weights are kept on, NaN where that is yet to be measured, and then it is
-            written here, [n]; None without a sphere.
+            written here, [n] on the device; None without a sphere.
         layouts: how the tensors are sharded, if they are local shards.
     """
 
@@ -118,7 +118,7 @@ class Tables:
     unscale: torch.Tensor | None = None
     found_inf: torch.Tensor | None = None
     seed: torch.Tensor | int = 0
-    radii: Array | None = None
+    radii: torch.Tensor | None = None
     layouts: Sequence[Layout] = ()
     buffers: dict[str, Array] = field(default_factory=dict)
     shares: torch.Tensor | None = None

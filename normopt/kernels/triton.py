@@ -46,12 +46,12 @@ SMALLEST = tl.constexpr(2.0**-149)  # above 0
 # They are not a NamedTuple, because the Triton of PyTorch 2.6 and 2.7 finds no attributes in a constant.
 RUNS, OLD, GRADIENT_NOW, NEW = (tl.constexpr(x) for x in (choices.RUNS, choices.OLD, choices.GRADIENT, choices.NEW))
 # Names in `Flags`.
-NAMES = "smoothed scaled matched agr coupled maximize corrected metric_max differs coupling"
-NAMES += " scales_weight decay decay_inverse decay_wide cautious"
+NAMES = "smoothed sums matched lengths agr coupled maximize corrected metric_max differs coupling"
+NAMES += " sphere inside scales_weight decay decay_inverse decay_wide cautious"
 SWITCHES = {name: tl.constexpr(1 << i) for i, name in enumerate(NAMES.split(), 5)}
-SMOOTHED, SCALED, MATCHED, AGR, COUPLED, MAXIMIZE, CORRECTED, METRIC_MAX, DIFFERS, COUPLING, *_DECAY = SWITCHES.values()
-SCALES_WEIGHT, DECAYS, DECAY_INVERSE, DECAY_WIDE, CAUTIOUS = _DECAY
-ALIGNED, MEASURING = tl.constexpr(1 << 20), tl.constexpr(1 << 21)
+SMOOTHED, SUMS, MATCHED, LENGTHS, AGR, COUPLED, MAXIMIZE, CORRECTED, METRIC_MAX, DIFFERS, *_REST = SWITCHES.values()
+COUPLING, SPHERE, INSIDE, SCALES_WEIGHT, DECAYS, DECAY_INVERSE, DECAY_WIDE, CAUTIOUS = _REST
+ALIGNED, MEASURING = tl.constexpr(1 << 24), tl.constexpr(1 << 25)
 
 # Columns of the tables, which are int64: of tensors, of chunks, and of the chunks that a sum is over.
 WEIGHT, GRADIENT, STATE, COMPENSATION, *_MORE = (tl.constexpr(i) for i in range(6 + len(choices.BUFFERS)))
@@ -65,9 +65,11 @@ STEP_SIZE, KEEP, TAKE, FIRST_TAKE, FROM_OLD, FROM_GRADIENT, FROM_NEW = PLACES[:7
 DECAY, WEIGHT_FACTOR, DECAY_STRENGTH, EXPONENT, EPS, DECAY_EXPONENT = PLACES[7:13]
 METRIC_KEEP, METRIC_TAKE, METRIC_EPS, DIFFERENCE_KEEP, DIFFERENCE_TAKE, PULL, RATE = PLACES[13:]
 SHARES = tl.constexpr(3)  # of c, √v and differences of gradients
+COLUMNS = tl.constexpr(5)  # the sums of a chunk
 # What is known of each vector that a norm is over, float64: the dual norm, the factor of D(c), and what an entry of c
-# is divided by before its power, and that multiplied by; both in two parts, the first a power of two.
-DUAL, FACTOR, SHIFT, DIVISOR, LIFT, MULTIPLIER, MEASURED = (tl.constexpr(i) for i in range(7))
+# is divided by before its power, and that multiplied by; both in two parts, the first a power of two. Then what of the
+# weight is added to u, and what the updated weight is multiplied by.
+DUAL, FACTOR, SHIFT, DIVISOR, LIFT, MULTIPLIER, ADDED, STRETCH, MEASURED = (tl.constexpr(i) for i in range(9))
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -281,23 +283,28 @@ def metric_step(x, table, t, begin, numbers, shares, mask, METRIC: tl.constexpr,
 
 
 @triton.jit
-def store_sums(sums, j, c, root, high, low, MODE: tl.constexpr, METRIC: tl.constexpr, FLAGS: tl.constexpr):
+def store_sums(sums, j, c, w, root, high, low, MODE: tl.constexpr, METRIC: tl.constexpr, FLAGS: tl.constexpr):
     """Write the sums of chunk j: max|c| = M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent).
 
-    In adaptive coordinates the terms of the last two are divided by P, and squared in float64: ε may be tiny.
+    For the lengths of weights Σ(w/M)² instead, and also Σw·D with D = sign(c)·(|c|/M)^exponent. In adaptive coordinates
+    the terms of all but the first two are divided by P, and squared in float64: ε may be tiny.
     """
     a = tl.abs(c)
     # Off 0 and ∞, for 0/0 and ∞/∞ are NaN. Triton 3.2 takes SMALLEST for a float64.
     top = tl.minimum(tl.maximum(tl.max(a, 0), SMALLEST), LARGEST).to(tl.float32)
     r = tl.div_rn(a, tl.broadcast_to(top, [BLOCK]))
     y = power(r, high, low, MODE)
-    tl.store(sums + 4 * j, top.to(tl.float64))
-    tl.store(sums + 4 * j + 1, tl.sum(r * y, 0).to(tl.float64))
-    if MATCHED & FLAGS:
+    row = sums + COLUMNS * j
+    tl.store(row, top.to(tl.float64))
+    tl.store(row + 1, tl.sum(r * y, 0).to(tl.float64))
+    if (MATCHED & FLAGS) or (LENGTHS & FLAGS):
         if METRIC == BOTH_SIDES:
             r, y = tl.div_rn(r, root).to(tl.float64), tl.div_rn(y, root).to(tl.float64)
-        tl.store(sums + 4 * j + 2, tl.sum(r * r, 0).to(tl.float64))
-        tl.store(sums + 4 * j + 3, tl.sum(y * y, 0).to(tl.float64))
+        if LENGTHS & FLAGS:
+            r = w.to(tl.float64) / top
+            tl.store(row + 4, tl.sum(signed(y, c) * w.to(tl.float64), 0))
+        tl.store(row + 2, tl.sum(r * r, 0).to(tl.float64))
+        tl.store(row + 3, tl.sum(y * y, 0).to(tl.float64))
 
 
 @triton.jit
@@ -305,7 +312,7 @@ def direction(c, numbers, measured, t, high, low, MODE: tl.constexpr, FLAGS: tl.
     """D(c) of a chunk of tensor t."""
     if SMOOTHED & FLAGS:
         u = c * pow_f32(tl.abs(c) + number(numbers, EPS), high, low)
-    elif SCALED & FLAGS:
+    elif SUMS & FLAGS:
         known = measured + t * MEASURED
         a = tl.abs(c) * number(known, SHIFT)
         r = tl.div_rn(a, tl.broadcast_to(number(known, DIVISOR), [BLOCK]))
@@ -384,7 +391,7 @@ def step_kernel(
             if AGR & FLAGS:
                 x = regularized(x, regularizers, t)
 
-            if (COUPLED & FLAGS) or not (MEASURING & FLAGS):
+            if (COUPLED & FLAGS) or (LENGTHS & FLAGS) or not (MEASURING & FLAGS):
                 weights = entries(table, t, WEIGHT, begin, WEIGHT_TYPE, FLAGS)
                 w = loaded(weights, mask)
                 if ROUNDING == KAHAN:
@@ -407,15 +414,19 @@ def step_kernel(
                 c = tl.div_rn(c, root)
 
             if MEASURING & FLAGS:
-                store_sums(sums, j, c, root, high, low, MODE, METRIC, FLAGS)
+                store_sums(sums, j, c, w if LENGTHS & FLAGS else c, root, high, low, MODE, METRIC, FLAGS)
             else:
                 u = direction(c, numbers, measured, t, high, low, MODE, FLAGS)
                 if METRIC == BOTH_SIDES:
                     u = tl.div_rn(u, root)
+                if INSIDE & FLAGS:
+                    u += (number(measured, t * MEASURED + ADDED) if SUMS & FLAGS else number(numbers, DECAY)) * w
                 if COUPLING & FLAGS:
                     w = coupled_step(w, u, c, table, t, begin, chunks, j, numbers, mask, DECAY_MODE, FLAGS)
                 else:
                     w = stepped(w, u, chunks, j, numbers, DECAY_MODE, FLAGS)
+                if SPHERE & FLAGS:
+                    w *= number(measured, t * MEASURED + STRETCH)
                 if ROUNDING == STOCHASTIC:
                     tl.store(weights, cut_off(w, noise(tl.load(seed), j)), mask)
                 else:
@@ -485,8 +496,23 @@ def within(x):
 
 
 @triton.jit
-def measure(spans, sums, numbers, measured, IS_MATCHED: tl.constexpr, IS_DUAL: tl.constexpr):
-    """The dual norm of each vector and how its direction is made, from the sums of its chunks."""
+def measure(
+    spans,
+    sums,
+    numbers,
+    radii,
+    measured,
+    IS_MATCHED: tl.constexpr,
+    IS_DUAL: tl.constexpr,
+    IS_POWER: tl.constexpr,
+    IS_RELATIVE: tl.constexpr,
+    IS_SPHERE: tl.constexpr,
+    IS_INSIDE: tl.constexpr,
+):
+    """The dual norm of each vector and how its direction is made, from the sums of its chunks.
+
+    A radius that is NaN is measured, and written.
+    """
     v = tl.program_id(0)
     first, many = tl.load(spans + v * SPAN + FIRST), tl.load(spans + v * SPAN + MANY)
     exponent = tl.load(numbers + EXPONENT)
@@ -494,35 +520,59 @@ def measure(spans, sums, numbers, measured, IS_MATCHED: tl.constexpr, IS_DUAL: t
     tops = tl.full([SUMMED], SMALLEST, tl.float64)
     for i in range(0, many, SUMMED):
         k = i + tl.arange(0, SUMMED)
-        tops = tl.maximum(tops, tl.load(sums + 4 * (first + k), k < many, other=SMALLEST))
+        tops = tl.maximum(tops, tl.load(sums + COLUMNS * (first + k), k < many, other=SMALLEST))
     top = tl.max(tops, 0)
     totals = tl.zeros([SUMMED], tl.float64)
     squares = tl.zeros([SUMMED], tl.float64)
     powers = tl.zeros([SUMMED], tl.float64)
+    products = tl.zeros([SUMMED], tl.float64)
     for i in range(0, many, SUMMED):
         k = i + tl.arange(0, SUMMED)
-        mine = sums + 4 * (first + k)
+        mine = sums + COLUMNS * (first + k)
         ratio = tl.load(mine, k < many, other=SMALLEST) / top
         log = tl.log2(ratio)
         totals += tl.load(mine + 1, k < many, other=0) * tl.exp2(q * log)
-        if IS_MATCHED:
+        if IS_MATCHED or IS_RELATIVE or IS_SPHERE:
             squares += tl.load(mine + 2, k < many, other=0) * ratio * ratio
             powers += tl.load(mine + 3, k < many, other=0) * tl.exp2(2 * exponent * log)
+        if IS_RELATIVE or IS_SPHERE:
+            products += tl.load(mine + 4, k < many, other=0) * tl.exp2(exponent * log)
     norm = top * tl.exp2(tl.log2(tl.sum(totals, 0)) / q)
     factor = tl.where(norm == norm, 1.0, norm)
     if IS_DUAL:
         factor = norm
+    if IS_POWER:
+        factor = tl.where(exponent == 0, factor, tl.exp2(exponent * tl.log2(norm)))
+    length = top * tl.sqrt(tl.sum(squares, 0))
+    unit = tl.where(exponent == 0, 1.0, tl.exp2(exponent * tl.log2(top / norm)))
     if IS_MATCHED:
-        ours = top * tl.sqrt(tl.sum(squares, 0))
-        theirs = tl.where(exponent == 0, 1.0, tl.exp2(exponent * tl.log2(top / norm))) * tl.sqrt(tl.sum(powers, 0))
-        factor = tl.where(norm == 0, norm, ours / theirs)
+        factor = tl.where(norm == 0, norm, length / (unit * tl.sqrt(tl.sum(powers, 0))))
     # A tensor p may be at an end: at ∞ a direction is the signs, whatever the size, and at 2 that of "dual" is c.
     itself = (exponent == 1) & IS_DUAL
-    known = measured + v * MEASURED
-    tl.store(known + DUAL, norm)
-    tl.store(known + FACTOR, factor)
     divisor = tl.where((exponent == 0) | itself | (norm == 0), 1.0, norm)
     multiplier = tl.where(itself, 1.0, factor)
+    known = measured + v * MEASURED
+    if IS_RELATIVE or IS_SPHERE:  # of the weight, and of u, which is D(c) times the factor, and what is added to it
+        decay = tl.load(numbers + DECAY) if IS_INSIDE else 0.0
+        scaled = factor * tl.where(norm == 0, norm, unit)
+        product = scaled * tl.sum(products, 0)
+        square = scaled * scaled * tl.sum(powers, 0) + 2 * decay * product + decay * decay * length * length
+        own = tl.sqrt(tl.where(square < 0, 0.0, square))
+        goal = tl.where(length == 0, own, length)
+        if IS_SPHERE:
+            radius = tl.load(radii + v)
+            goal = tl.where(radius == radius, radius, goal)
+            tl.store(radii + v, goal)
+        ratio = tl.where(own == 0, own, goal / own)
+        factor *= ratio
+        multiplier *= ratio
+        tl.store(known + ADDED, decay * ratio)
+        if IS_SPHERE:
+            step = tl.load(numbers + STEP_SIZE) * ratio
+            after = length * length - 2 * step * (product + decay * length * length) + step * step * own * own
+            tl.store(known + STRETCH, tl.where(after > 0, goal / tl.sqrt(after), 0 * after))
+    tl.store(known + DUAL, norm)
+    tl.store(known + FACTOR, factor)
     tl.store(known + SHIFT, within(divisor))
     tl.store(known + DIVISOR, divisor * within(divisor))
     tl.store(known + LIFT, 1 / within(multiplier))
@@ -558,7 +608,9 @@ class Step:
             seed = kept.changing("seed", np.array([seed]))
         self.unscale, self.shares = tables.unscale, tables.shares
         self.given = self.table, self.cuts, self.values, tables.unscale, tables.found_inf, seed if stochastic else None
+        self.radii = tables.radii
         self.regularizers: Tensor | None = None
+        self.norms: Tensor | None = None
         self.measured: tuple[Tensor, Tensor] | None = None
         self.is_sharded = bool(layouts)
         if layouts:
@@ -570,7 +622,7 @@ class Step:
     def phases(self) -> list[Phase]:
         """Return the phases: AGR's sums, the norms' sums, and the update."""
         agr = [Phase(self._sums, self._set_agr)] if self.flags.agr else []
-        norms = [Phase(self._norms, self._set_norms)] if self.flags.scaled else []
+        norms = [Phase(self._norms, self._set_norms)] if self.flags.sums else []
         return [*agr, *norms, Phase(nothing, self._update)]
 
     def _launched(self) -> AbstractContextManager[None]:
@@ -594,7 +646,7 @@ class Step:
             regularizer[self.n,](self.spans, sums, self.regularizers, **OPTIONS)
 
     def _norms(self, _: Any) -> Tensor | None:
-        self.sums = torch.empty(len(self.chunks), 4, dtype=torch.float64, device=self.device)
+        self.sums = torch.empty(len(self.chunks), COLUMNS.value, dtype=torch.float64, device=self.device)
         with self._launched():
             self._launch_step(None, self.sums, measuring=True)
             return _merged(self.sums, self.padded, self.exponent) if self.is_sharded else None
@@ -602,14 +654,16 @@ class Step:
     def _set_norms(self, _: Any, found: Tensor | None) -> None:
         sums, flags = self.sums if found is None else found.flatten(0, 1).contiguous(), self.flags
         self.norms = torch.empty(self.n, MEASURED.value, dtype=torch.float64, device=self.device)
+        how = flags.matched, flags.dual, not flags.scaled, flags.relative, flags.sphere, flags.inside
         with self._launched():
-            measure[self.n,](self.spans, sums, self.values, self.norms, flags.matched, flags.dual, **OPTIONS)
-        dual, factor = self.norms[:, : SHIFT.value].unbind(1)
-        self.measured = dual, factor
+            measure[self.n,](self.spans, sums, self.values, self.radii, self.norms, *how, **OPTIONS)
+        if flags.scaled:
+            dual, factor = self.norms[:, : SHIFT.value].unbind(1)
+            self.measured = dual, factor
 
     def _update(self, _: Any, __: Tensor | None) -> None:
         with self._launched():
-            self._launch_step(self.norms if self.measured else None, None, measuring=False)
+            self._launch_step(self.norms, None, measuring=False)
 
     def _launch_step(self, norms: Tensor | None, sums: Tensor | None, measuring: bool) -> None:
         if len(self.chunks):
@@ -632,12 +686,12 @@ def _largest_and_others(sums: Tensor) -> Tensor:
 
 
 def _merged(sums: Tensor, padded: Tensor, exponent: float | Tensor) -> Tensor:
-    """M and the sums relative to it of each tensor, shape [n, 4], from those of its chunks."""
-    tops, totals, squares, powers = torch.nn.functional.pad(sums, (0, 0, 0, 1))[padded].unbind(-1)
+    """M and the sums relative to it of each tensor, shape [n, 5], from those of its chunks."""
+    tops, totals, squares, powers, products = torch.nn.functional.pad(sums, (0, 0, 0, 1))[padded].unbind(-1)
     top = tops.amax(1).clamp_min(SMALLEST.value)  # of an empty shard
     ratios = tops / top[:, None]
     each = totals * ratios ** (1 + exponent), squares * ratios**2, powers * ratios ** (2 * exponent)
-    return torch.stack([top, *(x.sum(1) for x in each)], 1)
+    return torch.stack([top, *(x.sum(1) for x in (*each, products * ratios**exponent))], 1)
 
 
 def constants_of(flags: Flags, aligned: bool, measuring: bool = False) -> dict[str, Any]:

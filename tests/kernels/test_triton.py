@@ -19,7 +19,7 @@ CASES = Path(__file__).with_name("triton_cases.py")
 # Only a 16-byte load or store moves 128 bits at once.
 VECTOR = re.compile(r"\b(ld|st)\.global(?:\.\w+)*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b16)")
 POINTERS = dict(table="*i64", chunks="*i64", numbers="*fp64", unscale="*fp32", found_inf="*fp32", seed="*i64")
-POINTERS |= dict(regularizers="*fp32", measured="*fp64", shares="*fp64", sums="*fp64", spans="*i64")
+POINTERS |= dict(radii="*fp64", regularizers="*fp32", measured="*fp64", shares="*fp64", sums="*fp64", spans="*i64")
 
 
 def pytest_generate_tests(metafunc):
@@ -145,9 +145,11 @@ def test_every_step_compiles_without_atomics(what, capability, compile_kernel):
 def test_every_other_kernel_compiles_without_atomics(capability, compile_kernel):
     from normopt.kernels import triton as kernels
 
+    how = dict.fromkeys((name for name in kernels.measure.arg_names if name.startswith("IS_")), False)
     for kernel, constants in (
         (kernels.gradient_sums, dict(DTYPE=kernels.TYPES[torch.float32], FLAGS=kernels.ALIGNED.value)),
         (kernels.regularizer, {}),
-        (kernels.measure, dict(IS_MATCHED=True, IS_DUAL=False)),
+        (kernels.measure, how | dict(IS_MATCHED=True)),
+        (kernels.measure, how | dict(IS_POWER=True, IS_SPHERE=True, IS_INSIDE=True)),
     ):
         assert not re.search(r"\b(atom|red)\.", compile_kernel(kernel, capability, **constants))

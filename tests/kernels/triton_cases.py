@@ -201,6 +201,11 @@ COORDINATES = {
     | dict(coupling=0.1, norm="lp", p=3.0, scale="power", weight_decay=0.1, decay="cautious-lp"),
     "stacey signs": dict(coupling=0.3, coupling_rate=0.1, norm="linf", scale="matched", weight_decay=0.1),
     "cautious": ADAM | dict(weight_decay=torch.tensor(0.5, device=DEVICE), decay="cautious"),
+    "lars": dict(scale="relative", momentum=0.9, momentum_rule="ema", weight_decay=0.1, decay="coupled"),
+    "lamb": ADAM | dict(scale="relative", weight_decay=0.1, decay="inside"),
+    "inside": MOMENTA["heavy"] | dict(norm="lp", p=3.0, scale="power", weight_decay=0.1, decay="inside"),
+    "sphere": ADAM | dict(norm="lp", p=3.0, scale="unit", constraint="sphere"),
+    "sphere power": dict(norm="lp", p=1.5, scale="power", constraint="sphere", lr=torch.tensor(0.3, device=DEVICE)),
     "unit": dict(metric="diagonal", norm="lp", p=torch.tensor(3.0, device=DEVICE), scale="unit"),
 }
 
