@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normopt import settings
@@ -22,6 +23,8 @@ SYNONYMS = {
     "amsgrad": 'amsgrad=True is metric_rule="max"',
     "betas": "give β₁ as momentum, and β₂ as metric_beta or, under Lion's rule, as beta2",
     "beta1": "β₁ is momentum",
+    "capturable": "it is not needed, because no step waits for the device",
+    "cautious": 'cautious decay is decay="cautious"',
     "learning_rate": "the learning rate is lr",
     "wd": "the strength of the decay is weight_decay",
 }
@@ -61,18 +64,15 @@ def check_unused(
     runs = [group["momentum"] != 0 for group in groups]
     metrics = [group["metric"] != "none" for group in groups]
     averages = [group["metric"] != "none" and group["metric_rule"] != "sum" for group in groups]
+    differences = [group["difference_beta"] != 0 for group in groups]
+    corrected = [any(x) for x in zip(runs, averages, differences, strict=True)]
     decays = [not Decay.of(given).reads_p or not equals(group["weight_decay"], 0) for group in groups]
     # (argument, which groups use it, where it has no effect, whether no schedule changes that)
     cases = [
         ("decay_p", [Decay.of(group).reads_p for group in groups], 'without decay="lp" or "cautious-lp"', True),
         ("decay", decays, "at weight_decay = 0 (unless that is a tensor, for a schedule)", True),
         ("beta2", [Momentum.of(group).reads("beta2") for group in groups], 'without momentum_rule="lion"', True),
-        (
-            "bias_correction",
-            [a or b for a, b in zip(runs, metrics, strict=True)],
-            "without momentum or metric",
-            no_momentum,
-        ),
+        ("bias_correction", corrected, "without an average: a momentum, a metric or differences", no_momentum),
         ("metric_beta", averages, 'without metric="diagonal", and under metric_rule="sum"', True),
         ("metric_eps", metrics, 'without metric="diagonal"', True),
         ("metric_rule", metrics, 'without metric="diagonal"', True),
@@ -97,7 +97,8 @@ def check_unused(
 def fixed_kwargs(name: str, given: Mapping[str, Any], **fixed: Any) -> dict[str, Any]:
     """Merge the settings that define a named optimizer with the user's; raise a TypeError if both set one."""
     for key in fixed.keys() & given.keys():
-        raise TypeError(f"{name} fixes {key} = {fixed[key]!r}: to set it, use normopt.SteepestDescent")
+        own = "use an argument of its own, or" if key.startswith("norm_") else "to set it, use"
+        raise TypeError(f"{name} fixes {key} = {fixed[key]!r}: {own} normopt.SteepestDescent")
     return {**fixed, **given}
 
 
@@ -123,12 +124,16 @@ def from_torch(given: Mapping[str, Any], betas: Sequence[str] = TORCHS["betas"])
                 raise ValueError(f"betas must be {len(keys)} numbers, but is {values!r}")
             for i, value in enumerate(values):
                 check_number(f"betas[{i}]", value, low=0, high=1, open_high=True)
+        elif name == "eps":
+            check_number(name, given[name], low=torch.finfo(torch.float32).tiny, open_high=True)
         elif name == "amsgrad":
             check_bool(name, given[name])
             values = ["max" if given[name] else "average"]
         for key, value in zip(keys, values, strict=True):
-            if key in given:
-                raise ValueError(f"{key} = {given[key]!r} is given a second time, as {name}: leave out one of them")
+            if key in given or key in ours:
+                raise ValueError(
+                    f"{key} = {ours.get(key)!r} is given a second time: {name} sets it. Leave out one of them"
+                )
             ours[key] = value
     return ours
 
@@ -142,14 +147,22 @@ def check_unknown_arguments(name: str, norm: object, arguments: Mapping[str, Any
         raise TypeError(f"{name} got an unexpected argument {key!r}{hint}{takes}")
 
 
-def check_unknown_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise if a param group key looks like a misspelt setting; other unknown keys are allowed, as in torch."""
+def check_unknown_keys(group: Mapping[str, Any], defaults: Mapping[str, Any], cls: type) -> None:
+    """Raise if a param group key looks like a misspelt setting, or is an argument of one of normopt's classes only.
+
+    Other unknown keys are allowed, as in torch.
+    """
     norm = group.get("norm", defaults["norm"])
     fields = registry.entry_of(norm).fields
     known = {*defaults, *(registry.setting_key(f) for f in fields)}
     for key in group.keys() - known - {"params", "param_names"}:
         if key in fields:
             raise ValueError(f"a param group has {key!r}: as a setting it is called {registry.setting_key(key)!r}")
+        if cls.__module__.startswith("normopt.") and key in inspect.signature(cls).parameters:
+            raise ValueError(
+                f"a param group has {key!r}, which is an argument of {cls.__name__} and no setting of groups: print an "
+                "optimizer made with it, and give the group the settings that it stands for"
+            )
         meant = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
         if meant or key in SYNONYMS:
             hint = f"did you mean {meant[0]!r}?" if meant else SYNONYMS[key]

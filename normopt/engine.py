@@ -71,13 +71,14 @@ class SteepestDescent(Optimizer):
         u ← u + λw                               decay "inside"
         u ← u · ‖P⁻¹c‖₂/‖u‖₂                     scale "matched"
         u ← u · ‖w‖₂/‖u‖₂                        scale "relative"
+        z ← z − αc,  u ← (1−τ)u                  coupling τ
 
         w ← w − ηru                              no decay; r = radius
         w ← (1 − ηλ)w − ηru                      decay "decoupled"
         w ← (w − ηru)/(1 + ηλ)                   "proximal"
         w ← (w − ηru) · X/(X + pηλ)              "lp"; X = |w|^(2−p), p = decay_p
                                                  "cautious", "cautious-lp": where u·w ≥ 0
-        w ← w + τ(z − w_old + ηru), z ← z − αc   coupling τ
+        w ← w + τ(z − w_old)                     coupling τ
         w ← R·w/‖w‖₂                             constraint "sphere"
 
     with ‖·‖⋆ the dual norm and D the dual map of the chosen norm (see [`Norm`][normopt.norms.Norm]).
@@ -225,6 +226,10 @@ class SteepestDescent(Optimizer):
             # A group of another optimizer has both; the power map has an ε of its own.
             kept = {"eps"} & group.keys() if "metric_eps" in group or whole["scale"] == "power" else set()
             theirs = {key: value for key, value in group.items() if key not in kept}
+            if "amsgrad" in group and whole["metric_rule"] == "sum":
+                raise ValueError(
+                    'amsgrad is for metric_rule="average", but the metric takes the sum: leave amsgrad out'
+                )
             betas = ADAN if whole["difference_beta"] != 0 else TORCHS["betas"]
             group = from_torch(theirs, betas) | {key: group[key] for key in kept}
         if "norm" in group:
@@ -232,7 +237,7 @@ class SteepestDescent(Optimizer):
             own = group["norm"] == self.defaults["norm"]
             group |= registry.flatten(group["norm"], {**self.defaults, **group} if own else group)
             group = group if own else {"eps": 0.0, "row_beta": 0.0} | group
-        check_unknown_keys(group, self.defaults)
+        check_unknown_keys(group, self.defaults, type(self))
         # The other keys are the user's own.
         ours = {key: plain(v) for key, v in group.items() if key in self.defaults or key.startswith("norm_")}
         self._agreed = False
@@ -261,6 +266,11 @@ class SteepestDescent(Optimizer):
         for name in owners():
             if name in self.defaults and name not in settings:
                 raise ValueError(f"a param group has no {name!r} any more: set it again")
+        for name in ("alpha", "amsgrad", "betas") if settings["metric"] != "none" else ():
+            if name in settings:
+                raise ValueError(
+                    f"{name!r} of a param group is read when the group is added: now set {' and '.join(TORCHS[name])}"
+                )
         recipe = make_recipe(settings, params)
         if self._no_momentum and recipe.momentum.runs():
             raise ValueError(

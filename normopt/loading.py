@@ -18,6 +18,8 @@ from normopt.stages.base import default_settings, stages_in_order
 Groups = list[dict[str, Any]]
 # What makes it another optimizer.
 RULE = ("norm", "scale", "momentum_rule", "metric", "metric_rule", "bias_correction", "constraint")
+# Numbers of which 0 is another optimizer than the rest.
+SWITCHES = ("row_beta", "difference_beta", "coupling")
 
 ADAM = {"metric": "diagonal", "bias_correction": True, "momentum_rule": "ema", "difference_beta": 0.0}
 # How torch runs a step, which is not how a step is run here.
@@ -67,6 +69,11 @@ def prepare_state_dict(
     """
     state_dict = _from_adam(state_dict, param_groups)
     groups = state_dict["param_groups"]
+    if any("ns_steps" in group for group in groups):
+        raise ValueError(
+            "checkpoints of torch.optim.Muon do not load, because its settings have other names here: put each "
+            "parameter's momentum_buffer into a state_dict() of this optimizer after one of its steps"
+        )
     kept = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in param_groups]
     kept += [{}] * (len(groups) - len(kept))  # torch reports a mismatch in number
     complete = [{**own, **group} for own, group in zip(kept, groups, strict=False)]
@@ -82,12 +89,12 @@ def prepare_state_dict(
                     f"the checkpoint's {key} of parameter {i} has the shape {tuple(value.shape)}, not "
                     f"{tuple(expected)}: load it into an optimizer of the same parameters in the same order"
                 )
-            if expected.numel() == 1 and shape and not 0 <= float(value) < math.inf:
+            if shape and not expected and not 0 <= float(value) < math.inf:
                 raise ValueError(f"the checkpoint's {key} of parameter {i} must be at least 0, but is {float(value):g}")
     foreign = {key for state in state_dict["state"].values() for key in state} - read
     of_normopt = all("norm" in group for group in groups)
     if not of_normopt:
-        foreign |= {key for group in groups for key in group} & SYNONYMS.keys()
+        foreign |= {key for group in groups for key in group} & (SYNONYMS.keys() - RUN)
     if foreign:
         found = f"the checkpoint has {', '.join(sorted(foreign))}, which {name} does not read"
         if not of_normopt:
@@ -95,11 +102,13 @@ def prepare_state_dict(
         warn(f"{found}; they are kept")
     for ours, saved in zip(param_groups, complete, strict=False):
         check(saved, ours["params"])
-        if other := {k: saved[k] for k in RULE if saved[k] != ours[k]}:
+        switched = [k for k in SWITCHES if (saved[k] == 0) != (ours[k] == 0)]
+        if other := {k: saved[k] for k in RULE if saved[k] != ours[k]} | {k: saved[k] for k in switched}:
+            torchs = ' (torch\'s amsgrad is metric_rule="max")' if "metric_rule" in other else ""
             raise ValueError(
                 f"the checkpoint would make {name} another optimizer: {other} instead of "
-                f"{ {k: ours[k] for k in other} }. Load it into an optimizer made with these settings, or remove them "
-                "from the checkpoint's param_groups (with norm, also p and norm_…) to keep the current ones"
+                f"{ {k: ours[k] for k in other} }{torchs}. Load it into an optimizer made with these settings, or "
+                "remove them from the checkpoint's param_groups (with norm, also p and norm_…) to keep the current ones"
             )
     return {**state_dict, "param_groups": complete}
 
@@ -108,7 +117,7 @@ def _from_adam(state_dict: dict[str, Any], param_groups: Groups) -> dict[str, An
     """Give a checkpoint of torch.optim.Adam or AdamW our names, if all of ``param_groups`` are an Adam's."""
     groups = state_dict["param_groups"]
     theirs = all({"betas", "eps", "amsgrad"} <= group.keys() and "norm" not in group for group in groups)
-    if not theirs or not all(ADAM.items() <= group.items() for group in param_groups):
+    if not theirs or not all(ADAM.items() <= group.items() and is_linear(group) for group in param_groups):
         return state_dict
     translated = []
     for group, own in zip(groups, [*param_groups, *groups], strict=False):  # torch reports a mismatch in number
@@ -145,6 +154,12 @@ def to_torch_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     saved = optimizer.state_dict()
     if any("metric" not in group for group in saved["param_groups"]):
         raise TypeError(f"to_torch_state_dict takes an optimizer of normopt, but was given {type(optimizer).__name__}")
+    for i, group in enumerate(saved["param_groups"]):
+        if not is_linear(group):
+            rule = f"norm = {group['norm']!r} and scale = {group['scale']!r}"
+            raise ValueError(
+                f"group {i} has {rule}: only the rules of torch.optim.Adam, AdamW and SGD go back to torch"
+            )
     adam = saved["param_groups"][0]["metric"] != "none"
     cls = torch.optim.Adam if adam else torch.optim.SGD
     declared, groups = default_settings(), []
@@ -169,8 +184,6 @@ def _beyond_torch(group: Mapping[str, Any], adam: bool) -> dict[str, Any]:
     found = [k for k, value in usual.items() if k not in known and group[k] != value]
     if group["momentum"] == 0:
         found = [k for k in found if k != "momentum_rule"]
-    if not registry.build(group).is_identity(group["scale"]):
-        found += ["norm", "p", "scale"]
     if not equals(group["weight_decay"], 0) and group["decay"] not in ("coupled", "decoupled" if adam else "coupled"):
         found.append("decay")
     if adam and group["metric_rule"] == "sum":
@@ -178,8 +191,15 @@ def _beyond_torch(group: Mapping[str, Any], adam: bool) -> dict[str, Any]:
     return {k: group[k] for k in found if group[k] is not None}
 
 
+def is_linear(group: Mapping[str, Any]) -> bool:
+    """Return whether a group's direction is c, or c/P in adaptive coordinates, and of no other length."""
+    return registry.build(group).is_identity(group["scale"]) and group["scale"] != "relative"
+
+
 def _to_adam(state: dict[str, Any]) -> dict[str, Any]:
     """Return a parameter's state under the names of torch.optim.Adam, which counts on the host."""
+    if "exp_avg_sq" not in state:  # never stepped, but with state of the user's
+        return {}
     squares = {key: x for key, x in state.items() if key not in ("step", "momentum_buffer")}
     m = state.get("momentum_buffer", torch.zeros_like(squares["exp_avg_sq"]))
     return {"step": state["step"].cpu(), "exp_avg": m, **squares}

@@ -281,7 +281,8 @@ def _check_together(recipe: Recipe, params: list[Tensor]) -> None:
         raise ValueError('constraint="sphere" keeps the norm of each tensor: use a scope of "tensor"')
     if recipe.sphere.runs() and recipe.decay.runs() and recipe.decay.decay in ("decoupled", "proximal", "cautious"):
         raise ValueError(
-            'constraint="sphere" keeps the norm of every tensor, which weight decay would shrink: set weight_decay=0, '
+            'constraint="sphere" keeps the norm of every tensor, which weight decay would shrink, but weight_decay = '
+            f"{recipe.decay.weight_decay} (some optimizers have a default): set weight_decay=0, "
             'or use decay="lp", which makes small weights smaller'
         )
     if recipe.decay.rule.in_direction and recipe.direction.scale == "matched":

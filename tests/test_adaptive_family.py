@@ -138,6 +138,44 @@ def test_the_norm_stays_on_the_sphere(fused, rounding, steps):
         assert error <= (1e-6 if rounding in (None, "kahan") else 2e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_the_sphere_a_step_of_no_length_changes_nothing(dtype):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(64, 64, dtype=dtype))
+    opt = normopt.SteepestDescent([p], lr=0.0, constraint="sphere")
+    for lr in (0.0, 0.1, 0.0, 0.1, 0.0):
+        opt.param_groups[0]["lr"] = lr
+        p.grad, before = torch.randn_like(p), p.detach().clone()
+        opt.step()
+        assert torch.equal(p, before) == (lr == 0)
+
+
+def test_autograd_goes_through_the_sphere():
+    w = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+
+    def after(w: torch.Tensor) -> torch.Tensor:
+        p = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64))
+        opt = normopt.SteepestDescent([p], lr=0.1, differentiable=True, constraint="sphere", **ADAM)
+        q = p.clone()
+        opt.param_groups[0]["params"] = [q]
+        for k in range(2):
+            q.grad = (1 + k) * w.sin()
+            opt.step()
+        return q
+
+    assert torch.autograd.gradcheck(after, (w,))
+
+
+def test_rows_of_several_dtypes_in_one_group():
+    params = [torch.nn.Parameter(torch.randn(4, 5)), torch.nn.Parameter(torch.randn(3, 5).double())]
+    opt = normopt.NorMuon(params, lr=0.1, agr=True, agr_scope="group")
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        opt.step()
+    assert [opt.state[p]["row_avg_sq"].dtype for p in params] == [torch.float32, torch.float64]
+
+
 def test_what_a_sphere_refuses():
     model = torch.nn.Linear(3, 2)
     torch.nn.init.zeros_(model.bias)
@@ -173,6 +211,13 @@ def test_what_has_no_meaning_is_refused():
     ):
         with pytest.raises(ValueError, match=match):
             normopt.SteepestDescent([p], lr=0.1, **settings)
+
+
+def test_a_correction_of_nothing_is_told():
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    with pytest.warns(UserWarning, match="bias_correction = True does nothing without an average"):
+        normopt.SteepestDescent([p], lr=0.1, bias_correction=True, metric="diagonal", metric_rule="sum")
+    normopt.SteepestDescent([p], lr=0.1, bias_correction=True, difference_beta=0.5)
 
 
 def test_relative_steps_of_zero_weights_are_those_of_dual():

@@ -79,7 +79,7 @@ def test_every_parameter_is_in_one_group_and_learns(preset):
     lr = {
         "muon-adamw": 0.2,
         "normuon-adamw": 0.2,
-        "adamw": 0.3,
+        "adamw": 0.01,
         "muon": 0.05,
         "scion": 2e-4,
         "scion-cnn": 1e-3,
@@ -232,10 +232,13 @@ def test_the_rule_of_adamw_in_a_preset():
     opt.add_param_group({"params": [("late", nn.Parameter(torch.ones(2, 2)))]})
     assert opt.param_groups[-1]["lr_ratio"] == 1
     # A norm of the user's replaces the whole rule; other settings are laid over it.
-    overrides = {"head.weight": {"norm": "linf", "scale": "unit"}, nn.LayerNorm: {"metric_beta": 0.95, "lr_ratio": 0.5}}
+    overrides = {
+        "head.weight": {"norm": "linf", "scale": "unit"},
+        nn.LayerNorm: {"betas": (0.9, 0.95), "lr_ratio": 0.5},
+    }
     groups = normopt.param_groups(Mix(), "muon-adamw", overrides=overrides)
     assert by_name(groups, "metric")["head.weight"] is None
-    assert by_name(groups, "momentum")["head.weight"] is None
+    assert by_name(groups, "betas")["head.weight"] is None
     assert by_name(groups, "lr_ratio") | {} == {
         "hidden.weight": None,
         "conv.weight": None,
@@ -244,7 +247,17 @@ def test_the_rule_of_adamw_in_a_preset():
         "norm2.bias": 0.5,
         **dict.fromkeys(("embed.weight", "norm.weight", "norm.bias", "conv.bias", "hidden.bias", "head.bias"), 0.015),
     }
-    assert "AdamW, metric_beta 0.95, lr_ratio 0.5" in str(groups)
+    groups[-1]["betas"], groups[-1]["eps"] = (0.8, 0.9), 1e-10  # as of any groups, before an optimizer has them
+    last = normopt.Muon(groups).param_groups[-1]
+    assert [last[k] for k in ("momentum", "metric_beta", "metric_eps", "eps")] == [0.8, 0.9, 1e-10, 0.0]
+    # The presets set rules whole, whatever the optimizer's own is.
+    assert {g["metric"] for g in normopt.Muon(normopt.param_groups(Mix(), "adamw")).param_groups} == {"diagonal"}
+    mixed = normopt.AdamW(normopt.param_groups(Mix(), "muon-adamw")).param_groups
+    assert {(g["norm"], g["metric"], g["bias_correction"]) for g in mixed} == {
+        ("spectral", "none", False),
+        ("l2", "diagonal", True),
+    }
+    assert "AdamW, betas (0.9, 0.95), lr_ratio 0.5" in str(groups)
 
 
 def test_the_step_of_scales_preset_is_the_published_one():

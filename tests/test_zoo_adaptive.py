@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, RMSprop
 
 import normopt
 
@@ -202,15 +202,58 @@ def test_fifty_steps_are_the_papers(name: str, dtype: torch.dtype) -> None:
         (lambda ps: normopt.Adan(ps).load_state_dict(Adam(ps).state_dict()), ValueError, "which Adan does not read"),
         (lambda ps: normopt.AdamW(ps, betas=0.9), ValueError, "betas must be 2 numbers, but is 0.9"),
         (lambda ps: normopt.AdamW(ps, betas=(0.9, 1.0)), ValueError, r"betas\[1\] must be in \[0, 1\), but is 1.0"),
-        (lambda ps: normopt.AdamW(ps, eps=0), ValueError, r"metric_eps must be in \["),
+        (lambda ps: normopt.AdamW(ps, eps=0), ValueError, r"^eps must be in \["),
         (lambda ps: normopt.AdamW(ps, amsgrad=1), TypeError, "amsgrad must be True or False"),
-        (lambda ps: normopt.AdamW(ps, momentum=0.9), ValueError, "momentum = 0.9 is given a second time, as betas"),
+        (
+            lambda ps: normopt.AdamW(ps, momentum=0.9),
+            ValueError,
+            "momentum = 0.9 is given a second time: betas sets it",
+        ),
         (lambda ps: normopt.AdamW(ps, metric="none"), TypeError, "AdamW fixes metric = 'diagonal'"),
         (lambda ps: normopt.AdamW([{"params": ps, "betas": (2, 0)}]), ValueError, r"betas\[0\] must be in"),
         (lambda ps: normopt.RMSprop(ps, momentum=0.9), TypeError, "RMSprop fixes momentum = 0.0"),
         (lambda ps: normopt.Adagrad([{"params": ps, "betas": (0.9, 0)}]), ValueError, "Adagrad fixes momentum = 0"),
         (lambda ps: normopt.SteepestDescent(ps, betas=(0.9, 0.9)), TypeError, "β₂ as metric_beta or"),
         (lambda ps: normopt.SteepestDescent(ps, metric="diagonal", eps=1e-8), ValueError, "set eps=0. .* metric_eps"),
+        (
+            lambda ps: normopt.Adan([{"params": ps, "no_prox": True}]),
+            ValueError,
+            "'no_prox', which is an argument of",
+        ),
+        (lambda ps: normopt.Freon([{"params": ps[:1], "c": 0.3}]), ValueError, "'c', which is an argument of Freon"),
+        (lambda ps: normopt.Freon(ps[:1], norm_exponent=0.3), TypeError, "fixes norm_exponent = 0.0: use an argument"),
+        (
+            lambda ps: normopt.AdamW([{"params": ps, "alpha": 0.5, "betas": (0.8, 0.7)}]),
+            ValueError,
+            "is given a second time",
+        ),
+        (lambda ps: normopt.Adagrad([{"params": ps, "amsgrad": False}]), ValueError, "amsgrad is for metric_rule"),
+        (
+            lambda ps: normopt.AdamW(ps).load_state_dict(normopt.Adan(ps).state_dict()),
+            ValueError,
+            "other optimizer: {'diff",
+        ),
+        (
+            lambda ps: normopt.Adan(ps).load_state_dict(normopt.AdamW(ps).state_dict()),
+            ValueError,
+            "other optimizer: {'diff",
+        ),
+        (
+            lambda ps: normopt.NorMuon(ps).load_state_dict(normopt.Muon(ps).state_dict()),
+            ValueError,
+            "row_beta",
+        ),
+        (lambda ps: normopt.LAMB(ps).load_state_dict(AdamW(ps).state_dict()), ValueError, "which LAMB does not read"),
+        (
+            lambda ps: normopt.AdamW(ps).load_state_dict(AdamW(ps, amsgrad=True).state_dict()),
+            ValueError,
+            "amsgrad is",
+        ),
+        (
+            lambda ps: normopt.Muon(ps).load_state_dict(Muon(ps[:1]).state_dict()),
+            ValueError,
+            "optim.Muon do not",
+        ),
         (lambda ps: normopt.SGD([{"params": ps, "amsgrad": True}]), ValueError, 'amsgrad=True is metric_rule="max"'),
     ],
 )
@@ -299,18 +342,41 @@ def test_older_and_other_checkpoints() -> None:
         (lambda ps: normopt.AdamW(ps, agr=True), r"group 0 has {'agr': True}, which torch.optim.Adam does not have"),
         (lambda ps: normopt.AdamW(ps, decay="lp"), "{'decay': 'lp'}, which torch.optim.Adam does not"),
         (lambda ps: normopt.AdamW([{"params": ps, "radius": 2.0}]), "{'radius': 2.0}"),
-        (lambda ps: normopt.AdamW([{"params": ps, "norm": "linf"}]), "'norm': 'linf', 'scale': 'dual'"),
+        (lambda ps: normopt.LAMB(ps, decay="decoupled"), "norm = 'l2' and scale = 'relative'"),
+        (lambda ps: normopt.LARS(ps, momentum=0.0), "norm = 'l2' and scale = 'relative'"),
+        (
+            lambda ps: normopt.AdamW([{"params": ps, "norm": "linf"}]),
+            "norm = 'linf' and scale = 'dual': only the",
+        ),
         (lambda ps: normopt.AdamW([{"params": ps[:1]}, {"params": ps[1:], "metric": "none"}]), "group 1 has {'metric'"),
         (normopt.RMSprop, "'bias_correction': False"),
         (normopt.Adagrad, "'metric_rule': 'sum'"),
         (lambda ps: normopt.SGD(ps, weight_decay=0.1, decay="decoupled"), "'decoupled'}, which torch.optim.SGD"),
         (lambda ps: normopt.SGD(ps, rounding="kahan"), "'rounding': 'kahan'"),
-        (lambda ps: normopt.Muon(ps[:1]), "'momentum_rule': 'ema', 'norm': 'spectral'"),
+        (lambda ps: normopt.Muon(ps[:1]), "norm = 'spectral' and scale = 'unit'"),
     ],
 )
 def test_what_torch_does_not_have_does_not_go_back(make_it: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         normopt.to_torch_state_dict(make_it(make()))
+
+
+def test_torchs_names_of_a_group_are_read_when_it_is_added() -> None:
+    params = make()
+    opt = normopt.AdamW(params, lr=0.1)
+    opt.param_groups[0]["betas"] = (0.5, 0.5)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="read when the group is added: now set momentum and metric_beta"):
+        opt.step()
+    assert not opt.state
+
+
+def test_state_of_a_users_own_stays_here() -> None:
+    params = make()
+    opt = normopt.AdamW(params, lr=0.1)
+    opt.state[params[0]]["mine"] = torch.ones(1)
+    AdamW(make()).load_state_dict(normopt.to_torch_state_dict(opt))
 
 
 def test_only_ours_go_to_torch() -> None:

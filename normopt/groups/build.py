@@ -55,8 +55,8 @@ def param_groups(
 
     "muon-adamw" is one optimizer with two rules: torch.optim.Muon's for hidden matrices, and torch.optim.AdamW's, with
     its defaults, for the rest. AdamW's learning rate is lr_ratio times Muon's, in its step and in its decay: 3e-4 at
-    Muon's default of 0.02. AdamW's settings are in its groups: change β₂ by ``group["metric_beta"] = 0.95``, or by an
-    override. "adamw" leaves them to `AdamW`.
+    Muon's default of 0.02. Its ``betas`` and ``eps`` are in its groups: change them there, or by an override. "adamw"
+    leaves them to the optimizer.
 
     The radius 0.015 of "muon" gives steps of 3e-4 at Muon's default learning rate of 0.02. With another learning
     rate, give the groups whose norm is "linf" a matching radius or lr. A radius does not scale the decay.
@@ -211,7 +211,7 @@ def _settings(info: ParamInfo, preset: str, given: dict[str, Any], lr_ratio: flo
     base = PRESETS[preset][info.kind] if info.kind else {}
     if "lr_ratio" in base and lr_ratio is not None:
         base = {**base, "lr_ratio": lr_ratio}
-    if "metric" in base and "norm" in given:
+    if base.get("metric") == "diagonal" and "norm" in given:
         base = {}  # AdamW's rule goes with its norm
     settings = _override(base, given) | {"kind": info.kind or "other"}
     if "mass" in settings and preset != "modular":
@@ -262,8 +262,8 @@ _COLUMNS = ("params", "kind", "norm", "radius")
 
 
 def _other_settings(group: Mapping[str, Any]) -> str:
-    adamw = "metric" in group
-    usual = ADAMW if adamw else {"scale": "unit"}
+    adamw = group.get("metric") == "diagonal"
+    usual = ADAMW if adamw else {"scale": "unit", "metric": "none", "bias_correction": False}
     others = {k: v for k, v in group.items() if k not in _COLUMNS and (k not in usual or usual[k] != v)}
     shown = {k.removeprefix("norm_"): f"{v:.3g}" if isinstance(v, float) else v for k, v in others.items()}
     return ", ".join(["AdamW"] * adamw + [f"{k} {v}" for k, v in shown.items()])

@@ -19,16 +19,15 @@ _RMS = {"norm": "frobenius", "scale": "unit", "norm_aspect": "entries"}
 _ROWS = {"norm": "row", "scale": "unit", "norm_aspect": "columns"}
 _LINEAR = {"norm": "l2", "scale": "dual"}
 # torch.optim.AdamW's rule and defaults, whatever the momentum and the rows' average of the optimizer are.
-ADAMW = _LINEAR | {
-    "momentum": 0.9,
+_ADAMW = _LINEAR | {
+    "metric": "diagonal",
+    "bias_correction": True,
     "momentum_rule": "ema",
     "nesterov": False,
-    "bias_correction": True,
-    "metric": "diagonal",
-    "metric_beta": 0.999,
-    "metric_eps": 1e-8,
     "row_beta": 0.0,
 }
+ADAMW = _ADAMW | {"betas": (0.9, 0.999), "eps": 1e-8}
+_MUON = _SPECTRAL | {"metric": "none", "bias_correction": False}  # also of an AdamW
 
 
 def _layers(embedding: Settings, hidden: Settings, output: Settings, vectors: Settings) -> Preset:
@@ -52,7 +51,7 @@ def _muon_adamw() -> Preset:
     rate would.
     """
     rest = ADAMW | {"lr_ratio": 0.015}
-    return _layers(rest, _SPECTRAL, rest, rest)
+    return _layers(rest, _MUON, rest, rest)
 
 
 def _scion(radius: float, output: float) -> Preset:
@@ -68,7 +67,7 @@ def _scion(radius: float, output: float) -> Preset:
 PRESETS: dict[str, Preset] = {
     "muon-adamw": _muon_adamw(),
     "normuon-adamw": _muon_adamw(),  # the optimizer sets row_beta
-    "adamw": _layers(_LINEAR, _LINEAR, _LINEAR, _LINEAR),  # the optimizer has AdamW's rule, and its betas and eps
+    "adamw": _layers(_ADAMW, _ADAMW, _ADAMW, _ADAMW),  # with the optimizer's betas and eps
     "muon": _muon(),
     "scion": _scion(50.0, 3000.0),
     "scion-cnn": _scion(8.0, 128.0),

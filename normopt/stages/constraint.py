@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from normopt.norms.lp import Lp
-from normopt.norms.scales import normalize_to
+from normopt.norms.lp import Lp, unbind_like
 from normopt.stages.base import Batch, Op, Slot, Stage, one_of, register_stage, setting
 from normopt.stages.momentum import scalar
 
@@ -49,6 +48,8 @@ class Sphere(Stage):
         return (RADIUS,) if self.runs() else ()
 
     def measure(self, batch: Batch) -> Tensor | None:
+        if batch.differentiable:  # autograd needs what is measured
+            batch.w = [x.clone() for x in batch.w]
         return Lp(2.0).measure(batch.w)
 
     def combine(self, partials: Tensor) -> Tensor:
@@ -56,8 +57,15 @@ class Sphere(Stage):
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
         assert scalars is not None
-        found, _ = normalize_to(batch.w, radii_of(batch, scalars[:, 0]), scalars)
-        torch._foreach_copy_(batch.w, found)
+        norms, safe, shifts = scalars.unbind(-1)
+        factors = radii_of(batch, norms) * shifts / safe.clamp_min(torch.finfo(safe.dtype).tiny)
+        # Within the rounding of a norm it is on the sphere, so that a step of no length changes nothing.
+        there = (factors - 1).abs() <= 2 * torch.finfo(factors.dtype).eps
+        factors = torch.where(there, 1, factors)
+        if batch.differentiable:
+            batch.w = list(torch._foreach_mul(batch.w, unbind_like(factors, batch.w)))
+        else:
+            torch._foreach_mul_(batch.w, unbind_like(factors, batch.w))
 
     def lower(self) -> Op | str:
         return Op()  # the rescaling lowers it

@@ -94,7 +94,8 @@ class Metric(Stage):
 
     def describe(self) -> str:
         beta = f", β = {self.metric_beta:g}" if self.metric_rule != "sum" else ""
-        return f"metric diag(√v + {self.metric_eps:g}), v the {self.metric_rule} of g²{beta}"
+        of = "largest average" if self.metric_rule == "max" else self.metric_rule
+        return f"metric diag(√v + {self.metric_eps:g}), v the {of} of g²{beta}"
 
     def lower(self) -> Op | str:
         use = STRAIGHT if self.direction.map.is_identity(self.direction.base) else BOTH_SIDES

@@ -98,7 +98,7 @@ class RowAverage(Stage):
         layouts = batch.layouts or [None] * len(batch.u)
         for x, p, sums, v, layout in zip(batch.u, batch.params, scalars, averages, layouts, strict=True):
             shape = row_shape(self.view, p.shape)
-            rows = sums[: math.prod(shape)].reshape(shape).to(x.device)
+            rows = sums[: math.prod(shape)].reshape(shape).to(x)
             mean = rows * (math.prod(shape) / max(p.numel(), 1) / norm.factor(p.shape) ** 2)
             v = torch.lerp(torch.zeros_like(mean) if v is None else v, mean, 1 - self.row_beta)
             stored.append(v)

@@ -71,9 +71,10 @@ class Muon(SteepestDescent):
         dtype: str = "bfloat16",
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = fixed_kwargs(type(self).__name__, settings, norm="spectral", scale="unit", momentum_rule="ema")
-        fields = dict[str, Any](norm_method=method, norm_steps=steps, norm_aspect=aspect, norm_dtype=dtype)
-        super().__init__(params, lr, momentum=momentum, nesterov=nesterov, **fields, **fixed)
+        fixed = dict[str, Any](norm_method=method, norm_steps=steps, norm_aspect=aspect, norm_dtype=dtype)
+        fixed |= dict(norm="spectral", scale="unit", momentum_rule="ema")
+        fixed = fixed_kwargs(type(self).__name__, settings, **fixed)
+        super().__init__(params, lr, momentum=momentum, nesterov=nesterov, **fixed)
 
 
 class NorMuon(Muon):
@@ -169,8 +170,8 @@ class SpectralSGD(SteepestDescent):
         method: str = "svd",
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = fixed_kwargs("SpectralSGD", settings, norm="spectral", scale="dual", momentum_rule="ema")
-        super().__init__(params, lr, momentum=momentum, norm_method=method, **fixed)
+        rule = dict[str, Any](norm="spectral", scale="dual", momentum_rule="ema", norm_method=method)
+        super().__init__(params, lr, momentum=momentum, **fixed_kwargs("SpectralSGD", settings, **rule))
 
 
 class NucGD(SteepestDescent):
@@ -216,8 +217,8 @@ class NucGD(SteepestDescent):
         steps: int = 24,
         **settings: Unpack[Settings],
     ) -> None:
-        fixed = fixed_kwargs("NucGD", settings, norm="nuclear", scale="unit", momentum_rule="ema")
-        super().__init__(params, lr, momentum=momentum, norm_method=method, norm_steps=steps, **fixed)
+        rule = dict[str, Any](norm="nuclear", scale="unit", momentum_rule="ema", norm_method=method, norm_steps=steps)
+        super().__init__(params, lr, momentum=momentum, **fixed_kwargs("NucGD", settings, **rule))
 
 
 class Freon(SteepestDescent):
@@ -245,7 +246,8 @@ class Freon(SteepestDescent):
     State: one buffer per parameter.
 
     Raises:
-        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, momentum_rule.
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, momentum_rule,
+            norm_exponent.
         ValueError: c is not finite, or c ≥ 1 under scale="unit", where q ≤ 0 and no ‖·‖_Sq exists; a setting is out of
             range or contradicts another. See `SteepestDescent`, also for warnings.
 
@@ -277,8 +279,8 @@ class Freon(SteepestDescent):
                 'or scale="power"'
             )
         rule = "heavy" if scale == "unit" else "ema"
-        fixed = fixed_kwargs("Freon", settings, norm="spectral", momentum_rule=rule)
-        super().__init__(params, lr, momentum=momentum, norm_exponent=1 - 2 * c, scale=scale, **fixed)
+        fixed = fixed_kwargs("Freon", settings, norm="spectral", momentum_rule=rule, norm_exponent=1 - 2 * c)
+        super().__init__(params, lr, momentum=momentum, scale=scale, **fixed)
 
 
 class Scion(SteepestDescent):
@@ -310,7 +312,8 @@ class Scion(SteepestDescent):
     State: one buffer per parameter if momentum ≠ 0, otherwise none.
 
     Raises:
-        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule, norm_aspect.
+        TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule, norm_aspect,
+            norm_dtype.
         ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
     Differs from the paper: it draws the initial weights from the ball's boundary. For λ = 1, start inside the
@@ -337,9 +340,10 @@ class Scion(SteepestDescent):
         method: str = "newton-schulz",
         **settings: Unpack[Coordinates],
     ) -> None:
-        fixed = fixed_kwargs("Scion", settings, norm="spectral", scale="unit", momentum_rule="ema", norm_aspect="rms")
+        rule = dict[str, Any](norm="spectral", scale="unit", momentum_rule="ema", norm_aspect="rms", norm_method=method)
+        fixed = fixed_kwargs("Scion", settings, norm_dtype="bfloat16", **rule)
         ball = dict[str, Any](radius=radius, weight_decay=weight_decay, decay=decay)
-        super().__init__(params, lr, momentum=momentum, norm_method=method, norm_dtype="bfloat16", **ball, **fixed)
+        super().__init__(params, lr, momentum=momentum, **ball, **fixed)
 
 
 class SCALE(SteepestDescent):
