@@ -308,7 +308,9 @@ class LARS(SteepestDescent):
     Source: You et al., "Large Batch Optimization for Deep Learning", arXiv:1904.00962, Algorithm 1.
 
     Example:
-        >>> opt = normopt.LARS(model.parameters(), lr=1e-2, weight_decay=1e-4)
+        >>> matrices = [p for p in model.parameters() if p.dim() >= 2]
+        >>> vectors = {"params": [p for p in model.parameters() if p.dim() < 2], "scale": "dual"}
+        >>> opt = normopt.LARS([{"params": matrices}, vectors], lr=1e-2, weight_decay=1e-4)
     """
 
     def __init__(
@@ -326,7 +328,7 @@ class LARS(SteepestDescent):
 
 
 class LAMB(SteepestDescent):
-    """Adam's direction with the weight decay in it, as long as η times the tensor's own weights.
+    """Adam's direction plus λw, rescaled in each tensor to the length of its weights.
 
     ::
 
@@ -358,7 +360,9 @@ class LAMB(SteepestDescent):
     Source: You et al., "Large Batch Optimization for Deep Learning", arXiv:1904.00962, Algorithm 2.
 
     Example:
-        >>> opt = normopt.LAMB(model.parameters(), lr=2e-3)
+        >>> matrices = [p for p in model.parameters() if p.dim() >= 2]
+        >>> vectors = {"params": [p for p in model.parameters() if p.dim() < 2], "scale": "dual"}
+        >>> opt = normopt.LAMB([{"params": matrices}, vectors], lr=2e-3)
     """
 
     def __init__(
