@@ -20,7 +20,7 @@ from rich.text import Text
 
 from benchmarks import doctor as doctors
 from benchmarks import listing, report
-from benchmarks.programs import adaptive, kept, regularity, sparsity, transfer
+from benchmarks.programs import adaptive, adaptive_norms, kept, regularity, sparsity, transfer
 from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
 from benchmarks.report.words import findings
@@ -270,6 +270,19 @@ def measure_adaptive_p(
     """Run the study of adaptive p, and keep of it what the documentation shows."""
     _run(PRESETS[adaptive.STUDY], folder, workers, None)
     kept.write(adaptive.condensed(collect(_open(folder))), out)
+    _say_where("For the documentation", out)
+
+
+@app.command("adaptive-norms")
+@plainly
+def measure_adaptive_norms(
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/adaptive_norms.json"),
+    folder: Annotated[Path, typer.Option(help="Folder of the study itself.")] = RESULTS / adaptive_norms.STUDY,
+    workers: Workers = None,
+) -> None:
+    """Run the study of ℓp directions in adaptive coordinates, and keep of it what the documentation shows."""
+    _run(PRESETS[adaptive_norms.STUDY], folder, workers, None)
+    kept.write(adaptive_norms.condensed(collect(_open(folder))), out)
     _say_where("For the documentation", out)
 
 

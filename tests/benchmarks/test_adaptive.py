@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.programs import adaptive, overhead
+from benchmarks.programs import adaptive, adaptive_norms, overhead
 from benchmarks.programs import small as small_steps
 from benchmarks.programs.kept import write
 from benchmarks.results import Results, collect
@@ -67,6 +67,30 @@ def test_what_the_documentation_shows_is_of_this_study():
     assert tuple(kept.seeds) == STUDY.seeds
     assert kept.epochs == TASKS["digits"].epochs
     assert all(len(arm.accuracies) + arm.diverged == len(kept.seeds) for arm in kept.arms)
+
+
+@pytest.mark.exhaustive
+def test_what_is_kept_of_the_norms_is_what_was_found(small):
+    kept = adaptive_norms.condensed(small)
+    rows = small.tasks["digits"].rows
+    for arm, row in zip(kept.arms, rows, strict=True):
+        assert arm.loss == pytest.approx([r.test_loss for r in row.runs], abs=1e-6)
+        assert arm.tried == [(row.lr, pytest.approx(row.trials[0].loss, abs=1e-5))]
+    a, b = kept.arms[1].loss, kept.arms[0].loss
+    found = next(c for c in kept.comparisons if (c.this, c.by) == (kept.arms[1].arm, "loss"))
+    assert found.that == STUDY.baseline
+    assert found.mean == pytest.approx(sum(x - y for x, y in zip(a, b, strict=True)) / 2, abs=1e-5)
+    assert len(kept.comparisons) == 2 * (len(rows) - 1)
+
+
+def test_what_the_documentation_shows_of_the_norms_is_of_this_study():
+    study = PRESETS["adaptive-norms"]
+    kept = adaptive_norms.AdaptiveNorms.model_validate_json((DATA / "adaptive_norms.json").read_text(encoding="utf-8"))
+    assert [(a.task, a.arm) for a in kept.arms] == [(task, arm.name) for task in study.tasks for arm in study.arms]
+    assert tuple(kept.seeds) == study.seeds
+    assert kept.epochs == {task: TASKS[task].epochs for task in study.tasks}
+    assert all(len(arm.score) + arm.diverged == len(kept.seeds) for arm in kept.arms)
+    assert all(len(arm.tried) == study.tuning.trials for arm in kept.arms)
 
 
 def test_the_overhead_is_measured_in_pairs(monkeypatch, tmp_path):

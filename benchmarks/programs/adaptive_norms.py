@@ -1,0 +1,93 @@
+"""What the study of ℓp directions in adaptive coordinates found, as the one JSON file that the documentation draws."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.environment import Environment
+from benchmarks.programs.adaptive import Against
+from benchmarks.results import Results, Row, test_loss, test_score
+from benchmarks.study.spec import Value
+
+STUDY = "adaptive-norms"
+MEASURES = {"score": test_score, "loss": test_loss}
+
+
+class Found(BaseModel):
+    """One arm on one task: what tuning tried and chose, and its final runs on test data, in the order of the seeds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str
+    arm: str
+    p: Value
+    scale: str
+    lr: float
+    at_edge: bool
+    diverged: int
+    tried: list[tuple[float, float | None]]  # a learning rate and its validation loss, None where it diverged
+    score: list[float]
+    loss: list[float]
+
+
+class Held(Against):
+    """A paired difference from the baseline by test score or test loss; each task and measure is a family of tests."""
+
+    task: str
+    by: str
+
+
+class AdaptiveNorms(BaseModel):
+    """The whole result."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    environments: list[Environment]
+    epochs: dict[str, int]
+    seeds: list[int]
+    seconds: float
+    arms: list[Found]
+    comparisons: list[Held]
+
+
+def condensed(results: Results) -> AdaptiveNorms:
+    """Return what the documentation needs of a finished study."""
+    comparisons = [
+        Held(
+            task=name,
+            by=by,
+            this=c.row.name,
+            that=c.against.name,
+            mean=c.difference.interval.mean,
+            low=c.difference.interval.low,
+            high=c.difference.interval.high,
+            p_value=c.adjusted,
+        )
+        for name, task in results.tasks.items()
+        for by, of in MEASURES.items()
+        for c in task.compare([(row.name, results.study.baseline) for row in task.rows[1:]], of)
+    ]
+    return AdaptiveNorms(
+        environments=list(results.environments),
+        epochs={row.task: run.spec.epochs for row in results.rows for run in row.runs},
+        seeds=list(results.study.seeds),
+        seconds=round(results.seconds, 1),
+        arms=[_found(row) for row in results.rows],
+        comparisons=comparisons,
+    )
+
+
+def _found(row: Row) -> Found:
+    whole = [run for run in row.runs if not run.diverged]
+    return Found(
+        task=row.task,
+        arm=row.name,
+        p=row.arm.settings.get("p", 2.0),
+        scale=str(row.arm.settings.get("scale", "dual")),
+        lr=row.lr or 0.0,
+        at_edge=bool(row.at_edge),
+        diverged=row.diverged,
+        tried=[(t.settings["lr"], round(t.loss, 5) if t.loss < float("inf") else None) for t in row.trials],
+        score=[round(run.test_score, 6) for run in whole if run.test_score is not None],
+        loss=[round(run.test_loss, 6) for run in whole if run.test_loss is not None],
+    )
