@@ -212,8 +212,16 @@ def test_state_and_its_dtypes(dtype, how, tmp_path):
 
 FUSED: list[dict[str, Any]] = [
     ADAM | dict(agr=True, weight_decay=0.1, decay="lp", decay_p=0.8),
-    ADAM | dict(nesterov=True, norm="lp", p=3.0, scale="power", metric_rule="max"),
     ADAM | dict(norm="linf", scale="unit", weight_decay=0.1, decay="cautious", maximize=True),
+    ADAM | dict(norm="lp", p=2.7, scale="matched", agr=True, weight_decay=0.1, decay="cautious-lp", decay_p=0.8),
+    ADAM | dict(norm="lp", p=1.4, scale="dual", metric_rule="max", nesterov=True, weight_decay=0.1, decay="coupled"),
+    ADAM | dict(difference_beta=0.92, weight_decay=0.1, decay="proximal", agr=True),
+    dict(norm="lp", p=2.7, scale="dual", coupling=0.1, coupling_rate=0.02, difference_beta=0.3, momentum=0.9),
+    ADAM | dict(norm="lp", p=2.7, scale="relative", weight_decay=0.1, decay="inside"),
+    ADAM | dict(norm="lp", p=3.0, scale="power", constraint="sphere", weight_decay=0.1, decay="inside"),
+]
+MORE_FUSED: list[dict[str, Any]] = [
+    ADAM | dict(nesterov=True, norm="lp", p=3.0, scale="power", metric_rule="max"),
     ADAM | dict(momentum_rule="lion", beta2=0.98, norm="lp", p=2.7, scale="power", agr=True),
     dict(metric="diagonal", metric_rule="sum", momentum=0.9, weight_decay=0.1, decay="coupled"),
     dict(metric="diagonal", norm="lp", p=1.7, scale="power", eps=1e-3),
@@ -221,18 +229,14 @@ FUSED: list[dict[str, Any]] = [
         dict(bias_correction=True, momentum=0.9, momentum_rule="ema", norm="lp", p=p, scale=scale, agr=True)
         for p, scale in ((2.7, "matched"), (1.4, "dual"))
     ),
-    ADAM | dict(norm="lp", p=2.7, scale="matched", agr=True, weight_decay=0.1, decay="cautious-lp", decay_p=0.8),
-    ADAM | dict(norm="lp", p=1.4, scale="dual", metric_rule="max", nesterov=True, weight_decay=0.1, decay="coupled"),
     dict(metric="diagonal", metric_beta=0.9, norm="linf", scale="matched", state_dtype="bfloat16", momentum=0.9),
-    ADAM | dict(difference_beta=0.92, weight_decay=0.1, decay="proximal", agr=True),
-    dict(norm="lp", p=2.7, scale="dual", coupling=0.1, coupling_rate=0.02, difference_beta=0.3, momentum=0.9),
-    ADAM | dict(norm="lp", p=2.7, scale="relative", weight_decay=0.1, decay="inside"),
-    ADAM | dict(norm="lp", p=3.0, scale="power", constraint="sphere", weight_decay=0.1, decay="inside"),
 ]
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "kahan", None])
-@pytest.mark.parametrize("settings", FUSED, ids=str)
+@pytest.mark.parametrize(
+    "settings", [*FUSED, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in MORE_FUSED)], ids=str
+)
 def test_fused_steps_are_the_for_loops(settings, rounding):
     """From the for-loop's state at every step; float32 if there is no rounding."""
     pytest.importorskip("numba")
@@ -371,7 +375,7 @@ def test_autograd_goes_through_a_step():
     assert torch.autograd.gradcheck(after, (w,))
 
 
-@pytest.mark.parametrize("how", [*BACKENDS, dict(fused=True)])
+@pytest.mark.parametrize("how", [*BACKENDS, pytest.param(dict(fused=True), marks=pytest.mark.exhaustive)])
 def test_averages_that_did_not_begin_together_are_refused(how):
     """Nothing is written then: after a part was switched on, or a checkpoint without its count was loaded."""
     if how.get("fused"):
