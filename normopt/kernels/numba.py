@@ -80,6 +80,12 @@ ZERO, ONE = F(0), F(1)
 NO_BITS, DENORMAL = U(0xFFFFFFFF), U(0x007FFFFF)  # the bits of 0 less 1; those of a denormal less 1 are below
 INFINITY, LARGEST, TINY = F(np.inf), F(np.finfo(F).max), F(np.finfo(F).tiny)
 LARGEST_BITS, SMALLEST_BITS = J(0x7F7FFFFF), J(1)
+NO, YES = J(0), J(1)
+
+
+def constants(*flags: int) -> Any:
+    """Return flags of no literal type: the functions that they are given to are compiled once for all values."""
+    return tuple(map(J, flags))
 
 
 @intrinsic
@@ -221,7 +227,7 @@ def power(a, mode, e):
         return F(math.sqrt(a))
     if mode == SQUARE:
         return F(a * a)
-    return pow_f32(a, e, mode == ABOVE, False)
+    return pow_f32(a, e, J(mode == ABOVE), NO)
 
 
 @compiled(**INLINE)
@@ -343,7 +349,7 @@ def coordinates(i, w, g, m, kept, numbers, stages, momentum_known, known):
 
 def stages_of(f: Flags) -> tuple[Any, ...]:
     """Return the flags of the stages before the direction, in the order of `coordinates`."""
-    return f.momentum, f.maximize, f.agr, f.coupled, f.corrected, f.differs, f.metric, f.metric_max
+    return constants(f.momentum, f.maximize, f.agr, f.coupled, f.corrected, f.differs, f.metric, f.metric_max)
 
 
 @compiled(**INLINE)
@@ -351,7 +357,7 @@ def direction(c, mode, smoothed, scaled, exponent, eps, shift, size, factor, lif
     """D(c) of one entry."""
     if smoothed:
         a = F(abs(c) + eps)
-        return F(c / a) if mode == SIGN else F(c * pow_f32(a, exponent, False, False))
+        return F(c / a) if mode == SIGN else F(c * pow_f32(a, exponent, NO, NO))
     if scaled:
         u = F(signed(power(F(F(abs(c) * shift) * size), mode, exponent), c) * factor)
         return F(u * lift)
@@ -447,12 +453,12 @@ def summed(n, w, g, m, k, kept, numbers, exponent, powered, near, relative, agai
     wide_2, wide_d, cross = np.float64(0), np.float64(0), np.float64(0)  # the metric's squares are of any size
     for i in range(n):
         old = weight(w, k, i, kahan) if coupled or lengths else ZERO
-        c, m1, root = coordinates(i, old, g, m, kept, numbers, stages, momentum_written and again, again)
+        c, m1, root = coordinates(i, old, g, m, kept, numbers, stages, momentum_written & again, again)
         if momentum_written and not again:
             m[i] = m1
         a = abs(c)
         if powers_cached:
-            y = pow_f32(a, exponent, not again, not again)
+            y = pow_f32(a, exponent, J(not again), J(not again))
             powered[i] = signed(y, c)
             if again:
                 largest = max(largest, size_bits(a))
@@ -490,7 +496,7 @@ def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
     matched, kahan = f.matched, f.rounding == KAHAN
     metric, lengths = f.metric, f.lengths
-    flags = stages_of(f), (f.mode, matched, lengths, kahan, momentum_written, powers_cached)
+    flags = stages_of(f), constants(f.mode, matched, lengths, kahan, momentum_written, powers_cached)
 
     @compiled(**SUMS)
     def sums(addresses, buffers, chunks, begin, end, rows, numbers, exponent, partials, powers, place):
@@ -512,7 +518,7 @@ def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel
                     guess = guess / (root if metric == STRAIGHT else F(math.sqrt(root)))
                 near, relative = scale_guess(guess * rows[t, TAKE])
             largest, least, sum_q, sum_2, sum_d, cross = summed(
-                n, w, g, m, k, kept, known, exponent, powered, near, relative, False, flags
+                n, w, g, m, k, kept, known, exponent, powered, near, relative, NO, flags
             )
             if powers_cached:
                 fine = least == NO_BITS or (least >= DENORMAL and sum_is_safe(sum_q))
@@ -522,12 +528,12 @@ def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel
                 fine = sum_q > LEAST and sum_q < MOST
             if not fine:
                 if powers_cached:
-                    largest = summed(n, w, g, m, k, kept, known, exponent, powered, near, relative, True, flags)[0]
+                    largest = summed(n, w, g, m, k, kept, known, exponent, powered, near, relative, YES, flags)[0]
                     near, relative = scale_of(largest)
                 else:
                     near = float_of(min(max(largest, SMALLEST_BITS), LARGEST_BITS))
                 _, _, sum_q, sum_2, sum_d, cross = summed(
-                    n, w, g, m, k, kept, known, exponent, powered, near, relative, True, flags
+                    n, w, g, m, k, kept, known, exponent, powered, near, relative, YES, flags
                 )
             partials[j, 0] = near
             partials[j, 1] = sum_q
@@ -545,9 +551,11 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
     If ``momentum_written``, c is the momentum; if ``powers_cached``, its powers are given.
     """
     weight16, gradient16, state16 = (d == torch.bfloat16 for d in (f.weight, f.gradient, f.state))
-    mode, smoothed, scaled, stages = f.mode, f.smoothed, f.sums, stages_of(f)
-    scales_weight, decays, decay_mode, decay_inverse = f.scales_weight, f.decay, f.decay_mode, f.decay_inverse
-    stochastic, kahan, chunk = f.rounding == STOCHASTIC, f.rounding == KAHAN, CHUNK
+    stages, (kahan, momentum_known) = stages_of(f), constants(f.rounding == KAHAN, momentum_written)
+    mode, smoothed, scaled, decay_mode, decay_inverse = constants(
+        f.mode, f.smoothed, f.sums, f.decay_mode, f.decay_inverse
+    )
+    scales_weight, decays, stochastic, chunk = f.scales_weight, f.decay, f.rounding == STOCHASTIC, CHUNK
     rule, metric, inside, cautious = f.momentum, f.metric, f.inside, f.cautious
     coupling, sphere = f.coupling, f.sphere
 
@@ -568,7 +576,7 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
             drawn = J(seed + j * chunk)
             for i in range(n):
                 old = weight(w, k, i, kahan)
-                c, m1, root = coordinates(i, old, g, m, kept, known, stages, momentum_written, scaled)
+                c, m1, root = coordinates(i, old, g, m, kept, known, stages, momentum_known, scaled)
                 if powers_cached:
                     u = F(powered[i] * factor)
                 else:
