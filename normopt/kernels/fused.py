@@ -318,9 +318,11 @@ class FusedUpdate:
         found = batch.found_inf
         by = 1 if found is None else (found == 0).to(batch.params[0].device, torch.float32).reshape(())
         t = stack(recipe.count.advance(batch, by)).double().clamp_(min=1)  # 0 at a first step that is skipped
+        n: Any = t.numpy() if t.is_cpu else t  # whose operations take a fifth of the time
         stages = recipe.momentum, recipe.metric, recipe.difference
-        c, v, d = (stage.weight(t) if stage.runs() else torch.ones_like(t) for stage in stages)
-        return torch.stack([1 / c, v**-0.5, 1 / d], 1)
+        c, v, d = (stage.weight(n) if stage.runs() else n**0 for stage in stages)
+        columns = 1 / c, v**-0.5, 1 / d
+        return torch.from_numpy(np.stack(columns, 1)) if t.is_cpu else torch.stack(columns, 1)
 
     def _complete(self, slot: Slot, operand: Operand, state: State) -> list[int]:
         """Make the state that is missing, or has another dtype than it should; return the indices of the new."""

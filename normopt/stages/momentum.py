@@ -123,8 +123,10 @@ class Count(Stage):
     def advance(self, batch: Batch, by: Number = 1) -> list[Tensor]:
         """Count a step, or none if ``by`` is 0, and return the number of it for each parameter."""
         old = batch.read(STEP)
-        zeros = (torch.zeros((), dtype=torch.float32, device=p.device) for p in batch.params)
-        steps = [zero if x is None else x for x, zero in zip(old, zeros, strict=True)]
+        steps = [
+            torch.zeros((), dtype=torch.float32, device=p.device) if x is None else x
+            for x, p in zip(old, batch.params, strict=True)
+        ]
         torch._foreach_add_(steps, [by] * len(steps) if isinstance(by, Tensor) else by)
         batch.store(STEP, steps)
         return steps
