@@ -124,7 +124,7 @@ def test_the_norm_stays_on_the_sphere(fused, rounding, steps):
         pytest.importorskip("numba")
     dtype = torch.float32 if rounding is None else torch.bfloat16
     torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(64, 32).to(dtype))
+    p = torch.nn.Parameter(torch.randn(128, 64).to(dtype))
     length = float(p.detach().double().norm())
     how = dict(rounding=rounding or "nearest", fused=fused)
     opt = normopt.SteepestDescent([p], lr=0.02, constraint="sphere", **how, **ADAM)

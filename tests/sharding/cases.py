@@ -170,7 +170,7 @@ ROUNDINGS = {"float32": torch.float32, "kahan": torch.bfloat16, "nearest": torch
 def off_the_sphere(steps: int) -> dict[str, float]:
     """The largest relative error of ‖W‖_F under constraint="sphere" for each rounding, under Kahan's of both parts."""
     torch.manual_seed(0)
-    first = {name: torch.randn(64, 32).to(dtype) for name, dtype in ROUNDINGS.items()}
+    first = {name: torch.randn(128, 64).to(dtype) for name, dtype in ROUNDINGS.items()}
     mesh = mesh_of(dist.get_world_size())
     params = {
         name: torch.nn.Parameter(distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None))
@@ -182,7 +182,7 @@ def off_the_sphere(steps: int) -> dict[str, float]:
     for step in range(steps):
         torch.manual_seed(step)
         for p in params.values():
-            p.grad = laid(torch.randn(64, 32).to(p.dtype), p)
+            p.grad = laid(torch.randn(128, 64).to(p.dtype), p)
         opt.step()
         for name, p in params.items() if step % 20 == 0 or step == steps - 1 else ():
             now = whole(p.detach()).double() + whole(opt.state[p].get("kahan_compensation", torch.zeros(()))).double()
