@@ -276,13 +276,13 @@ def measure_adaptive_p(
 @app.command("adaptive-norms")
 @plainly
 def measure_adaptive_norms(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/adaptive_norms.json"),
-    folder: Annotated[Path, typer.Option(help="Folder of the study itself.")] = RESULTS / adaptive_norms.STUDY,
+    out: Annotated[Path, typer.Option(help="Folder of the JSON files and of the studies.")] = RESULTS,
     workers: Workers = None,
 ) -> None:
-    """Run the study of ℓp directions in adaptive coordinates, and keep of it what the documentation shows."""
-    _run(PRESETS[adaptive_norms.STUDY], folder, workers, None)
-    kept.write(adaptive_norms.condensed(collect(_open(folder))), out)
+    """Run the two studies of ℓp directions in adaptive coordinates, and keep of them what the documentation shows."""
+    for study in adaptive_norms.STUDIES:
+        _run(PRESETS[study], out / study, workers, None)
+        kept.write(adaptive_norms.condensed(collect(_open(out / study))), out / f"{study.replace('-', '_')}.json")
     _say_where("For the documentation", out)
 
 

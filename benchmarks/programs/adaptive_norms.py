@@ -1,4 +1,4 @@
-"""What the study of ℓp directions in adaptive coordinates found, as the one JSON file that the documentation draws."""
+"""What the studies of ℓp directions in adaptive coordinates found, as the JSON files that the documentation draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.programs.adaptive import Against
 from benchmarks.results import Results, Row, test_loss, test_score
 from benchmarks.study.spec import Value
 
-STUDY = "adaptive-norms"
+STUDIES = ("adaptive-norms", "adaptive-norms-near")
 MEASURES = {"score": test_score, "loss": test_loss}
 
 

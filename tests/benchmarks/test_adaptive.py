@@ -83,9 +83,11 @@ def test_what_is_kept_of_the_norms_is_what_was_found(small):
     assert len(kept.comparisons) == 2 * (len(rows) - 1)
 
 
-def test_what_the_documentation_shows_of_the_norms_is_of_this_study():
-    study = PRESETS["adaptive-norms"]
-    kept = adaptive_norms.AdaptiveNorms.model_validate_json((DATA / "adaptive_norms.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", adaptive_norms.STUDIES)
+def test_what_the_documentation_shows_of_the_norms_is_of_this_study(name):
+    study = PRESETS[name]
+    data = DATA / f"{name.replace('-', '_')}.json"
+    kept = adaptive_norms.AdaptiveNorms.model_validate_json(data.read_text(encoding="utf-8"))
     assert [(a.task, a.arm) for a in kept.arms] == [(task, arm.name) for task in study.tasks for arm in study.arms]
     assert tuple(kept.seeds) == study.seeds
     assert kept.epochs == {task: TASKS[task].epochs for task in study.tasks}
