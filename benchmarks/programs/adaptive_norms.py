@@ -31,7 +31,10 @@ class Found(BaseModel):
 
 
 class Held(Against):
-    """A paired difference from the baseline by test score or test loss; each task and measure is a family of tests."""
+    """A paired difference from the baseline by test score or test loss.
+
+    Each task and measure is a family of tests, and another one for the arms that take over a learning rate.
+    """
 
     task: str
     by: str
@@ -52,6 +55,7 @@ class AdaptiveNorms(BaseModel):
 
 def condensed(results: Results) -> AdaptiveNorms:
     """Return what the documentation needs of a finished study."""
+    base, arms = results.study.baseline, results.study.arms
     comparisons = [
         Held(
             task=name,
@@ -65,7 +69,10 @@ def condensed(results: Results) -> AdaptiveNorms:
         )
         for name, task in results.tasks.items()
         for by, of in MEASURES.items()
-        for c in task.compare([(row.name, results.study.baseline) for row in task.rows[1:]], of)
+        for taken in (False, True)
+        for c in task.compare(
+            [(a.name, base) for a in arms if (a.tuned_as is not None) == taken and a.name != base], of
+        )
     ]
     return AdaptiveNorms(
         environments=list(results.environments),

@@ -213,6 +213,7 @@ ADAPTIVE_NORMS = Study(
 # AdamW on bytes: one learning rate in half a decade is too few. Here the twins with the best means have eight, evenly
 # spread, in the one decade where the best of the study lay, and fresh seeds, for tuning too.
 _NEAR = Range(low=4e-3, high=4e-2)
+_DECAYS: tuple[dict[str, Value], ...] = ({"p": 1.5, "scale": "dual", "decay_step": 1.2e-4}, {"decay_step": 1.6e-3})
 ADAPTIVE_NORMS_NEAR = Study(
     name="adaptive-norms-near",
     purpose="Is a twin better than AdamW where both have tried many learning rates near the best?",
@@ -221,6 +222,10 @@ ADAPTIVE_NORMS_NEAR = Study(
         _arm("AdamW", "adamw", lr=_NEAR),
         *(_twin(p, "matched", _NEAR) for p in (1.5, 2.0, 4.0)),
         _twin(1.5, "dual", Range(low=0.04, high=0.4)),
+        # Added after the study, in which the "dual" twin was better: at its learning rates λ = 0.01 makes an ηλ ten to
+        # twenty times AdamW's. Here each has about the other's ηλ, at its own learning rate.
+        Arm(name="ℓ1.5 dual, ηλ = 1.2e-4", optimizer="adamw-lp", settings=_DECAYS[0], tuned_as="ℓ1.5 dual"),
+        Arm(name="AdamW, ηλ = 1.6e-3", optimizer="adamw", settings=_DECAYS[1], tuned_as="AdamW"),
     ),
     baseline="AdamW",
     tuning=Tuning(trials=8, startup=8, seeds=(1001,)),

@@ -153,16 +153,17 @@ def kept(name):
 
 def show(study):
     held = {(c["task"], c["by"], c["this"]): c for c in study["comparisons"]}
+    width = max(len(arm["arm"]) for arm in study["arms"])
     for task, epochs in study["epochs"].items():
         print(f"{task}: {epochs} epochs, {len(study['seeds'])} seeds")
         print(
-            f"{'':13}{'learning rate':>13}{'test loss':>11}{'accuracy':>11}"
+            f"{'':{width}}{'learning rate':>14}{'test loss':>11}{'accuracy':>11}"
             f"{'minus AdamW, points':>25}{'P':>8}"
         )
         for arm in study["arms"]:
             if arm["task"] != task:
                 continue
-            line = f"{arm['arm']:13}{arm['lr']:12g}{'*' if arm['at_edge'] else ' '}"
+            line = f"{arm['arm']:{width}}{arm['lr']:13g}{'*' if arm['at_edge'] else ' '}"
             line += f"{mean(arm['loss']):11.4f}{100 * mean(arm['score']):9.2f} %"
             if c := held.get((task, "score", arm["arm"])):
                 low, middle, high = (100 * c[k] for k in ("low", "mean", "high"))
@@ -178,11 +179,11 @@ def show(study):
             sure = [c for c in family if c["p_value"] < 0.05]
             better = [c["this"] for c in sure if sign * c["mean"] > 0]
             worse = [c["this"] for c in sure if sign * c["mean"] < 0]
+            print(f"{task}, test {'accuracy' if by == 'score' else by}")
             print(
-                f"{task}, test {'accuracy' if by == 'score' else by}, significantly"
-                f" better than AdamW: {', '.join(better) or 'none'};"
-                f" worse: {', '.join(worse) or 'none'}"
+                f"  significantly better than AdamW: {'; '.join(better) or 'none'}"
             )
+            print(f"  significantly worse: {'; '.join(worse) or 'none'}")
 
 
 wide = kept("adaptive_norms.json")
@@ -216,13 +217,17 @@ fig.alt = "Validation loss of the tuning trials against the learning rate, for A
 # A second study was fixed after the first one and before its own first run: the twins with the best means, each with 8
 # learning rates evenly spread over the one decade in which the best lay, tuned on a seed of its own, and 10 new seeds on
 # test data. ℓ2 "matched" is the control again.
+#
+# The last two arms were added when the others were known, and are a family of tests of their own. λ acts through ηλ, and
+# the learning rate of the "dual" twin is ten to twenty times AdamW's, so that at one λ it decays that much more. So each
+# is run with about the other's ηλ, at its own learning rate.
 
 # %%
 near = kept("adaptive_norms_near.json")
 show(near)
 
 fig, axes = plt.subplots(
-    2, len(tasks), figsize=(7.5, 4), sharey=True, layout="constrained"
+    2, len(tasks), figsize=(7.5, 4.6), sharey=True, layout="constrained"
 )
 for row, (by, unit) in enumerate((("score", "accuracy, points"), ("loss", "loss"))):
     for ax, task in zip(axes[row], tasks, strict=True):
@@ -237,16 +242,23 @@ for row, (by, unit) in enumerate((("score", "accuracy, points"), ("loss", "loss"
         ax.set(xlabel=f"{task}: {unit}")
 axes[0, 0].invert_yaxis()
 fig.suptitle("minus AdamW, on test data")
-fig.alt = "Differences of four twins from AdamW in test accuracy and test loss with 95 % intervals, on both tasks"
+fig.alt = "Differences of four twins and of two arms with other decays from AdamW in test accuracy and test loss with 95 % intervals, on both tasks"
 
 # %% [markdown]
 # ## What comes out
 #
-# The control agrees with AdamW in the second study, on both tasks, so that its differences are those of the norm. At
-# AdamW's step length no other p is better: on the bytes ℓ1.5 is worse by 0.6 points, P = 0.024, and what the first study
-# had found there was the luck of tuning.
+# No norm is shown to be better than AdamW's.
 #
-# One twin is better on the bytes in both studies: ℓ1.5 under "dual", by 0.6 points of accuracy in the second, P = 0.028.
-# On the digits it has the best mean in both: in accuracy significantly in the first only, in loss in both. Its direction
-# favours the entries whose gradients agree, and its step depends on the size of the tensor. These are two small tasks. It
-# is worth a try on others, with a tuning of its own: its learning rate is ten to twenty times AdamW's.
+# - In the second study the control agrees with AdamW on both tasks, so that luck of tuning is small there.
+# - At AdamW's step length neither ℓ1.5 nor ℓ4 is better. On the bytes ℓ1.5 is worse by 0.6 points, P = 0.024: what the
+#   first study had found there did not hold. On the digits ℓ∞ is worse by 1.6 points, in the first study.
+# - ℓ1.5 under "dual" is better on the bytes in both studies, by 0.6 points of accuracy in the second, P = 0.028, and has
+#   the lower loss on both tasks. More than half of it goes with its decay: at about AdamW's ηλ the twin is not
+#   significantly different from AdamW on either task, and at about the twin's ηλ AdamW is better on the bytes than with
+#   its own, by 0.3 points, P = 0.006.
+#
+# The practical lesson is one about studies. At one λ, optimizers with other learning rates have other decays: compare
+# them at one ηλ, or tune both. And a control that is the baseline itself, tuned again, shows how large luck is.
+#
+# These are two small tasks, and ten seeds find only differences of about half a point. Twins that were not tried again,
+# and other tasks, may differ.

@@ -92,7 +92,7 @@ def test_what_the_documentation_shows_of_the_norms_is_of_this_study(name):
     assert tuple(kept.seeds) == study.seeds
     assert kept.epochs == {task: TASKS[task].epochs for task in study.tasks}
     assert all(len(arm.score) + arm.diverged == len(kept.seeds) for arm in kept.arms)
-    assert all(len(arm.tried) == study.tuning.trials for arm in kept.arms)
+    assert {len(arm.tried) for arm in kept.arms} <= {0, study.tuning.trials}
 
 
 def test_the_overhead_is_measured_in_pairs(monkeypatch, tmp_path):
