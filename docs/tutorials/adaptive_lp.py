@@ -11,6 +11,7 @@
 # %%
 import json
 import os
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -157,18 +158,19 @@ def show(study):
     for task, epochs in study["epochs"].items():
         print(f"{task}: {epochs} epochs, {len(study['seeds'])} seeds")
         print(
-            f"{'':{width}}{'learning rate':>14}{'test loss':>11}{'accuracy':>11}"
-            f"{'minus AdamW, points':>25}{'P':>8}"
+            f"{'':{width}}{'lr':>10}{'test loss':>11}{'accuracy':>11}"
+            f"{'minus AdamW, points':>25}{'P':>9}"
         )
         for arm in study["arms"]:
             if arm["task"] != task:
                 continue
-            line = f"{arm['arm']:{width}}{arm['lr']:13g}{'*' if arm['at_edge'] else ' '}"
+            line = f"{arm['arm']:{width}}{arm['lr']:9g}{'*' if arm['at_edge'] else ' '}"
             line += f"{mean(arm['loss']):11.4f}{100 * mean(arm['score']):9.2f} %"
             if c := held.get((task, "score", arm["arm"])):
                 low, middle, high = (100 * c[k] for k in ("low", "mean", "high"))
                 said = f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
-                line += f"{said:>25}{c['p_value']:8.3f}"
+                p = c["p_value"]
+                line += f"{said:>25}{'< 0.001' if p < 0.001 else f'{p:.3f}':>9}"
             print(line)
         print()
     if any(arm["at_edge"] for arm in study["arms"]):
@@ -180,10 +182,9 @@ def show(study):
             better = [c["this"] for c in sure if sign * c["mean"] > 0]
             worse = [c["this"] for c in sure if sign * c["mean"] < 0]
             print(f"{task}, test {'accuracy' if by == 'score' else by}")
-            print(
-                f"  significantly better than AdamW: {'; '.join(better) or 'none'}"
-            )
-            print(f"  significantly worse: {'; '.join(worse) or 'none'}")
+            for how, names in (("better", better), ("worse", worse)):
+                said = f"  significantly {how} than AdamW: {'; '.join(names) or 'none'}"
+                print(textwrap.fill(said, 84, subsequent_indent=4 * " "))
 
 
 wide = kept("adaptive_norms.json")
