@@ -133,7 +133,8 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _missing(what: str, expected: str) -> FileNotFoundError:
+def missing(what: str, expected: str) -> FileNotFoundError:
+    """Return the error that a data set is not in the folder of the data."""
     return FileNotFoundError(
         f"{what} is not in {folder().absolute()}: expected {expected} there; put the data set there, or set "
         f"{VARIABLE} to the folder that has it (nothing is downloaded)"
@@ -154,7 +155,7 @@ def _cifar(classes: int, root: Path) -> Splits:
     kind = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
     if not (root / kind.base_folder).is_dir():
         files = ", ".join(name for name, _ in [*kind.train_list, *kind.test_list])
-        raise _missing(f"CIFAR-{classes}", f"{kind.base_folder}/ with the files {files}")
+        raise missing(f"CIFAR-{classes}", f"{kind.base_folder}/ with the files {files}")
 
     def images(train: bool) -> tuple[Tensor, Tensor]:
         # torchvision compares the files' checksums with those of the originals.
@@ -206,7 +207,7 @@ def _has_imagenet() -> bool:
 @cache
 def _imagenet(root: Path) -> Splits:
     if not _has_imagenet():
-        raise _missing(
+        raise missing(
             "ImageNet", "imagenet/train/ and imagenet/val/, in either a folder for each class with its images"
         )
     torchvision = _torchvision()
