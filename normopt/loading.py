@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt._checks import equals, warn
+from normopt._checks import equals, plain, warn
 from normopt.arguments import SYNONYMS, from_torch
 from normopt.norms import registry
 from normopt.stages.base import default_settings, stages_in_order
@@ -76,13 +76,18 @@ def prepare_state_dict(
         )
     kept = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in param_groups]
     kept += [{}] * (len(groups) - len(kept))  # torch reports a mismatch in number
+    groups = [{k: plain(v) if k.startswith("norm_") else v for k, v in group.items()} for group in groups]
     complete = [{**own, **group} for own, group in zip(kept, groups, strict=False)]
-    stages = [cls.of(group) for group in complete for cls in stages_in_order()]
-    read = {name for stage in stages if stage.state and (stage.slots() or stage.runs()) for name in stage.state}
-    shapes = {slot.name: slot.shape for stage in stages for slot in stage.slots()}
-    for _, i, p in match_params(param_groups, state_dict):
+    stages = [[cls.of(group) for cls in stages_in_order()] for group in complete]
+    keep = [stage for of_group in stages for stage in of_group if stage.state and (stage.slots() or stage.runs())]
+    read = {name for stage in keep for name in stage.state}
+    shapes = {  # which depend on the view of a group's matrices
+        id(ours): {slot.name: slot.shape for stage in of_group for slot in stage.slots()}
+        for ours, of_group in zip(param_groups, stages, strict=False)
+    }
+    for ours, i, p in match_params(param_groups, state_dict):
         for key, value in state_dict["state"].get(i, {}).items():
-            shape = shapes.get(key)
+            shape = shapes[id(ours)].get(key)
             expected = p.shape if shape is None else shape(p.shape)
             if key in read and isinstance(value, Tensor) and value.shape != expected:
                 raise ValueError(

@@ -102,7 +102,7 @@ class Arguments(Settings, total=False):
     coupling: float
     coupling_rate: float
     norm_aspect: str
-    norm_blocks: int
+    norm_blocks: int | tuple[int, ...]
     norm_dtype: str
     norm_exponent: float | None
     norm_lines: str

@@ -49,8 +49,8 @@ def _masses(infos: Sequence[ParamInfo]) -> dict[str, float]:
     for info in infos:
         kind = str(info.kind)
         part = {"linear": "hidden", "conv": "hidden", "norm": "vectors", "bias": "vectors"}.get(kind, kind)
-        fused = float(info.matrix.get("blocks", 1)) if info.kind == "linear" else 1.0
-        parts.setdefault(part, {})[info.name] = fused
+        blocks = info.matrix.get("blocks", 1) if info.kind == "linear" else 1
+        parts.setdefault(part, {})[info.name] = float(len(blocks) if isinstance(blocks, tuple) else blocks)
     scale = {part: (HIDDEN_MASS if part == "hidden" else END_MASS) / sum(m.values()) for part, m in parts.items()}
     return {name: mass * scale[part] for part, members in parts.items() for name, mass in members.items()}
 

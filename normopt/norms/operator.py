@@ -11,7 +11,7 @@ from torch import Tensor
 from normopt._checks import check_choice, check_number
 from normopt.norms.base import Needs, Scale
 from normopt.norms.lp import norm_and_shift, norm_last_dim, shift, signed_power, top_and_root_last_dim
-from normopt.norms.matrices import MatrixNorm, from_matrices, to_matrices
+from normopt.norms.matrices import MatrixNorm, from_matrices, to_matrices, total
 from normopt.norms.registry import register
 
 
@@ -44,13 +44,13 @@ class Mixed(MatrixNorm):
         p_outer: the order across rows or columns, 1 ≤ p ≤ ∞; at 1 only the first of the largest moves.
         lines: "rows" or "columns". Default "rows", a linear layer's output units.
         aspect: the factor f; see [`MatrixNorm`][normopt.norms.MatrixNorm]. Default "none".
-        matrix_view: "flatten", "batch" or "transposed": how a tensor of more than two dims is read as matrices.
-            Default "flatten".
-        blocks: the number of matrices the rows are split into. Default 1.
+        matrix_view: how a tensor is read as matrices: "flatten" (the default), "batch", "transposed",
+            "batch-transposed" or "patches"; see [`MatrixNorm`][normopt.norms.MatrixNorm].
+        blocks: the number of matrices the rows are split into, or a tuple of their row counts. Default 1.
 
     Raises:
         ValueError: an order below 1 or NaN, or another invalid setting.
-        TypeError: an order is not a number, or blocks is not an integer.
+        TypeError: an order is not a number, or blocks has other than integers.
 
     Source: arXiv:2409.20325 for the framework; the directions of SCALE and RowNorm are members.
     """
@@ -60,7 +60,7 @@ class Mixed(MatrixNorm):
     lines: str = "rows"
     aspect: str = "none"
     matrix_view: str = "flatten"
-    blocks: int = 1
+    blocks: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
         for name in ("p_inner", "p_outer"):
@@ -92,9 +92,14 @@ class Mixed(MatrixNorm):
 
     def _pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return (‖x‖⋆, D(x)) of one tensor."""
-        y = self._lines(to_matrices(x, self.matrix_view, self.blocks))
-        if y.numel() == 0:
+        if x.numel() == 0:
             return x.new_zeros(()), torch.zeros_like(x)
+        stacks = zip(to_matrices(x, self.matrix_view, self.blocks), self.factors(x.shape), strict=True)
+        pairs = [self._pair_of_stack(self._lines(y), f) for y, f in stacks]
+        return total([n for n, _ in pairs]), from_matrices([self._lines(d) for _, d in pairs], x, self.matrix_view)
+
+    def _pair_of_stack(self, y: Tensor, f: float) -> tuple[Tensor, Tensor]:
+        """Return the sum of the dual norms and the maps of a stack of matrices, whose lines are the rows."""
         top, root = top_and_root_last_dim(y, conjugate(self.p_inner))
         r, s = top * root, None
         if self.p_outer < math.inf:  # at ∞ only the signs of r matter, and a shift could underflow small entries
@@ -102,9 +107,9 @@ class Mixed(MatrixNorm):
             r = top * s * root
         outer = top_and_root_last_dim(r, conjugate(self.p_outer))
         d = dual_map(y, top, root, self.p_inner) * dual_map(r, *outer, self.p_outer)[..., None]
-        f, totals = self.factor(x.shape), outer[0] * outer[1]
+        totals = outer[0] * outer[1]
         totals = totals if s is None else totals / s[..., 0]
-        return f * totals.sum(), f * from_matrices(self._lines(d), x, self.matrix_view)
+        return f * totals.sum(), f * d
 
 
 def conjugate(p: float) -> float:

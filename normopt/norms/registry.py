@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from normopt._checks import near
+from normopt._checks import near, plain
 from normopt.norms.base import Norm
 
 N = TypeVar("N", bound=type[Norm])
@@ -130,7 +130,7 @@ def flatten(norm: object, given: Mapping[str, Any]) -> dict[str, Any]:
     if "p" not in entry.fields:
         fixed["p"] = None
     for key, value in fixed.items():
-        other = given.get(key)
+        other = plain(given.get(key))
         if other is not None and (value is None or other != value):
             what = f"has {key} = {value!r}" if value is not None else f"does not take {key}"
             raise ValueError(f"norm {norm!r} {what}, but {key} = {other!r} was also given: leave one out")

@@ -14,7 +14,7 @@ from normopt._checks import check_choice, check_integer, check_number
 from normopt.norms.base import Scale, indices_by, without_autocast
 from normopt.norms.lanczos import top_pair
 from normopt.norms.lp import nonzero, norm_and_shift, norm_last_dim, shift, top_and_root_last_dim
-from normopt.norms.matrices import MatrixNorm, from_matrices, mul_pow2, normalize_exponent, to_matrices
+from normopt.norms.matrices import MatrixNorm, from_matrices, mul_pow2, normalize_exponent, to_matrices, total
 from normopt.norms.polar import polar
 from normopt.norms.registry import register
 
@@ -59,9 +59,9 @@ class Schatten(MatrixNorm):
             "match_rms_adamw" (Moonlight's), or another; see [`MatrixNorm`][normopt.norms.MatrixNorm].
         exponent: the exponent of the singular values, in place of 1/(p−1); above −1, except under scale="power". None
             (the default) means 1/(p−1).
-        matrix_view: "flatten", "batch" or "transposed": how a tensor of more than two dims is read as matrices.
-            Default "flatten".
-        blocks: the number of matrices the rows are split into. Default 1.
+        matrix_view: how a tensor is read as matrices: "flatten" (the default), "batch", "transposed",
+            "batch-transposed" or "patches"; see [`MatrixNorm`][normopt.norms.MatrixNorm].
+        blocks: the number of matrices the rows are split into, or a tuple of their row counts. Default 1.
 
     Raises:
         ValueError: a setting out of range, or an iterative method with a p it does not support or with an exponent.
@@ -82,7 +82,7 @@ class Schatten(MatrixNorm):
     aspect: str = "none"
     exponent: float | None = None
     matrix_view: str = "flatten"
-    blocks: int = 1
+    blocks: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
         check_number("p", self.p, low=1)
@@ -156,7 +156,7 @@ class Schatten(MatrixNorm):
         if exponent is None:
             raise ValueError('scale="power" is not defined at p = 1, where the exponent 1/(p−1) diverges: use p > 1')
         if exponent == 1:
-            return [self.factor(x.shape) * x for x in c]
+            return [self.row_factors(x.shape, x) * x for x in c]
         if exponent == 0 and self.exponent is None:
             return [d for _, d in self.pairs(c)]
         return [d for _, d in self._map(c, lambda y, _: (None, powers(y, exponent)))]
@@ -189,23 +189,32 @@ class Schatten(MatrixNorm):
         Its second argument says whether the tensors are vectors. If it returns None for norms, ``⟨c, map⟩`` is used.
         """
         views = [to_matrices(x, self.matrix_view, self.blocks) for x in c]
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        keys = ((x.numel() == 0, x.dim() <= 1, y.shape[1:], y.dtype, y.device) for x, y in zip(c, views, strict=True))
+        # Every stack of every tensor: there are several of one only if its blocks are unequal.
+        stacks = [
+            (x, y, f) for x, ys in zip(c, views, strict=True) for y, f in zip(ys, self.factors(x.shape), strict=True)
+        ]
+        found: dict[int, tuple[Tensor | None, Tensor]] = {}
+        keys = ((x.numel() == 0, x.dim() <= 1, y.shape[1:], y.dtype, y.device) for x, y, _ in stacks)
         for (empty, vectors, *_), members in indices_by(keys).items():
             if empty:
-                found |= {i: (c[i].new_zeros(()), torch.zeros_like(c[i])) for i in members}
+                found |= {i: (None, torch.zeros_like(stacks[i][1])) for i in members}
                 continue
-            y = torch.cat([views[i] for i in members])
+            y = torch.cat([stacks[i][1] for i in members])
             n, d = without_autocast([y.device.type], function, y, vectors)
-            counts = [len(views[i]) for i in members]
+            counts = [len(stacks[i][1]) for i in members]
             sums = None if n is None else torch.split(n, counts)
             for j, (i, part) in enumerate(zip(members, torch.split(d, counts), strict=True)):
-                x, f = c[i], self.factor(c[i].shape)
-                u = from_matrices(part, x, self.matrix_view)
-                # Cast per tensor: a small one is then still in cache when it is scaled.
-                u = u * f if u.dtype == x.dtype else u.to(x.dtype).mul_(f)
-                found[i] = torch.dot(x.reshape(-1), u.reshape(-1)) if sums is None else f * sums[j].sum(), u
-        return [found[i] for i in range(len(c))]
+                x, _, f = stacks[i]
+                # Cast one by one: a small one is then still in cache when it is scaled.
+                u = part * f if part.dtype == x.dtype else part.to(x.dtype).mul_(f)
+                found[i] = None if sums is None else f * sums[j].sum(), u
+        pairs, rest = [], iter(found[i] for i in range(len(stacks)))
+        for x, ys in zip(c, views, strict=True):
+            parts = [next(rest) for _ in ys]
+            u = from_matrices([d for _, d in parts], x, self.matrix_view)
+            norms = [n for n, _ in parts if n is not None]
+            pairs.append((total(norms) if norms else torch.dot(x.reshape(-1), u.reshape(-1)), u))
+        return pairs
 
 
 def normalize(y: Tensor) -> tuple[Tensor, Tensor]:

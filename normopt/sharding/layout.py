@@ -136,6 +136,14 @@ def check_parts(params: Iterable[Tensor]) -> None:
             )
 
 
+def rows_of_shard(rows: Tensor, layout: Layout | None) -> Tensor:
+    """Return the part of one number a row (other dims are 1) that belongs to this rank's shard; it shares memory."""
+    if layout is None or rows.shape[layout.dim] == 1 != layout.shape[layout.dim]:
+        return rows
+    lengths = layout.lengths()
+    return rows.narrow(layout.dim, sum(lengths[: layout.rank]), lengths[layout.rank])
+
+
 def _described(d: DTensor) -> str:
     mesh = tuple(d.device_mesh.shape)
     return f"a parameter of shape {tuple(d.shape)} has the placements {d.placements} on a mesh of {mesh}"

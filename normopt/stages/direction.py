@@ -17,7 +17,7 @@ from normopt.norms.base import Norm, Scale
 from normopt.norms.lp import Lp
 from normopt.norms.matrices import MatrixNorm
 from normopt.norms.scales import NormPair, normalize_to, rescale_to_norm, unit_pair
-from normopt.sharding.layout import Layout
+from normopt.sharding.layout import Layout, rows_of_shard
 from normopt.sharding.matrices import map_full_tensors
 from normopt.stages.base import Batch, Op, Stage, number, one_of, register_stage, setting
 from normopt.stages.constraint import radii_of
@@ -136,11 +136,13 @@ class Direction(Stage):
         if way != "rows":
             return None
         # Each shard has whole rows, and only the dual norm, their sum, is reduced over the ranks.
-        norm = cast(MatrixNorm, self.map)
-        pairs = norm.bare().pairs(batch.c)
-        factors = [norm.factor(cast(Layout, lay).shape) for lay in batch.layouts]
-        batch.u = [f * d for f, (_, d) in zip(factors, pairs, strict=True)]
-        return torch.stack([f * n for f, (n, _) in zip(factors, pairs, strict=True)])[:, None]
+        norm, maps, norms = cast(MatrixNorm, self.map), [], []
+        for x, lay, (n, d) in zip(batch.c, cast(list[Layout], batch.layouts), norm.bare().pairs(batch.c), strict=True):
+            f = norm.row_factors(lay.shape, x)
+            maps.append(d * (rows_of_shard(f, lay) if isinstance(f, Tensor) else f))
+            norms.append(torch.dot(x.reshape(-1), maps[-1].reshape(-1)) if isinstance(f, Tensor) else f * n)
+        batch.u = maps
+        return torch.stack(norms)[:, None]
 
     def reduce(self, pieces: Sequence[Tensor]) -> Tensor:
         if self.whole_group:

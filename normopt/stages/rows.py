@@ -11,19 +11,12 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from normopt.norms.matrices import MatrixNorm
-from normopt.sharding.layout import Layout
+from normopt.norms.matrices import MatrixNorm, from_matrices, row_dims, split_rows
+from normopt.sharding.layout import rows_of_shard
 from normopt.stages.base import Batch, Slot, Stage, number, register_stage, setting
 from normopt.stages.direction import Direction
 
 EPS = 1e-8
-
-
-def row_dims(view: str, dims: int) -> list[int]:
-    """Return the dims of a tensor that number the rows of its matrices."""
-    if dims <= 1:
-        return [*range(dims)]
-    return [*range(dims - 1)] if view == "batch" else [1 if view == "transposed" else 0]
 
 
 def row_shape(view: str, shape: torch.Size) -> torch.Size:
@@ -82,7 +75,7 @@ class RowAverage(Stage):
             others = [i for i in range(x.dim()) if i not in row_dims(self.view, x.dim())]
             own = x.square().sum(others, keepdim=True) if others else x.square()
             whole = own.new_zeros(row_shape(self.view, p.shape))
-            local(whole, layout).add_(own)
+            rows_of_shard(whole, layout).add_(own)
             sums.append(whole.reshape(-1))
         return torch.nn.utils.rnn.pad_sequence(sums, batch_first=True)
 
@@ -99,16 +92,18 @@ class RowAverage(Stage):
         for x, p, sums, v, layout in zip(batch.u, batch.params, scalars, averages, layouts, strict=True):
             shape = row_shape(self.view, p.shape)
             rows = sums[: math.prod(shape)].reshape(shape).to(x)
-            mean = rows * (math.prod(shape) / max(p.numel(), 1) / norm.factor(p.shape) ** 2)
+            mean = rows * (math.prod(shape) / max(p.numel(), 1) / norm.row_factors(p.shape, x) ** 2)
             v = torch.lerp(torch.zeros_like(mean) if v is None else v, mean, 1 - self.row_beta)
             stored.append(v)
             scale = 1 / (v.sqrt() + EPS)
-            stack = p.shape[:-2].numel() if self.view == "batch" and p.dim() > 2 else 1
-            matrices = (stack * norm.blocks, math.prod(shape) // max(stack * norm.blocks, 1))
-            old, new = (y.reshape(matrices).sum(1, keepdim=True) for y in (rows, rows * scale**2))
-            ratio = torch.where(new > 0, old / new, new).sqrt()  # a NaN stays one
-            factors = (scale.reshape(matrices) * ratio).reshape(shape)
-            u.append(x * local(factors, layout))
+            stack = p.shape[:-2].numel() if self.view.startswith("batch") else 1
+            matrices = (stack, math.prod(shape) // max(stack, 1), 1)
+            factors = []
+            for s, old in zip(*(split_rows(y.reshape(matrices), norm.blocks) for y in (scale, rows)), strict=True):
+                new = (old * s**2).sum(1, keepdim=True)
+                ratio = torch.where(new > 0, old.sum(1, keepdim=True) / new, new).sqrt()  # a NaN stays one
+                factors.append(s * ratio)
+            u.append(x * rows_of_shard(from_matrices(factors, scale, "flatten"), layout))
         batch.store(slot, stored)
         batch.u, batch.pair = u, None
 
@@ -120,11 +115,3 @@ class RowAverage(Stage):
 
     def lower(self) -> str:
         return "averages of rows have no kernel"
-
-
-def local(rows: Tensor, layout: Layout | None) -> Tensor:
-    """Return the part of one number a row that belongs to this rank's shard, which shares its memory."""
-    if layout is None or rows.shape[layout.dim] == 1 != layout.shape[layout.dim]:
-        return rows
-    lengths = layout.lengths()
-    return rows.narrow(layout.dim, sum(lengths[: layout.rank]), lengths[layout.rank])

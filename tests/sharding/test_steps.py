@@ -96,6 +96,38 @@ NORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "AGR over the group": (ADAM | dict(agr=True, agr_scope="group"), dict(replicated=SOME)),
     "mixed": (dict(norm="mixed", norm_p_inner=1.5, norm_p_outer=3.0), {}),
 }
+# Blocks of unequal rows, and the newer views: of 9 rows, which 2 and 4 ranks share unevenly, across the blocks' ends.
+UNEQUAL: dict[str, Any] = dict(scale="unit", norm_blocks=(5, 3, 1), norm_aspect="rms")
+TURNED: dict[str, Any] = dict(norm_matrix_view="batch-transposed")
+OF_NINE: list[tuple[int, ...]] = [(9, 4), (9, 4), (9, 2, 3), (9,)]
+STACKS: list[tuple[int, ...]] = [(5, 4, 9), (2, 3, 9), (2, 2, 3, 9), (4, 9)]
+RARE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    f"{norm}{', NorMuon' * bool(rows)}, unequal blocks{', turned' * turned}, cut along dim {dim}": (
+        dict(norm=norm, **rows, **UNEQUAL, **(TURNED if turned else {})),
+        dict(shapes=STACKS if turned else OF_NINE, dim=dim, replicated=(0,) * (dim == 1)),
+    )
+    for norm, rows in (("spectral", {}), ("spectral", dict(row_beta=0.9)), ("row", {}), ("column", {}))
+    for turned in (False, True)
+    for dim in range(2 + turned)
+}
+RARE |= {
+    "rows, turned, dual": (dict(norm="row", **TURNED), dict(shapes=STACKS, dim=2)),
+    "frobenius of patches": (dict(norm="frobenius", norm_aspect="rms", norm_matrix_view="patches"), {}),
+    "nuclear, unequal blocks": (dict(UNEQUAL, norm="nuclear", scale="dual"), dict(shapes=OF_NINE)),
+    "rows, unequal blocks, on 2 × 2": (dict(norm="row", **UNEQUAL), dict(shapes=OF_NINE, mesh=(2, 2))),
+    "NorMuon, unequal blocks, on 2 × 2": (
+        dict(norm="spectral", row_beta=0.9, **UNEQUAL),
+        dict(shapes=OF_NINE, mesh=(2, 2)),
+    ),
+}
+OFTEN = ("row, unequal blocks, cut along dim 0", "spectral, NorMuon, unequal blocks, turned, cut along dim 2")
+RARELY = [pytest.param(case, marks=() if case in OFTEN else pytest.mark.exhaustive) for case in RARE]
+
+
+@pytest.mark.parametrize("case", RARELY)
+def test_unequal_blocks_and_stacks_turned_round(case: str, four: Ranks) -> None:
+    settings, how = RARE[case]
+    holds(four.call(cases.compare_as, ENGINE, settings, how))
 
 
 @pytest.mark.parametrize("case", NORMS)
