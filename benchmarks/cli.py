@@ -20,11 +20,11 @@ from rich.text import Text
 
 from benchmarks import doctor as doctors
 from benchmarks import listing, report
-from benchmarks.programs import adaptive, adaptive_norms, kept, regularity, sparsity, transfer
+from benchmarks.programs import adaptive, adaptive_norms, kept, radii, regularity, sparsity, transfer
 from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
 from benchmarks.report.words import findings
-from benchmarks.results import collect
+from benchmarks.results import Results, collect
 from benchmarks.store import PARQUET, Store, UnfitStore
 from benchmarks.study import flags, journal, toml
 from benchmarks.study.clusters import NoCluster, connect
@@ -284,6 +284,26 @@ def measure_adaptive_norms(
         _run(PRESETS[study], out / study, workers, None)
         kept.write(adaptive_norms.condensed(collect(_open(out / study))), out / f"{study.replace('-', '_')}.json")
     _say_where("For the documentation", out)
+
+
+@app.command("radii")
+@plainly
+def measure_radii(
+    out: Annotated[Path, typer.Option(help="Folder of the JSON file and of the studies.")] = RESULTS / "radii",
+    workers: Workers = None,
+) -> None:
+    """Measure which radius and ratio of learning rates Muon's presets need, and hold them against AdamW."""
+
+    def made(study: Study) -> Results:
+        _run(study, out / study.name, workers, None)
+        return collect(_open(out / study.name))
+
+    grids = {(length, task): made(radii.grid(length, task)) for length, task in radii.CELLS}
+    cells = [cell for (length, _), results in grids.items() for cell in radii.tried(length, results)]
+    ratios = radii.choose(cells)
+    finals = {key: made(radii.final(*key, ratios, radii.rates(cells, *key))) for key in radii.CELLS}
+    kept.write(radii.condensed(grids, finals), out / "radii.json")
+    _say_where("For the documentation", out / "radii.json")
 
 
 @app.command("sharding")

@@ -24,6 +24,7 @@ from normopt.schedules import AdaptiveP, CosineP, LinearP, PSchedule
 
 # What every optimizer takes: those that have them not, from normopt's add-ons.
 REGULARIZERS = ("agr", "decay", "decay_p", "weight_decay", "decay_step")
+_OF_PRESETS = ("ratio", "qkv_blocks")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Entry:
         if "betas" in own:  # a setting is one number
             own = own - {"betas"} | {"beta1", "beta2"}
         if self.ours:
-            own |= {"preset"}
+            own |= {"preset", *_OF_PRESETS}
         return frozenset((own | set(REGULARIZERS)) - set(self.fixed))
 
 
@@ -173,9 +174,11 @@ def check(name: str, settings: Mapping[str, Any]) -> None:
 def make_optimizer(spec: RunSpec, model: nn.Module, task: Task) -> tuple[Optimizer, PSchedule | None]:
     """The optimizer of a run and its schedule of p, to be stepped after every epoch, an adaptive one after every step.
 
-    Beside what the optimizer's class takes there are three settings that need a word:
+    Beside what the optimizer's class takes there are some settings that need a word:
 
     - ``preset`` gives every layer its norm, as of `normopt.param_groups`; "none" takes the optimizer's own away.
+    - ``ratio`` replaces the lr_ratio or the radius that the preset gives layers, and ``qkv_blocks`` is the number of
+      blocks of a fused projection named qkv.
     - ``decay_step`` is ηλ, the decay of one step at the peak of the learning rate: λ = decay_step/η. Learning rates
       differ by factors of a thousand between optimizers, so that one λ for all would erase one's weights and leave
       another's alone.
@@ -203,18 +206,39 @@ def _ours(entry: Entry, settings: dict[str, Any], model: nn.Module, task: Task) 
     if not settings.get("fused"):
         settings = {"foreach": True} | settings
     preset, settings = settings.pop("preset", entry.preset), _with_betas(entry.cls, settings)
+    of_preset = {key: settings.pop(key) for key in _OF_PRESETS if key in settings}
     with warnings.catch_warnings():
         # Without a preset all layers step alike, as meant.
         warnings.filterwarnings("ignore", r"\w+ steps matrices, but some parameters are vectors")
-        return entry.cls(_params(preset, model, task), **settings, **entry.fixed)
+        return entry.cls(_params(preset, model, task, **of_preset), **settings, **entry.fixed)
 
 
-def _params(preset: str | None, model: nn.Module, task: Task) -> Any:
+def _params(
+    preset: str | None, model: nn.Module, task: Task, ratio: float | None = None, qkv_blocks: int | None = None
+) -> Any:
     if preset in (None, "none"):
         return model.parameters()
     if preset not in LAYER_PRESETS:
         raise ValueError(f"preset must be one of {', '.join(LAYER_PRESETS)} or none, but is {preset!r}")
-    return normopt.param_groups(model, preset, residual_depth=task.residual_depth if preset == "modular" else None)
+    fused = [name for name, _ in model.named_parameters() if qkv_blocks and name.endswith("qkv.weight")]
+    overrides: dict[str | type[nn.Module], dict[str, Any]] = {name: {"norm_blocks": qkv_blocks} for name in fused}
+    if ratio is not None:
+        overrides |= _small_layers(model)
+    depth = task.residual_depth if preset == "modular" else None
+    groups = normopt.param_groups(model, preset, overrides=overrides, residual_depth=depth)
+    if ratio is not None:
+        for group in groups:
+            group |= {key: ratio for key in ("lr_ratio", "radius") if key in group}
+    return groups
+
+
+def _small_layers(model: nn.Module) -> dict[str | type[nn.Module], dict[str, Any]]:
+    """Return overrides: no decay for vectors, and the first convolution of an image as the embedding that it is."""
+    found: dict[str | type[nn.Module], dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels <= 4:
+            found[f"{name}.weight"] = {"kind": "embedding"}
+    return found | {name: {"weight_decay": 0.0} for name, p in model.named_parameters() if p.dim() <= 1}
 
 
 def _theirs(entry: Entry, settings: dict[str, Any], model: nn.Module) -> Optimizer:

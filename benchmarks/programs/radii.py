@@ -1,0 +1,261 @@
+"""Which radius, and which ratio of learning rates, have the layers that are no hidden matrices in Muon's presets?
+
+The presets "muon" and "muon-adamw" at a grid of ratios and learning rates, on three tasks, in a short and a long run
+each, on seeds for tuning. The ratio of each preset is then chosen by a rule, and the presets at Muon's own learning
+rate are held against AdamW at its best rate, by test data, on fresh seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.environment import Environment
+from benchmarks.programs.adaptive import Against
+from benchmarks.results import Results, Row, test_loss, test_score, validation_loss
+from benchmarks.study.spec import Arm, Study, Tuning, Value
+from benchmarks.tasks import TASKS
+
+PRESETS = ("muon", "muon-adamw")
+RATIOS = (0.015, 0.05, 0.1, 0.2, 0.4)
+LR = 0.02  # Muon's default
+ADAMW = (1e-3, 3e-3, 1e-2)
+SEEDS = tuple(range(1, 9))
+DECAY = 0.01  # of all arms, torch.optim.AdamW's default
+MEASURES = {"score": test_score, "loss": test_loss}
+# Epochs; an epoch has 40, 17 and 422 steps. About 70 minutes of one core; the whole grid on long runs and two seeds
+# for each would take twice as long, so that long runs are tuned on one seed, and not at the highest learning rate.
+EPOCHS = {
+    "short": {"bytes": 10, "digits-mix": 12, "fashion-cnn": 1},
+    "long": {"bytes": 40, "digits-mix": 48, "fashion-cnn": 4},
+}
+RATES = {"short": (0.01, LR, 0.05), "long": (0.01, LR)}
+TUNED_ON = {"short": (1001, 1002), "long": (1001,)}
+CELLS = tuple((length, task) for length, tasks in EPOCHS.items() for task in tasks)
+
+# Beside the finals on bytes, held against "muon-adamw": what the blocks of a fused projection are, the queries, keys
+# and values being three unless an arm says otherwise, and one learning rate for both rules at the same update RMS.
+BYTES: dict[str, Value] = {"qkv_blocks": 3}
+MATCHED: dict[str, Value] = {"aspect": "match_rms_adamw", "ratio": 1.0}
+EXTRAS: dict[str, dict[str, Value]] = {
+    "qkv as one matrix": {"lr": LR, "qkv_blocks": 1},
+    "qkv by heads": {"lr": LR, "qkv_blocks": 12},
+    "match_rms_adamw, lr 0.001": {"lr": 1e-3, **MATCHED},
+    "match_rms_adamw, lr 0.003": {"lr": 3e-3, **MATCHED},
+}
+
+
+def _arm(name: str, optimizer: str, settings: Mapping[str, Value], against: str | None = None) -> Arm:
+    return Arm(name=name, optimizer=optimizer, settings={**settings, "weight_decay": DECAY}, against=against)
+
+
+def _muon(name: str, task: str, preset: str, settings: Mapping[str, Value], against: str | None = None) -> Arm:
+    return _arm(name, "muon", {"preset": preset, **(BYTES if task == "bytes" else {}), **settings}, against)
+
+
+def _adamw(lr: float) -> Arm:
+    return _arm(f"AdamW {lr:g}", "adamw", {"lr": lr})
+
+
+def _study(name: str, purpose: str, length: str, task: str, arms: Iterable[Arm], seeds: Sequence[int]) -> Study:
+    arms = tuple(arms)
+    return Study(
+        name=f"radii-{name}-{length}-{task}",
+        purpose=purpose,
+        tasks=(task,),
+        arms=arms,
+        baseline=next(arm.name for arm in arms if arm.optimizer == "adamw"),
+        tuning=Tuning(trials=1, startup=1),  # nothing is searched
+        seeds=tuple(seeds),
+        budget=EPOCHS[length][task] / TASKS[task].epochs,
+    )
+
+
+def grid(length: str, task: str) -> Study:
+    """Return the study of every ratio and learning rate, on seeds for tuning."""
+    arms = [
+        _muon(f"{preset} {ratio:g} {lr:g}", task, preset, {"ratio": ratio, "lr": lr})
+        for preset in PRESETS
+        for ratio in RATIOS
+        for lr in RATES[length]
+    ]
+    purpose = "Which ratio is good at which learning rate?"
+    return _study("grid", purpose, length, task, [*arms, *map(_adamw, ADAMW)], TUNED_ON[length])
+
+
+def final(length: str, task: str, ratios: Mapping[str, float], rates: Sequence[float]) -> Study:
+    """Return the study of the chosen ratios at Muon's learning rate against AdamW, on fresh seeds."""
+    arms = [_muon(preset, task, preset, {"ratio": ratios[preset], "lr": LR}) for preset in PRESETS]
+    if (length, task) == CELLS[0]:
+        base = PRESETS[1]
+        arms += [_muon(name, task, base, {"ratio": ratios[base], **own}, base) for name, own in EXTRAS.items()]
+    purpose = "Is Muon with its defaults better than AdamW at its best rate?"
+    return _study("final", purpose, length, task, [*arms, *map(_adamw, rates)], SEEDS)
+
+
+class Tried(BaseModel):
+    """A cell of the grid: validation losses after the last epoch, one a seed; None where it diverged."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    length: str
+    task: str
+    preset: str
+    ratio: float | None
+    lr: float
+    losses: list[float | None]
+
+    @property
+    def loss(self) -> float:
+        """The mean, ∞ if one diverged."""
+        return sum(math.inf if loss is None else loss for loss in self.losses) / len(self.losses)
+
+
+class Found(BaseModel):
+    """An arm on fresh seeds, in their order; seeds that diverged are left out of its scores and losses on test data."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    length: str
+    task: str
+    arm: str
+    settings: dict[str, Value]
+    score: list[float]
+    loss: list[float]
+
+
+class Held(Against):
+    """A paired difference by test score or test loss; a task, length, measure and question are a family of tests."""
+
+    length: str
+    task: str
+    by: str
+
+
+class Radii(BaseModel):
+    """The whole result."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    environments: list[Environment]
+    epochs: dict[str, dict[str, int]]
+    tuned_on: dict[str, tuple[int, ...]]
+    seeds: tuple[int, ...]
+    seconds: float
+    ratios: dict[str, float]
+    worst: dict[str, list[float]]  # of each ratio: its highest loss over the lowest of any ratio
+    tried: list[Tried]
+    found: list[Found]
+    comparisons: list[Held]
+
+
+def tried(length: str, results: Results) -> list[Tried]:
+    """Return the cells of a grid that has been run."""
+    return [
+        Tried(
+            length=length,
+            task=row.task,
+            preset=str(row.arm.settings.get("preset", "AdamW")),
+            ratio=None if row.arm.optimizer == "adamw" else float(row.arm.settings["ratio"] or 0),
+            lr=row.lr or 0.0,
+            losses=[None if (loss := validation_loss(run)) is None else round(loss, 5) for run in row.runs],
+        )
+        for row in results.rows
+    ]
+
+
+def worst(cells: Sequence[Tried], preset: str) -> list[float]:
+    """Return, for each ratio, its loss over the lowest loss of any ratio, at Muon's rate: the highest of all cells."""
+    found = []
+    for ratio in RATIOS:
+        excess = []
+        for length, task in {(cell.length, cell.task) for cell in cells}:
+            losses = {
+                cell.ratio: cell.loss
+                for cell in cells
+                if (cell.length, cell.task, cell.preset, cell.lr) == (length, task, preset, LR)
+            }
+            excess.append(losses[ratio] / min(losses.values()))
+        found.append(round(max(excess), 4))
+    return found
+
+
+def choose(cells: Sequence[Tried]) -> dict[str, float]:
+    """Return the ratio of each preset that is good on all tasks: whose worst loss relative to the best is lowest."""
+    found = {preset: worst(cells, preset) for preset in PRESETS}
+    return {preset: RATIOS[of.index(min(of))] for preset, of in found.items()}
+
+
+def rates(cells: Sequence[Tried], length: str, task: str) -> tuple[float, ...]:
+    """Return AdamW's rates for fresh seeds: all of them on short runs, the best by tuning on long ones."""
+    if length == "short":
+        return ADAMW
+    of_adamw = [cell for cell in cells if (cell.length, cell.task, cell.preset) == (length, task, "AdamW")]
+    return (min(of_adamw, key=lambda cell: cell.loss).lr,)
+
+
+Cell = tuple[str, str]  # a length and a task
+
+
+def condensed(grids: Mapping[Cell, Results], finals: Mapping[Cell, Results]) -> Radii:
+    """Return what the documentation needs of all studies."""
+    cells = [cell for (length, _), results in grids.items() for cell in tried(length, results)]
+    every = [*grids.values(), *finals.values()]
+    environments = {repr(e): e for results in every for e in results.environments}
+    return Radii(
+        environments=list(environments.values()),
+        epochs=EPOCHS,
+        tuned_on=TUNED_ON,
+        seeds=SEEDS,
+        seconds=round(sum(results.seconds for results in every), 1),
+        ratios=choose(cells),
+        worst={preset: worst(cells, preset) for preset in PRESETS},
+        tried=cells,
+        found=[_found(length, row) for (length, _), results in finals.items() for row in results.rows],
+        comparisons=[c for (length, _), results in finals.items() for c in _held(length, results)],
+    )
+
+
+def _found(length: str, row: Row) -> Found:
+    whole = [run for run in row.runs if not run.diverged]
+    return Found(
+        length=length,
+        task=row.task,
+        arm=row.name,
+        settings=dict(row.arm.settings),
+        score=[round(run.test_score, 6) for run in whole if run.test_score is not None],
+        loss=[round(run.test_loss, 6) for run in whole if run.test_loss is not None],
+    )
+
+
+def _held(length: str, results: Results) -> list[Held]:
+    (task,) = results.tasks.values()
+    rivals = [row for row in task.rows if row.arm.optimizer == "adamw" and row.sound]
+    found = []
+    for by, of in MEASURES.items():
+        # AdamW's best rate by the very seeds that are compared, which favours AdamW.
+        sign = -1 if by == "score" else 1
+        best = min(rivals, key=lambda row: sign * sum(row.values(of))).name
+        extras = [row.name for row in task.rows if row.name in EXTRAS]
+        families = [
+            [(name, best) for name in PRESETS],
+            *([(name, PRESETS[1]) for name in extras if name.startswith(word)] for word in ("qkv", "match")),
+        ]
+        found += [
+            Held(
+                length=length,
+                task=task.name,
+                by=by,
+                this=c.row.name,
+                that=c.against.name,
+                mean=c.difference.interval.mean,
+                low=c.difference.interval.low,
+                high=c.difference.interval.high,
+                p_value=c.adjusted,
+            )
+            for family in families
+            for c in task.compare(family, of)
+        ]
+    return found
