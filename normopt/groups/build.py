@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -71,7 +71,8 @@ def param_groups(
     graph (torch.fx): 1 along a chain of layers, summed where paths meet, and multiplied by the constant factors of
     branches. With ``residual_depth=L`` nothing is traced. The model is then assumed to be a stream of L residual
     branches that contribute 1/L each, because they are multiplied by 1/L or because a final norm layer divides by
-    their sum.
+    their sum. Where a transformer's graph does not tell, and its config does, L is twice the config's number of layers;
+    a note says so.
 
     Frozen parameters (``requires_grad`` is False) are in no group, and "modular" gives them no mass. Parameters that
     are unfrozen later need new groups: call this again for a new optimizer.
@@ -85,7 +86,7 @@ def param_groups(
             what a parameter is ("embedding", "linear", "conv", "output", "norm" or "bias"); "mass" is for "modular".
         output: the name of the output layer. "last" is the last linear layer or convolution in the order of
             definition, frozen or not; None means no output layer. A weight tied to the embedding counts as output.
-        residual_depth: L, for "modular"; None traces the model.
+        residual_depth: L, for "modular"; None traces the model, or takes it from ``model.config``.
         lr_ratio: AdamW's learning rate relative to Muon's, for "muon-adamw" and "normuon-adamw"; None means 0.015.
 
     Returns:
@@ -133,12 +134,16 @@ def param_groups(
     trained = [info for info in infos if info.param.requires_grad]
     if unknown := [info for info in trained if "norm" not in settings[info.name]]:
         raise ValueError(_ask_for_kinds(unknown))
+    notes: list[str] = []
     if preset == "modular":
         masses = {info.name: settings[info.name].pop("mass") for info in trained if "mass" in settings[info.name]}
-        for name, (share, sensitivity) in budgets(model, infos, masses, residual_depth).items():
+        found, notes = budgets(model, infos, masses, residual_depth)
+        for name, (share, sensitivity) in found.items():
             radius = settings[name].get("radius", 1.0) * (share / sensitivity)
             settings[name] |= {"radius": radius, "share": share, "sensitivity": sensitivity}
-    return _group_by_settings(trained, settings, preset)
+    groups = _group_by_settings(trained, settings, preset)
+    groups.notes = notes
+    return groups
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -148,9 +153,11 @@ class ParamGroups(list[dict[str, Any]]):
 
     Attributes:
         preset: the name of the preset.
+        notes: what was decided for you, in sentences that are printed below the table.
     """
 
     preset: str
+    notes: Sequence[str] = ()
 
     def __repr__(self) -> str:
         rows = [("kind", "norm", "radius", "other settings", "parameters", "names")]
@@ -165,6 +172,7 @@ class ParamGroups(list[dict[str, Any]]):
         for row in rows:
             cells = [f"{cell:{align}{width}}" for cell, align, width in zip(row, "<<><><", widths, strict=True)]
             lines.append("  ".join(cells).rstrip())
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 

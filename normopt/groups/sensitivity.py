@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
@@ -24,11 +27,24 @@ NONEXPANSIVE = {
     *("float", "half", "bfloat16", "to", "type", "typeas", "maskedfill", "where", "pad", "roll"),
     *("layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm", "normalize"),
     *("batchnorm1d", "batchnorm2d", "batchnorm3d", "linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d"),
-    *("scaleddotproductattention", "add", "sub", "iadd", "isub"),
+    *("scaleddotproductattention", "add", "sub", "iadd", "isub", "stochasticdepth"),
+    *("swapaxes", "flip", "reshapeas", "viewas", "expandas"),
 }
 TRANSPOSES = ("T", "mT", "H", "mH")
 METADATA = ("shape", "device", "dtype", "ndim", "is_cuda", "requires_grad", "itemsize", "nbytes")
 NO_ACTIVATION = {"size", "dim", "shape", "assertisnone", "eq", "floordiv", "arange"}  # results that carry no activation
+
+# What a forward pass does that has no graph, by the words of the exception, the first that fit.
+REASONS = {
+    "cannot be iterated": "loops over a tensor or unpacks it",
+    "control flow": "branches on the value or the size of a tensor",
+    "'len' is not": "takes the length of a tensor",
+    "item assignment": "writes into a part of a tensor",
+    r"interpreted as an integer|(int|float|complex)\(\) argument": "needs a number that is in a tensor, or its size",
+    "NoneType": "needs an argument that is None by default, and such arguments are left out",
+    "co_varnames": "has its arguments behind a decorator",
+    'required "forward"': "is not defined",
+}
 
 Uses = dict[str, float]
 
@@ -78,11 +94,40 @@ def _trace(model: nn.Module, layers: set[str]) -> fx.Graph:
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             return module_qualified_name in layers or super().is_leaf_module(m, module_qualified_name)
 
+        def call_module(self, m: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().call_module(m, *args, **kwargs)
+            except Exception:
+                failed.append((self.path_of_module(m), type(m)))  # the innermost first
+                raise
+
+    failed: list[tuple[str, type]] = []
     absent = {n: None for n, p in inspect.signature(model.forward).parameters.items() if p.default is None}
     try:
         return Tracer().trace(model, concrete_args=absent)
     except Exception as error:
-        raise Untraceable(f"torch.fx cannot trace it: {error}") from error
+        of = _shown(*failed[0]) if failed else f"the model ({type(model).__name__})"
+        raise Untraceable(f"cannot trace it: the forward pass of {of} {_why(error)}") from error
+
+
+def _shown(path: str, cls: type) -> str:
+    return f"{path!r} ({cls.__name__})"
+
+
+def _why(error: Exception) -> str:
+    """Return what a forward pass does that has no graph, and where."""
+    said = str(error).partition("\n")[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    raised = (frames[-1].line or "").startswith(("raise ", "assert "))
+    what = "makes a call that takes actual tensors and numbers only"
+    if raised:  # by the model itself
+        what = f"raises {type(error).__name__}: {said[:200]!r} (arguments that are None by default are left out)"
+    what = next((reason for words, reason in REASONS.items() if re.search(words, said)), what)
+    tracing = str(Path(__file__).parent), str(Path(fx.__file__).parent)
+    code = next((f for f in reversed(frames) if f.line and not f.filename.startswith(tracing)), None)
+    if code is None or (raised and code is frames[-1]):
+        return what
+    return f"{what}, at `{code.line}` ({Path(code.filename).name}, line {code.lineno})"
 
 
 def _inputs(node: fx.Node, modules: dict[str, nn.Module]) -> list[tuple[fx.Node, float]]:
@@ -102,15 +147,15 @@ def _inputs(node: fx.Node, modules: dict[str, nn.Module]) -> list[tuple[fx.Node,
         return []
     if name == "getattr":
         if node.args[1] not in TRANSPOSES:
-            raise Untraceable(f"the sensitivity of .{node.args[1]} ({node.name}) is not known")
+            raise Untraceable(f"the sensitivity of .{node.args[1]}{_place(node)} is not known")
         return [(source, 1.0) for source in sources]
     if name in ("mul", "imul", "truediv", "itruediv", "div"):
         numbers = [a for a in node.args if isinstance(a, int | float)]
         if len(sources) != 1 or len(numbers) != 1 or (name.endswith("div") and node.args[0] is numbers[0]):
-            raise Untraceable(f"{node.name} is a {name} of two values, not by a constant")
+            raise Untraceable(f"there is a {name} of two values{_place(node)}, not by a constant")
         factor = abs(float(numbers[0]))
         return [(sources[0], factor if name.endswith("mul") else math.inf if factor == 0 else 1 / factor)]
-    return [(source, _lipschitz(name, node)) for source in sources]
+    return [(source, _lipschitz(node.target, node)) for source in sources]
 
 
 def _nodes(values: Any) -> list[fx.Node]:
@@ -124,11 +169,18 @@ def _nodes(values: Any) -> list[fx.Node]:
     return found
 
 
-def _lipschitz(name: str, node: fx.Node) -> float:
-    plain = _name(name)
+def _lipschitz(target: str | Callable[..., Any], node: fx.Node) -> float:
+    plain = _name(target)
     if plain not in NONEXPANSIVE and plain not in LIPSCHITZ:
-        raise Untraceable(f"the sensitivity of {name!r} ({node.name}) is not known")
+        name = getattr(target, "__name__", target)
+        raise Untraceable(f"the sensitivity of {name!r}{_place(node)} is not known")
     return LIPSCHITZ.get(plain, 1.0)
+
+
+def _place(node: fx.Node) -> str:
+    """Return the module that a node is in, as words to append."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return f" in {_shown(*stack[-1])}" if stack else ""
 
 
 def _name(target: str | Callable[..., Any]) -> str:
