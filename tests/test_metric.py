@@ -148,6 +148,7 @@ NORMS = [
     normopt.norms.Schatten(math.inf, method="svd"),
     *(registry.build({"norm": name}) for name in ("row", "column", "max", "max-row", "frobenius")),
     registry.build({"norm": "spectral", "norm_blocks": 2, "norm_aspect": "rms"}),
+    registry.build({"norm": "spectral", "norm_blocks": (3, 2, 1), "norm_aspect": "rms"}),
 ]
 
 

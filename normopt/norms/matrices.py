@@ -64,6 +64,8 @@ def split_rows(y: Tensor, blocks: Blocks) -> list[Tensor]:
     """
     if isinstance(blocks, tuple):
         return list(torch.split(y, list(blocks), 1))
+    if blocks == 1:
+        return [y]
     stack, rows, columns = y.shape
     return [y.reshape(stack * blocks, rows // blocks, columns)]
 

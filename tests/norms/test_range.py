@@ -139,7 +139,11 @@ def test_stacks_of_matrices(make, scale, size, path):
     each = [by_rule(make(), x) for x in g]
     factor = sum(n for n, _ in each) if scale == "dual" else 1
     expected = factor * np.stack([d for _, d in each])
-    for norm, x in ((make(matrix_view="batch"), g), (make(blocks=3), g.reshape(18, 5))):
+    for norm, x in (
+        (make(matrix_view="batch"), g),
+        (make(blocks=3), g.reshape(18, 5)),
+        (make(blocks=(6, 6, 6)), g.reshape(18, 5)),
+    ):
         (u,) = steps([x], norm=norm, scale=scale, **path)
         tolerance = 1e-5 * min(np.abs(expected).max(), 1e38) + 2e-45
         np.testing.assert_allclose(u.double().numpy().reshape(3, 6, 5), in_float32(expected), rtol=1e-5, atol=tolerance)
