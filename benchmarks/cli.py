@@ -302,7 +302,8 @@ def measure_radii(
     cells = [cell for (length, _), results in grids.items() for cell in radii.tried(length, results)]
     ratios = radii.choose(cells)
     finals = {key: made(radii.final(*key, ratios, radii.rates(cells, *key))) for key in radii.CELLS}
-    kept.write(radii.condensed(grids, finals), out / "radii.json")
+    edges = {key: made(radii.edge(*key)) for key in radii.CELLS}
+    kept.write(radii.condensed(grids, edges, finals), out / "radii.json")
     _say_where("For the documentation", out / "radii.json")
 
 

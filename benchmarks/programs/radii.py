@@ -20,6 +20,7 @@ from benchmarks.tasks import TASKS
 
 PRESETS = ("muon", "muon-adamw")
 RATIOS = (0.015, 0.05, 0.1, 0.2, 0.4)
+BEYOND = 0.8
 LR = 0.02  # Muon's default
 ADAMW = (1e-3, 3e-3, 1e-2)
 SEEDS = tuple(range(1, 9))
@@ -67,7 +68,7 @@ def _study(name: str, purpose: str, length: str, task: str, arms: Iterable[Arm],
         purpose=purpose,
         tasks=(task,),
         arms=arms,
-        baseline=next(arm.name for arm in arms if arm.optimizer == "adamw"),
+        baseline=next((arm.name for arm in arms if arm.optimizer == "adamw"), arms[0].name),
         tuning=Tuning(trials=1, startup=1),  # nothing is searched
         seeds=tuple(seeds),
         budget=EPOCHS[length][task] / TASKS[task].epochs,
@@ -84,6 +85,16 @@ def grid(length: str, task: str) -> Study:
     ]
     purpose = "Which ratio is good at which learning rate?"
     return _study("grid", purpose, length, task, [*arms, *map(_adamw, ADAMW)], TUNED_ON[length])
+
+
+def edge(length: str, task: str) -> Study:
+    """Return the study of a ratio beyond the grid, at Muon's rate.
+
+    Added when the grid was known, whose best ratio of "muon-adamw" was its highest. It has no part in the choice.
+    """
+    arm = _muon(f"{PRESETS[1]} {BEYOND:g}", task, PRESETS[1], {"ratio": BEYOND, "lr": LR})
+    purpose = "Is a ratio beyond the grid better?"
+    return _study("edge", purpose, length, task, [arm], TUNED_ON[length])
 
 
 def final(length: str, task: str, ratios: Mapping[str, float], rates: Sequence[float]) -> Study:
@@ -167,20 +178,21 @@ def tried(length: str, results: Results) -> list[Tried]:
     ]
 
 
+def by_ratio(cells: Iterable[Tried], length: str, task: str, preset: str) -> dict[float, float]:
+    """Return the mean loss of each ratio at Muon's rate."""
+    wanted = (length, task, preset, LR)
+    return {
+        cell.ratio: cell.loss
+        for cell in cells
+        if cell.ratio and (cell.length, cell.task, cell.preset, cell.lr) == wanted
+    }
+
+
 def worst(cells: Sequence[Tried], preset: str) -> list[float]:
-    """Return, for each ratio, its loss over the lowest loss of any ratio, at Muon's rate: the highest of all cells."""
-    found = []
-    for ratio in RATIOS:
-        excess = []
-        for length, task in {(cell.length, cell.task) for cell in cells}:
-            losses = {
-                cell.ratio: cell.loss
-                for cell in cells
-                if (cell.length, cell.task, cell.preset, cell.lr) == (length, task, preset, LR)
-            }
-            excess.append(losses[ratio] / min(losses.values()))
-        found.append(round(max(excess), 4))
-    return found
+    """Return, for each ratio of the grid, its loss over the lowest of any, at Muon's rate: the highest of all runs."""
+    runs = {(cell.length, cell.task) for cell in cells}
+    losses = [[by_ratio(cells, *run, preset)[ratio] for ratio in RATIOS] for run in runs]
+    return [round(max(of[i] / min(of) for of in losses), 4) for i in range(len(RATIOS))]
 
 
 def choose(cells: Sequence[Tried]) -> dict[str, float]:
@@ -200,10 +212,11 @@ def rates(cells: Sequence[Tried], length: str, task: str) -> tuple[float, ...]:
 Cell = tuple[str, str]  # a length and a task
 
 
-def condensed(grids: Mapping[Cell, Results], finals: Mapping[Cell, Results]) -> Radii:
+def condensed(grids: Mapping[Cell, Results], edges: Mapping[Cell, Results], finals: Mapping[Cell, Results]) -> Radii:
     """Return what the documentation needs of all studies."""
     cells = [cell for (length, _), results in grids.items() for cell in tried(length, results)]
-    every = [*grids.values(), *finals.values()]
+    beyond = [cell for (length, _), results in edges.items() for cell in tried(length, results) if cell.ratio]
+    every = [*grids.values(), *edges.values(), *finals.values()]
     environments = {repr(e): e for results in every for e in results.environments}
     return Radii(
         environments=list(environments.values()),
@@ -213,7 +226,7 @@ def condensed(grids: Mapping[Cell, Results], finals: Mapping[Cell, Results]) -> 
         seconds=round(sum(results.seconds for results in every), 1),
         ratios=choose(cells),
         worst={preset: worst(cells, preset) for preset in PRESETS},
-        tried=cells,
+        tried=[*cells, *beyond],
         found=[_found(length, row) for (length, _), results in finals.items() for row in results.rows],
         comparisons=[c for (length, _), results in finals.items() for c in _held(length, results)],
     )
@@ -260,3 +273,31 @@ def _held(length: str, results: Results) -> list[Held]:
             for c in task.compare(family, of)
         ]
     return found
+
+
+def tables(kept: Radii) -> tuple[str, str]:
+    """Return the Markdown tables of the documentation: what was tried at Muon's rate, and the finals."""
+    ratios = (*RATIOS, BEYOND)
+    lines = [f"| run | preset | {' | '.join(f'{r:g}' for r in ratios)} |", "|:--|:--|" + "--:|" * len(ratios)]
+    for length, task in CELLS:
+        for preset in PRESETS:
+            losses = by_ratio(kept.tried, length, task, preset)
+            best = min(losses[ratio] for ratio in RATIOS)
+            said = [f"**{x:.3f}**" if x == best else f"{x:.3f}" if x else "" for x in map(losses.get, ratios)]
+            lines.append(f"| {_run(kept, length, task)} | {preset} | {' | '.join(said)} |")
+    for preset, of in kept.worst.items():
+        lines.append(f"| worst over best | {preset} | {' | '.join(f'{ratio:.2f}' for ratio in of)} | |")
+    held = {(c.length, c.task, c.this): c for c in kept.comparisons if c.by == "loss"}
+    final = ["| run | AdamW | muon | minus AdamW | muon-adamw | minus AdamW |", "|:--|--:|--:|--:|--:|--:|"]
+    for length, task in CELLS:
+        means = {a.arm: sum(a.loss) / len(a.loss) for a in kept.found if (a.length, a.task) == (length, task)}
+        pairs = [held[length, task, preset] for preset in PRESETS]
+        said = [f"{means[c.this]:.3f} | {c.mean:+.3f} ({c.low:+.3f} to {c.high:+.3f})" for c in pairs]
+        rival = f"{means[pairs[0].that]:.3f} at {pairs[0].that.removeprefix('AdamW ')}"
+        final.append(f"| {_run(kept, length, task)} | {rival} | {' | '.join(said)} |".replace("-0.", "−0."))
+    return "\n".join(lines), "\n".join(final)
+
+
+def _run(kept: Radii, length: str, task: str) -> str:
+    n = kept.epochs[length][task]
+    return f"{task}, {n} epoch{'s' if n > 1 else ''}"
