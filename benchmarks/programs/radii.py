@@ -20,9 +20,9 @@ from benchmarks.tasks import TASKS
 
 PRESETS = ("muon", "muon-adamw")
 RATIOS = (0.015, 0.05, 0.1, 0.2, 0.4)
-BEYOND = 0.8
 LR = 0.02  # Muon's default
 ADAMW = (1e-3, 3e-3, 1e-2)
+BEYOND = 0.8, 3e-2  # a ratio, and a rate of AdamW's
 SEEDS = tuple(range(1, 9))
 DECAY = 0.01  # of all arms, torch.optim.AdamW's default
 MEASURES = {"score": test_score, "loss": test_loss}
@@ -68,7 +68,7 @@ def _study(name: str, purpose: str, length: str, task: str, arms: Iterable[Arm],
         purpose=purpose,
         tasks=(task,),
         arms=arms,
-        baseline=next((arm.name for arm in arms if arm.optimizer == "adamw"), arms[0].name),
+        baseline=next(arm.name for arm in arms if arm.optimizer == "adamw"),
         tuning=Tuning(trials=1, startup=1),  # nothing is searched
         seeds=tuple(seeds),
         budget=EPOCHS[length][task] / TASKS[task].epochs,
@@ -88,13 +88,15 @@ def grid(length: str, task: str) -> Study:
 
 
 def edge(length: str, task: str) -> Study:
-    """Return the study of a ratio beyond the grid, at Muon's rate.
+    """Return the study of a ratio and a rate of AdamW's beyond the grid.
 
-    Added when the grid was known, whose best ratio of "muon-adamw" was its highest. It has no part in the choice.
+    Added when the grid was known, whose best ratio of "muon-adamw", and best rate of AdamW, were the highest. It has no
+    part in the choice, nor in what the presets are held against.
     """
-    arm = _muon(f"{PRESETS[1]} {BEYOND:g}", task, PRESETS[1], {"ratio": BEYOND, "lr": LR})
-    purpose = "Is a ratio beyond the grid better?"
-    return _study("edge", purpose, length, task, [arm], TUNED_ON[length])
+    ratio, rate = BEYOND
+    arm = _muon(f"{PRESETS[1]} {ratio:g}", task, PRESETS[1], {"ratio": ratio, "lr": LR})
+    purpose = "Is a ratio or a rate beyond the grid better?"
+    return _study("edge", purpose, length, task, [arm, _adamw(rate)], TUNED_ON[length])
 
 
 def final(length: str, task: str, ratios: Mapping[str, float], rates: Sequence[float]) -> Study:
@@ -205,7 +207,8 @@ def rates(cells: Sequence[Tried], length: str, task: str) -> tuple[float, ...]:
     """Return AdamW's rates for fresh seeds: all of them on short runs, the best by tuning on long ones."""
     if length == "short":
         return ADAMW
-    of_adamw = [cell for cell in cells if (cell.length, cell.task, cell.preset) == (length, task, "AdamW")]
+    of_adamw = [cell for cell in cells if (cell.length, cell.task) == (length, task) and cell.preset == "AdamW"]
+    of_adamw = [cell for cell in of_adamw if cell.lr in ADAMW]
     return (min(of_adamw, key=lambda cell: cell.loss).lr,)
 
 
@@ -215,7 +218,7 @@ Cell = tuple[str, str]  # a length and a task
 def condensed(grids: Mapping[Cell, Results], edges: Mapping[Cell, Results], finals: Mapping[Cell, Results]) -> Radii:
     """Return what the documentation needs of all studies."""
     cells = [cell for (length, _), results in grids.items() for cell in tried(length, results)]
-    beyond = [cell for (length, _), results in edges.items() for cell in tried(length, results) if cell.ratio]
+    beyond = [cell for (length, _), results in edges.items() for cell in tried(length, results)]
     every = [*grids.values(), *edges.values(), *finals.values()]
     environments = {repr(e): e for results in every for e in results.environments}
     return Radii(
@@ -277,7 +280,7 @@ def _held(length: str, results: Results) -> list[Held]:
 
 def tables(kept: Radii) -> tuple[str, str]:
     """Return the Markdown tables of the documentation: what was tried at Muon's rate, and the finals."""
-    ratios = (*RATIOS, BEYOND)
+    ratios = (*RATIOS, BEYOND[0])
     lines = [f"| run | preset | {' | '.join(f'{r:g}' for r in ratios)} |", "|:--|:--|" + "--:|" * len(ratios)]
     for length, task in CELLS:
         for preset in PRESETS:
