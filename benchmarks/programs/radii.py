@@ -278,8 +278,8 @@ def _held(length: str, results: Results) -> list[Held]:
     return found
 
 
-def tables(kept: Radii) -> tuple[str, str]:
-    """Return the Markdown tables of the documentation: what was tried at Muon's rate, and the finals."""
+def tables(kept: Radii) -> tuple[str, str, str]:
+    """Return the Markdown tables of the documentation: what was tried at Muon's rate, the finals, and the extras."""
     ratios = (*RATIOS, BEYOND[0])
     lines = [f"| run | preset | {' | '.join(f'{r:g}' for r in ratios)} |", "|:--|:--|" + "--:|" * len(ratios)]
     for length, task in CELLS:
@@ -298,7 +298,14 @@ def tables(kept: Radii) -> tuple[str, str]:
         said = [f"{means[c.this]:.3f} | {c.mean:+.3f} ({c.low:+.3f} to {c.high:+.3f})" for c in pairs]
         rival = f"{means[pairs[0].that]:.3f} at {pairs[0].that.removeprefix('AdamW ')}"
         final.append(f"| {_run(kept, length, task)} | {rival} | {' | '.join(said)} |".replace("-0.", "−0."))
-    return "\n".join(lines), "\n".join(final)
+    extras = ["| on bytes, 10 epochs | test loss | minus muon-adamw | P |", "|:--|--:|--:|--:|"]
+    for arm in (a for a in kept.found if a.arm in EXTRAS):
+        c = held[arm.length, arm.task, arm.arm]
+        p = "< 0.001" if c.p_value < 0.001 else f"{c.p_value:.3f}"
+        loss = sum(arm.loss) / len(arm.loss)
+        line = f"| {arm.arm} | {loss:.3f} | {c.mean:+.3f} ({c.low:+.3f} to {c.high:+.3f}) | {p} |"
+        extras.append(line.replace("-0.", "−0."))
+    return "\n".join(lines), "\n".join(final), "\n".join(extras)
 
 
 def _run(kept: Radii, length: str, task: str) -> str:
