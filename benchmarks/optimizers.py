@@ -222,23 +222,12 @@ def _params(
         raise ValueError(f"preset must be one of {', '.join(LAYER_PRESETS)} or none, but is {preset!r}")
     fused = [name for name, _ in model.named_parameters() if qkv_blocks and name.endswith("qkv.weight")]
     overrides: dict[str | type[nn.Module], dict[str, Any]] = {name: {"norm_blocks": qkv_blocks} for name in fused}
-    if ratio is not None:
-        overrides |= _small_layers(model)
     depth = task.residual_depth if preset == "modular" else None
     groups = normopt.param_groups(model, preset, overrides=overrides, residual_depth=depth)
     if ratio is not None:
         for group in groups:
             group |= {key: ratio for key in ("lr_ratio", "radius") if key in group}
     return groups
-
-
-def _small_layers(model: nn.Module) -> dict[str | type[nn.Module], dict[str, Any]]:
-    """Return overrides: no decay for vectors, and the first convolution of an image as the embedding that it is."""
-    found: dict[str | type[nn.Module], dict[str, Any]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.in_channels <= 4:
-            found[f"{name}.weight"] = {"kind": "embedding"}
-    return found | {name: {"weight_decay": 0.0} for name, p in model.named_parameters() if p.dim() <= 1}
 
 
 def _theirs(entry: Entry, settings: dict[str, Any], model: nn.Module) -> Optimizer:

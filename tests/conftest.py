@@ -20,10 +20,14 @@ import pytest
 import torch
 
 import normopt
+from benchmarks.vision import allow_torchvision_import
+
+allow_torchvision_import()  # which timm and transformers import
 
 # Folders and files whose tests share what is slow to make: ranks and others forked by tests/forked.py, the site, a
-# study that has been run, workers, a wheel.
+# study that has been run, workers, a wheel, the import of transformers.
 ONE_WORKER = {
+    "architectures": "architectures",
     "sharding": "forked",
     "test_compiling.py": "forked",
     "test_docs.py": "forked",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import math
+import re
 
 import pytest
 import torch
@@ -105,7 +107,7 @@ def test_kinds_of_the_mix():
     kinds = by_name(normopt.param_groups(Mix(), "scion"), "kind")
     assert kinds == {
         "embed.weight": "embedding",
-        "conv.weight": "conv",
+        "conv.weight": "input_conv",  # of four channels
         "hidden.weight": "linear",
         "head.weight": "output",
         **dict.fromkeys(("norm.weight", "norm.bias", "norm2.weight", "norm2.bias"), "norm"),
@@ -127,7 +129,7 @@ def test_matrices_are_read_as_their_modules_mean_them():
     groups = normopt.param_groups(model, "modular", residual_depth=1)
     assert by_name(groups, "norm_blocks") | {} == {
         **dict.fromkeys((name for name, _ in model.named_parameters())),
-        "attention.in_proj_weight": 3,
+        "attention.in_proj_weight": 6,  # of two heads
         "lstm.weight_ih_l0": 4,
         "lstm.weight_hh_l0": 4,
         "grouped.weight": 2,
@@ -140,10 +142,10 @@ def test_matrices_are_read_as_their_modules_mean_them():
     before = model["attention"].in_proj_weight.detach().clone()
     model["attention"].in_proj_weight.grad = g
     opt.step()
-    steps = (before - model["attention"].in_proj_weight.detach()).chunk(3)
-    for step in steps:  # q, k and v are each orthogonalised by themselves
+    steps = (before - model["attention"].in_proj_weight.detach()).chunk(6)
+    for step in steps:  # each head of q, k and v is orthogonalised by itself
         s = torch.linalg.svdvals(step)
-        torch.testing.assert_close(s, s[:1].expand(8))
+        torch.testing.assert_close(s, s[:1].expand(4))
 
 
 def test_the_steps_of_scions_preset_are_the_published_ones():
@@ -172,10 +174,13 @@ def test_the_steps_of_scions_preset_are_the_published_ones():
 
 def split(model, groups):
     """The hidden matrices by Muon and the rest by AdamW, as torch has them, and the names of the former."""
-    hidden = {n for group in groups for n, _ in group["params"] if group["kind"] == "linear"}
+    hidden = {n for group in groups for n, _ in group["params"] if group["kind"] in ("linear", "qkv")}
     muon = [p for n, p in model.named_parameters() if n in hidden]
-    rest = [p for n, p in model.named_parameters() if n not in hidden]
-    two = torch.optim.Muon(muon, lr=0.02, weight_decay=0.1), torch.optim.AdamW(rest, lr=3e-4, weight_decay=0.1)
+    rest = [(n, p) for n, p in model.named_parameters() if n not in hidden]
+    vectors = {"params": [p for _, p in rest if p.dim() == 1], "weight_decay": 0.0}
+    tables = {"params": [p for _, p in rest if p.dim() > 1]}
+    adamw = torch.optim.AdamW([tables, vectors], lr=0.008, weight_decay=0.1)
+    two = torch.optim.Muon(muon, lr=0.02, weight_decay=0.1), adamw
     return two, hidden
 
 
@@ -184,12 +189,14 @@ def test_muon_adamw_is_torchs_muon_and_torchs_adamw_with_a_learning_rate_each():
     torch.manual_seed(0)
     theirs, ours = Stream(), Stream()
     ours.load_state_dict(theirs.state_dict())
-    groups = normopt.param_groups(ours, preset="muon-adamw")
+    whole = {"kind:qkv": {"norm_blocks": 1}}  # as torch's Muon takes it
+    groups = normopt.param_groups(ours, preset="muon-adamw", overrides=whole)
     two, hidden = split(theirs, groups)
     assert len(hidden) == 8
 
     def one():
-        opt = normopt.Muon(normopt.param_groups(ours, preset="muon-adamw"), lr=0.02, weight_decay=0.1)
+        groups = normopt.param_groups(ours, preset="muon-adamw", overrides=whole)
+        opt = normopt.Muon(groups, lr=0.02, weight_decay=0.1)
         return opt, torch.optim.lr_scheduler.CosineAnnealingLR(opt, 50)
 
     opt, schedule = one()
@@ -226,7 +233,8 @@ def test_the_rule_of_adamw_in_a_preset():
     groups = normopt.param_groups(Mix(), "normuon-adamw", lr_ratio=0.1)
     opt = normopt.Muon(groups, lr=0.02, weight_decay=0.1, row_beta=0.95)
     found = {tuple(g[k] for k in ("norm", "row_beta", "lr_ratio", "lr", "weight_decay")) for g in opt.param_groups}
-    assert found == {("spectral", 0.95, 1.0, 0.02, 0.1), ("l2", 0.0, 0.1, 0.02, 0.1)}
+    rules = {("spectral", 0.95, 1.0, 0.02, 0.1), ("l2", 0.0, 0.1, 0.02, 0.1)}
+    assert found == rules | {("l2", 0.0, 0.1, 0.02, 0.0)}  # vectors do not decay
     for group in normopt.AdamW(normopt.param_groups(Mix(), "adamw"), betas=(0.8, 0.95)).param_groups:
         assert [group[k] for k in ("metric", "momentum", "metric_beta", "lr_ratio")] == ["diagonal", 0.8, 0.95, 1.0]
     opt.add_param_group({"params": [("late", nn.Parameter(torch.ones(2, 2)))]})
@@ -241,11 +249,11 @@ def test_the_rule_of_adamw_in_a_preset():
     assert by_name(groups, "betas")["head.weight"] is None
     assert by_name(groups, "lr_ratio") | {} == {
         "hidden.weight": None,
-        "conv.weight": None,
         "head.weight": None,
         "norm2.weight": 0.5,
         "norm2.bias": 0.5,
-        **dict.fromkeys(("embed.weight", "norm.weight", "norm.bias", "conv.bias", "hidden.bias", "head.bias"), 0.015),
+        **dict.fromkeys(("embed.weight", "conv.weight", "norm.weight", "norm.bias"), 0.4),
+        **dict.fromkeys(("conv.bias", "hidden.bias", "head.bias"), 0.4),
     }
     groups[-1]["betas"], groups[-1]["eps"] = (0.8, 0.9), 1e-10  # as of any groups, before an optimizer has them
     last = normopt.Muon(groups).param_groups[-1]
@@ -257,7 +265,7 @@ def test_the_rule_of_adamw_in_a_preset():
         ("spectral", "none", False),
         ("l2", "diagonal", True),
     }
-    assert "AdamW, betas (0.9, 0.95), lr_ratio 0.5" in str(groups)
+    assert "betas (0.9, 0.95)" in str(groups)
 
 
 def test_the_step_of_scales_preset_is_the_published_one():
@@ -285,7 +293,7 @@ def test_a_group_takes_the_fields_of_the_optimizers_own_norm_and_of_no_other():
     assert norms["hidden.weight"]["norm_method"] == "polar-express"
     assert norms["hidden.weight"]["norm_steps"] == 7
     assert "match_rms_adamw" in opt.backend()
-    assert "Lp(p=inf) unit, radius 0.015" in opt.backend()
+    assert "Lp(p=inf) unit, radius 0.1" in opt.backend()
     opt = normopt.Muon(normopt.param_groups(Mix(), "scion"), steps=7)
     fields = [(g["norm"], g["norm_aspect"], g["norm_steps"]) for g in opt.param_groups]
     assert ("spectral", "rms", 7) in fields
@@ -314,26 +322,45 @@ def test_overrides_are_laid_over_the_preset_in_their_order():
 
 
 class Bare(nn.Module):
+    """Parameters that no layer of torch's owns: a table by its name, a matrix and a stack of unknown kind."""
+
     def __init__(self):
         super().__init__()
-        self.token = nn.Parameter(torch.randn(1, 4))
-        self.body = nn.Linear(4, 4)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.body(x + self.token)))
+        self.tokens = nn.Parameter(torch.randn(3, 4))
+        self.mixing = nn.ParameterList(nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+        self.stack = nn.Parameter(torch.randn(2, 4, 4))
+        self.head = nn.Linear(4, 5)
 
 
-def test_a_parameter_that_nobody_claims_is_refused_until_somebody_does():
-    with pytest.raises(ValueError, match=r"no kind of layer is known for token \(1, 4\) of a Bare.*overrides"):
+def test_a_parameter_that_nobody_claims_is_refused_with_the_override_that_claims_it():
+    with pytest.raises(
+        ValueError, match=r"known for stack \(2, 4, 4\) of a Bare .*mixing\.0 .* of a ParameterList \(2 in all"
+    ) as error:
         normopt.param_groups(Bare(), "muon")
-    groups = normopt.param_groups(Bare(), "scion", overrides={"token": {"kind": "embedding"}})
-    assert by_name(groups, "norm_matrix_view")["token"] == "transposed"
-    assert by_name(groups, "radius")["token"] == 50
-    groups = normopt.param_groups(Bare(), "scion", overrides={"token": {"norm": "l2", "scale": "dual"}})
-    assert by_name(groups, "kind")["token"] == "other"
-    assert by_name(groups, "norm")["token"] == "l2"
+    written = re.search(r"overrides=(\{.*?\}\})", str(error.value))[1]
+    overrides = ast.literal_eval(written)
+    assert overrides == {
+        "mixing.*": {"kind": "vector"},
+        "stack": {"kind": "linear", "norm_matrix_view": "batch"},
+    }
+    for preset in PRESETS:
+        depth = {"residual_depth": 1} if preset == "modular" else {}
+        groups = normopt.param_groups(Bare(), preset, overrides=overrides, **depth)
+        assert by_name(groups, "kind")["mixing.1"] == "vector"
+    assert by_name(groups, "norm_matrix_view") | {} == {
+        "tokens": "transposed",
+        "stack": "batch",
+        **dict.fromkeys(("mixing.0", "mixing.1", "head.weight", "head.bias")),
+    }
+    given = overrides | {"mixing.*": {"norm": "l2", "scale": "dual"}}
+    groups = normopt.param_groups(Bare(), "scion", overrides=given)
+    assert by_name(groups, "kind")["mixing.0"] == "other"
+    assert by_name(groups, "norm")["mixing.0"] == "l2"
     normopt.Scion(groups)
+    # A pattern that fits a parameter of known kind, too, is written out.
+    model = nn.ModuleDict({"a": Bare(), "b": nn.ModuleList([Bare()])})
+    with pytest.raises(ValueError, match=r'"a\.mixing\.\*": .*"b\.\*\.mixing\.\*": '):
+        normopt.param_groups(model)
 
 
 def test_a_modules_bias_keeps_its_kind_and_fields_go_by_their_settings_name():
@@ -349,7 +376,13 @@ def test_a_modules_bias_keeps_its_kind_and_fields_go_by_their_settings_name():
 
 def test_the_output_layer():
     tied = nn.ModuleDict(dict(head=nn.Linear(4, 9, bias=False), body=nn.Linear(4, 4), embed=nn.Embedding(9, 4)))
-    assert by_name(normopt.param_groups(tied, "muon"), "kind")["body.weight"] == "output"  # defined last
+    assert by_name(normopt.param_groups(tied, "muon", output="last"), "kind")["body.weight"] == "output"
+    assert by_name(normopt.param_groups(tied, "muon"), "kind")["body.weight"] == "linear"
+    headless = normopt.param_groups(nn.ModuleDict(dict(tied.items() - {("head", tied["head"])})))
+    assert "output" not in by_name(headless, "kind").values()
+    assert "pass output='body' if" in str(headless) or "pass output='body'" in str(headless)
+    both = normopt.param_groups(Mix(), output=["head", "hidden"])
+    assert by_name(both, "kind")["hidden.weight"] == by_name(both, "kind")["head.weight"] == "output"
     tied["embed"].weight = tied["head"].weight
     kinds = by_name(normopt.param_groups(tied, "scion"), "kind")
     assert kinds == {"head.weight": "output", "body.weight": "linear", "body.bias": "bias"}
@@ -378,7 +411,7 @@ REFUSED = [
     (dict(preset="modular", residual_depth=0), ValueError, "residual_depth must be in"),
     (dict(preset="modular", residual_depth=2.5), TypeError, "residual_depth must be an integer"),
     (dict(overrides={"head": {"norm": "spectrall"}}), ValueError, "did you mean 'spectral'"),
-    (dict(lr_ratio=0.1), ValueError, "lr_ratio is for the presets with two rules"),
+    (dict(preset="muon", lr_ratio=0.1), ValueError, "lr_ratio is for the presets with two rules"),
     (dict(preset="muon-adamw", lr_ratio=0), ValueError, "lr_ratio must be in"),
 ]
 
@@ -480,11 +513,17 @@ def test_a_declared_depth_is_that_of_frozen_branches_too():
 def test_the_table_says_who_got_what():
     lines = str(normopt.param_groups(Stream(), "scion")).splitlines()
     assert lines[0] == "preset 'scion': 1,443 parameters in 30 tensors"
-    assert lines[1].split() == ["kind", "norm", "radius", "other", "settings", "parameters", "names"]
+    columns = ["kind", "optimizer", "norm", "view", "blocks", "radius", "other", "settings", "parameters", "names"]
+    assert lines[1].split() == columns
     hidden = next(line for line in lines if line.startswith("linear"))
-    assert "blocks.*.qkv.weight, blocks.*.out.weight" in hidden
+    assert "blocks.*.out.weight, blocks.*.up.weight" in hidden
     assert "aspect rms" in hidden
-    assert repr(normopt.param_groups(nn.Linear(2, 3), "muon")).count("0.015") == 2
+    assert any(line.startswith("qkv? ") and " 3 " in line for line in lines)
+    assert lines[-1].startswith("?: the kind follows from a name alone")
+    lines = str(normopt.param_groups(frozen(Mix(), "hidden"))).splitlines()
+    assert lines[-1].split()[:2] == ["frozen", "(552)"]
+    assert "0.4 lr" in lines[3]
+    assert repr(normopt.param_groups(nn.Linear(2, 3), "muon")).count("0.1") == 2
 
 
 def test_names_and_settings_are_saved_and_loaded():

@@ -48,8 +48,8 @@ for preset in ("muon", "scion"):
 
 # %% [markdown]
 # **Muon** keeps to the hidden matrices and leaves the rest to another optimizer: AdamW in its author's code, sign
-# steps here, which are the member of the same family that Adam comes nearest to. The radius 0.015 of those groups is
-# the ratio of the author's two learning rates, so that one `lr` serves both.
+# steps here, which are the member of the same family that Adam comes nearest to. The radius 0.1 of those groups
+# is measured ([Where 0.1 and 0.4 come from](../how-to/param-groups.md#where-01-and-04-come-from)); one `lr` serves both.
 #
 # **Scion** gives *every* layer a norm that fits what goes in and what comes out: for the embedding, whose input is
 # one-hot, every row it reads at RMS 1; for hidden layers the largest gain from RMS to RMS, which is the spectral norm

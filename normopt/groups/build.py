@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from normopt._checks import check_choice, check_integer, check_number, near
-from normopt.groups.classify import KINDS, MATRICES, ParamInfo, classify_params
+from normopt.groups.classify import KINDS, MATRICES, UNDECAYED, ParamInfo, classify_params
 from normopt.groups.modular import budgets
-from normopt.groups.presets import ADAMW, PRESETS
+from normopt.groups.presets import ADAMW, CONSTRAINED, OPTIMIZERS, PRESETS
 from normopt.norms import registry
 
 Overrides = Mapping[str | type[nn.Module], Mapping[str, Any]]
@@ -20,10 +22,10 @@ Overrides = Mapping[str | type[nn.Module], Mapping[str, Any]]
 
 def param_groups(
     model: nn.Module,
-    preset: str = "muon",
+    preset: str = "muon-adamw",
     *,
     overrides: Overrides | None = None,
-    output: str | None = "last",
+    output: str | Sequence[str] | None = "auto",
     residual_depth: int | None = None,
     lr_ratio: float | None = None,
 ) -> ParamGroups:
@@ -32,20 +34,41 @@ def param_groups(
     ::
 
         preset          hidden layers   embeddings          output          vectors   radii
-        "muon-adamw"    spectral        AdamW               AdamW           AdamW     1; AdamW at 0.015 lr
+        "muon-adamw"    spectral        AdamW               AdamW           AdamW     1; AdamW at 0.4 lr
         "normuon-adamw" the same, for NorMuon
         "adamw"         ℓ2, as the rest                                               1
-        "muon"          spectral        sign                sign            sign      1, the rest 0.015
+        "muon"          spectral        sign                sign            sign      1, the rest 0.1
         "scion"         RMS → RMS       ℓ1 → RMS            sign/d_in       RMS       50, output 3000: a GPT's
         "scion-cnn"     the same                                                      8, output 128
         "scion-mlp"     the same                                                      1, output 1024
         "scale"         rows at RMS 1   the same, transp.   the same        sign      1; momentum at the output
         "modular"       RMS → RMS       ℓ1 → RMS            RMS → RMS       RMS       computed from the model
 
-    Start with "muon-adamw" for a transformer. Hidden layers are linear layers, attention and convolutions. Their
-    weights are read as out × rest. The three matrices of a fused in_proj and the groups of a grouped convolution are
-    separate; transposed convolutions and embeddings are transposed. Vectors are biases and the gains of norm layers.
-    All presets but the first three use unit steps throughout.
+    Start with "muon-adamw". Each parameter has a kind, by the first line that fits::
+
+        output      the layers of get_output_embeddings() or get_classifier(), else of ``output``, else of known
+                    names; tables that an embedding and a linear layer share
+        norm, bias, vector   gains of norm layers, biases of any shape, other tensors with one dim larger than 1
+        embedding   nn.Embedding, nn.EmbeddingBag: read as features × vocabulary
+        table       bare parameters of positions, tokens, queries: read as features × entries
+        state       state-space parameters (A_log, D, dt, time_…, …)
+        depthwise   convolutions with a group for each channel
+        input_conv  the first convolution if it has at most 4 input channels; patch convolutions (stride = kernel) are
+                    "conv", and have the aspect of the linear layer of a patch
+        gate        matrices with fewer than 4 rows or columns
+        conv        out × (in · taps), groups are blocks
+        qkv         fused queries, keys and values: a block for each head, 3 where the module tells no heads
+        gate_up     a gate and what it multiplies: 2 blocks
+        experts     (experts, out, in) is a stack, (experts, in, out) one of transposed matrices
+        router, recurrent (gates are blocks), linear
+
+    Hidden matrices are "linear", "qkv", "gate_up", "experts", "router", "recurrent" and "conv". "depthwise",
+    "input_conv" and "gate" are as embeddings in the Muon presets, and as hidden matrices in the others. Parametrized
+    weights and LoRA factors are as the layer that they are of. A kind that follows from a name alone is printed with
+    "?". Where no output layer is found, a note says so. All presets but the first three use unit steps throughout.
+
+    Vectors, tables and state-space parameters do not decay (weight_decay 0), nor do parametrized weights and what
+    timm's ``no_weight_decay()`` names, except under Scion's presets, whose decay is the method's constraint.
 
     The groups set a norm, a scale and a radius, and leave the rest to the optimizer. Pass them to the optimizer that
     the preset is named after (`Muon`, `NorMuon`, `AdamW`, `Scion` or `SCALE`), or "modular" to any with EMA momentum. A
@@ -54,12 +77,14 @@ def param_groups(
     as "linf", the RMS as "frobenius" with the aspect "entries", ℓ1 → RMS as "column" with the aspect "rows".
 
     "muon-adamw" is one optimizer with two rules: torch.optim.Muon's for hidden matrices, and torch.optim.AdamW's, with
-    its defaults, for the rest. AdamW's learning rate is lr_ratio times Muon's, in its step and in its decay: 3e-4 at
-    Muon's default of 0.02. Its ``betas`` and ``eps`` are in its groups: change them there, or by an override. "adamw"
-    leaves them to the optimizer.
+    its defaults, for the rest. AdamW's learning rate is lr_ratio times Muon's, in its step and in its decay. Its
+    ``betas`` and ``eps`` are in its groups: change them there, or by an override. "adamw" leaves them to the optimizer.
 
-    The radius 0.015 of "muon" gives steps of 3e-4 at Muon's default learning rate of 0.02. With another learning
-    rate, give the groups whose norm is "linf" a matching radius or lr. A radius does not scale the decay.
+    The radius 0.1 of "muon" and the lr_ratio 0.4 of "muon-adamw" are measured (``python -m benchmarks radii``): of five
+    values from 0.015 to 0.4, at Muon's learning rate of 0.02, they have the lowest worst loss relative to the best
+    value's, over a byte-level GPT, two CNNs, and short and long runs. 0.015 is Keller Jordan's 3e-4 to 0.02; a large
+    model that AdamW trains at a lower learning rate needs a lower ratio. With the aspect "match_rms_adamw" both rules
+    have one learning rate: lr_ratio = 1. A script that overwrites every group's lr keeps the ratio.
 
     "modular" bounds how far a step can move the model's output. Every parameter has a mass m and a sensitivity s, the
     change of the model's output per change of its layer's output. Its radius is (m/Σm)/s. To first order, all steps
@@ -79,15 +104,16 @@ def param_groups(
 
     Args:
         model: any module; each parameter that is not frozen must belong to a known module type or match an override.
-        preset: one of the above. Default "muon".
+        preset: one of the above. Default "muon-adamw".
         overrides: a dict from a pattern or module type to a dict of settings; none by default. A shell pattern matches
-            the parameter's or its module's name. The settings override the preset's, and later entries override
-            earlier ones. "norm" replaces the preset's norm with its fields and radius, or all of AdamW. "kind" says
-            what a parameter is ("embedding", "linear", "conv", "output", "norm" or "bias"); "mass" is for "modular".
-        output: the name of the output layer. "last" is the last linear layer or convolution in the order of
-            definition, frozen or not; None means no output layer. A weight tied to the embedding counts as output.
+            the parameter's or its module's name, and "kind:router" the parameters of a kind. The settings override the
+            preset's, and later entries override earlier ones. "norm" replaces the preset's norm with its fields and
+            radius, or all of AdamW. "kind" says what a parameter is, one of the above; "mass" is for "modular".
+        output: the name of the output layer, or a list of names. "auto", the default, asks the model's methods and
+            looks for known names; "last" is the last linear layer or convolution in the order of definition, frozen or
+            not; None means none. A weight tied to an embedding counts as output anyway.
         residual_depth: L, for "modular"; None traces the model, or takes it from ``model.config``.
-        lr_ratio: AdamW's learning rate relative to Muon's, for "muon-adamw" and "normuon-adamw"; None means 0.015.
+        lr_ratio: AdamW's learning rate relative to Muon's, for "muon-adamw" and "normuon-adamw"; None means 0.4.
 
     Returns:
         A list of dicts, one for each kind and setting, with ``params`` as (name, parameter) pairs and the key
@@ -110,10 +136,10 @@ def param_groups(
         >>> opt = normopt.Scion(groups, lr=2**-12)
         >>> print(groups)
         preset 'scion': 46 parameters in 4 tensors
-        kind    norm       radius  other settings  parameters  names
-        linear  spectral        8  aspect rms              32  0.weight
-        output  max          3000  aspect fan-in            8  2.weight
-        bias    frobenius      50  aspect entries           6  *.bias
+        kind    optimizer  norm       radius  other settings  parameters  names
+        linear  Scion      spectral        8  aspect rms              32  0.weight
+        output  Scion      max          3000  aspect fan-in            8  2.weight
+        bias    Scion      frobenius      50  aspect entries           6  *.bias
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups takes a torch.nn.Module, but was given {type(model).__name__}")
@@ -128,21 +154,23 @@ def param_groups(
             raise ValueError(
                 f'lr_ratio is for the presets with two rules, such as "muon-adamw", not {preset!r}: leave it out'
             )
-    infos = classify_params(model, output)
+    infos, notes = classify_params(model, output)
     given = _overrides_by_param(infos, overrides or {})
     settings = {info.name: _settings(info, preset, given[info.name], lr_ratio) for info in infos}
     trained = [info for info in infos if info.param.requires_grad]
     if unknown := [info for info in trained if "norm" not in settings[info.name]]:
-        raise ValueError(_ask_for_kinds(unknown))
-    notes: list[str] = []
+        raise ValueError(_ask_for_kinds(unknown, infos))
     if preset == "modular":
         masses = {info.name: settings[info.name].pop("mass") for info in trained if "mass" in settings[info.name]}
-        found, notes = budgets(model, infos, masses, residual_depth)
+        found, more = budgets(model, infos, masses, residual_depth)
+        notes += more
         for name, (share, sensitivity) in found.items():
             radius = settings[name].get("radius", 1.0) * (share / sensitivity)
             settings[name] |= {"radius": radius, "share": share, "sensitivity": sensitivity}
     groups = _group_by_settings(trained, settings, preset)
     groups.notes = notes
+    groups.frozen = [(info.name, info.param) for info in infos if not info.param.requires_grad]
+    groups.guessed = {info.name for info in trained if info.guessed}
     return groups
 
 
@@ -154,24 +182,47 @@ class ParamGroups(list[dict[str, Any]]):
     Attributes:
         preset: the name of the preset.
         notes: what was decided for you, in sentences that are printed below the table.
+        frozen: the parameters in no group because they do not require gradients, as (name, parameter).
+        guessed: the names of parameters whose kind follows from a name alone; their lines are marked "?".
     """
 
     preset: str
     notes: Sequence[str] = ()
+    frozen: Sequence[tuple[str, nn.Parameter]] = ()
+    guessed: frozenset[str] | set[str] = frozenset()
 
     def __repr__(self) -> str:
-        rows = [("kind", "norm", "radius", "other settings", "parameters", "names")]
+        head: tuple[str, ...] = (
+            "kind",
+            "optimizer",
+            "norm",
+            "view",
+            "blocks",
+            "radius",
+            "decay",
+            "other settings",
+            "parameters",
+            "names",
+        )
+        rows = [head]
         counts = [sum(p.numel() for _, p in group["params"]) for group in self]
         for group, count in zip(self, counts, strict=True):
-            radius = f"{group.get('radius', 1.0):.4g}"
-            names = _abbreviate([name for name, _ in group["params"]])
-            rows.append((group["kind"], str(group["norm"]), radius, _other_settings(group), f"{count:,}", names))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            names = [name for name, _ in group["params"]]
+            mark = "?" if self.guessed.intersection(names) else ""
+            rows.append((f"{group['kind']}{mark}", *_row(group, self.preset), f"{count:,}", _abbreviate(names)))
+        if self.frozen:
+            count = sum(p.numel() for _, p in self.frozen)
+            rows.append(("frozen", *[""] * 7, f"({count:,})", _abbreviate([name for name, _ in self.frozen])))
+        columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+        widths = [max(map(len, column)) for column in columns]
+        right = [column[0] in ("radius", "decay", "parameters", "blocks") for column in columns]
         tensors = sum(len(group["params"]) for group in self)
         lines = [f"preset {self.preset!r}: {sum(counts):,} parameters in {tensors} tensors"]
-        for row in rows:
-            cells = [f"{cell:{align}{width}}" for cell, align, width in zip(row, "<<><><", widths, strict=True)]
+        for row in zip(*columns, strict=True):
+            cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
             lines.append("  ".join(cells).rstrip())
+        if self.guessed:
+            lines.append("?: the kind follows from a name alone; an override can change it")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -182,6 +233,11 @@ def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[st
     for key, settings in overrides.items():
         if not isinstance(settings, Mapping):
             raise TypeError(f"overrides[{key!r}] must be a dict of settings, but is {settings!r}")
+        if isinstance(key, str) and key.startswith("kind:"):
+            check_choice("kind", key.removeprefix("kind:"), KINDS)
+            for info in infos:
+                if _matches(info, key):
+                    given[info.name] = _override(given[info.name], settings)
         matched = [info for info in infos if _matches(info, key)]
         if not matched:
             names = [info.name for info in infos]
@@ -204,6 +260,8 @@ def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[st
 
 
 def _matches(info: ParamInfo, key: str | type[nn.Module]) -> bool:
+    if isinstance(key, str) and key.startswith("kind:"):
+        return info.kind == key.removeprefix("kind:")
     if isinstance(key, str):
         return any(fnmatch.fnmatchcase(name, key) for name in (info.name, *info.modules))
     if isinstance(key, type) and issubclass(key, nn.Module):
@@ -214,13 +272,18 @@ def _matches(info: ParamInfo, key: str | type[nn.Module]) -> bool:
 def _settings(info: ParamInfo, preset: str, given: dict[str, Any], lr_ratio: float | None) -> dict[str, Any]:
     """Return one parameter's settings: the preset's for its kind, its matrix view, and the user's on top."""
     if "kind" in given and given["kind"] != info.kind:
-        info.kind = given["kind"]
-        info.matrix = {"matrix_view": "transposed"} if info.kind == "embedding" else {}
+        info.kind, info.guessed = given["kind"], False
+        if not isinstance(info.module, _ConvNd):
+            view = VIEWS.get(info.kind) if info.param.dim() == 2 else {"table": "batch-transposed"}.get(info.kind)
+            view = "batch" if info.kind == "experts" and info.param.dim() > 2 else view
+            info.matrix = {"matrix_view": view} if view else {}
     base = PRESETS[preset][info.kind] if info.kind else {}
     if "lr_ratio" in base and lr_ratio is not None:
         base = {**base, "lr_ratio": lr_ratio}
     if base.get("metric") == "diagonal" and "norm" in given:
         base = {}  # AdamW's rule goes with its norm
+    if base and (info.kind in UNDECAYED or not info.decays) and preset not in CONSTRAINED:
+        base = {**base, "weight_decay": 0.0}
     settings = _override(base, given) | {"kind": info.kind or "other"}
     if "mass" in settings and preset != "modular":
         raise ValueError(f'"mass" is only for preset="modular", but the preset is {preset!r}: leave it out')
@@ -241,13 +304,34 @@ def _override(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
     return {**settings, **own}
 
 
-def _ask_for_kinds(unknown: list[ParamInfo]) -> str:
-    """Return the message of an error about parameters of unknown kind."""
-    names = "; ".join(f"{i.name} {tuple(i.param.shape)} of a {type(i.module).__name__}" for i in unknown[:8])
-    more = f"; and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+def _ask_for_kinds(unknown: list[ParamInfo], infos: list[ParamInfo]) -> str:
+    """Return the message of an error about parameters of unknown kind: by module type, with an override for all."""
+    known = [info.name for info in infos if info not in unknown]
+    types: dict[tuple[str, str, int], list[ParamInfo]] = {}
+    for info in unknown:
+        types.setdefault((type(info.module).__name__, _NUMBER.sub("*", info.attribute), info.param.dim()), []).append(
+            info
+        )
+    lines: list[str] = []
+    overrides: dict[str, str] = {}
+    for (module, _, _), members in types.items():
+        first = members[0]
+        shape = tuple(first.param.shape)
+        stack = len(shape) == 3 and shape[1] == shape[2]
+        own = '{"kind": "linear", "norm_matrix_view": "batch"}' if stack else '{"kind": "vector"}'
+        lines.append(f"{first.name} {shape} of a {module} ({len(members)} in all)")
+        patterns = dict.fromkeys(_NUMBER.sub("*", glob.escape(info.name)) for info in members)
+        for pattern in patterns:
+            exact = any(fnmatch.fnmatchcase(name, pattern) for name in known)
+            names = [i.name for i in members if fnmatch.fnmatchcase(i.name, pattern)] if exact else [pattern]
+            overrides |= dict.fromkeys(names, own)
+    shown = ", ".join(f'"{name}": {own}' for name, own in overrides.items())
     return (
-        f"no kind of layer is known for {names}{more}. Set its kind, overrides={{{unknown[0].name!r}: "
-        f'{{"kind": …}}}} with one of {", ".join(KINDS)}, or a norm, such as {{"norm": "l2", "scale": "unit"}}'
+        f"no kind of layer is known for {'; '.join(lines)}. To train them by the rule of vectors, and square stacks as "
+        f"matrices, pass overrides={{{shown}}}. A matrix that is stored out × in is of the kind "
+        '"linear", with "norm_matrix_view": "transposed" if it is stored in × out, and with "batch" or '
+        f'"batch-transposed" if it is a stack of these. The kinds are {", ".join(KINDS)}; or give a norm, such as '
+        '{"norm": "l2", "scale": "unit"}'
     )
 
 
@@ -257,7 +341,7 @@ def _group_by_settings(infos: list[ParamInfo], settings: dict[str, dict[str, Any
     for info in infos:
         own = settings[info.name]
         # Compare other objects by identity: the repr of an array or tensor omits entries and digits.
-        plain = {k: v if isinstance(v, int | float | str | None) else id(v) for k, v in own.items()}
+        plain = {k: v if isinstance(v, int | float | str | tuple | None) else id(v) for k, v in own.items()}
         group = gathered.setdefault(repr(sorted(plain.items())), {"params": [], **own})
         group["params"].append((info.name, info.param))
     groups = ParamGroups(sorted(gathered.values(), key=lambda group: [*KINDS, "other"].index(group["kind"])))
@@ -266,15 +350,27 @@ def _group_by_settings(infos: list[ParamInfo], settings: dict[str, dict[str, Any
 
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a numeric component of a dotted name
-_COLUMNS = ("params", "kind", "norm", "radius")
+_COLUMNS = ("params", "kind", "norm", "radius", "weight_decay", "norm_matrix_view", "norm_blocks", "lr_ratio")
+# The view of a kind's matrices of two dims, where it is not out × in.
+VIEWS = {"embedding": "transposed", "table": "transposed"}
 
 
-def _other_settings(group: Mapping[str, Any]) -> str:
+def _row(group: Mapping[str, Any], preset: str) -> tuple[str, ...]:
+    """Return the cells of a group from the optimizer to the other settings; empty where nothing is set."""
     adamw = group.get("metric") == "diagonal"
+    ratio = f"{group['lr_ratio']:.3g} lr" if "lr_ratio" in group else ""
     usual = ADAMW if adamw else {"scale": "unit", "metric": "none", "bias_correction": False}
     others = {k: v for k, v in group.items() if k not in _COLUMNS and (k not in usual or usual[k] != v)}
     shown = {k.removeprefix("norm_"): f"{v:.3g}" if isinstance(v, float) else v for k, v in others.items()}
-    return ", ".join(["AdamW"] * adamw + [f"{k} {v}" for k, v in shown.items()])
+    return (
+        "AdamW" if adamw else OPTIMIZERS[preset] or "",
+        str(group["norm"]),
+        group.get("norm_matrix_view", ""),
+        str(group.get("norm_blocks", "")),
+        ratio or f"{group.get('radius', 1.0):.4g}",
+        f"{group['weight_decay']:.3g}" if "weight_decay" in group else "",
+        ", ".join(f"{k} {v}" for k, v in shown.items()),
+    )
 
 
 def _abbreviate(names: list[str]) -> str:

@@ -30,28 +30,31 @@ ADAMW = _ADAMW | {"betas": (0.9, 0.999), "eps": 1e-8}
 _MUON = _SPECTRAL | {"metric": "none", "bias_correction": False}  # also of an AdamW
 
 
-def _layers(embedding: Settings, hidden: Settings, output: Settings, vectors: Settings) -> Preset:
-    return dict(zip(KINDS, (embedding, hidden, hidden, output, vectors, vectors), strict=True))
+def _layers(
+    embedding: Settings, hidden: Settings, output: Settings, vectors: Settings, small: Settings | None = None
+) -> Preset:
+    """Return the settings by kind: hidden matrices, small ones (None: as hidden), embeddings, output, vectors."""
+    columns = [hidden] * 7 + [hidden if small is None else small] * 3 + [embedding] * 2 + [output] + [vectors] * 4
+    return dict(zip(KINDS, columns, strict=True))
 
 
 def _muon() -> Preset:
     """Return Keller Jordan's split: orthogonalise hidden matrices, and use sign steps where he uses Adam.
 
-    Sign steps are Adam's counterpart in the framework (arXiv:2409.20325). Their radius is the ratio of the authors'
-    learning rates, 3e-4 to 0.02.
+    Sign steps are Adam's counterpart in the framework (arXiv:2409.20325). Their radius is measured: see `param_groups`.
     """
-    rest = _SIGN | {"radius": 0.015}
-    return _layers(rest, _SPECTRAL, rest, rest)
+    rest = _SIGN | {"radius": 0.1}
+    return _layers(rest, _SPECTRAL, rest, rest, small=rest)
 
 
 def _muon_adamw() -> Preset:
     """Return Keller Jordan's split as he has it: Muon for hidden matrices, AdamW for the rest.
 
-    The ratio is that of the authors' learning rates, 3e-4 to 0.02. It also scales the decay, as AdamW's own learning
+    The ratio of the learning rates is measured: see `param_groups`. It also scales the decay, as AdamW's own learning
     rate would.
     """
-    rest = ADAMW | {"lr_ratio": 0.015}
-    return _layers(rest, _MUON, rest, rest)
+    rest = ADAMW | {"lr_ratio": 0.4}
+    return _layers(rest, _MUON, rest, rest, small=rest)
 
 
 def _scion(radius: float, output: float) -> Preset:
@@ -77,4 +80,17 @@ PRESETS: dict[str, Preset] = {
     "scale": _layers(_ROWS, _ROWS, _ROWS | {"momentum": 0.9}, _SIGN | {"weight_decay": 0.0}),
     # The modular norm's layers, arXiv:2405.14813 and 2410.21265; `modular` computes the radii.
     "modular": _layers(_ONE_HOT_TO_RMS, _RMS_TO_RMS, _RMS_TO_RMS, _RMS),
+}
+
+# Whose decay is the constraint to a ball (arXiv:2502.07529), of vectors too.
+CONSTRAINED = ("scion", "scion-cnn", "scion-mlp")
+# The optimizer that each preset is for; None: any.
+OPTIMIZERS = {
+    "muon-adamw": "Muon",
+    "normuon-adamw": "NorMuon",
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "scale": "SCALE",
+    **dict.fromkeys(CONSTRAINED, "Scion"),
+    "modular": None,
 }

@@ -22,6 +22,7 @@ def register() -> dict[str, type[SteepestDescent]]:
         ImportError: timm is not installed.
 
     Example:
+        >>> import timm
         >>> known = normopt.integrations.timm.register()
         >>> opt = timm.optim.create_optimizer_v2(model, opt="lpsgdm", lr=0.01, weight_decay=0.05)
     """

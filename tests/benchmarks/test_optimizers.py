@@ -160,7 +160,7 @@ def test_a_preset_gives_every_layer_its_norm():
     torch.manual_seed(0)
     deep = TASKS["bytes"].build()
     kinds = {g["kind"] for g in make_optimizer(spec("modular", {"lr": 0.1}), deep, TASKS["bytes"])[0].param_groups}
-    assert kinds == {"embedding", "linear", "output", "norm", "bias"}
+    assert kinds == {"embedding", "linear", "qkv", "output", "norm", "bias"}
     with pytest.raises(ValueError, match="preset must be one of muon"):
         made("sgd", preset="layers")
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+import normopt
 from benchmarks.optimizers import make_optimizer
 from benchmarks.programs import radii
 from benchmarks.stats import holm, paired
@@ -98,3 +100,10 @@ def test_the_page_shows_the_tables_of_the_kept_runs(kept):
     page = (DOCS / "how-to/param-groups.md").read_text(encoding="utf-8")
     for table in radii.tables(kept):
         assert table in page
+
+
+def test_the_defaults_of_the_presets_are_what_was_chosen(kept):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    for preset, key in (("muon", "radius"), ("muon-adamw", "lr_ratio")):
+        groups = normopt.param_groups(model, preset)
+        assert {g.get(key, 1.0) for g in groups} == {1.0, kept.ratios[preset]}
