@@ -334,7 +334,7 @@ class Bare(nn.Module):
 
 def test_a_parameter_that_nobody_claims_is_refused_with_the_override_that_claims_it():
     with pytest.raises(
-        ValueError, match=r"known for stack \(2, 4, 4\) of a Bare .*mixing\.0 .* of a ParameterList \(2 in all"
+        ValueError, match=r"of Bare: stack \(2, 4, 4\) \(1 in all\); of ParameterList: mixing\.0 .*2 in all"
     ) as error:
         normopt.param_groups(Bare(), "muon")
     written = re.search(r"overrides=(\{.*?\}\})", str(error.value))[1]

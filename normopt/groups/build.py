@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -306,29 +307,32 @@ def _override(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
 
 def _ask_for_kinds(unknown: list[ParamInfo], infos: list[ParamInfo]) -> str:
     """Return the message of an error about parameters of unknown kind: by module type, with an override for all."""
-    known = [info.name for info in infos if info not in unknown]
-    types: dict[tuple[str, str, int], list[ParamInfo]] = {}
+    asked = {info.name for info in unknown}
+    known = [info.name for info in infos if info.name not in asked]
+    types: dict[str, dict[tuple[str, int], list[ParamInfo]]] = {}
     for info in unknown:
-        types.setdefault((type(info.module).__name__, _NUMBER.sub("*", info.attribute), info.param.dim()), []).append(
-            info
-        )
-    lines: list[str] = []
+        of_type = types.setdefault(type(info.module).__name__, {})
+        of_type.setdefault((_NUMBER.sub("*", info.attribute), info.param.dim()), []).append(info)
+    lines = [
+        f"{module}: " + ", ".join(f"{m[0].name} {tuple(m[0].param.shape)} ({len(m)} in all)" for m in of_type.values())
+        for module, of_type in types.items()
+    ]
     overrides: dict[str, str] = {}
-    for (module, _, _), members in types.items():
-        first = members[0]
-        shape = tuple(first.param.shape)
+    for members in (members for of_type in types.values() for members in of_type.values()):
+        shape = members[0].param.shape
         stack = len(shape) == 3 and shape[1] == shape[2]
         own = '{"kind": "linear", "norm_matrix_view": "batch"}' if stack else '{"kind": "vector"}'
-        lines.append(f"{first.name} {shape} of a {module} ({len(members)} in all)")
         patterns = dict.fromkeys(_NUMBER.sub("*", glob.escape(info.name)) for info in members)
         for pattern in patterns:
             exact = any(fnmatch.fnmatchcase(name, pattern) for name in known)
-            names = [i.name for i in members if fnmatch.fnmatchcase(i.name, pattern)] if exact else [pattern]
+            names = (
+                [glob.escape(i.name) for i in members if fnmatch.fnmatchcase(i.name, pattern)] if exact else [pattern]
+            )
             overrides |= dict.fromkeys(names, own)
-    shown = ", ".join(f'"{name}": {own}' for name, own in overrides.items())
+    shown = ", ".join(f"{json.dumps(name)}: {own}" for name, own in overrides.items())
     return (
-        f"no kind of layer is known for {'; '.join(lines)}. To train them by the rule of vectors, and square stacks as "
-        f"matrices, pass overrides={{{shown}}}. A matrix that is stored out × in is of the kind "
+        f"no kind of layer is known for the parameters of {'; of '.join(lines)}. To train them by the rule of vectors, "
+        f"and square stacks as matrices, pass overrides={{{shown}}}. A matrix that is stored out × in is of the kind "
         '"linear", with "norm_matrix_view": "transposed" if it is stored in × out, and with "batch" or '
         f'"batch-transposed" if it is a stack of these. The kinds are {", ".join(KINDS)}; or give a norm, such as '
         '{"norm": "l2", "scale": "unit"}'
