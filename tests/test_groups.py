@@ -734,3 +734,28 @@ def test_a_decay_of_the_radius_keeps_norms_and_the_bound():
     norm, move = trained(decay=False)
     assert norm > 1.2
     assert move > 1.5
+
+
+def test_names_of_own_layers_and_odd_names():
+    class Net(nn.Module):
+        def __init__(self, **layers):
+            super().__init__()
+            for name, layer in layers.items():
+                self.add_module(name, layer)
+
+    def outputs(model):
+        return [n for n, kind in by_name(normopt.param_groups(model), "kind").items() if kind == "output"]
+
+    assert outputs(Net(fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 8), fc3=nn.Linear(8, 4))) == ["fc3.weight"]
+    assert outputs(Net(emb=nn.Embedding(9, 8), rnn=nn.LSTM(8, 8), decoder=nn.Linear(8, 9))) == ["decoder.weight"]
+    assert outputs(Net(encoder=nn.Sequential(nn.Linear(8, 4)), decoder=nn.Sequential(nn.Linear(4, 8)))) == []
+    heads = nn.ModuleDict(dict(a=nn.Linear(8, 4), b=nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5))))
+    for model in (Net(body=nn.Linear(8, 8), heads=heads), Net(module=Net(body=nn.Linear(8, 8), heads=heads))):
+        assert [n.rpartition("heads.")[2] for n in outputs(model)] == ["a.weight", "b.1.weight"]
+    odd = nn.ModuleDict({"a[0]": nn.Linear(4, 4), "layer*1": nn.Linear(4, 4)})
+    assert "a[0].weight, layer*1.weight" in str(normopt.param_groups(odd))
+    odd["a[0]"].mixing = nn.Parameter(torch.ones(4, 4))  # no weight of the layer that holds it
+    with pytest.raises(ValueError, match=r"of Linear: a\[0\]\.mixing") as error:
+        normopt.param_groups(odd)
+    overrides = ast.literal_eval(re.search(r"overrides=(\{.*?\}\})", str(error.value))[1])
+    assert by_name(normopt.param_groups(odd, overrides=overrides), "kind")["a[0].mixing"] == "vector"

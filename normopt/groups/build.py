@@ -381,9 +381,9 @@ def _abbreviate(names: list[str]) -> str:
     """Merge names that differ only in a number, which becomes a star, and show at most three of them."""
     numbers: dict[str, list[tuple[str, ...]]] = {}
     for name in names:
-        numbers.setdefault(_NUMBER.sub("*", name), []).append(tuple(_NUMBER.findall(name)))
+        numbers.setdefault(_NUMBER.sub("\0", name), []).append(tuple(_NUMBER.findall(name)))
     shown = []
     for pattern, found in numbers.items():
         places = iter([column[0] if len(set(column)) == 1 else "*" for column in zip(*found, strict=True)])
-        shown.append(re.sub(r"\*", lambda _, places=places: next(places), pattern))  # type: ignore[misc]
+        shown.append(re.sub("\0", lambda _, places=places: next(places), pattern))  # type: ignore[misc]
     return ", ".join(shown[:3]) + (f", … ({len(shown)} in all)" if len(shown) > 3 else "")

@@ -56,6 +56,8 @@ TOP = re.compile(
     re.IGNORECASE,
 )
 TASKS = re.compile("For[A-Z]|LMHead|DoubleHeads")
+# Names of a layer of the model's own that is an output if it is the last one of these.
+OWN = re.compile(r"decoder|out|output|(fc|linear)_?out|output_layer|fc\d+")
 LAST = re.compile(r"(^sequence_summary|\.final_layer|^(joint|decoder)\.head)$")
 
 
@@ -162,9 +164,9 @@ def _classify(
         return "bias", {}, wide > 1 and param.dim() != 1
     if wide <= 1 and not (is_layer and param.dim() > 1) and not (param.dim() == 3 and "Expert" in kind_of):
         return "vector", {}, False
-    if isinstance(module, EMBEDDINGS):
+    if attribute == "weight" and isinstance(module, EMBEDDINGS):
         return "embedding", {"matrix_view": "transposed"}, False
-    if isinstance(module, _ConvNd):
+    if attribute == "weight" and isinstance(module, _ConvNd):
         return _conv(module, param)
     if isinstance(module, nn.MultiheadAttention):
         return ("qkv", {"blocks": 3 * module.num_heads}, False) if "in_proj" in attribute else ("linear", {}, False)
@@ -173,9 +175,9 @@ def _classify(
             GATES.get(getattr(module, "mode", kind_of), 1) if attribute.startswith(("weight_ih", "weight_hh")) else 1
         )
         return "recurrent", {"blocks": gates} if gates > 1 else {}, False
-    if isinstance(module, nn.Linear) or (kind_of == "Conv1D" and attribute == "weight" and param.dim() == 2):
+    if attribute == "weight" and (isinstance(module, nn.Linear) or (kind_of == "Conv1D" and param.dim() == 2)):
         return _linear(modules, prefix, module, param)
-    if isinstance(module, nn.Bilinear):
+    if attribute == "weight" and isinstance(module, nn.Bilinear):
         return "linear", {}, False
     return _bare(kind_of, prefix, module, attribute, param)
 
@@ -368,6 +370,8 @@ def _found_outputs(
     ends = [end for path in named for end in _ends(path, modules, layers)]
     if not told and not ends and not bare[0]:
         ends = [end for path in modules if LAST.search(path) for end in _ends(path, modules, layers)]
+    if not told and not ends and not hasattr(root, "base_model_prefix"):
+        ends = [path for path in outside if path in layers and OWN.fullmatch(path[len(top) :])][-1:]
     if not told and not ends and (end := _end_of_sequence("", modules, layers)) is not None:
         return [end], False
     return list(dict.fromkeys(told + ends)), not told
