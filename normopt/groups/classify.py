@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -362,8 +363,8 @@ def _found_outputs(
     bare = [hasattr(m, "base_model_prefix") and not TASKS.search(type(m).__name__) for m in (modules[""], root)]
     if bare[1]:
         outside = []
-    if classifies:
-        outside = [path for path in outside if path in layers]
+    if told:  # beside what is told, layers and classifiers only
+        outside = [path for path in outside if path in layers or ("classifier" in path and not classifies)]
     deep = [path for path in modules if _is_deep(path)]
     named = [path for path in outside if TOP.fullmatch(path.rpartition(".")[2])]
     named = [path for path in named if not any(inner.startswith(f"{path}.") for inner in deep)] + deep
@@ -408,7 +409,10 @@ def _ends(path: str, modules: dict[str, nn.Module], layers: list[str]) -> list[s
     named = [name for name in children if TOP.fullmatch(name) or DEEP.fullmatch(name)]
     if isinstance(module, nn.ModuleList | nn.ModuleDict):  # one for each layer or task
         each = [[layer for layer in layers if f"{layer}.".startswith(f"{path}.{name}.")] for name in children]
-        return [inside[-1] for inside in each if inside]
+        ends = [inside[-1] for inside in each if inside]
+        shapes = [cast(Any, modules[end]).weight.shape for end in ends]
+        chained = all(first[0] == second[1] for first, second in itertools.pairwise(shapes))
+        return ends[-1:] if chained else ends
     if len(children) == 1:
         named = children
     if named:
