@@ -45,7 +45,8 @@ def settings(results: Results) -> list[str]:
         "A run whose loss is not finite has diverged: it is a result, not an error. An arm of which a final run "
         "diverged has no mean and is compared with nothing.",
         "ms/step is processor time of a whole training step (forward, backward, optimizer) on one thread, with other "
-        "runs beside it. State is what the optimizer keeps between steps.",
+        f"runs beside it{'; only those of runs made together compare' if len(results.environments) > 1 else ''}. State "
+        "is what the optimizer keeps between steps.",
         f"Arms: {'; '.join(_arm(arm) for arm in study.arms)}.",
         *(_made(environment) for environment in results.environments),
         f"The runs took {results.seconds:,.0f} seconds of worker time.",
