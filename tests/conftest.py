@@ -25,7 +25,8 @@ from benchmarks.vision import allow_torchvision_import
 allow_torchvision_import()  # which timm and transformers import
 
 # Folders and files whose tests share what is slow to make: ranks and others forked by tests/forked.py, the site, a
-# study that has been run, workers, a wheel, the import of transformers.
+# study that has been run, workers, a wheel, the import of transformers; and what compiles with Numba most, which two
+# workers cannot do at once.
 ONE_WORKER = {
     "architectures": "architectures",
     "sharding": "forked",
@@ -37,6 +38,11 @@ ONE_WORKER = {
     "test_cli.py": "study",
     "test_execute.py": "workers",
     "test_packaging.py": "wheel",
+    "test_ends.py": "numba",
+    "test_engine.py": "numba",
+    "test_memory.py": "numba",
+    "test_metric.py": "numba",
+    "test_numba.py": "numba",
 }
 
 PREAMBLE = """# Conformance
@@ -70,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
     everything = asks_for_everything(config)
-    os.environ.setdefault("NORMOPT_FUZZ", "300" if everything else "60")  # lives of a random test
+    os.environ.setdefault("NORMOPT_FUZZ", "300" if everything else "40")  # lives of a random test
     os.environ.setdefault("NORMOPT_STEPS", "20" if everything else "6")  # of one optimizer beside another
     if path := config.getoption("--conformance-table"):
         config.pluginmanager.register(Table(Path(path)))

@@ -156,7 +156,13 @@ FUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", FUSED)
+# Each has kernels of its own, which are compiled for it; those that are always run have every sum and every length.
+ALWAYS = ("dual", "matched", "∞, dual", "Adam", "ℓ3 in adaptive coordinates, matched", "hyperball")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in ALWAYS else pytest.mark.exhaustive) for case in FUSED]
+)
 def test_fused_steps_of_parts_are_the_for_loops_of_whole_tensors(case: str, ranks: Ranks) -> None:
     pytest.importorskip("numba")
     settings, how = FUSED[case]
