@@ -94,6 +94,21 @@ def check_unused(
             warn(message + "unless a schedule is going to change that")
 
 
+def check_preset(cls: type, params: object) -> None:
+    """Raise a ValueError if ``params`` are the groups of a preset that is for another optimizer of normopt.
+
+    SteepestDescent takes all, and so do classes that are derived from it outside normopt.
+    """
+    wanted = getattr(params, "optimizer", None)
+    bases = [base.__name__ for base in cls.__mro__ if base.__module__.startswith("normopt.")]
+    if isinstance(wanted, str) and bases[0] != "SteepestDescent" and wanted not in bases:
+        preset: str = params.preset  # type: ignore[attr-defined]
+        raise ValueError(
+            f"these groups are of preset {preset!r}, for normopt.{wanted}, but were given to {cls.__name__}: use "
+            f"normopt.{wanted} or another preset (normopt.SteepestDescent takes any)"
+        )
+
+
 def fixed_kwargs(name: str, given: Mapping[str, Any], **fixed: Any) -> dict[str, Any]:
     """Merge the settings that define a named optimizer with the user's; raise a TypeError if both set one."""
     for key in fixed.keys() & given.keys():

@@ -14,6 +14,7 @@ from normopt._checks import plain
 from normopt.arguments import (
     ADAN,
     TORCHS,
+    check_preset,
     check_unknown_arguments,
     check_unknown_keys,
     check_unused,
@@ -149,8 +150,8 @@ class SteepestDescent(Optimizer):
     Raises:
         ValueError: at construction and in ``add_param_group``, for a setting that is out of range,
             unknown, or in contradiction to another; in ``step()``, for one that was made so since. At construction
-            also for one that does nothing in any group, such as decay="lp" without weight_decay, and for a parameter
-            that has no shape yet (a lazy module's).
+            also for one that does nothing in any group, such as decay="lp" without weight_decay, for a parameter
+            that has no shape yet (a lazy module's), and for the groups of a preset that is for another optimizer.
         TypeError: likewise, for a setting of the wrong type; at construction, for one that does not exist.
         RuntimeError: in ``step()``, before anything is written: for a gradient that is not dense, and for a gradient or
             state that has not the shape and device of its parameter, or, if fused, whose memory was freed; under
@@ -182,6 +183,7 @@ class SteepestDescent(Optimizer):
     _agreed: bool
 
     def __init__(self, params: ParamsT, lr: float | Tensor = 1e-3, **settings: Unpack[Arguments]) -> None:
+        check_preset(type(self), params)
         declared = default_settings()
         given: dict[str, Any] = {"lr": lr, **settings}
         check_unknown_arguments(type(self).__name__, given.get("norm", declared["norm"]), given, declared)

@@ -231,7 +231,7 @@ def test_muon_adamw_is_torchs_muon_and_torchs_adamw_with_a_learning_rate_each():
 
 def test_the_rule_of_adamw_in_a_preset():
     groups = normopt.param_groups(Mix(), "normuon-adamw", lr_ratio=0.1)
-    opt = normopt.Muon(groups, lr=0.02, weight_decay=0.1, row_beta=0.95)
+    opt = normopt.NorMuon(groups, lr=0.02, weight_decay=0.1, row_beta=0.95)
     found = {tuple(g[k] for k in ("norm", "row_beta", "lr_ratio", "lr", "weight_decay")) for g in opt.param_groups}
     rules = {("spectral", 0.95, 1.0, 0.02, 0.1), ("l2", 0.0, 0.1, 0.02, 0.1)}
     assert found == rules | {("l2", 0.0, 0.1, 0.02, 0.0)}  # vectors do not decay
@@ -259,8 +259,8 @@ def test_the_rule_of_adamw_in_a_preset():
     last = normopt.Muon(groups).param_groups[-1]
     assert [last[k] for k in ("momentum", "metric_beta", "metric_eps", "eps")] == [0.8, 0.9, 1e-10, 0.0]
     # The presets set rules whole, whatever the optimizer's own is.
-    assert {g["metric"] for g in normopt.Muon(normopt.param_groups(Mix(), "adamw")).param_groups} == {"diagonal"}
-    mixed = normopt.AdamW(normopt.param_groups(Mix(), "muon-adamw")).param_groups
+    assert {g["metric"] for g in normopt.Muon(list(normopt.param_groups(Mix(), "adamw"))).param_groups} == {"diagonal"}
+    mixed = normopt.AdamW(list(normopt.param_groups(Mix(), "muon-adamw"))).param_groups
     assert {(g["norm"], g["metric"], g["bias_correction"]) for g in mixed} == {
         ("spectral", "none", False),
         ("l2", "diagonal", True),
@@ -294,7 +294,7 @@ def test_a_group_takes_the_fields_of_the_optimizers_own_norm_and_of_no_other():
     assert norms["hidden.weight"]["norm_steps"] == 7
     assert "match_rms_adamw" in opt.backend()
     assert "Lp(p=inf) unit, radius 0.1" in opt.backend()
-    opt = normopt.Muon(normopt.param_groups(Mix(), "scion"), steps=7)
+    opt = normopt.Muon(list(normopt.param_groups(Mix(), "scion")), steps=7)
     fields = [(g["norm"], g["norm_aspect"], g["norm_steps"]) for g in opt.param_groups]
     assert ("spectral", "rms", 7) in fields
     assert all(line.count("method") == line.count("p=inf, method") for line in opt.backend().splitlines())
@@ -420,6 +420,35 @@ REFUSED = [
 def test_what_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         normopt.param_groups(Mix(), **arguments)
+
+
+def test_groups_of_a_preset_go_to_its_optimizer_only():
+    class Own(normopt.Scion):
+        pass
+
+    class Engine(normopt.SteepestDescent):
+        pass
+
+    zoo = (normopt.Muon, normopt.NorMuon, normopt.AdamW, normopt.Adam, normopt.Scion, normopt.SCALE, normopt.Lion)
+    right = {
+        "muon-adamw": (normopt.Muon, normopt.NorMuon),
+        "normuon-adamw": (normopt.NorMuon,),
+        "adamw": (normopt.AdamW,),
+        "muon": (normopt.Muon, normopt.NorMuon),
+        **dict.fromkeys(("scion", "scion-cnn", "scion-mlp"), (normopt.Scion, Own)),
+        "scale": (normopt.SCALE,),
+    }
+    for preset, classes in right.items():
+        for cls in (*zoo, Own, Engine, normopt.SteepestDescent):
+            groups = normopt.param_groups(Mix(), preset)
+            if cls in (*classes, Engine, normopt.SteepestDescent):
+                cls(groups)
+                continue
+            given = f"of preset '{preset}', for normopt.{classes[0].__name__}, but were given to {cls.__name__}: "
+            with pytest.raises(ValueError, match=given):
+                cls(groups)
+    for cls in zoo:
+        cls(normopt.param_groups(Mix(), "modular"))
 
 
 def test_what_is_no_model_or_not_ready_is_refused():

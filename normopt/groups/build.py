@@ -72,10 +72,11 @@ def param_groups(
     timm's ``no_weight_decay()`` names, except under Scion's presets, whose decay is the method's constraint.
 
     The groups set a norm, a scale and a radius, and leave the rest to the optimizer. Pass them to the optimizer that
-    the preset is named after (`Muon`, `NorMuon`, `AdamW`, `Scion` or `SCALE`), or "modular" to any with EMA momentum. A
-    group with the optimizer's own norm also inherits the norm's fields from the optimizer, such as Muon's ``method``
-    and ``steps``; in overrides and in groups these are called ``norm_method`` and ``norm_steps``. The sign is printed
-    as "linf", the RMS as "frobenius" with the aspect "entries", ℓ1 → RMS as "column" with the aspect "rows".
+    the preset is named after (`Muon`, `NorMuon`, `AdamW`, `Scion` or `SCALE`; others of normopt refuse them), or
+    "modular" to any with EMA momentum. A group with the optimizer's own norm also inherits the norm's fields from the
+    optimizer, such as Muon's ``method`` and ``steps``; in overrides and in groups these are called ``norm_method`` and
+    ``norm_steps``. The sign is printed as "linf", the RMS as "frobenius" with the aspect "entries", ℓ1 → RMS as
+    "column" with the aspect "rows".
 
     "muon-adamw" is one optimizer with two rules: torch.optim.Muon's for hidden matrices, and torch.optim.AdamW's, with
     its defaults, for the rest. AdamW's learning rate is lr_ratio times Muon's, in its step and in its decay. Its
@@ -182,12 +183,14 @@ class ParamGroups(list[dict[str, Any]]):
 
     Attributes:
         preset: the name of the preset.
+        optimizer: the name of the optimizer that it is for, or None for any; another of normopt refuses the groups.
         notes: what was decided for you, in sentences that are printed below the table.
         frozen: the parameters in no group because they do not require gradients, as (name, parameter).
         guessed: the names of parameters whose kind follows from a name alone; their lines are marked "?".
     """
 
     preset: str
+    optimizer: str | None
     notes: Sequence[str] = ()
     frozen: Sequence[tuple[str, nn.Parameter]] = ()
     guessed: frozenset[str] | set[str] = frozenset()
@@ -210,7 +213,7 @@ class ParamGroups(list[dict[str, Any]]):
         for group, count in zip(self, counts, strict=True):
             names = [name for name, _ in group["params"]]
             mark = "?" if self.guessed.intersection(names) else ""
-            rows.append((f"{group['kind']}{mark}", *_row(group, self.preset), f"{count:,}", _abbreviate(names)))
+            rows.append((f"{group['kind']}{mark}", *_row(group, self.optimizer), f"{count:,}", _abbreviate(names)))
         if self.frozen:
             count = sum(p.numel() for _, p in self.frozen)
             rows.append(("frozen", *[""] * 7, f"({count:,})", _abbreviate([name for name, _ in self.frozen])))
@@ -349,7 +352,7 @@ def _group_by_settings(infos: list[ParamInfo], settings: dict[str, dict[str, Any
         group = gathered.setdefault(repr(sorted(plain.items())), {"params": [], **own})
         group["params"].append((info.name, info.param))
     groups = ParamGroups(sorted(gathered.values(), key=lambda group: [*KINDS, "other"].index(group["kind"])))
-    groups.preset = preset
+    groups.preset, groups.optimizer = preset, OPTIMIZERS[preset]
     return groups
 
 
@@ -359,7 +362,7 @@ _COLUMNS = ("params", "kind", "norm", "radius", "weight_decay", "norm_matrix_vie
 VIEWS = {"embedding": "transposed", "table": "transposed"}
 
 
-def _row(group: Mapping[str, Any], preset: str) -> tuple[str, ...]:
+def _row(group: Mapping[str, Any], optimizer: str | None) -> tuple[str, ...]:
     """Return the cells of a group from the optimizer to the other settings; empty where nothing is set."""
     adamw = group.get("metric") == "diagonal"
     ratio = f"{group['lr_ratio']:.3g} lr" if "lr_ratio" in group else ""
@@ -367,7 +370,7 @@ def _row(group: Mapping[str, Any], preset: str) -> tuple[str, ...]:
     others = {k: v for k, v in group.items() if k not in _COLUMNS and (k not in usual or usual[k] != v)}
     shown = {k.removeprefix("norm_"): f"{v:.3g}" if isinstance(v, float) else v for k, v in others.items()}
     return (
-        "AdamW" if adamw else OPTIMIZERS[preset] or "",
+        "AdamW" if adamw else optimizer or "",
         str(group["norm"]),
         group.get("norm_matrix_view", ""),
         str(group.get("norm_blocks", "")),
