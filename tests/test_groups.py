@@ -777,6 +777,18 @@ def test_names_of_own_layers_and_odd_names():
 
     assert outputs(Net(fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 8), fc3=nn.Linear(8, 4))) == ["fc3.weight"]
     assert outputs(Net(emb=nn.Embedding(9, 8), rnn=nn.LSTM(8, 8), decoder=nn.Linear(8, 9))) == ["decoder.weight"]
+    hidden, last = nn.Linear(8, 8), nn.Linear(8, 9)
+    for name in ("lm_head", "head", "classifier", "cls"):  # weak names, and hidden layers
+        groups = normopt.param_groups(Net(emb=nn.Embedding(9, 8), fc=hidden, **{name: last}))
+        assert [n for n, kind in by_name(groups, "kind").items() if kind == "output"] == [f"{name}.weight"]
+        assert f"note: {name} and fc look like output layers, and fc was taken for a hidden one" in str(groups)
+    assert outputs(Net(classifier_pre=hidden, cls=last)) == ["cls.weight"]
+    groups = normopt.param_groups(Net(head=hidden, fc=last))
+    assert list(by_name(groups, "kind").values()).count("output") == 2
+    assert "note: head and fc look like output layers, and both were taken for that: pass output=" in str(groups)
+    assert "note" not in str(normopt.param_groups(Net(body=hidden, fc=last)))
+    attention = nn.ModuleList(Net(key=hidden, query=nn.Linear(8, 8), value=nn.Linear(8, 8)) for _ in range(2))
+    assert outputs(Net(emb=nn.Embedding(9, 8), sa_heads=Net(heads=attention), lm_head=last)) == ["lm_head.weight"]
     assert outputs(Net(encoder=nn.Sequential(nn.Linear(8, 4)), decoder=nn.Sequential(nn.Linear(4, 8)))) == []
     heads = nn.ModuleDict(dict(a=nn.Linear(8, 4), b=nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5))))
     for model in (Net(body=nn.Linear(8, 8), heads=heads), Net(module=Net(body=nn.Linear(8, 8), heads=heads))):

@@ -52,10 +52,12 @@ DEEP = re.compile(
     r"|(\w+_)?class_embed|enc_score_head|mask_fcn_logits|kps_score_lowres|(classification|regression)_head|class_labels_classifier"
 )
 TOP = re.compile(
-    r"(?!conv_)(\w+_)?heads?|head_dist|(?!pre_)\w*classifier\w*|fc|score|(bbox|class)_predictor|(?!pre_)(\w+_)?logits(_proj)?"
+    r"(?!conv_)(\w+_)?heads?|head_dist|(?!pre_)\w*classifier\w*(?<!_pre)|cls|score|(bbox|class)_predictor|(?!pre_)(\w+_)?logits(_proj)?"
     r"|decoder_pred|conv_out|proj_out(_2)?|qa_outputs|aux\w*|objective",
     re.IGNORECASE,
 )
+WEAK = "fc"  # of an output if no other is found, or if it is the last
+ATTENTION = re.compile(r"(q|k|v|qkv|query|key|value|queries|keys|values)(_proj)?")  # layers of what "heads" may also be
 TASKS = re.compile("For[A-Z]|LMHead|DoubleHeads")
 # Names of a layer of the model's own that is an output if it is the last one of these.
 OWN = re.compile(r"decoder|out|output|(fc|linear)_?out|output_layer|fc\d+")
@@ -294,12 +296,15 @@ def _mark_outputs(modules: dict[str, nn.Module], infos: list[ParamInfo], output:
         for path in info.modules:
             by_module.setdefault(path, []).append(info)
     layers = [path for path, own in by_module.items() if any(_is_layer(info) for info in own)]
+    notes: list[str] = []
     if output == "auto":
-        marked, guessed = _found_outputs(modules, by_module, layers)
+        marked, guessed, weak = _found_outputs(modules, by_module, layers)
+        if weak and (alike := [path for path in marked if path != weak]):
+            taken = "both were taken for that" if weak in marked else f"{weak} was taken for a hidden one"
+            notes = [f"{', '.join(alike)} and {weak} look like output layers, and {taken}: pass output= to choose"]
         if not marked and not any(info.kind == "output" for info in infos):
             last = _last(modules, by_module, layers)
-            would = f": if {last!r} is the output layer, pass output={last!r}" if last else ""
-            return [f"no output layer was found{would}"] if last else []
+            return [f"no output layer was found: if {last!r} is one, pass output={last!r}"] if last else []
     elif output == "last":
         last = _last(modules, by_module, layers)
         marked, guessed = [last] if last is not None else [], False
@@ -322,7 +327,7 @@ def _mark_outputs(modules: dict[str, nn.Module], infos: list[ParamInfo], output:
                 if not isinstance(info.module, _ConvTransposeNd) and type(info.module).__name__ != "Conv1D":
                     info.matrix.pop("matrix_view", None)
                 info.matrix.pop("blocks", None)
-    return []
+    return notes
 
 
 def _is_layer(info: ParamInfo) -> bool:
@@ -342,8 +347,11 @@ def _last(modules: dict[str, nn.Module], by_module: dict[str, list[ParamInfo]], 
 
 def _found_outputs(
     modules: dict[str, nn.Module], by_module: dict[str, list[ParamInfo]], layers: list[str]
-) -> tuple[list[str], bool]:
-    """Return the output layers that the model's methods tell, or else its names; and whether names alone do."""
+) -> tuple[list[str], bool, str]:
+    """Return the output layers that the model's methods tell, or else its names; whether names alone do; a weak name.
+
+    The last is of a layer that has a weak name beside others; "" if there is none.
+    """
     paths = {id(module): path for path, module in modules.items()}
     told: list[str] = []
     classifies = False
@@ -355,7 +363,7 @@ def _found_outputs(
             told += ends
             classifies = classifies or (method == "get_classifier" and bool(ends))
             if not ends and not path and method == "get_classifier" and hasattr(type(module), method):
-                return [], False  # made without one
+                return [], False, ""  # made without one
     top = _trunk(modules)
     outside = [p for p in modules if p.startswith(top) and p != top.rstrip(".") and "." not in p[len(top) :]]
     root = modules[top.rstrip(".")]
@@ -366,16 +374,25 @@ def _found_outputs(
     if told:  # beside what is told, layers and classifiers only
         outside = [path for path in outside if path in layers or ("classifier" in path and not classifies)]
     deep = [path for path in modules if _is_deep(path)]
-    named = [path for path in outside if TOP.fullmatch(path.rpartition(".")[2])]
+    named = [path for path in outside if TOP.fullmatch(path[len(top) :]) and not _attends(path, modules)]
     named = [path for path in named if not any(inner.startswith(f"{path}.") for inner in deep)] + deep
     ends = [end for path in named for end in _ends(path, modules, layers)]
+    weak = [end for path in outside if path == f"{top}{WEAK}" for end in _ends(path, modules, layers)]
+    own = [path for path in outside if any(f"{layer}.".startswith(f"{path}.") for layer in layers)]
+    if not told + ends or own[-1:] == [f"{top}{WEAK}"]:
+        ends += weak
     if not told and not ends and not bare[0]:
         ends = [end for path in modules if LAST.search(path) for end in _ends(path, modules, layers)]
     if not told and not ends and not hasattr(root, "base_model_prefix"):
         ends = [path for path in outside if path in layers and OWN.fullmatch(path[len(top) :])][-1:]
     if not told and not ends and (end := _end_of_sequence("", modules, layers)) is not None:
-        return [end], False
-    return list(dict.fromkeys(told + ends)), not told
+        return [end], False, ""
+    return list(dict.fromkeys(told + ends)), not told, next(iter(weak), "")
+
+
+def _attends(path: str, modules: dict[str, nn.Module]) -> bool:
+    """Return whether a module has layers of queries, keys and values in it, as a list of attention heads has."""
+    return any(n.startswith(f"{path}.") and ATTENTION.fullmatch(n.rpartition(".")[2]) for n in modules)
 
 
 def _trunk(modules: dict[str, nn.Module]) -> str:
@@ -387,7 +404,7 @@ def _trunk(modules: dict[str, nn.Module]) -> str:
         own = any(p is not None for p in module._parameters.values())
         if own or len(children) != 1 or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             return prefix
-        if TOP.fullmatch(children[0]) or f"{prefix}{children[0]}" not in modules:
+        if (TOP.fullmatch(children[0]) or children[0] == WEAK) or f"{prefix}{children[0]}" not in modules:
             return prefix
         prefix += f"{children[0]}."
 
@@ -407,6 +424,7 @@ def _ends(path: str, modules: dict[str, nn.Module], layers: list[str]) -> list[s
         return []
     children = [name for name, _ in module.named_children()]
     named = [name for name in children if TOP.fullmatch(name) or DEEP.fullmatch(name)]
+    named = named or [name for name in children if name == WEAK]
     if isinstance(module, nn.ModuleList | nn.ModuleDict):  # one for each layer or task
         each = [[layer for layer in layers if f"{layer}.".startswith(f"{path}.{name}.")] for name in children]
         ends = [inside[-1] for inside in each if inside]
