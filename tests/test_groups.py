@@ -148,6 +148,29 @@ def test_matrices_are_read_as_their_modules_mean_them():
         torch.testing.assert_close(s, s[:1].expand(4))
 
 
+def test_a_fused_projection_of_grouped_queries():
+    class Attention(nn.Module):
+        def __init__(self, rows, columns=128, **heads):
+            super().__init__()
+            self.qkv = nn.Linear(columns, rows, bias=False)
+            for name, number in heads.items():
+                setattr(self, name, number)
+
+    def read(model, preset="muon", **overrides):
+        groups = normopt.param_groups(nn.ModuleDict({"attn": model}), preset, overrides=overrides)
+        return by_name(groups, "norm_blocks")["attn.qkv.weight"], "note: attn.qkv.weight: queries, keys" in str(groups)
+
+    for heads, kv_heads in (("num_heads", "num_kv_heads"), ("n_head", "n_kv_head"), ("h", "kv_heads")):
+        assert read(Attention((8 + 4 + 4) * 16, **{heads: 8, kv_heads: 4})) == (16, False)  # heads of 16
+        assert read(Attention((8 + 2 + 2) * 16, **{heads: 8, kv_heads: 2})) == (12, False)  # not 24 heads of 8
+    assert read(Attention(384, nhead=8)) == read(Attention(384, h=8)) == (24, False)
+    assert read(Attention(384)) == (3, False)
+    assert read(Attention(256)) == (None, True)
+    assert read(Attention(256), "adamw") == (None, False)  # which has no matrices
+    assert read(Attention(256), **{"attn.qkv.weight": {"norm_blocks": (128, 64, 64)}}) == ((128, 64, 64), False)
+    assert read(Attention(256), **{"attn.qkv.weight": {"norm_blocks": 1}}) == (1, False)
+
+
 def test_the_steps_of_scions_preset_are_the_published_ones():
     torch.manual_seed(0)
     model = Mix().double()

@@ -162,6 +162,14 @@ def param_groups(
     trained = [info for info in infos if info.param.requires_grad]
     if unknown := [info for info in trained if "norm" not in settings[info.name]]:
         raise ValueError(_ask_for_kinds(unknown, infos))
+    whole = [info.name for info in trained if info.kind == "qkv" and settings[info.name].get("norm_blocks") is None]
+    if whole and "norm_blocks" in {
+        registry.setting_key(f) for f in registry.lookup(PRESETS[preset]["qkv"]["norm"]).fields
+    }:
+        notes.append(
+            f"{_abbreviate(whole)}: queries, keys and values are taken as one matrix, because no number of heads is "
+            "known and they are not 3 equal parts: give norm_blocks, (rows of q, rows of k, rows of v)"
+        )
     if preset == "modular":
         masses = {info.name: settings[info.name].pop("mass") for info in trained if "mass" in settings[info.name]}
         found, more = budgets(model, infos, masses, residual_depth)

@@ -37,7 +37,8 @@ QKV = re.compile(r"w?qkv(_proj)?|to_qkv|c_attn|query_key_value|att_proj|in_proj_
 GATE_UP = re.compile(r"(gate_up|up_gate)(_proj)?|w13|w12|Wi|fc1|input_linear")
 OTHER_ORDER = "query_key_value"  # its heads' queries, keys and values are interleaved
 HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "dim_head")
-HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads")
+HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads", "nhead", "h")
+KV_HEADS = ("num_kv_heads", "num_key_value_heads", "n_kv_head", "n_kv_heads", "kv_heads")
 ROUTER = re.compile(r"(^|\.)(\w*router\w*|gate)(\.|$)", re.IGNORECASE)
 # Names of a bare parameter.
 TABLE = re.compile(
@@ -231,8 +232,9 @@ def _heads(parent: nn.Module | None, name: str, rows: int, columns: int) -> int:
     """
     size = _first(parent, HEAD_SIZES)
     heads = _first(parent, HEADS)
-    if not size and heads and rows % (3 * heads) == 0 and not hasattr(parent, "key_dim"):  # else of unequal sizes
-        size = rows // (3 * heads)
+    all_heads = heads + 2 * (_first(parent, KV_HEADS) or heads)
+    if not size and heads and rows % all_heads == 0 and not hasattr(parent, "key_dim"):  # else of unequal sizes
+        size = rows // all_heads
     if size and rows % size == 0:
         return rows // size
     return 3 if rows == 3 * columns and name != OTHER_ORDER else 1
