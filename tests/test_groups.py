@@ -357,14 +357,14 @@ class Bare(nn.Module):
 
 def test_a_parameter_that_nobody_claims_is_refused_with_the_override_that_claims_it():
     with pytest.raises(
-        ValueError, match=r"of Bare: stack \(2, 4, 4\) \(1 in all\); of ParameterList: mixing\.0 .*2 in all"
+        ValueError, match=r"Bare: stack \(2, 4, 4\); ParameterList: mixing\.\* \(4, 4\), 2 of them\."
     ) as error:
         normopt.param_groups(Bare(), "muon")
     written = re.search(r"overrides=(\{.*?\}\})", str(error.value))[1]
     overrides = ast.literal_eval(written)
     assert overrides == {
         "mixing.*": {"kind": "vector"},
-        "stack": {"kind": "linear", "norm_matrix_view": "batch"},
+        "stack": {"kind": "experts"},
     }
     for preset in PRESETS:
         depth = {"residual_depth": 1} if preset == "modular" else {}
@@ -384,6 +384,87 @@ def test_a_parameter_that_nobody_claims_is_refused_with_the_override_that_claims
     model = nn.ModuleDict({"a": Bare(), "b": nn.ModuleList([Bare()])})
     with pytest.raises(ValueError, match=r'"a\.mixing\.\*": .*"b\.\*\.mixing\.\*": '):
         normopt.param_groups(model)
+
+
+def test_a_refusal_offers_what_a_parameter_may_be():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.places = nn.Parameter(torch.ones(4, 16, 24)), nn.Parameter(torch.ones(7, 8))
+
+    for preset in PRESETS:
+        with pytest.raises(ValueError, match="which, by overrides") as error:
+            normopt.param_groups(Net(), preset)
+        said = re.findall(r'^  ("\w+": \{.*?\})  +(.*)$', str(error.value), re.MULTILINE)
+        offers = [(ast.literal_eval(f"{{{entry}}}"), words) for entry, words in said]
+        assert [next(iter(entry)) for entry, _ in offers] == ["mix"] * 5 + ["places"] * 4
+        depth = {"residual_depth": 1} if preset == "modular" else {}
+        for entry, words in offers:
+            rest = {"places": {"kind": "vector"}, "mix": {"kind": "vector"}}
+            groups = normopt.param_groups(Net(), preset, overrides=rest | entry, **depth)
+            (name,) = entry
+            rule = "AdamW" if by_name(groups, "metric")[name] == "diagonal" else by_name(groups, "norm")[name]
+            assert words.startswith(rule)
+            assert ("no decay" in words) == (by_name(groups, "weight_decay")[name] == 0)
+            opt = normopt.SteepestDescent(groups)  # whose matrices are as many, of the shape that the words say
+            if name == "mix" and (shape := re.search(r"(\w+) matri.* (\d+) × (\d+)", words)) and rule != "AdamW":
+                group = next(group for group in opt.param_groups if name in group["param_names"])
+                view = group.get("norm_matrix_view") or "flatten"
+                if group["norm"] == "spectral":
+                    y = normopt.norms.matrices.to_matrices(group["params"][0], view, 1)[0]
+                    count = 1 if shape[1] == "one" else int(shape[1])
+                    assert y.shape == (count, int(shape[2]), int(shape[3]))
+
+
+@pytest.mark.parametrize(
+    "name", ["pos", "positions", "pe", "wpe", "cls", "registers", "latent_array", "rel_pos", "pos_emb", "tokens"]
+)
+def test_names_of_bare_tables(name):
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_parameter(name, nn.Parameter(torch.ones(7, 4)))
+    model.register_parameter("of_one", nn.Parameter(torch.ones(1, 7, 4)))
+    groups = normopt.param_groups(model, overrides={"of_one": {"kind": "table"}})
+    assert by_name(groups, "kind")[name] == "table"
+    assert by_name(groups, "weight_decay")[name] == 0
+
+
+def test_tied_parameters_have_all_their_names():
+    class GPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte, self.body = nn.Embedding(9, 4), nn.Linear(4, 4)
+            self.lm_head = nn.Linear(4, 9, bias=False)
+            self.lm_head.weight = self.wte.weight
+
+    groups = normopt.param_groups(GPT())
+    line = next(line for line in str(groups).splitlines() if line.startswith("output"))
+    assert line.startswith("output ")  # not guessed
+    assert line.endswith("wte.weight (= lm_head.weight)")
+    assert "?" not in str(groups)
+    for key in ("wte.weight", "lm_head.weight", "wte", "lm_head", "kind:output", nn.Embedding):
+        given = normopt.param_groups(GPT(), overrides={key: {"weight_decay": 0.5}})
+        assert by_name(given, "weight_decay")["wte.weight"] == 0.5
+    given = normopt.param_groups(GPT(), overrides={nn.Linear: {"weight_decay": 0.5}})
+    assert set(by_name(given, "weight_decay").values()) == {0.5}
+    message = (
+        r"no parameter is of the kind 'embedding', only of linear, output, bias; "
+        r"wte\.weight \(= lm_head\.weight\) is of the kind 'output'"
+    )
+    with pytest.raises(ValueError, match=message):
+        normopt.param_groups(GPT(), overrides={"kind:embedding": {"weight_decay": 0.5}})
+    with pytest.raises(ValueError, match="frozen parameters are in no group"):
+        normopt.param_groups(GPT(), overrides={"kind:frozen": {"lr": 0.5}})
+    with pytest.raises(ValueError, match="did you mean 'router'"):
+        normopt.param_groups(GPT(), overrides={"kind:rooter": {"lr": 0.5}})
+
+
+def test_entries_of_a_kind_see_the_kinds_that_earlier_entries_give():
+    first, then = {"hidden": {"kind": "gate"}}, {"kind:gate": {"lr": 0.5}}
+    assert by_name(normopt.param_groups(Mix(), overrides=first | then), "lr")["hidden.weight"] == 0.5
+    with pytest.raises(ValueError, match="no parameter is of the kind 'gate'"):
+        normopt.param_groups(Mix(), overrides=then | first)
+    both = {"kind:linear": {"kind": "gate"}} | then
+    assert by_name(normopt.param_groups(Mix(), overrides=both), "lr")["hidden.weight"] == 0.5
 
 
 def test_a_modules_bias_keeps_its_kind_and_fields_go_by_their_settings_name():
@@ -819,7 +900,7 @@ def test_names_of_own_layers_and_odd_names():
     odd = nn.ModuleDict({"a[0]": nn.Linear(4, 4), "layer*1": nn.Linear(4, 4)})
     assert "a[0].weight, layer*1.weight" in str(normopt.param_groups(odd))
     odd["a[0]"].mixing = nn.Parameter(torch.ones(4, 4))  # no weight of the layer that holds it
-    with pytest.raises(ValueError, match=r"of Linear: a\[0\]\.mixing") as error:
+    with pytest.raises(ValueError, match=r"Linear: a\[0\]\.mixing") as error:
         normopt.param_groups(odd)
     overrides = ast.literal_eval(re.search(r"overrides=(\{.*?\}\})", str(error.value))[1])
     assert by_name(normopt.param_groups(odd, overrides=overrides), "kind")["a[0].mixing"] == "vector"

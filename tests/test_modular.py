@@ -198,13 +198,13 @@ def test_depths_of_transformers():
         cls = getattr(transformers, name)
         with torch.device("meta"):
             model = cls(cls.config_class())
-        infos = [ParamInfo(n, p, [], model, "linear") for n, p in model.named_parameters()]
+        infos = [ParamInfo([n], p, [], [model], "linear") for n, p in model.named_parameters()]
         assert f"residual_depth={depth} is" in budgets(model, infos, {}, None)[1][0]
     for name in ("T5ForConditionalGeneration", "CLIPModel", "MambaForCausalLM", "AlbertForMaskedLM", "SwinModel"):
         cls = getattr(transformers, name)
         with torch.device("meta"):
             model = cls(cls.config_class())
-        infos = [ParamInfo(n, p, [], model, "linear") for n, p in model.named_parameters()]
+        infos = [ParamInfo([n], p, [], [model], "linear") for n, p in model.named_parameters()]
         with pytest.raises(ValueError, match="residual_depth=L"):
             budgets(model, infos, {}, None)
 
@@ -228,9 +228,10 @@ def test_masses_of_every_kind():
     ends = {"m": "embedding", "n": "table", "o": "output", "p": "norm", "q": "bias", "r": "vector", "s": "state"}
     model = nn.Module()
     infos = [
-        ParamInfo(n, nn.Parameter(torch.ones(1)), [""], model, kind, matrix) for n, (kind, matrix, _) in kinds.items()
+        ParamInfo([n], nn.Parameter(torch.ones(1)), [""], [model], kind, matrix)
+        for n, (kind, matrix, _) in kinds.items()
     ]
-    infos += [ParamInfo(n, nn.Parameter(torch.ones(1)), ["x"], model, kind, {}) for n, kind in ends.items()]
+    infos += [ParamInfo([n], nn.Parameter(torch.ones(1)), ["x"], [model], kind, {}) for n, kind in ends.items()]
     found, notes = budgets(model, infos, {}, 4)
     shares = {name: 8 * share for name, (share, _) in found.items()}
     total = sum(count for *_, count in kinds.values())
@@ -247,7 +248,7 @@ def test_a_table_outside_of_the_blocks_is_an_end():
     names = {"pos": "table", "scale": "vector", "h.0.pos": "table", "h.0.w": "linear"}
     for blocks in (True, False):
         infos = [
-            ParamInfo(n, nn.Parameter(torch.ones(1)), [n.rpartition(".")[0]], model, kind, {})
+            ParamInfo([n], nn.Parameter(torch.ones(1)), [n.rpartition(".")[0]], [model], kind, {})
             for n, kind in names.items()
             if blocks or n[0] != "h"
         ]

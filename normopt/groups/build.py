@@ -5,15 +5,17 @@ from __future__ import annotations
 import fnmatch
 import glob
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from normopt._checks import check_choice, check_integer, check_number, near
-from normopt.groups.classify import KINDS, MATRICES, UNDECAYED, ParamInfo, classify_params
+from normopt.groups.classify import EMBEDDINGS, KINDS, MATRICES, UNDECAYED, Kind, ParamInfo, classify_params
 from normopt.groups.modular import budgets
 from normopt.groups.presets import ADAMW, CONSTRAINED, OPTIMIZERS, PRESETS
 from normopt.norms import registry
@@ -161,7 +163,7 @@ def param_groups(
     settings = {info.name: _settings(info, preset, given[info.name], lr_ratio) for info in infos}
     trained = [info for info in infos if info.param.requires_grad]
     if unknown := [info for info in trained if "norm" not in settings[info.name]]:
-        raise ValueError(_ask_for_kinds(unknown, infos))
+        raise ValueError(_ask_for_kinds(unknown, infos, preset))
     whole = [info.name for info in trained if info.kind == "qkv" and settings[info.name].get("norm_blocks") is None]
     if whole and "norm_blocks" in {
         registry.setting_key(f) for f in registry.lookup(PRESETS[preset]["qkv"]["norm"]).fields
@@ -180,6 +182,7 @@ def param_groups(
     groups = _group_by_settings(trained, settings, preset)
     groups.notes = notes
     groups.frozen = [(info.name, info.param) for info in infos if not info.param.requires_grad]
+    groups.tied = {info.name: info.names for info in trained if len(info.names) > 1}
     groups.guessed = {info.name for info in trained if info.guessed}
     return groups
 
@@ -194,6 +197,7 @@ class ParamGroups(list[dict[str, Any]]):
         optimizer: the name of the optimizer that it is for, or None for any; another of normopt refuses the groups.
         notes: what was decided for you, in sentences that are printed below the table.
         frozen: the parameters in no group because they do not require gradients, as (name, parameter).
+        tied: all names of each parameter that several modules share, by its first name.
         guessed: the names of parameters whose kind follows from a name alone; their lines are marked "?".
     """
 
@@ -201,6 +205,7 @@ class ParamGroups(list[dict[str, Any]]):
     optimizer: str | None
     notes: Sequence[str] = ()
     frozen: Sequence[tuple[str, nn.Parameter]] = ()
+    tied: Mapping[str, Sequence[str]] = MappingProxyType({})
     guessed: frozenset[str] | set[str] = frozenset()
 
     def __repr__(self) -> str:
@@ -220,8 +225,9 @@ class ParamGroups(list[dict[str, Any]]):
         counts = [sum(p.numel() for _, p in group["params"]) for group in self]
         for group, count in zip(self, counts, strict=True):
             names = [name for name, _ in group["params"]]
+            labels = [_label(self.tied.get(name, [name])) for name in names]
             mark = "?" if self.guessed.intersection(names) else ""
-            rows.append((f"{group['kind']}{mark}", *_row(group, self.optimizer), f"{count:,}", _abbreviate(names)))
+            rows.append((f"{group['kind']}{mark}", *_row(group, self.optimizer), f"{count:,}", _abbreviate(labels)))
         if self.frozen:
             count = sum(p.numel() for _, p in self.frozen)
             rows.append(("frozen", *[""] * 7, f"({count:,})", _abbreviate([name for name, _ in self.frozen])))
@@ -245,17 +251,11 @@ def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[st
     for key, settings in overrides.items():
         if not isinstance(settings, Mapping):
             raise TypeError(f"overrides[{key!r}] must be a dict of settings, but is {settings!r}")
-        if isinstance(key, str) and key.startswith("kind:"):
-            check_choice("kind", key.removeprefix("kind:"), KINDS)
-            for info in infos:
-                if _matches(info, key):
-                    given[info.name] = _override(given[info.name], settings)
-        matched = [info for info in infos if _matches(info, key)]
+        # The kinds that earlier entries give count.
+        kinds = {info.name: given[info.name].get("kind", info.kind) for info in infos}
+        matched = [info for info in infos if _matches(info, kinds[info.name], key)]
         if not matched:
-            names = [info.name for info in infos]
-            hint = near(key, names) if isinstance(key, str) else ""
-            shown = repr(key) if isinstance(key, str) else key.__name__
-            raise ValueError(f"overrides[{shown}] matches no parameter{hint}; the first are {', '.join(names[:5])}")
+            raise ValueError(_matches_nothing(key, infos, kinds))
         if "kind" in settings:
             check_choice("kind", settings["kind"], KINDS)
         if "mass" in settings:
@@ -264,21 +264,38 @@ def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[st
             raise ValueError(f"{', '.join(sorted(computed))} in overrides[{key!r}] is computed: set radius or mass")
         for info in matched:
             own = dict(settings)
-            named = isinstance(key, str) and fnmatch.fnmatchcase(info.name, key)  # itself, not only its module
+            named = isinstance(key, str) and any(fnmatch.fnmatchcase(name, key) for name in info.names)
             if info.kind == "bias" and settings.get("kind") in MATRICES and not named:
                 del own["kind"]  # a module's kind is that of its weight, not of its bias
             given[info.name] = _override(given[info.name], own)
     return given
 
 
-def _matches(info: ParamInfo, key: str | type[nn.Module]) -> bool:
+def _matches(info: ParamInfo, kind: str | None, key: str | type[nn.Module]) -> bool:
     if isinstance(key, str) and key.startswith("kind:"):
-        return info.kind == key.removeprefix("kind:")
+        return kind == key.removeprefix("kind:")
     if isinstance(key, str):
-        return any(fnmatch.fnmatchcase(name, key) for name in (info.name, *info.modules))
+        return any(fnmatch.fnmatchcase(name, key) for name in (*info.names, *info.modules))
     if isinstance(key, type) and issubclass(key, nn.Module):
-        return isinstance(info.module, key)
+        return any(isinstance(module, key) for module in info.holders)
     raise TypeError(f"a key of overrides must be a pattern or a module type, but is {key!r}")
+
+
+def _matches_nothing(key: str | type[nn.Module], infos: list[ParamInfo], kinds: Mapping[str, str | None]) -> str:
+    """Return the message of an error about an override that matches no parameter."""
+    if isinstance(key, str) and key.startswith("kind:"):
+        kind = key.removeprefix("kind:")
+        if kind == "frozen":
+            return "overrides['kind:frozen']: frozen parameters are in no group, so that no override changes them"
+        check_choice("kind", kind, KINDS)
+        present = ", ".join(kind for kind in KINDS if kind in kinds.values())
+        tied = [i for i in infos if kind == "embedding" and any(isinstance(module, EMBEDDINGS) for module in i.holders)]
+        ties = "".join(f"; {_label(i.names)} is of the kind {kinds[i.name]!r}" for i in tied[:1] if len(i.names) > 1)
+        return f"overrides[{key!r}]: no parameter is of the kind {kind!r}, only of {present}{ties}"
+    names = [info.name for info in infos]
+    hint = near(key, names) if isinstance(key, str) else ""
+    shown = repr(key) if isinstance(key, str) else key.__name__
+    return f"overrides[{shown}] matches no parameter{hint}; the first are {', '.join(names[:5])}"
 
 
 def _settings(info: ParamInfo, preset: str, given: dict[str, Any], lr_ratio: float | None) -> dict[str, Any]:
@@ -316,23 +333,22 @@ def _override(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
     return {**settings, **own}
 
 
-def _ask_for_kinds(unknown: list[ParamInfo], infos: list[ParamInfo]) -> str:
-    """Return the message of an error about parameters of unknown kind: by module type, with an override for all."""
+def _ask_for_kinds(unknown: list[ParamInfo], infos: list[ParamInfo], preset: str) -> str:
+    """Return the message of an error about parameters of unknown kind: what each may be, and an override for all."""
     asked = {info.name for info in unknown}
-    known = [info.name for info in infos if info.name not in asked]
-    types: dict[str, dict[tuple[str, int], list[ParamInfo]]] = {}
+    known = [name for info in infos if info.name not in asked for name in info.names]
+    alike: dict[tuple[str, str, int], list[ParamInfo]] = {}
     for info in unknown:
-        of_type = types.setdefault(type(info.module).__name__, {})
-        of_type.setdefault((_NUMBER.sub("*", info.attribute), info.param.dim()), []).append(info)
-    lines = [
-        f"{module}: " + ", ".join(f"{m[0].name} {tuple(m[0].param.shape)} ({len(m)} in all)" for m in of_type.values())
-        for module, of_type in types.items()
-    ]
+        key = type(info.module).__name__, _NUMBER.sub("*", info.attribute), info.param.dim()
+        alike.setdefault(key, []).append(info)
+    types: dict[str, list[str]] = {}
+    choices: dict[int, str] = {}  # by number of dims
     overrides: dict[str, str] = {}
-    for members in (members for of_type in types.values() for members in of_type.values()):
-        shape = members[0].param.shape
-        stack = len(shape) == 3 and shape[1] == shape[2]
-        own = '{"kind": "linear", "norm_matrix_view": "batch"}' if stack else '{"kind": "vector"}'
+    for (module, _, dims), members in alike.items():
+        shape = tuple(members[0].param.shape)
+        count = f", {len(members)} of them" if len(members) > 1 else ""
+        types.setdefault(module, []).append(f"{_abbreviate([info.name for info in members])} {shape}{count}")
+        own = '{"kind": "experts"}' if dims == 3 and shape[1] == shape[2] else '{"kind": "vector"}'
         patterns = dict.fromkeys(_NUMBER.sub("*", glob.escape(info.name)) for info in members)
         for pattern in patterns:
             exact = any(fnmatch.fnmatchcase(name, pattern) for name in known)
@@ -340,14 +356,39 @@ def _ask_for_kinds(unknown: list[ParamInfo], infos: list[ParamInfo]) -> str:
                 [glob.escape(i.name) for i in members if fnmatch.fnmatchcase(i.name, pattern)] if exact else [pattern]
             )
             overrides |= dict.fromkeys(names, own)
+            choices.setdefault(dims, _choices(names[0], shape, preset))
     shown = ", ".join(f"{json.dumps(name)}: {own}" for name, own in overrides.items())
+    listed = "; ".join(f"{module}: {', '.join(names)}" for module, names in types.items())
     return (
-        f"no kind of layer is known for the parameters of {'; of '.join(lines)}. To train them by the rule of vectors, "
-        f"and square stacks as matrices, pass overrides={{{shown}}}. A matrix that is stored out × in is of the kind "
-        '"linear", with "norm_matrix_view": "transposed" if it is stored in × out, and with "batch" or '
-        f'"batch-transposed" if it is a stack of these. The kinds are {", ".join(KINDS)}; or give a norm, such as '
+        f"param_groups cannot tell what these parameters are, by module: {listed}.\nSay which, by overrides. An entry "
+        f"is one of these:\n{''.join(choices.values())}All of them as vectors, and square stacks as experts: "
+        f"overrides={{{shown}}}\nThe kinds are {', '.join(KINDS)}; or give a norm, such as "
         '{"norm": "l2", "scale": "unit"}'
     )
+
+
+def _choices(name: str, shape: tuple[int, ...], preset: str) -> str:
+    """Return what a tensor of unknown kind may be, as entries of overrides with the preset's rule; a line each."""
+    n, rows, columns = math.prod(shape[:-2]), *shape[-2:]
+    wide = f"one matrix of {shape[0]} × {math.prod(shape[1:])}"
+    view = '"norm_matrix_view": "{}"'.format
+    matrices: list[tuple[Kind, str, str]] = [("vector", "", ""), ("table", "", "as a table of positions or tokens")]
+    if len(shape) == 2:
+        matrices += [("linear", "", f"{wide} (out × in)")]
+        matrices += [("linear", view("transposed"), "the same, stored as in × out")]
+    else:
+        matrices += [("experts", "", f"{n} matrices of {rows} × {columns} (out × in)")]
+        matrices += [("experts", view("batch-transposed"), "the same, stored as in × out")]
+        matrices += [("linear", "", wide)]
+    lines = []
+    for kind, more, what in matrices:
+        settings = PRESETS[preset][kind]
+        rule = "AdamW" if settings.get("metric") == "diagonal" else settings["norm"]
+        decay = "no decay" if kind in UNDECAYED and preset not in CONSTRAINED else ""
+        entry = f'{json.dumps(name)}: {{"kind": "{kind}"{more and ", "}{more}}}'
+        lines.append((entry, ", ".join(filter(None, (rule, decay, what)))))
+    width = max(len(entry) for entry, _ in lines)
+    return "".join(f"  {entry:{width}}  {words}\n" for entry, words in lines)
 
 
 def _group_by_settings(infos: list[ParamInfo], settings: dict[str, dict[str, Any]], preset: str) -> ParamGroups:
@@ -386,6 +427,11 @@ def _row(group: Mapping[str, Any], optimizer: str | None) -> tuple[str, ...]:
         f"{group['weight_decay']:.3g}" if "weight_decay" in group else "",
         ", ".join(f"{k} {v}" for k, v in shown.items()),
     )
+
+
+def _label(names: Sequence[str]) -> str:
+    """Return a parameter's name, with another one that it has."""
+    return names[0] + (f" (= {names[1]}{', …' if len(names) > 2 else ''})" if len(names) > 1 else "")
 
 
 def _abbreviate(names: list[str]) -> str:

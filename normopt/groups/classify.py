@@ -43,6 +43,7 @@ ROUTER = re.compile(r"(^|\.)(\w*router\w*|gate)(\.|$)", re.IGNORECASE)
 # Names of a bare parameter.
 TABLE = re.compile(
     r"((abs|rel|relative)_?)?pos(ition(al)?)?_?(emb|enc|table)\w*|\w*_?pos(ition)?(al)?_(emb|enc|table)\w*|\w*_?pos_[hw]"
+    r"|((abs|rel|relative)_)?pos(itions?)?|w?pe|cls|\w*registers?|latent_array"
     r"|\w*tokens?|\w*quer(y|ies)|\w*latents?|probe|\w*prompts?|\w*embed(ding)?s?(_table)?|\w*codevectors?|\w*codebooks?"
 )
 STATE = re.compile(r"A|A_logs?|Ds?|dt_\w+|time_\w+|recurrent_param|lambda\w*|alpha\w*")
@@ -70,11 +71,11 @@ class ParamInfo:
     """A parameter and its classification.
 
     Attributes:
-        name: its first name in ``model.named_parameters()``.
+        names: its names; several if it is shared.
         param: the parameter.
         modules: the names of the modules that own it; several if it is shared. Of a parametrized weight it is the
             layer that uses it.
-        module: the first of these modules.
+        holders: these modules.
         kind: its kind; None if unknown.
         matrix: non-default settings of a matrix norm: ``matrix_view`` and ``blocks``.
         attribute: its name in that module.
@@ -82,15 +83,25 @@ class ParamInfo:
         decays: False if it has no weight decay whatever its kind is.
     """
 
-    name: str
+    names: list[str]
     param: nn.Parameter
     modules: list[str]
-    module: nn.Module
+    holders: list[nn.Module]
     kind: Kind | None
     matrix: dict[str, Any] = field(default_factory=dict)
     attribute: str = ""
     guessed: bool = False
     decays: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its first name in ``model.named_parameters()``."""
+        return self.names[0]
+
+    @property
+    def module(self) -> nn.Module:
+        """The first module that owns it."""
+        return self.holders[0]
 
 
 def classify_params(model: nn.Module, output: str | Sequence[str] | None) -> tuple[list[ParamInfo], list[str]]:
@@ -122,7 +133,9 @@ def classify_params(model: nn.Module, output: str | Sequence[str] | None) -> tup
                 raise ValueError(f"{name} has no shape yet: run a batch through the model first")
             is_embedding = isinstance(module, EMBEDDINGS) or "Embedding" in type(module).__name__
             if (info := found.get(id(param))) is not None:
+                info.names.append(name)
                 info.modules.append(prefix)
+                info.holders.append(module)
                 embeds[id(param)].add(is_embedding)
                 continue
             reparametrized = own is not None or attribute in ("weight_g", "weight_v", "weight_orig")
@@ -135,7 +148,7 @@ def classify_params(model: nn.Module, output: str | Sequence[str] | None) -> tup
                     kind = "gate"
                 seen_conv = True
             found[id(param)] = ParamInfo(
-                name, param, [prefix], module, kind, matrix, shown, guessed, decays=not reparametrized
+                [name], param, [prefix], [module], kind, matrix, shown, guessed, decays=not reparametrized
             )
             embeds[id(param)] = {is_embedding}
     infos = list(found.values())
@@ -324,7 +337,8 @@ def _mark_outputs(modules: dict[str, nn.Module], infos: list[ParamInfo], output:
     for path in marked:
         for info in by_module[path]:
             if info.kind in MATRICES:
-                info.kind, info.guessed = "output", guessed
+                info.guessed = guessed and info.kind != "output"  # a tie is known
+                info.kind = "output"
                 # A tied embedding (vocabulary × features) is the head's out × in.
                 if not isinstance(info.module, _ConvTransposeNd) and type(info.module).__name__ != "Conv1D":
                     info.matrix.pop("matrix_view", None)
