@@ -344,6 +344,22 @@ def test_overrides_are_laid_over_the_preset_in_their_order():
     normopt.Scion(groups)
 
 
+def test_blocks_go_to_matrices_alone_and_other_values_are_left_to_the_optimizer():
+    for preset in ("muon-adamw", "scion"):
+        groups = normopt.param_groups(Mix(), preset, overrides={"*": {"norm_blocks": 2}})
+        blocks = by_name(groups, "norm_blocks")
+        scion = {"embed.weight", "conv.weight", "hidden.weight", "head.weight"}
+        assert {name for name, n in blocks.items() if n == 2} == (scion if preset == "scion" else {"hidden.weight"})
+        assert len({id(group) for group in groups if group["kind"] == "bias"}) == 1
+    lp = {"hidden.weight": {"norm": "lp"}}  # whose p is the optimizer's
+    opt = normopt.LPSGDM(list(normopt.param_groups(Mix(), "modular", overrides=lp)), p=3.0)
+    assert {3.0} == {g["p"] for g in opt.param_groups if g["norm"] == "lp"}
+    given = {"head": {"lr": torch.tensor(0.1), "weight_decay": torch.tensor([0.1]), "mine": "any"}}
+    assert "mine any" in str(normopt.param_groups(Mix(), overrides=given))
+    power = {"head.weight": {"norm": "lp", "p": 3.0, "scale": "power", "eps": 0.0}}
+    normopt.Muon(normopt.param_groups(Mix(), overrides=power))
+
+
 class Bare(nn.Module):
     """Parameters that no layer of torch's owns: a table by its name, a matrix and a stack of unknown kind."""
 
@@ -473,9 +489,6 @@ def test_a_modules_bias_keeps_its_kind_and_fields_go_by_their_settings_name():
     assert by_name(groups, "kind")["hidden.bias"] == "bias"
     named = normopt.param_groups(Mix(), "muon", overrides={"hidden.bias": {"kind": "embedding"}})
     assert by_name(named, "kind")["hidden.bias"] == "embedding"
-    groups = normopt.param_groups(Mix(), "muon", overrides={"hidden.weight": {"method": "svd"}})
-    with pytest.raises(ValueError, match="'method': as a setting it is called 'norm_method'"):
-        normopt.Muon(groups)
 
 
 def test_the_output_layer():
@@ -510,7 +523,26 @@ REFUSED = [
     (dict(overrides={"head": {"kind": "haed"}}), ValueError, "kind must be one of"),
     (dict(overrides={"head": {"mass": 1}}), ValueError, '"mass" is only for preset="modular"'),
     (dict(preset="modular", overrides={"head": {"mass": 0}}), ValueError, "mass must be in"),
-    (dict(preset="modular", overrides={"head": {"sensitivity": 2}}), ValueError, "sensitivity in .* is computed"),
+    (dict(preset="modular", overrides={"head": {"sensitivity": 2}}), ValueError, "sensitivity is computed"),
+    (dict(overrides={"hidden.weight": {"method": "svd"}}), ValueError, "'method': as a setting .* 'norm_method'"),
+    (dict(overrides={"embed": {"blocks": 3}}), ValueError, "'blocks': as a setting it is called 'norm_blocks'"),
+    (dict(overrides={"hidden": {"norm_blocks": (8, 4, 4)}}), ValueError, "hidden.weight: .* adds up to 16, not to"),
+    (dict(overrides={"hidden": {"norm_blocks": 3}}), ValueError, "hidden.weight: blocks = 3 does not divide the 20"),
+    (dict(overrides={"hidden": {"norm_aspect": "rsm"}}), ValueError, "hidden.weight: aspect must be one of"),
+    (dict(overrides={"hidden": {"norm_block": 4}}), ValueError, "hidden.weight.*did you mean 'norm_blocks'"),
+    (dict(overrides={"head": {"weigth_decay": 0.1}}), ValueError, "head.weight.*did you mean 'weight_decay'"),
+    (
+        dict(overrides={"head": {"weight_decay": None}}),
+        TypeError,
+        r"overrides\['head'\]: weight_decay must be a number",
+    ),
+    (dict(overrides={nn.Linear: {"lr": "1e-3"}}), TypeError, r"overrides\[Linear\]: lr must be a number"),
+    (dict(overrides={"head": {"lr_ratio": -1.0}}), ValueError, r"overrides\['head'\]: lr_ratio must be in"),
+    (dict(overrides={"head": {"radius": 0}}), ValueError, r"overrides\['head'\]: radius must be in"),
+    (dict(overrides={"head": {"betas": (0.9,)}}), ValueError, r"overrides\['head'\]: betas must be 2 numbers"),
+    (dict(overrides={"head": {"scale": "unti"}}), ValueError, r"overrides\['head'\]: .*did you mean 'unit'"),
+    (dict(overrides={"head": {"norm": 3}}), TypeError, "head.weight.*: norm must be a registered name"),
+    (dict(overrides={"head": {"params": []}}), ValueError, "params is of a group"),
     (dict(residual_depth=3), ValueError, 'residual_depth is only for preset="modular"'),
     (dict(preset="modular", residual_depth=0), ValueError, "residual_depth must be in"),
     (dict(preset="modular", residual_depth=2.5), TypeError, "residual_depth must be an integer"),
@@ -558,6 +590,8 @@ def test_groups_of_a_preset_go_to_its_optimizer_only():
 def test_what_is_no_model_or_not_ready_is_refused():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module, but was given generator"):
         normopt.param_groups(Mix().parameters(), "muon")
+    with pytest.raises(TypeError, match=r"given list: give the model, and settings of some .* by overrides=\{"):
+        normopt.param_groups([{"params": Mix().parameters(), "weight_decay": 0.0}])
     with pytest.raises(ValueError, match="run a batch through the model first"):
         normopt.param_groups(nn.LazyLinear(3), "muon")
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from normopt._checks import check_choice, check_integer, check_number, near
+from normopt._checks import check_choice, check_integer, check_number, near, plain
+from normopt.arguments import ADAN, TORCHS, check_unknown_keys, from_torch
 from normopt.groups.classify import EMBEDDINGS, KINDS, MATRICES, UNDECAYED, Kind, ParamInfo, classify_params
 from normopt.groups.modular import budgets
 from normopt.groups.presets import ADAMW, CONSTRAINED, OPTIMIZERS, PRESETS
 from normopt.norms import registry
+from normopt.recipe import check_settings
+from normopt.stages.base import default_settings
 
 Overrides = Mapping[str | type[nn.Module], Mapping[str, Any]]
 
@@ -146,7 +150,10 @@ def param_groups(
         bias    Scion      frobenius      50  aspect entries           6  *.bias
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"param_groups takes a torch.nn.Module, but was given {type(model).__name__}")
+        raise TypeError(
+            f"param_groups takes a torch.nn.Module, but was given {type(model).__name__}: give the model, and settings "
+            'of some of its parameters by overrides={"…": {"weight_decay": 0.0}}'
+        )
     check_choice("preset", preset, PRESETS)
     if residual_depth is not None:
         check_integer("residual_depth", residual_depth)
@@ -180,6 +187,9 @@ def param_groups(
             radius = settings[name].get("radius", 1.0) * (share / sensitivity)
             settings[name] |= {"radius": radius, "share": share, "sensitivity": sensitivity}
     groups = _group_by_settings(trained, settings, preset)
+    for group in groups:
+        with _naming(_abbreviate([name for name, _ in group["params"]])):
+            _check_group(group)
     groups.notes = notes
     groups.frozen = [(info.name, info.param) for info in infos if not info.param.requires_grad]
     groups.tied = {info.name: info.names for info in trained if len(info.names) > 1}
@@ -256,12 +266,8 @@ def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[st
         matched = [info for info in infos if _matches(info, kinds[info.name], key)]
         if not matched:
             raise ValueError(_matches_nothing(key, infos, kinds))
-        if "kind" in settings:
-            check_choice("kind", settings["kind"], KINDS)
-        if "mass" in settings:
-            check_number("mass", settings["mass"], low=0, open_low=True, open_high=True)
-        if computed := {"share", "sensitivity"} & settings.keys():
-            raise ValueError(f"{', '.join(sorted(computed))} in overrides[{key!r}] is computed: set radius or mass")
+        with _naming(f"overrides[{_shown(key)}]"):
+            _check_override(settings)
         for info in matched:
             own = dict(settings)
             named = isinstance(key, str) and any(fnmatch.fnmatchcase(name, key) for name in info.names)
@@ -269,6 +275,46 @@ def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[st
                 del own["kind"]  # a module's kind is that of its weight, not of its bias
             given[info.name] = _override(given[info.name], own)
     return given
+
+
+def _check_override(settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError or TypeError for a setting of an override that is unknown, or out of its type or range."""
+    if "kind" in settings:
+        check_choice("kind", settings["kind"], KINDS)
+    if "mass" in settings:
+        check_number("mass", settings["mass"], low=0, open_low=True, open_high=True)
+    if computed := {"share", "sensitivity"} & settings.keys():
+        raise ValueError(f"{', '.join(sorted(computed))} is computed: set radius or mass")
+    if given := {"params", "param_names"} & settings.keys():
+        raise ValueError(f"{', '.join(sorted(given))} is of a group: give settings only")
+    fields = {field for name in registry.list_norms() for field in registry.lookup(name).fields} - {"p"}
+    if named := sorted(fields & settings.keys()):
+        raise ValueError(f"{named[0]!r}: as a setting it is called {registry.setting_key(named[0])!r}")
+    betas = settings.get("betas")
+    theirs = {key: value for key, value in settings.items() if key not in ("eps", "norm")}
+    ours = from_torch(theirs, ADAN if isinstance(betas, tuple | list) and len(betas) == 3 else TORCHS["betas"])
+    check_settings({key: plain(value) for key, value in ours.items()})
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    """Raise a ValueError or TypeError for a misspelt key, or if the norm refuses its fields or the parameters."""
+    check_unknown_keys({key: v for key, v in group.items() if key not in TORCHS}, default_settings(), object)
+    settings = {**group, **registry.flatten(group["norm"], group)}
+    if not registry.missing_of(settings):  # else the optimizer may have them
+        registry.build(settings).check(group.get("scale", "dual"), [p for _, p in group["params"]])
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Say in an error's message what it is about."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{what}: {error}") from None
+
+
+def _shown(key: str | type[nn.Module]) -> str:
+    return repr(key) if isinstance(key, str) else key.__name__
 
 
 def _matches(info: ParamInfo, kind: str | None, key: str | type[nn.Module]) -> bool:
@@ -294,8 +340,7 @@ def _matches_nothing(key: str | type[nn.Module], infos: list[ParamInfo], kinds: 
         return f"overrides[{key!r}]: no parameter is of the kind {kind!r}, only of {present}{ties}"
     names = [info.name for info in infos]
     hint = near(key, names) if isinstance(key, str) else ""
-    shown = repr(key) if isinstance(key, str) else key.__name__
-    return f"overrides[{shown}] matches no parameter{hint}; the first are {', '.join(names[:5])}"
+    return f"overrides[{_shown(key)}] matches no parameter{hint}; the first are {', '.join(names[:5])}"
 
 
 def _settings(info: ParamInfo, preset: str, given: dict[str, Any], lr_ratio: float | None) -> dict[str, Any]:
@@ -318,6 +363,9 @@ def _settings(info: ParamInfo, preset: str, given: dict[str, Any], lr_ratio: flo
         raise ValueError(f'"mass" is only for preset="modular", but the preset is {preset!r}: leave it out')
     if isinstance(settings.get("norm"), str):
         fields = registry.lookup(settings["norm"]).fields
+        for name in ("matrix_view", "blocks"):  # of a pattern that fits a bias, or what AdamW steps, too
+            if info.param.dim() < 2 or name not in fields:
+                settings.pop(registry.setting_key(name), None)
         for name, value in info.matrix.items():
             if name in fields:
                 settings.setdefault(registry.setting_key(name), value)
@@ -417,16 +465,20 @@ def _row(group: Mapping[str, Any], optimizer: str | None) -> tuple[str, ...]:
     ratio = f"{group['lr_ratio']:.3g} lr" if "lr_ratio" in group else ""
     usual = ADAMW if adamw else {"scale": "unit", "metric": "none", "bias_correction": False}
     others = {k: v for k, v in group.items() if k not in _COLUMNS and (k not in usual or usual[k] != v)}
-    shown = {k.removeprefix("norm_"): f"{v:.3g}" if isinstance(v, float) else v for k, v in others.items()}
+    shown = {k.removeprefix("norm_"): _short(v) for k, v in others.items()}
     return (
         "AdamW" if adamw else optimizer or "",
         str(group["norm"]),
         group.get("norm_matrix_view", ""),
         str(group.get("norm_blocks", "")),
         ratio or f"{group.get('radius', 1.0):.4g}",
-        f"{group['weight_decay']:.3g}" if "weight_decay" in group else "",
+        _short(group["weight_decay"]) if "weight_decay" in group else "",
         ", ".join(f"{k} {v}" for k, v in shown.items()),
     )
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _label(names: Sequence[str]) -> str:

@@ -137,6 +137,13 @@ def flatten(norm: object, given: Mapping[str, Any]) -> dict[str, Any]:
     return flat | fixed
 
 
+def missing_of(settings: Mapping[str, Any]) -> list[str]:
+    """Return the settings that a norm needs, by a param group's flat settings, and that are not there."""
+    entry = lookup(settings["norm"])
+    needed = [setting_key(f) for f, default in entry.fields.items() if default is dataclasses.MISSING]
+    return [key for key in needed if settings.get(key) is None and key not in map(setting_key, entry.fixed)]
+
+
 def build(settings: Mapping[str, Any]) -> Norm:
     """Build the norm that a param group's flat settings describe."""
     name = settings["norm"]
@@ -144,8 +151,6 @@ def build(settings: Mapping[str, Any]) -> Norm:
     values = {**settings, **flatten(name, settings)}
     fields = {f: values[setting_key(f)] for f in entry.fields if values.get(setting_key(f)) is not None}
     fields |= entry.fixed
-    missing = [f for f, default in entry.fields.items() if default is dataclasses.MISSING and f not in fields]
-    if missing:
-        keys = ", ".join(setting_key(f) for f in missing)
+    if keys := ", ".join(missing_of(values)):
         raise ValueError(f"norm {name!r} needs {keys}: pass it to the optimizer or to the param group")
     return entry.cls(**fields)
