@@ -919,11 +919,11 @@ def test_names_of_own_layers_and_odd_names():
     for name in ("lm_head", "head", "classifier", "cls"):  # weak names, and hidden layers
         groups = normopt.param_groups(Net(emb=nn.Embedding(9, 8), fc=hidden, **{name: last}))
         assert [n for n, kind in by_name(groups, "kind").items() if kind == "output"] == [f"{name}.weight"]
-        assert f"note: {name} and fc look like output layers, and fc was taken for a hidden one" in str(groups)
+        assert f"note: {name}, fc look like output layers, and {name} was taken for it" in str(groups)
     assert outputs(Net(classifier_pre=hidden, cls=last)) == ["cls.weight"]
     groups = normopt.param_groups(Net(head=hidden, fc=last))
     assert list(by_name(groups, "kind").values()).count("output") == 2
-    assert "note: head and fc look like output layers, and both were taken for that: pass output=" in str(groups)
+    assert "note: head, fc look like output layers, and head, fc was taken for it: pass output=" in str(groups)
     assert "note" not in str(normopt.param_groups(Net(body=hidden, fc=last)))
     attention = nn.ModuleList(Net(key=hidden, query=nn.Linear(8, 8), value=nn.Linear(8, 8)) for _ in range(2))
     assert outputs(Net(emb=nn.Embedding(9, 8), sa_heads=Net(heads=attention), lm_head=last)) == ["lm_head.weight"]

@@ -31,6 +31,7 @@ NORM_LAYERS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalRespon
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 GATES = {"LSTM": 4, "GRU": 3, "LSTMCell": 4, "GRUCell": 3}  # of recurrent layers, stacked along the rows
 
+OLD_PARAMETRIZED = re.compile(r"(\w*weight\w*)_(g|v|orig)")
 PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(\w+)")
 # Names of a module: a fused projection of queries, keys and values, and one of a gate and what it multiplies.
 QKV = re.compile(r"w?qkv(_proj)?|to_qkv|c_attn|query_key_value|att_proj|in_proj_qkv", re.IGNORECASE)
@@ -62,7 +63,8 @@ WEAK = "fc"  # of an output if no other is found, or if it is the last
 ATTENTION = re.compile(r"(q|k|v|qkv|query|key|value|queries|keys|values)(_proj)?")  # layers of what "heads" may also be
 TASKS = re.compile("For[A-Z]|LMHead|DoubleHeads")
 # Names of a layer of the model's own that is an output if it is the last one of these.
-OWN = re.compile(r"decoder|out|output|(fc|linear)_?out|output_layer|fc\d+")
+OUT = re.compile(r"decoder|out|output|(fc|linear)_?out|output_layer")
+OWN = re.compile(rf"{OUT.pattern}|fc\d+")
 LAST = re.compile(r"(^sequence_summary|\.final_layer|^(joint|decoder)\.head)$")
 
 
@@ -138,8 +140,9 @@ def classify_params(model: nn.Module, output: str | Sequence[str] | None) -> tup
                 info.holders.append(module)
                 embeds[id(param)].add(is_embedding)
                 continue
-            reparametrized = own is not None or attribute in ("weight_g", "weight_v", "weight_orig")
-            shown = own or ("weight" if reparametrized else attribute)
+            if old := OLD_PARAMETRIZED.fullmatch(attribute):
+                own = old[1]
+            reparametrized, shown = own is not None, own or attribute
             kind, matrix, guessed = _classify(modules, prefix, module, shown, param)
             if reparametrized and sum(size > 1 for size in param.shape) <= 1:
                 kind, matrix = "vector", {}  # lengths
@@ -232,7 +235,7 @@ def _linear(modules: dict[str, nn.Module], prefix: str, module: nn.Module, param
         return "qkv", view | ({"blocks": blocks} if blocks > 1 else {}), True
     if GATE_UP.fullmatch(name) and rows % 2 == 0 and _halved(parent, module, rows, columns):
         return "gate_up", view | {"blocks": 2}, True
-    if name in ("gate", "router") and hasattr(parent, "experts"):
+    if name in ("gate", "router") and _get(parent, "experts") is not None:
         return "router", view, True
     return "linear", view, False
 
@@ -246,15 +249,22 @@ def _heads(parent: nn.Module | None, name: str, rows: int, columns: int) -> int:
     size = _first(parent, HEAD_SIZES)
     heads = _first(parent, HEADS)
     all_heads = heads + 2 * (_first(parent, KV_HEADS) or heads)
-    if not size and heads and rows % all_heads == 0 and not hasattr(parent, "key_dim"):  # else of unequal sizes
+    if not size and heads and rows % all_heads == 0 and _get(parent, "key_dim") is None:  # else of unequal sizes
         size = rows // all_heads
     if size and rows % size == 0:
         return rows // size
     return 3 if rows == 3 * columns and name != OTHER_ORDER else 1
 
 
+def _get(module: nn.Module | None, name: str) -> Any:
+    try:
+        return getattr(module, name, None)
+    except Exception:  # a property that cannot be read yet
+        return None
+
+
 def _first(module: nn.Module | None, names: Sequence[str]) -> int:
-    return next((v for v in (getattr(module, name, None) for name in names) if isinstance(v, int) and v > 0), 0)
+    return next((v for v in (_get(module, name) for name in names) if isinstance(v, int) and v > 0), 0)
 
 
 def _halved(parent: nn.Module | None, module: nn.Module, rows: int, columns: int) -> bool:
@@ -267,10 +277,11 @@ def _halved(parent: nn.Module | None, module: nn.Module, rows: int, columns: int
 def _bare(kind_of: str, prefix: str, module: nn.Module, attribute: str, param: nn.Parameter) -> Classified:
     """Return the kind of a tensor of two dims or more that no known layer owns."""
     if "expert" in (prefix + kind_of).lower() and param.dim() == 3:
-        turned = bool(getattr(module, "is_transposed", False)) or kind_of == "Llama4TextExperts"
+        told = _get(module, "is_transposed")
+        turned = bool(told) or kind_of == "Llama4TextExperts"
         fused = attribute.startswith(("gate_up", "w13")) and getattr(module, "is_concatenated", True)
         view = "batch-transposed" if turned else "batch"
-        return "experts", {"matrix_view": view} | ({"blocks": 2} if fused else {}), False
+        return "experts", {"matrix_view": view} | ({"blocks": 2} if fused else {}), told is None and not turned
     if param.dim() == 2 and attribute == "weight" and ("Router" in kind_of or ROUTER.search(prefix)):
         return ("gate" if min(param.shape) < 4 else "router"), {}, True
     if kind_of.endswith("Loss") and attribute == "weight":
@@ -314,12 +325,14 @@ def _mark_outputs(modules: dict[str, nn.Module], infos: list[ParamInfo], output:
     notes: list[str] = []
     if output == "auto":
         marked, guessed, weak = _found_outputs(modules, by_module, layers)
-        if weak and (alike := [path for path in marked if path != weak]):
-            taken = "both were taken for that" if weak in marked else f"{weak} was taken for a hidden one"
-            notes = [f"{', '.join(alike)} and {weak} look like output layers, and {taken}: pass output= to choose"]
+        if marked and len(alike := dict.fromkeys([*marked, *weak])) > 1 and weak:
+            names = [", ".join(paths) for paths in (alike, marked)]
+            notes = [f"{names[0]} look like output layers, and {names[1]} was taken for it: pass output= to choose"]
         if not marked and not any(info.kind == "output" for info in infos):
             last = _last(modules, by_module, layers)
-            return [f"no output layer was found: if {last!r} is one, pass output={last!r}"] if last else []
+            if last is None or not any(info.param.requires_grad for info in by_module[last]):
+                return []
+            return [f"no output layer was found: pass output={last!r} if it is one, or a list if there are several"]
     elif output == "last":
         last = _last(modules, by_module, layers)
         marked, guessed = [last] if last is not None else [], False
@@ -363,13 +376,15 @@ def _last(modules: dict[str, nn.Module], by_module: dict[str, list[ParamInfo]], 
 
 def _found_outputs(
     modules: dict[str, nn.Module], by_module: dict[str, list[ParamInfo]], layers: list[str]
-) -> tuple[list[str], bool, str]:
-    """Return the output layers that the model's methods tell, or else its names; whether names alone do; a weak name.
+) -> tuple[list[str], bool, list[str]]:
+    """Return the output layers that the model's methods tell, or else its names; whether names alone do; doubtful ones.
 
-    The last is of a layer that has a weak name beside others; "" if there is none.
+    The last are layers that have the name of an output layer, but a weak one, beside others.
     """
     paths = {id(module): path for path, module in modules.items()}
+    top = _trunk(modules)
     told: list[str] = []
+    inner: list[str] = []  # which a part of the model would have as its own output
     classifies = False
     methods = ("get_output_embeddings", "get_classifier")
     for path, module in _outermost(modules, methods):
@@ -378,32 +393,35 @@ def _found_outputs(
             ends = [end for head in heads for end in _ends(head, modules, layers)]
             told += ends
             classifies = classifies or (method == "get_classifier" and bool(ends))
+            inner += ends if method == "get_classifier" and not top.startswith(path) else []
             if not ends and not path and method == "get_classifier" and hasattr(type(module), method):
-                return [], False, ""  # made without one
-    top = _trunk(modules)
+                return [], False, []  # made without one
     outside = [p for p in modules if p.startswith(top) and p != top.rstrip(".") and "." not in p[len(top) :]]
     root = modules[top.rstrip(".")]
     # The classes of transformers that have no task have no head.
     bare = [hasattr(m, "base_model_prefix") and not TASKS.search(type(m).__name__) for m in (modules[""], root)]
     if bare[1]:
         outside = []
-    if told:  # beside what is told, layers and classifiers only
+    heads = [path for path in outside if TOP.fullmatch(path[len(top) :]) and not _attends(path, modules)]
+    if inner and any(end not in told for path in heads for end in _ends(path, modules, layers)):
+        told = [path for path in told if path not in inner]
+    elif told:  # beside what is told, layers and classifiers only
         outside = [path for path in outside if path in layers or ("classifier" in path and not classifies)]
     deep = [path for path in modules if _is_deep(path)]
-    named = [path for path in outside if TOP.fullmatch(path[len(top) :]) and not _attends(path, modules)]
-    named = [path for path in named if not any(inner.startswith(f"{path}.") for inner in deep)] + deep
-    ends = [end for path in named for end in _ends(path, modules, layers)]
-    weak = [end for path in outside if path == f"{top}{WEAK}" for end in _ends(path, modules, layers)]
+    named = [path for path in heads if path in outside and not any(inside.startswith(f"{path}.") for inside in deep)]
+    ends = [end for path in named + deep for end in _ends(path, modules, layers)]
     own = [path for path in outside if any(f"{layer}.".startswith(f"{path}.") for layer in layers)]
-    if not told + ends or own[-1:] == [f"{top}{WEAK}"]:
-        ends += weak
+    weak = [path for path in own if path == f"{top}{WEAK}"]
+    if weak == own[-1:]:
+        ends += [end for path in weak for end in _ends(path, modules, layers)]
     if not told and not ends and not bare[0]:
         ends = [end for path in modules if LAST.search(path) for end in _ends(path, modules, layers)]
     if not told and not ends and not hasattr(root, "base_model_prefix"):
-        ends = [path for path in outside if path in layers and OWN.fullmatch(path[len(top) :])][-1:]
-    if not told and not ends and (end := _end_of_sequence("", modules, layers)) is not None:
-        return [end], False, ""
-    return list(dict.fromkeys(told + ends)), not told, next(iter(weak), "")
+        ends = [path for path in own[-1:] if path in layers and OWN.fullmatch(path[len(top) :])]
+        weak = [path for path in own if path in layers and OUT.fullmatch(path[len(top) :])]
+    if not told and not ends and (end := _end_of_sequence(top.rstrip("."), modules, layers)) is not None:
+        return [end], False, []
+    return list(dict.fromkeys(told + ends)), not told, weak
 
 
 def _attends(path: str, modules: dict[str, nn.Module]) -> bool:
@@ -420,7 +438,7 @@ def _trunk(modules: dict[str, nn.Module]) -> str:
         own = any(p is not None for p in module._parameters.values())
         if own or len(children) != 1 or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             return prefix
-        if (TOP.fullmatch(children[0]) or children[0] == WEAK) or f"{prefix}{children[0]}" not in modules:
+        if TOP.fullmatch(children[0]) or children[0] == WEAK or f"{prefix}{children[0]}" not in modules:
             return prefix
         prefix += f"{children[0]}."
 
@@ -445,7 +463,10 @@ def _ends(path: str, modules: dict[str, nn.Module], layers: list[str]) -> list[s
         each = [[layer for layer in layers if f"{layer}.".startswith(f"{path}.{name}.")] for name in children]
         ends = [inside[-1] for inside in each if inside]
         shapes = [cast(Any, modules[end]).weight.shape for end in ends]
-        chained = all(first[0] == second[1] for first, second in itertools.pairwise(shapes))
+        several = re.fullmatch(r"(\w+_)?(heads|classifiers)", path.rpartition(".")[2]) or isinstance(
+            module, nn.ModuleDict
+        )
+        chained = not several and all(first[0] == second[1] for first, second in itertools.pairwise(shapes))
         return ends[-1:] if chained else ends
     if len(children) == 1:
         named = children
