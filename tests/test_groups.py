@@ -360,6 +360,115 @@ def test_blocks_go_to_matrices_alone_and_other_values_are_left_to_the_optimizer(
     normopt.Muon(normopt.param_groups(Mix(), overrides=power))
 
 
+class Net(nn.Module):
+    """Modules and parameters by name."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def outputs(model):
+    return [n for n, kind in by_name(normopt.param_groups(model), "kind").items() if kind == "output"]
+
+
+def test_a_layer_of_torchs_decides_what_its_parameter_is_whatever_other_names_it_has():
+    embed, layer, head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+    model = Net(first=embed.weight, second=layer.weight, third=head.weight, embed=embed, layer=layer, lm_head=head)
+    kinds = by_name(normopt.param_groups(model), "kind")
+    assert kinds == {"first": "embedding", "second": "linear", "third": "output", "layer.bias": "bias"}
+    # A module with two names.
+    aliased = Net(model=Net(a=nn.Linear(4, 4), last=nn.Linear(4, 9)))
+    aliased.head = aliased.model.last
+    assert outputs(aliased) == ["model.last.weight"]
+    kinds = by_name(normopt.param_groups(aliased, output="head"), "kind")
+    assert [name for name, kind in kinds.items() if kind == "output"] == ["model.last.weight"]
+    for key in ("head*", "head.weight", "head", "model.last.weight"):
+        given = normopt.param_groups(aliased, overrides={key: {"lr": 0.5}})
+        assert by_name(given, "lr")["model.last.weight"] == 0.5
+    layer = nn.Linear(4, 4)
+    shared = Net(layers=nn.ModuleList([layer] * 3), head=nn.Linear(4, 2))
+    given = normopt.param_groups(shared, overrides={"layers.2.weight": {"lr": 0.5}})
+    assert by_name(given, "lr")["layers.0.weight"] == 0.5
+    assert "layers.0.weight (= layers.1.weight, …)" in str(given)
+
+
+def test_what_follows_a_name_like_an_output_layers_is_asked_for():
+    def layer(n=8):
+        return nn.Linear(8, n)
+
+    for names in (("fc1", "fc2", "fc_mean", "fc_logstd"), ("fc1", "value", "advantage"), ("fc", "gru", "linear")):
+        model = Net(**{name: nn.GRU(8, 8) if name == "gru" else layer() for name in names})
+        assert outputs(model) == []
+        assert f"note: no output layer was found: pass output='{names[-1]}' if it is one" in str(
+            normopt.param_groups(model)
+        )
+        last = getattr(model, names[-1]).requires_grad_(False)
+        assert "note" not in str(normopt.param_groups(model))
+        assert last.weight.requires_grad is False
+    groups = normopt.param_groups(Net(fc1=layer(), out=layer(), fc2=layer()))
+    assert "note: fc2, out look like output layers, and fc2 was taken for it" in str(groups)
+    # A part of the model has what it takes for an output; the model's own is a container.
+    encoder = type("Encoder", (Net,), {"get_classifier": lambda self: self.fc})(body=layer(), fc=layer())
+    head = nn.Sequential(layer(), nn.ReLU(), layer(3))
+    assert outputs(Net(encoder=encoder, mlp_head=head)) == ["mlp_head.2.weight"]
+    assert outputs(Net(encoder=encoder, other=head)) == ["encoder.fc.weight"]
+    # What holds a chain of layers alone is as the chain.
+    chain = nn.Sequential(layer(), nn.ReLU(), layer(3))
+    assert outputs(chain) == ["2.weight"]
+    assert outputs(nn.DataParallel(chain)) == ["module.2.weight"]
+    assert outputs(Net(main=chain)) == ["main.2.weight"]
+    # Heads of a shape that could be a chain's.
+    heads = nn.ModuleList([layer(), layer(3)])
+    assert outputs(Net(body=layer(), heads=heads)) == ["heads.0.weight", "heads.1.weight"]
+    assert outputs(Net(body=layer(), classifier=heads)) == ["classifier.1.weight"]
+
+
+def test_how_a_module_stores_its_matrices_survives_another_kind():
+    class Conv1D(nn.Module):  # transformers', in × out
+        def __init__(self, rows, columns):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(columns, rows))
+
+    def read(model, preset="muon", **kinds):
+        overrides = {name: {"kind": kind} for name, kind in kinds.items()}
+        group = normopt.param_groups(model, preset, overrides=overrides, output=None)[0]
+        return group.get("norm_matrix_view"), group.get("norm_blocks")
+
+    fused = Net(c_attn=Conv1D(24, 8))
+    assert read(fused) == ("transposed", 3)
+    assert read(fused, c_attn="linear") == read(fused, "scion", c_attn="output") == ("transposed", None)
+    plain = Net(layer=nn.Linear(8, 24), num_heads=4)
+    assert read(plain, layer="qkv") == (None, 12)
+    assert read(Net(layer=nn.Linear(8, 24)), layer="qkv") == (None, 3)
+    assert read(Net(layer=nn.Linear(8, 24)), layer="gate_up") == (None, 2)
+    assert read(Net(layer=Conv1D(24, 8)), layer="qkv") == ("transposed", 3)
+    assert read(Net(embed=nn.Embedding(9, 4)), embed="linear") == (None, None)
+    experts = type("Experts", (Net,), {"is_transposed": True})(w1=nn.Parameter(torch.ones(3, 8, 4)))
+    assert read(experts) == read(experts, w1="router") == ("batch-transposed", None)
+    assert "experts " in str(normopt.param_groups(experts))
+    assert "experts? " in str(normopt.param_groups(type("Experts", (Net,), {})(w1=nn.Parameter(torch.ones(3, 8, 4)))))
+
+
+def test_parametrized_weights_of_any_name_do_not_decay_and_broken_properties_do_not_matter():
+    with pytest.warns(FutureWarning, match="deprecated"):
+        lstm = nn.utils.weight_norm(nn.LSTM(8, 8), "weight_hh_l0")
+    groups = normopt.param_groups(lstm)
+    decays, kinds = by_name(groups, "weight_decay"), by_name(groups, "kind")
+    assert (kinds["weight_hh_l0_v"], kinds["weight_hh_l0_g"]) == ("recurrent", "vector")
+    assert decays["weight_hh_l0_v"] == decays["weight_hh_l0_g"] == 0
+    assert decays["weight_ih_l0"] is None
+
+    def fail(self):
+        raise RuntimeError("call setup() first")
+
+    broken = type("Attention", (Net,), {"head_dim": property(fail), "experts": property(fail)})(
+        qkv=nn.Linear(8, 24), gate=nn.Linear(8, 8)
+    )
+    assert by_name(normopt.param_groups(broken, "muon"), "norm_blocks")["qkv.weight"] == 3
+
+
 class Bare(nn.Module):
     """Parameters that no layer of torch's owns: a table by its name, a matrix and a stack of unknown kind."""
 
@@ -518,6 +627,10 @@ REFUSED = [
     (dict(output="norm2"), ValueError, "has no weight matrix"),
     (dict(overrides={"hiden.*": {}}), ValueError, "matches no parameter; did you mean"),
     (dict(overrides={nn.LSTM: {}}), ValueError, "matches no parameter"),
+    (dict(overrides={nn.Sequential: {}}), ValueError, "no module of this type has parameters of its own"),
+    (dict(overrides=[("head", {})]), TypeError, "overrides must be a dict such as"),
+    (dict(output=1), TypeError, "output must be the name of a module, a list of names"),
+    (dict(output=nn.Linear(1, 1)), TypeError, "output must be the name of a module"),
     (dict(overrides={"head": 3}), TypeError, "must be a dict of settings"),
     (dict(overrides={3: {}}), TypeError, "a pattern or a module type"),
     (dict(overrides={"head": {"kind": "haed"}}), ValueError, "kind must be one of"),
@@ -585,6 +698,14 @@ def test_groups_of_a_preset_go_to_its_optimizer_only():
                 cls(groups)
     for cls in zoo:
         cls(normopt.param_groups(Mix(), "modular"))
+
+
+def test_names_with_brackets_and_groups_of_the_users_own():
+    odd = nn.ModuleDict({"layers[0]": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    groups = normopt.param_groups(odd, overrides={"layers[0].weight": {"lr": 0.5}})
+    assert by_name(groups, "lr")["layers[0].weight"] == 0.5
+    groups.append({"params": [nn.Parameter(torch.ones(3))], "lr": 0.1})
+    assert "(no name)" in str(groups)
 
 
 def test_what_is_no_model_or_not_ready_is_refused():
@@ -686,7 +807,7 @@ def test_the_table_says_who_got_what():
     assert "blocks.*.out.weight, blocks.*.up.weight" in hidden
     assert "aspect rms" in hidden
     assert any(line.startswith("qkv? ") and " 3 " in line for line in lines)
-    assert lines[-1].startswith("?: the kind follows from a name alone")
+    assert lines[-1].startswith("?: read from a name alone")
     lines = str(normopt.param_groups(frozen(Mix(), "hidden"))).splitlines()
     assert lines[-1].split()[:2] == ["frozen", "(552)"]
     assert "0.4 lr" in lines[3]
@@ -904,15 +1025,6 @@ def test_a_decay_of_the_radius_keeps_norms_and_the_bound():
 
 
 def test_names_of_own_layers_and_odd_names():
-    class Net(nn.Module):
-        def __init__(self, **layers):
-            super().__init__()
-            for name, layer in layers.items():
-                self.add_module(name, layer)
-
-    def outputs(model):
-        return [n for n, kind in by_name(normopt.param_groups(model), "kind").items() if kind == "output"]
-
     assert outputs(Net(fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 8), fc3=nn.Linear(8, 4))) == ["fc3.weight"]
     assert outputs(Net(emb=nn.Embedding(9, 8), rnn=nn.LSTM(8, 8), decoder=nn.Linear(8, 9))) == ["decoder.weight"]
     hidden, last = nn.Linear(8, 8), nn.Linear(8, 9)

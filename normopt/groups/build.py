@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from normopt._checks import check_choice, check_integer, check_number, near, plain
 from normopt.arguments import ADAN, TORCHS, check_unknown_keys, from_torch
-from normopt.groups.classify import EMBEDDINGS, KINDS, MATRICES, UNDECAYED, Kind, ParamInfo, classify_params
+from normopt.groups.classify import EMBEDDINGS, KINDS, MATRICES, UNDECAYED, Kind, ParamInfo, blocks_of, classify_params
 from normopt.groups.modular import budgets
 from normopt.groups.presets import ADAMW, CONSTRAINED, OPTIMIZERS, PRESETS
 from normopt.norms import registry
@@ -165,6 +165,10 @@ def param_groups(
             raise ValueError(
                 f'lr_ratio is for the presets with two rules, such as "muon-adamw", not {preset!r}: leave it out'
             )
+    if output is not None and not (isinstance(output, Sequence) and all(isinstance(name, str) for name in output)):
+        raise TypeError(
+            f'output must be the name of a module, a list of names, "auto", "last" or None, but is {output!r}'
+        )
     infos, notes = classify_params(model, output)
     given = _overrides_by_param(infos, overrides or {})
     settings = {info.name: _settings(info, preset, given[info.name], lr_ratio) for info in infos}
@@ -211,8 +215,8 @@ class ParamGroups(list[dict[str, Any]]):
         guessed: the names of parameters whose kind follows from a name alone; their lines are marked "?".
     """
 
-    preset: str
-    optimizer: str | None
+    preset: str = ""
+    optimizer: str | None = None
     notes: Sequence[str] = ()
     frozen: Sequence[tuple[str, nn.Parameter]] = ()
     tied: Mapping[str, Sequence[str]] = MappingProxyType({})
@@ -232,12 +236,15 @@ class ParamGroups(list[dict[str, Any]]):
             "names",
         )
         rows = [head]
-        counts = [sum(p.numel() for _, p in group["params"]) for group in self]
-        for group, count in zip(self, counts, strict=True):
-            names = [name for name, _ in group["params"]]
+        named = [_named(group["params"]) for group in self]
+        counts = [sum(p.numel() for _, p in params) for params in named]
+        for group, params, count in zip(self, named, counts, strict=True):
+            names = [name for name, _ in params]
             labels = [_label(self.tied.get(name, [name])) for name in names]
             mark = "?" if self.guessed.intersection(names) else ""
-            rows.append((f"{group['kind']}{mark}", *_row(group, self.optimizer), f"{count:,}", _abbreviate(labels)))
+            rows.append(
+                (f"{group.get('kind', '')}{mark}", *_row(group, self.optimizer), f"{count:,}", _abbreviate(labels))
+            )
         if self.frozen:
             count = sum(p.numel() for _, p in self.frozen)
             rows.append(("frozen", *[""] * 7, f"({count:,})", _abbreviate([name for name, _ in self.frozen])))
@@ -250,13 +257,15 @@ class ParamGroups(list[dict[str, Any]]):
             cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
             lines.append("  ".join(cells).rstrip())
         if self.guessed:
-            lines.append("?: the kind follows from a name alone; an override can change it")
+            lines.append("?: read from a name alone; an override can change it")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
 def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[str, dict[str, Any]]:
     """Return the settings that the overrides give each parameter, by its name."""
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f'overrides must be a dict such as {{"head.*": {{"lr": 0.001}}}}, but is {overrides!r}')
     given: dict[str, dict[str, Any]] = {info.name: {} for info in infos}
     for key, settings in overrides.items():
         if not isinstance(settings, Mapping):
@@ -270,7 +279,7 @@ def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[st
             _check_override(settings)
         for info in matched:
             own = dict(settings)
-            named = isinstance(key, str) and any(fnmatch.fnmatchcase(name, key) for name in info.names)
+            named = isinstance(key, str) and _fits(info.names, key)
             if info.kind == "bias" and settings.get("kind") in MATRICES and not named:
                 del own["kind"]  # a module's kind is that of its weight, not of its bias
             given[info.name] = _override(given[info.name], own)
@@ -321,10 +330,15 @@ def _matches(info: ParamInfo, kind: str | None, key: str | type[nn.Module]) -> b
     if isinstance(key, str) and key.startswith("kind:"):
         return kind == key.removeprefix("kind:")
     if isinstance(key, str):
-        return any(fnmatch.fnmatchcase(name, key) for name in (*info.names, *info.modules))
+        return _fits([*info.names, *info.modules], key)
     if isinstance(key, type) and issubclass(key, nn.Module):
         return any(isinstance(module, key) for module in info.holders)
     raise TypeError(f"a key of overrides must be a pattern or a module type, but is {key!r}")
+
+
+def _fits(names: Sequence[str], pattern: str) -> bool:
+    """Return whether a pattern matches one of the names, or is one."""
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 def _matches_nothing(key: str | type[nn.Module], infos: list[ParamInfo], kinds: Mapping[str, str | None]) -> str:
@@ -340,17 +354,25 @@ def _matches_nothing(key: str | type[nn.Module], infos: list[ParamInfo], kinds: 
         return f"overrides[{key!r}]: no parameter is of the kind {kind!r}, only of {present}{ties}"
     names = [info.name for info in infos]
     hint = near(key, names) if isinstance(key, str) else ""
+    if isinstance(key, type):
+        hint = ": no module of this type has parameters of its own, and those of its parts need a pattern ('encoder.*')"
     return f"overrides[{_shown(key)}] matches no parameter{hint}; the first are {', '.join(names[:5])}"
 
 
 def _settings(info: ParamInfo, preset: str, given: dict[str, Any], lr_ratio: float | None) -> dict[str, Any]:
     """Return one parameter's settings: the preset's for its kind, its matrix view, and the user's on top."""
     if "kind" in given and given["kind"] != info.kind:
+        # How a module stores its matrices holds for any kind; a table of rows is one by its kind.
+        view = None if info.kind in VIEWS else info.matrix.get("matrix_view")
         info.kind, info.guessed = given["kind"], False
         if not isinstance(info.module, _ConvNd):
-            view = VIEWS.get(info.kind) if info.param.dim() == 2 else {"table": "batch-transposed"}.get(info.kind)
-            view = "batch" if info.kind == "experts" and info.param.dim() > 2 else view
+            if info.param.dim() == 2:
+                view = view or VIEWS.get(info.kind)
+            elif info.param.dim() > 2:
+                view = view or {"table": "batch-transposed", "experts": "batch"}.get(info.kind)
             info.matrix = {"matrix_view": view} if view else {}
+            if info.param.dim() == 2 and (blocks := blocks_of(info.kind, info)) > 1:
+                info.matrix["blocks"] = blocks
     base = PRESETS[preset][info.kind] if info.kind else {}
     if "lr_ratio" in base and lr_ratio is not None:
         base = {**base, "lr_ratio": lr_ratio}
@@ -468,13 +490,19 @@ def _row(group: Mapping[str, Any], optimizer: str | None) -> tuple[str, ...]:
     shown = {k.removeprefix("norm_"): _short(v) for k, v in others.items()}
     return (
         "AdamW" if adamw else optimizer or "",
-        str(group["norm"]),
+        str(group.get("norm", "")),
         group.get("norm_matrix_view", ""),
         str(group.get("norm_blocks", "")),
         ratio or f"{group.get('radius', 1.0):.4g}",
         _short(group["weight_decay"]) if "weight_decay" in group else "",
         ", ".join(f"{k} {v}" for k, v in shown.items()),
     )
+
+
+def _named(params: Any) -> list[tuple[str, Tensor]]:
+    """Return a group's parameters with their names; those of a group of the user's own may have none."""
+    each = [params] if isinstance(params, Tensor) else list(params)
+    return [p if isinstance(p, tuple) else ("(no name)", p) for p in each]
 
 
 def _short(value: object) -> str:

@@ -29,6 +29,11 @@ UNDECAYED: tuple[Kind, ...] = ("table", *VECTORS)
 
 NORM_LAYERS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.PReLU)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+LAYERS = (
+    *(nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
+    *NORM_LAYERS,
+    *EMBEDDINGS,
+)
 GATES = {"LSTM": 4, "GRU": 3, "LSTMCell": 4, "GRUCell": 3}  # of recurrent layers, stacked along the rows
 
 OLD_PARAMETRIZED = re.compile(r"(\w*weight\w*)_(g|v|orig)")
@@ -81,6 +86,7 @@ class ParamInfo:
         kind: its kind; None if unknown.
         matrix: non-default settings of a matrix norm: ``matrix_view`` and ``blocks``.
         attribute: its name in that module.
+        parent: the module that holds that module; None at the top.
         guessed: whether the kind follows from a name alone.
         decays: False if it has no weight decay whatever its kind is.
     """
@@ -92,6 +98,7 @@ class ParamInfo:
     kind: Kind | None
     matrix: dict[str, Any] = field(default_factory=dict)
     attribute: str = ""
+    parent: nn.Module | None = None
     guessed: bool = False
     decays: bool = True
 
@@ -118,7 +125,7 @@ def classify_params(model: nn.Module, output: str | Sequence[str] | None) -> tup
     """
     modules = dict(model.named_modules())
     found: dict[int, ParamInfo] = {}
-    embeds: dict[int, set[bool]] = {}  # whether the modules that hold a parameter are embeddings
+    embeds: dict[int, set[bool]] = {}  # whether the layers that own a parameter are embeddings
     seen_conv = False
     for path, holder in modules.items():
         if not holder._parameters:
@@ -133,39 +140,46 @@ def classify_params(model: nn.Module, output: str | Sequence[str] | None) -> tup
             name = f"{path}.{attribute}" if path else attribute
             if isinstance(param, UninitializedParameter):
                 raise ValueError(f"{name} has no shape yet: run a batch through the model first")
-            is_embedding = isinstance(module, EMBEDDINGS) or "Embedding" in type(module).__name__
-            if (info := found.get(id(param))) is not None:
-                info.names.append(name)
+            old = OLD_PARAMETRIZED.fullmatch(attribute)
+            made = own or (old[1] if old and _get(module, old[1]) is not None else None)
+            shown = made or attribute
+            kind, matrix, guessed = _classify(modules, prefix, module, shown, param)
+            if made and sum(size > 1 for size in param.shape) <= 1:
+                kind, matrix = "vector", {}  # lengths
+            owned = isinstance(module, LAYERS) and kind is not None
+            info = found.setdefault(id(param), ParamInfo([], param, [], [], None))
+            if not info.names or (owned and not isinstance(info.module, LAYERS)):
+                if isinstance(module, _ConvNd):
+                    kind = "gate" if kind == "input_conv" and seen_conv else kind
+                    seen_conv = True
+                info.kind, info.matrix, info.guessed, info.attribute = kind, matrix, guessed, shown
+                info.modules.insert(0, prefix)
+                info.holders.insert(0, module)
+                info.parent = modules.get(prefix.rpartition(".")[0]) if prefix else None
+            else:
                 info.modules.append(prefix)
                 info.holders.append(module)
-                embeds[id(param)].add(is_embedding)
-                continue
-            if old := OLD_PARAMETRIZED.fullmatch(attribute):
-                own = old[1]
-            reparametrized, shown = own is not None, own or attribute
-            kind, matrix, guessed = _classify(modules, prefix, module, shown, param)
-            if reparametrized and sum(size > 1 for size in param.shape) <= 1:
-                kind, matrix = "vector", {}  # lengths
-            if isinstance(module, _ConvNd):
-                if kind == "input_conv" and seen_conv:
-                    kind = "gate"
-                seen_conv = True
-            found[id(param)] = ParamInfo(
-                [name], param, [prefix], [module], kind, matrix, shown, guessed, decays=not reparametrized
-            )
-            embeds[id(param)] = {is_embedding}
+            info.names.append(name)
+            info.decays &= made is None
+            is_embedding = isinstance(module, EMBEDDINGS) or "Embedding" in type(module).__name__
+            if owned or is_embedding or shown == "weight":  # not a second name that a module has for it
+                embeds.setdefault(id(param), set()).add(is_embedding)
     infos = list(found.values())
     for info in infos:
-        if info.param.dim() > 1 and embeds[id(info.param)] == {
-            True,
-            False,
-        }:  # tied: of an embedding and of a layer that is the output
+        # Tied: of an embedding and of a layer that is the output.
+        if info.param.dim() > 1 and embeds.get(id(info.param)) == {True, False}:
             info.kind, info.matrix, info.guessed = "output", {}, False
+    every = dict(model.named_modules(remove_duplicate=False))
+    first = {id(module): path for path, module in modules.items()}
+    for path in [path for path in every if path not in modules]:  # other names of a module
+        for info in (info for info in infos if first[id(every[path])] in info.modules):
+            info.modules.append(path)
+            info.names.append(f"{path}.{info.attribute}")
     for path, module in _outermost(modules, ["no_weight_decay"]):
         names = {f"{path}.{name}" if path else name for name in _call(module, "no_weight_decay") or ()}
         for info in infos:
             info.decays &= info.name not in names
-    return infos, [] if output is None else _mark_outputs(modules, infos, output)
+    return infos, [] if output is None else _mark_outputs(every, infos, output)
 
 
 Classified = tuple[Kind | None, dict[str, Any], bool]
@@ -238,6 +252,15 @@ def _linear(modules: dict[str, nn.Module], prefix: str, module: nn.Module, param
     if name in ("gate", "router") and _get(parent, "experts") is not None:
         return "router", view, True
     return "linear", view, False
+
+
+def blocks_of(kind: str | None, info: ParamInfo) -> int:
+    """Return how many matrices a tensor of two dims holds if it is of this kind."""
+    turned = info.matrix.get("matrix_view") == "transposed"
+    rows, columns = info.param.shape[::-1] if turned else info.param.shape
+    if kind == "qkv":
+        return _heads(info.parent, info.modules[0].rpartition(".")[2], rows, columns)
+    return 2 if kind == "gate_up" and rows % 2 == 0 else 1
 
 
 def _heads(parent: nn.Module | None, name: str, rows: int, columns: int) -> int:
