@@ -768,6 +768,7 @@ def test_the_output_layer_is_the_last_one_frozen_or_not():
     assert by_name(normopt.param_groups(frozen(Mix(), "hidden"), "muon"), "kind")["hidden.weight"] == "linear"
     assert not normopt.param_groups(frozen(Mix(), "nothing"), "muon", output="head")
     assert "0 parameters in 0 tensors" in str(normopt.param_groups(frozen(Mix(), "nothing"), "modular"))
+    assert "note: all parameters are frozen" in str(normopt.param_groups(frozen(Mix(), "nothing")))
 
 
 def test_frozen_modules_need_no_claim_and_are_not_looked_into():
@@ -801,7 +802,19 @@ def test_a_declared_depth_is_that_of_frozen_branches_too():
 def test_the_table_says_who_got_what():
     lines = str(normopt.param_groups(Stream(), "scion")).splitlines()
     assert lines[0] == "preset 'scion': 1,443 parameters in 30 tensors"
-    columns = ["kind", "optimizer", "norm", "view", "blocks", "radius", "other", "settings", "parameters", "names"]
+    columns = [
+        "kind",
+        "optimizer",
+        "norm",
+        "view",
+        "blocks",
+        "step",
+        "decay",
+        "other",
+        "settings",
+        "parameters",
+        "names",
+    ]
     assert lines[1].split() == columns
     hidden = next(line for line in lines if line.startswith("linear"))
     assert "blocks.*.out.weight, blocks.*.up.weight" in hidden
@@ -812,6 +825,20 @@ def test_the_table_says_who_got_what():
     assert lines[-1].split()[:2] == ["frozen", "(552)"]
     assert "0.4 lr" in lines[3]
     assert repr(normopt.param_groups(nn.Linear(2, 3), "muon")).count("0.1") == 2
+
+
+def test_the_table_says_which_blocks_are_frozen_and_what_a_step_and_a_decay_are():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(8)))
+    lines = str(normopt.param_groups(frozen(model, "0", "2", "3", "4", "7"), output=None)).splitlines()
+    rows = {line.split()[0]: line for line in lines}
+    assert rows["linear"].endswith(" {0,2-4,7}.weight")
+    assert rows["frozen"].endswith(" {1,5,6}.weight, {1,5,6}.bias")
+    assert rows["linear"].split()[3:5] == ["lr", "λ"]
+    assert rows["bias"].split()[3:6] == ["0.4", "lr", "0"]
+    whole = str(normopt.param_groups(nn.Sequential(*(nn.Linear(4, 4) for _ in range(8))), output=None))
+    assert " *.weight\n" in whole
+    given = {"0.weight": {"radius": 3.0, "lr_ratio": 0.5, "weight_decay": 0.25}}
+    assert "1.5 lr   0.25 " in str(normopt.param_groups(nn.Linear(4, 4), overrides={"weight": given["0.weight"]}))
 
 
 def test_names_and_settings_are_saved_and_loaded():

@@ -144,10 +144,10 @@ def param_groups(
         >>> opt = normopt.Scion(groups, lr=2**-12)
         >>> print(groups)
         preset 'scion': 46 parameters in 4 tensors
-        kind    optimizer  norm       radius  other settings  parameters  names
-        linear  Scion      spectral        8  aspect rms              32  0.weight
-        output  Scion      max          3000  aspect fan-in            8  2.weight
-        bias    Scion      frobenius      50  aspect entries           6  *.bias
+        kind    optimizer  norm          step  decay  other settings  parameters  names
+        linear  Scion      spectral      8 lr      λ  aspect rms              32  0.weight
+        output  Scion      max        3000 lr      λ  aspect fan-in            8  2.weight
+        bias    Scion      frobenius    50 lr      λ  aspect entries           6  *.bias
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -194,6 +194,8 @@ def param_groups(
     for group in groups:
         with _naming(_abbreviate([name for name, _ in group["params"]])):
             _check_group(group)
+    if infos and not trained:
+        notes.append("all parameters are frozen (requires_grad is False), so that there is no group")
     groups.notes = notes
     groups.frozen = [(info.name, info.param) for info in infos if not info.param.requires_grad]
     groups.tied = {info.name: info.names for info in trained if len(info.names) > 1}
@@ -229,7 +231,7 @@ class ParamGroups(list[dict[str, Any]]):
             "norm",
             "view",
             "blocks",
-            "radius",
+            "step",
             "decay",
             "other settings",
             "parameters",
@@ -237,20 +239,20 @@ class ParamGroups(list[dict[str, Any]]):
         )
         rows = [head]
         named = [_named(group["params"]) for group in self]
+        frozen = [name for name, _ in self.frozen]
+        every = [self._label(name) for params in named for name, _ in params] + frozen
         counts = [sum(p.numel() for _, p in params) for params in named]
         for group, params, count in zip(self, named, counts, strict=True):
             names = [name for name, _ in params]
-            labels = [_label(self.tied.get(name, [name])) for name in names]
+            labels = _abbreviate([self._label(name) for name in names], every)
             mark = "?" if self.guessed.intersection(names) else ""
-            rows.append(
-                (f"{group.get('kind', '')}{mark}", *_row(group, self.optimizer), f"{count:,}", _abbreviate(labels))
-            )
+            rows.append((f"{group.get('kind', '')}{mark}", *_row(group, self.optimizer), f"{count:,}", labels))
         if self.frozen:
             count = sum(p.numel() for _, p in self.frozen)
-            rows.append(("frozen", *[""] * 7, f"({count:,})", _abbreviate([name for name, _ in self.frozen])))
+            rows.append(("frozen", *[""] * 7, f"({count:,})", _abbreviate(frozen, every)))
         columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
         widths = [max(map(len, column)) for column in columns]
-        right = [column[0] in ("radius", "decay", "parameters", "blocks") for column in columns]
+        right = [column[0] in ("step", "decay", "parameters", "blocks") for column in columns]
         tensors = sum(len(group["params"]) for group in self)
         lines = [f"preset {self.preset!r}: {sum(counts):,} parameters in {tensors} tensors"]
         for row in zip(*columns, strict=True):
@@ -260,6 +262,9 @@ class ParamGroups(list[dict[str, Any]]):
             lines.append("?: read from a name alone; an override can change it")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _label(self, name: str) -> str:
+        return _label(self.tied.get(name, [name]))
 
 
 def _overrides_by_param(infos: list[ParamInfo], overrides: Overrides) -> dict[str, dict[str, Any]]:
@@ -484,7 +489,7 @@ VIEWS = {"embedding": "transposed", "table": "transposed"}
 def _row(group: Mapping[str, Any], optimizer: str | None) -> tuple[str, ...]:
     """Return the cells of a group from the optimizer to the other settings; empty where nothing is set."""
     adamw = group.get("metric") == "diagonal"
-    ratio = f"{group['lr_ratio']:.3g} lr" if "lr_ratio" in group else ""
+    factor = group.get("radius", 1.0) * group.get("lr_ratio", 1.0)
     usual = ADAMW if adamw else {"scale": "unit", "metric": "none", "bias_correction": False}
     others = {k: v for k, v in group.items() if k not in _COLUMNS and (k not in usual or usual[k] != v)}
     shown = {k.removeprefix("norm_"): _short(v) for k, v in others.items()}
@@ -493,8 +498,8 @@ def _row(group: Mapping[str, Any], optimizer: str | None) -> tuple[str, ...]:
         str(group.get("norm", "")),
         group.get("norm_matrix_view", ""),
         str(group.get("norm_blocks", "")),
-        ratio or f"{group.get('radius', 1.0):.4g}",
-        _short(group["weight_decay"]) if "weight_decay" in group else "",
+        "lr" if factor == 1 else f"{factor:.4g} lr",
+        _short(group.get("weight_decay", "λ")),
         ", ".join(f"{k} {v}" for k, v in shown.items()),
     )
 
@@ -514,13 +519,36 @@ def _label(names: Sequence[str]) -> str:
     return names[0] + (f" (= {names[1]}{', …' if len(names) > 2 else ''})" if len(names) > 1 else "")
 
 
-def _abbreviate(names: list[str]) -> str:
-    """Merge names that differ only in a number, which becomes a star, and show at most three of them."""
-    numbers: dict[str, list[tuple[str, ...]]] = {}
-    for name in names:
-        numbers.setdefault(_NUMBER.sub("\0", name), []).append(tuple(_NUMBER.findall(name)))
+def _abbreviate(names: list[str], every: list[str] | None = None) -> str:
+    """Merge names that differ only in numbers, and show at most three of them.
+
+    Numbers become a star if they are all that the names ``every`` have there (None: ``names``), or else {2,5-7}.
+    """
+    numbers, all_numbers = _numbers(names), _numbers(every or names)
     shown = []
     for pattern, found in numbers.items():
-        places = iter([column[0] if len(set(column)) == 1 else "*" for column in zip(*found, strict=True)])
+        places = iter(
+            next(iter(own)) if len(own) == 1 else "*" if own == of_all else _ranges(own)
+            for own, of_all in zip(found, all_numbers[pattern], strict=True)
+        )
         shown.append(re.sub("\0", lambda _, places=places: next(places), pattern))  # type: ignore[misc]
     return ", ".join(shown[:3]) + (f", … ({len(shown)} in all)" if len(shown) > 3 else "")
+
+
+def _numbers(names: list[str]) -> dict[str, list[set[str]]]:
+    """Return the numbers at each numeric place of the names, by what is around them."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for name in names:
+        found.setdefault(_NUMBER.sub("\0", name), []).append(tuple(_NUMBER.findall(name)))
+    return {pattern: [set(place) for place in zip(*tuples, strict=True)] for pattern, tuples in found.items()}
+
+
+def _ranges(numbers: set[str]) -> str:
+    """Return numbers in braces, successive ones as a range."""
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return "{" + ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs) + "}"
