@@ -32,6 +32,7 @@ from normopt.params import (
     are_plain,
     batches,
     check_admissible,
+    check_dense,
     check_no_zeros,
     check_own_shapes,
     check_tensors,
@@ -177,7 +178,7 @@ class SteepestDescent(Optimizer):
 
     # Not saved: the sizes of the last step, the recipe of each group, the tables of fused steps by group and batch, and
     # whether the ranks have compared what they are about to do: before the first step, and after a change.
-    _measured: list[tuple[list[NormPair | None], bool, float]]
+    _measured: list[tuple[Sequence[Batch], bool, float]]
     _recipes: dict[int, CachedRecipe]
     _updates: dict[int, list[FusedUpdate]]
     _agreed: bool
@@ -392,36 +393,46 @@ class SteepestDescent(Optimizer):
         if len(self._recipes) > len(self.param_groups):  # groups were taken away
             self._recipes, self._updates = {}, {}
         # Everything that can be refused is refused before anything is written.
-        work = [self._ready(i, group) for i, group in enumerate(self.param_groups)]
-        if not self._agreed and not torch.compiler.is_compiling():
-            check_agreement([(recipe, [p for batch in found for p in batch]) for recipe, found in work])
-            self._agreed = True
-        # ℓp norms have no products of matrices, which are all that autocast changes of a step.
-        kinds = {p.device.type for recipe, found in work if not isinstance(recipe.norm, Lp) for b in found for p in b}
-        without_autocast(kinds, self._step_all, work)
+        recording = torch.is_grad_enabled()
+        with torch.no_grad():
+            work = [self._ready(i, group) for i, group in enumerate(self.param_groups)]
+            if not self._agreed and not torch.compiler.is_compiling():
+                check_agreement([(recipe, [p for batch in found for p in batch]) for recipe, found in work])
+                self._agreed = True
+            # ℓp norms have no products of matrices, which are all that autocast changes of a step.
+            mapped = [found for recipe, found in work if not isinstance(recipe.norm, Lp)]
+            kinds = {p.device.type for found in mapped for batch in found for p in batch}
+            without_autocast(kinds, self._step_all, work, recording)
         return loss
 
-    def _step_all(self, work: list[tuple[Recipe, Sequence[Batch]]]) -> None:
+    def _step_all(self, work: list[tuple[Recipe, Sequence[Batch]]], recording: bool) -> None:
         """Step every group: unsharded tensors batch by batch through all stages, sharded ones together, by stages."""
         self._measured = []
         together: list[Batch] = []
         for recipe, found in work:
-            with torch.set_grad_enabled(recipe.differentiable and torch.is_grad_enabled()):
-                for batch in found:
-                    batch.load()
-                    if batch.layouts:
-                        together.append(batch)
-                        continue
-                    for stage in batch.phases:
-                        partials = stage.measure(batch)
-                        stage.apply(batch, None if partials is None else stage.combine(partials[:, None]))
-                    batch.release()
+            if recipe.differentiable and recording:
+                with torch.enable_grad():
+                    self._step_batches(found)
+            else:
+                together += self._step_batches(found)
         if together:
-            with torch.no_grad():
-                run_together(together)
-        for recipe, found in work:
-            pairs = [batch.pair for batch in found]
-            self._measured.append((pairs, recipe.direction.whole_group, recipe.write.radius))
+            run_together(together)
+        self._measured = [(found, recipe.direction.whole_group, recipe.write.radius) for recipe, found in work]
+
+    @staticmethod
+    def _step_batches(found: Sequence[Batch]) -> list[Batch]:
+        """Step batches of unsharded tensors; return the others, loaded."""
+        sharded = []
+        for batch in found:
+            batch.load()
+            if batch.layouts:
+                sharded.append(batch)
+                continue
+            for stage in batch.phases:
+                partials = stage.measure(batch)
+                stage.apply(batch, None if partials is None else stage.combine(partials[:, None]))
+            batch.release()
+        return sharded
 
     def _ready(self, i: int, group: dict[str, Any]) -> tuple[Recipe, Sequence[Batch]]:
         """Return a group's recipe, and its parameters that have gradients, batch by batch, after checking all.
@@ -433,16 +444,22 @@ class SteepestDescent(Optimizer):
         # Taken out, so that a recipe whose change is refused is not used again.
         known = None if compiling else self._recipes.pop(i, None)
         recipe = None if known is None else known.current(group)
-        if recipe is None:
+        params, gradients = with_gradients(group["params"])
+        updates = self._updates.get(i, [])
+        fused = recipe is not None and recipe.backend == "fused" and len(updates) == 1
+        if recipe and fused and updates[0].check_unchanged(recipe, params, self.state, gradients):
+            self._recipes[i] = cast(CachedRecipe, known)
+            return recipe, [self._fused_batch(recipe, params, updates[0])]
+        check_dense(gradients)
+        if recipe is None or not cast(CachedRecipe, known).still_fits(group["params"]):
             recipe = self._make_recipe(group, group["params"])
             known = None if compiling else CachedRecipe(group, recipe)
         if known is not None:
             self._recipes[i] = known
-        params, gradients = with_gradients(group["params"])
         if len(recipe.shaped) < len(recipe.slots) and not compiling:
             check_own_shapes(params, self.state, recipe)
         if recipe.backend == "fused":
-            return recipe, self._fused(i, recipe, params, gradients)
+            return recipe, self._fused(i, recipe, params)
         if compiling:
             return recipe, [Batch(recipe, some, self.state) for some in batches(recipe, params)]
         states = {name: [self.state.get(p, {}).get(name) for p in params] for name in recipe.shaped}
@@ -451,20 +468,20 @@ class SteepestDescent(Optimizer):
         check_tensors(params, gradients, states)
         return recipe, [Batch(recipe, some, self.state) for some in batches(recipe, params)]
 
-    def _fused(self, i: int, recipe: Recipe, params: list[Tensor], gradients: list[Tensor]) -> list[FusedBatch]:
+    def _fused_batch(self, recipe: Recipe, params: list[Tensor], update: FusedUpdate) -> FusedBatch:
+        given = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # by a GradScaler
+        return FusedBatch(recipe, params, self.state, update, *given)
+
+    def _fused(self, i: int, recipe: Recipe, params: list[Tensor]) -> list[FusedBatch]:
         """Return a group's batches for the kernels, after checking all memory; what overlaps is stepped one by one."""
-        grad_scale, found_inf = (cast(Tensor | None, getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
-        known = self._updates.get(i, [])
-        if len(known) == 1 and known[0].check_unchanged(recipe, params, self.state, gradients):
-            return [FusedBatch(recipe, params, self.state, known[0], grad_scale, found_inf)]
-        found, waiting = [], list(batches(recipe, params))
+        known, found, waiting = self._updates.get(i, []), [], list(batches(recipe, params))
         self._updates[i] = []
         while waiting:
             some = waiting.pop(0)
             update = known.pop(0) if known else FusedUpdate()
             update.check(recipe, some, self.state)
             if not update.overlaps or any_dtensor(some):
-                found.append(FusedBatch(recipe, some, self.state, update, grad_scale, found_inf))
+                found.append(self._fused_batch(recipe, some, update))
                 self._updates[i].append(update)
             elif len(some) > 1:
                 waiting = [[p] for p in some] + waiting
@@ -506,7 +523,10 @@ class SteepestDescent(Optimizer):
             >>> for group, pair in zip(opt.param_groups, opt.norm_pairs()):
             ...     print(group["norm"], pair and (float(pair.update), float(pair.dual)))
         """
-        known = [group_norms(*measured) for measured in self._measured]
+        known = [
+            group_norms([batch.norm_pair() for batch in found], whole_group, radius)
+            for found, whole_group, radius in self._measured
+        ]
         return known and known + [None] * (len(self.param_groups) - len(known))
 
 

@@ -44,22 +44,22 @@ def check_admissible(params: list[Tensor]) -> None:
 
 
 def with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the parameters that have a gradient, and the gradients.
-
-    Raises:
-        RuntimeError: a gradient is not dense.
-    """
+    """Return the parameters that have a gradient, and the gradients."""
     gradients = list(map(grad_of, params))
     if type(None) in set(map(type, gradients)):
         params = [p for p, g in zip(params, gradients, strict=True) if g is not None]
         gradients = [g for g in gradients if g is not None]
+    return params, gradients
+
+
+def check_dense(gradients: list[Tensor]) -> None:
+    """Raise a RuntimeError if a gradient is not dense."""
     for g in gradients if set(map(memory_layout_of, gradients)) - {torch.strided} else ():
         if g.layout != torch.strided:
             raise RuntimeError(
                 f"a gradient of shape {tuple(g.shape)} has the layout {g.layout}, and normopt takes dense "
                 "ones only: use Embedding(sparse=False), or give these parameters to torch.optim.SparseAdam"
             )
-    return params, gradients
 
 
 def check_tensors(params: list[Tensor], gradients: list[Tensor], states: dict[str, list[Tensor | None]]) -> None:

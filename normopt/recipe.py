@@ -41,7 +41,7 @@ from normopt.stages import (
     register_stage,
     setting,
 )
-from normopt.stages.base import check_setting, owners, registrations, stages_in_order
+from normopt.stages.base import Op, check_setting, owners, registrations, stages_in_order
 from normopt.stages.direction import comm_strategy
 
 Backend = Literal["for-loop", "foreach", "fused"]
@@ -132,6 +132,10 @@ class Recipe:
         averages = [stage for stage in (self.count, self.momentum, self.difference, self.metric) if stage.runs()]
         self.counted = [slot.name for stage in averages for slot in stage.slots()] if self.count.runs() else []
         self.differentiable: bool = self.run.differentiable
+        # What the stages have lowered to, which of them have other numbers since, and the flags of all.
+        self._ops: dict[type[Stage], Op] = {}
+        self._stale: set[type[Stage]] = set()
+        self._lowered: dict[str, Any] | None = None
 
     @property
     def norm(self) -> Norm:
@@ -144,16 +148,29 @@ class Recipe:
         return any(isinstance(x, Tensor) for x in (self.write.lr, self.decay.weight_decay, self.direction.p))
 
     def lower(self) -> tuple[dict[str, Any], Numbers] | str:
-        """Return the fields of `Flags` that the stages set, and the numbers; or the reason why a stage has neither."""
-        flags: dict[str, Any] = {}
-        numbers: dict[str, Any] = {}
+        """Return the fields of `Flags` that the stages set, and the numbers; or the reason why a stage has neither.
+
+        As long as the flags stay the same, so does the object that is returned for them.
+        """
+        kept, ops = self._lowered, self._ops
         for stage in self.stages:
-            op = stage.lower()
-            if isinstance(op, str):
-                return op
-            flags |= op.flags
+            cls = type(stage)
+            if cls in self._stale or cls not in ops or stage.lowers_others or self.has_tensors:
+                op = stage.lower()
+                if isinstance(op, str):
+                    return op
+                kept = kept if cls in ops and ops[cls].flags == op.flags else None
+                ops[cls] = op
+        self._stale.clear()
+        numbers: dict[str, Any] = {}
+        for op in ops.values():
             numbers |= op.numbers
-        return flags, Numbers(**numbers)
+        if kept is None:
+            kept = {}
+            for op in ops.values():
+                kept |= op.flags
+        self._lowered = kept
+        return kept, Numbers(**numbers)
 
     def take_numbers(self, settings: Mapping[str, Any], changed: Iterable[str]) -> bool:
         """Take the new values of some settings in place; return False if more than numbers has changed.
@@ -188,6 +205,7 @@ class Recipe:
                 self.direction.map = Lp(value)
         for stage in stages.values():
             stage.check()
+        self._stale |= stages.keys()
         self.version += 1
         return True
 
@@ -219,13 +237,15 @@ class CachedRecipe:
     def current(self, group: Mapping[str, Any]) -> Recipe | None:
         """Return the recipe with the group's present numbers; None if it has to be remade.
 
+        What kinds of tensors the parameters are is not looked at: see `still_fits`.
+
         Raises:
             ValueError: a number is out of range.
         """
         params = group["params"]
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return None
-        if list(group) != self._keys or registrations() != self._registrations or kinds_of(params) != self.kinds:
+        if list(group) != self._keys or registrations() != self._registrations:
             return None
         values, changed = self._get(group), []
         for i in compress(range(len(values)), map(is_not, values, self._values)):
@@ -239,6 +259,10 @@ class CachedRecipe:
         self._values = values
         self.recipe.norm.check(self.recipe.direction.base, params)
         return self.recipe
+
+    def still_fits(self, params: list[Tensor]) -> bool:
+        """Return whether the parameters have the classes, devices and dtypes for which the recipe was made."""
+        return kinds_of(params) == self.kinds
 
 
 def make_recipe(settings: Mapping[str, Any], params: Iterable[Tensor] = ()) -> Recipe:

@@ -28,6 +28,11 @@ except ImportError:  # on Windows, where processes are left to Numba
 SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
+# What calls the compiled code of a function without looking at its arguments, which are always of the same types. Numba
+# finds out their types at every call, which takes longer than many a kernel runs.
+ENTRIES: dict[Any, Any] = {}
+
+
 def compiled(**options: Any) -> Callable[[Any], Any]:
     """Return ``numba.njit(**options)``, with `SOURCES` in the key of its disk cache: in the function's closure."""
     from numba import njit
@@ -67,10 +72,15 @@ def call_with_jit_lock(function: Any, *args: Any, compiled: Any = None) -> Any:
         args: its arguments.
         compiled: what it calls, if it is not compiled itself.
     """
-    if (compiled or function).signatures:
-        return function(*args)
+    kernel = compiled or function
+    if (entry := ENTRIES.get(kernel)) is not None:
+        return (function if compiled else entry)(*args)
     with _alone():
-        return function(*args)
+        result = function(*args)
+    known = list(kernel.overloads.values())
+    if len(known) == 1:
+        ENTRIES[kernel] = known[0].entry_point
+    return result
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from normopt.kernels import numba as kernels
 from normopt.kernels import totals
-from normopt.kernels.compiling import call_with_jit_lock
+from normopt.kernels.compiling import ENTRIES, call_with_jit_lock
 from normopt.kernels.flags import BUFFERS, GENERAL, LINEAR, SAME, Flags, Numbers
 from normopt.kernels.pool import share_out
 from normopt.kernels.tables import Array, Block, Chunks, Phase, Tables, nothing
@@ -19,8 +20,8 @@ from normopt.kernels.tables import Array, Block, Chunks, Phase, Tables, nothing
 F = np.float32
 Places = tuple[Array, Array, int, int]  # where the sums of each tensor begin and end, and which tensors are meant
 COLUMNS = kernels.STRETCH + 1
-# The numbers that all tensors share: of the others two are in the rows of tensors, exponents have another form.
-SHARED = [name for name in Numbers._fields if name not in ("take", "first", "exponent", "decay_exponent")]
+LOGARITHM, LARGEST = list(map(float, kernels.LOGARITHM)), float(kernels.LARGEST)
+EXPONENT, DECAY_EXPONENT = map(Numbers._fields.index, ("exponent", "decay_exponent"))
 BLOCK = 1 << 21  # entries of tensors whose powers are kept, in 4 bytes each, from one pass to the next
 ROOM = 1 << 24  # entries of a larger tensor up to which its powers are kept too
 
@@ -45,22 +46,22 @@ class Step:
         if ready is None or not ready.renew(flags, numbers, factor):
             ready = cache["ready"] = LaunchConfig(flags, numbers, bool(self.layouts), chunks, factor, cache)
         self.ready, self.chunks = ready, chunks
-        if flags.momentum and numbers.first != numbers.take and (new := tables.new["momentum_buffer"]):
+        if flags.momentum and numbers.first != numbers.take and (new := tables.new.get("momentum_buffer")):
             ready.rows[new, kernels.TAKE] = numbers.first
-            ready.numbers = None  # the next step has the same weight for all
+            ready.numbers = ready.same_rows = None  # the next step has the same weight for all
         if tables.shares is not None:
             ready.rows[:, kernels.SHARE : kernels.BEGUN] = tables.shares
         if flags.differs:
             ready.rows[:, kernels.BEGUN] = 1
-            ready.rows[tables.new["previous_grad"], kernels.BEGUN] = 0
-        more = (ready.none if x is None else x for x in (tables.states, tables.compensations))
-        buffers = tuple(tables.buffers.get(name, ready.none) for name in BUFFERS)
-        self.tensors = (tables.weights, tables.gradients, *more), buffers, (chunks.tensor, chunks.start, chunks.count)
-        n = len(chunks.sizes)
-        self.sums, self.partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 5))
-        self.duals, self.factors = np.empty(n), np.empty(n)
+            ready.rows[tables.new.get("previous_grad", []), kernels.BEGUN] = 0
+        none, more = ready.none, (tables.states, tables.compensations)
+        addresses = tables.weights, tables.gradients, *(none if x is None else x for x in more)
+        self.tensors = addresses, tuple(tables.buffers.get(name, none) for name in BUFFERS), ready.cuts
         self.powers_cached = ready.powers_cached
-        self.radii = np.empty(n) if tables.radii is None else tables.radii.numpy()
+        n = len(chunks.sizes)
+        if flags.sums:
+            self.duals, self.factors = np.empty(n), np.empty(n)
+            self.radii = np.empty(n) if tables.radii is None else tables.radii.numpy()
 
     def phases(self) -> list[Phase]:
         """Return the phases: for unsharded tensors one, which goes block by block, so that a block stays cached."""
@@ -76,27 +77,32 @@ class Step:
             where = self.chunks.first, self.chunks.ends, block.tensor, block.tensors
             if self.flags.agr:
                 self._measure_agr(block)
-                self._regularize(self.sums, where)
+                self._regularize(self.ready.sums, where)
             if self.flags.sums:
                 self._measure_norms(block, place)
-                self._combine_norms(self.partials, where)
+                self._combine_norms(self.ready.partials, where)
             self._update(block, place)
 
     def _everywhere(self, block: Block, kernel: kernels.Kernel, *more: object) -> None:
         """Run a kernel on the chunks of a block, shared out among threads."""
 
-        def work(a: int, b: int) -> None:
-            kernel(*self.tensors, a, b, *more)
+        call = ENTRIES.get(kernel, kernel)
 
-        call_with_jit_lock(share_out, work, self.chunks, block.chunk, block.chunks, compiled=kernel)
+        def work(a: int, b: int) -> None:
+            call(*self.tensors, a, b, *more)
+
+        if call is kernel:
+            call_with_jit_lock(share_out, work, self.chunks, block.chunk, block.chunks, compiled=kernel)
+        else:
+            share_out(work, self.chunks, block.chunk, block.chunks)
 
     def _measure_agr(self, block: Block) -> None:
-        self._everywhere(block, self.ready.agr, self.ready.values[kernels.UNSCALE], self.sums)
+        self._everywhere(block, self.ready.agr, self.ready.values[kernels.UNSCALE], self.ready.sums)
 
     def _sums_of_shards(self, block: Block) -> Tensor:
         self._measure_agr(block)
-        found, chunks = np.empty((len(self.duals), 2)), self.chunks
-        call_with_jit_lock(totals.largest_of_each, self.sums, chunks.first, chunks.ends, found)
+        found, chunks = np.empty((len(self.layouts), 2)), self.chunks
+        call_with_jit_lock(totals.largest_of_each, self.ready.sums, chunks.first, chunks.ends, found)
         return torch.from_numpy(found)
 
     def _set_agr(self, _: Any, found: Tensor | None) -> None:
@@ -107,14 +113,14 @@ class Step:
         call_with_jit_lock(totals.regularizers, sums, sizes, *where, self.ready.rows)
 
     def _measure_norms(self, block: Block, place: Array) -> None:
-        ready, sums = self.ready, self.partials
-        self._everywhere(block, ready.norms, ready.rows, ready.values, ready.exponent, sums, ready.powers, place)
+        ready = self.ready
+        self._everywhere(block, ready.norms, ready.rows, ready.values, ready.partials, ready.powers, place)
 
     def _norms_of_shards(self, block: Block, place: Array) -> Tensor:
         self._measure_norms(block, place)
         found, chunks = np.empty((len(self.duals), 5)), self.chunks
         how = float(self.numbers.exponent), self.flags.matched or self.flags.lengths
-        call_with_jit_lock(totals.merge_each, self.partials, chunks.first, chunks.ends, *how, found)
+        call_with_jit_lock(totals.merge_each, self.ready.partials, chunks.first, chunks.ends, *how, found)
         return torch.from_numpy(found)
 
     def _set_norms(self, _: Any, found: Tensor | None) -> None:
@@ -135,8 +141,7 @@ class Step:
     def _update(self, block: Block, place: Array) -> None:
         ready = self.ready
         kernel = ready.update if self.powers_cached == ready.powers_cached else ready.update_without_cache
-        exponents = ready.exponent, ready.decay_exponent
-        self._everywhere(block, kernel, ready.rows, ready.values, *exponents, self.seed, ready.powers, place)
+        self._everywhere(block, kernel, ready.rows, ready.values, self.seed, ready.powers, place)
 
 
 def _all_ranks(found: Tensor | None) -> tuple[Array, Places]:
@@ -148,23 +153,21 @@ def _all_ranks(found: Tensor | None) -> tuple[Array, Places]:
 
 
 class LaunchConfig:
-    """The kernels and tables that depend on flags, exponents and chunks only, kept while those stay the same."""
+    """The kernels and tables that depend on flags and chunks only, kept while those stay the same."""
 
     def __init__(
         self, flags: Flags, numbers: Numbers, at_once: bool, chunks: Chunks, unscale: float, cache: dict[str, Any]
     ) -> None:
         n = len(chunks.sizes)
-        self.flags, self.exponents = flags, _exponents(numbers)
-        self.exponent, self.decay_exponent = map(exponent_of, self.exponents)
+        self.flags, self.cuts = flags, (chunks.tensor, chunks.start, chunks.count)
         self.rows = np.zeros((n, COLUMNS), F)
         self.rows[:, kernels.WIDE] = chunks.wide | (not flags.decay_wide)
         self.rows[:, [kernels.ROOT_SHARE, kernels.DIFFERENCE_SHARE]] = 1
-        self.numbers: Numbers | None = None
-        self.unscale = unscale
-        self.renew(flags, numbers, unscale)
         self.none = np.zeros(n, np.int64)
+        self.sums, self.partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 5))
         # Powers that have a way of their own are cheaper to take twice than to keep; those above 1 may overflow.
-        general = flags.sums and flags.mode == GENERAL and float(numbers.exponent) <= 1
+        self.below_1 = bool(numbers.exponent <= 1)
+        general = flags.sums and flags.mode == GENERAL and self.below_1
         self.powers_cached = general and not at_once and bool(chunks.sizes.max() <= ROOM)
         blocks = chunks.blocks(BLOCK) if self.powers_cached else [Block(0, n, 0, len(chunks))]
         self.blocks = [(block, chunks.before[:-1] - chunks.before[block.chunk]) for block in blocks]
@@ -180,32 +183,39 @@ class LaunchConfig:
         self.update, self.update_without_cache = (
             kernels.update_kernel(one, momentum_written, powers_cached) for powers_cached in (self.powers_cached, False)
         )
+        self.values = np.empty(kernels.DECAY_EXPONENT + 12, F)
+        self.numbers: Numbers | None = None
+        self.unscale, self.exponents = unscale, (math.nan, math.nan)
+        self.same_rows: tuple[Any, Any] | None = None  # whose columns are the same for all tensors
+        self.renew(flags, numbers, unscale)
 
     def renew(self, flags: Flags, numbers: Numbers, unscale: float) -> bool:
         """Take other numbers; return whether that suffices for these flags."""
-        if flags != self.flags or self.exponents != _exponents(numbers):
+        if self.numbers is numbers and self.unscale == unscale and flags is self.flags:
+            return True
+        plain: Any = numbers
+        if Tensor in set(map(type, numbers)):
+            plain = [float(x) for x in numbers]
+        exponent, decay_exponent = plain[EXPONENT], plain[DECAY_EXPONENT]
+        if (flags is not self.flags and flags != self.flags) or (exponent <= 1) != self.below_1:
             return False
-        if self.numbers is not numbers or self.unscale != unscale:
-            self.numbers, self.unscale, self.values = numbers, unscale, _values(numbers, unscale)
+        self.flags, self.numbers, self.unscale = flags, numbers, unscale
+        self.values[: kernels.EXPONENT] = unscale, *plain
+        if (exponent, decay_exponent) != self.exponents:
+            self.exponents = exponent, decay_exponent
+            self.values[kernels.EXPONENT :] = *exponent_of(exponent), *exponent_of(decay_exponent)
+        if self.same_rows != (same := (numbers.take, numbers.coupled)):
+            self.same_rows = same
             self.rows[:, kernels.TAKE], self.rows[:, kernels.INSIDE] = numbers.take, self.values[kernels.COUPLED]
         return True
 
 
-def _exponents(numbers: Numbers) -> tuple[float, float]:
-    return float(numbers.exponent), float(numbers.decay_exponent)
-
-
-def _values(numbers: Numbers, unscale: float) -> Array:
-    """Return the table of the numbers that all tensors share, in float32."""
-    return np.array([unscale, *(float(getattr(numbers, name)) for name in SHARED)], dtype=F)
-
-
-def exponent_of(e: float) -> kernels.Exponent:
-    """Return an exponent in the form that the kernels take."""
+@lru_cache(maxsize=256)
+def exponent_of(e: float) -> tuple[float, ...]:
+    """Return an exponent as `kernels.exponent_at` reads it."""
     mantissa, place = math.frexp(e)
     high = math.ldexp(round(mantissa * 4096), place - 12)
-    with np.errstate(over="ignore"):
-        floor = F(2.0 ** max(-126 / e, -160)) if e > 0 else F(0)
-        ceiling = F(np.exp2(128 / e)) if e > 1 else F(np.inf)
-    logs = tuple(F(e * float(x)) for x in kernels.LOGARITHM)
-    return kernels.Exponent(F(high), F(e - high), logs, floor, ceiling)
+    floor = 2.0 ** max(-126 / e, -160) if e > 0 else 0.0
+    ceiling = 2.0 ** (128 / e) if e > 1 else math.inf
+    logs = [max(min(e * x, LARGEST), -LARGEST) for x in LOGARITHM]
+    return high, e - high, floor, ceiling, *logs

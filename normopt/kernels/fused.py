@@ -1,15 +1,17 @@
 """Run the fused kernels for a param group, with what they were given last time kept for as long as it stays true.
 
 A kernel reads and writes bare addresses. Tensors keep their identity, and often their address, while `.data`, a
-resize or a change of dtype puts other memory behind them. So everything that a kernel relies on is read from every
-tensor at every step (`Memory`), in a few passes that run in C; only what has changed is looked at closely.
+resize or a change of dtype puts other memory behind them. So everything that a kernel relies on is compared for every
+tensor at every step, in three passes that run in C (`FusedUpdate.check_unchanged`); only what has changed is looked at
+closely (`Memory`).
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import MutableMapping
-from operator import eq, is_
+from collections.abc import Iterable, MutableMapping
+from functools import cache
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -29,14 +31,19 @@ from normopt.stages.constraint import RADIUS, radii_of
 if TYPE_CHECKING:
     from normopt.recipe import Recipe
 
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # it is torch's own: without it, all is looked at closely at every step
+    TensorGuards = None  # type: ignore[assignment, misc]
+
+offset_of = cast(Any, Tensor.storage_offset)
 State = MutableMapping[Tensor, Any]
 
 
 class Memory(NamedTuple):
     """The memory of n tensors, each field a list of n; ``room`` is the number of bytes of a tensor's storage.
 
-    Devices are not among them: an address that is not 0 is of one device. Shapes are compared as they are read,
-    because a list of new ones at every step would set the garbage collector to work.
+    Devices are not among them: an address that is not 0 is of one device.
     """
 
     address: list[int]
@@ -56,9 +63,37 @@ def memory_of(xs: list[Tensor]) -> Memory:
         list(map(Tensor.is_contiguous, xs)),
         list(map(Tensor.is_neg, xs)),
         list(map(dtype_of, xs)),
-        list(map(cast(Any, Tensor.storage_offset), xs)),
-        list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, xs))),
+        list(map(offset_of, xs)),
+        rooms_of(xs),
     )
+
+
+def flags_of(chosen: dict[str, Any], dtypes: tuple[torch.dtype, ...]) -> Flags:
+    """Return the flags of a step, of what the stages set and the dtypes of weights, gradients and momentum."""
+    weight, gradient, state = dtypes
+    if weight not in (torch.bfloat16, torch.float16):
+        chosen = chosen | {"rounding": NEAREST}
+    return Flags(**chosen, weight=weight, gradient=gradient, state=state)
+
+
+@cache
+def kernels_for(kind: str) -> Any:
+    """Return the module of the kernels for a kind of device."""
+    return importlib.import_module(KERNELS[kind].module)
+
+
+def rooms_of(xs: Iterable[Tensor]) -> list[int]:
+    """Return the sizes of the tensors' storages in bytes."""
+    return list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, xs)))
+
+
+def guard_of(tensors: list[Tensor]) -> Any:
+    """Return a guard whose ``check(*tensors)`` compares class, dtype, device, shape and strides; None without one.
+
+    It is what torch.compile compares its inputs with, at 50 ns a tensor. It also tells lazily negated tensors, those of
+    inference mode and sparse ones.
+    """
+    return None if TensorGuards is None else TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
 
 def _last_entry(x: Tensor) -> int:
@@ -78,23 +113,17 @@ class Operand:
         self._inference = False
         self._in_table: list[int] = []
 
-    def look(self, tensors: list[Tensor], as_before: bool = False) -> bool:
+    def look(self, tensors: list[Tensor]) -> None:
         """Read the tensors' memory, and check what may have changed.
 
         Args:
             tensors: dense ones.
-            as_before: whether to give up if anything but addresses is not what it was.
-
-        Returns:
-            Whether nothing but addresses has changed.
 
         Raises:
             RuntimeError: a tensor has no memory, or less than its shape needs, or cannot be written.
         """
-        memory = memory_of(tensors)
-        same = memory[1:] == self.memory[1:] and all(map(eq, map(Tensor.size, tensors), self.shapes))
-        if as_before and not same:
-            return False
+        memory, shapes = memory_of(tensors), list(map(Tensor.size, tensors))
+        same = memory[1:] == self.memory[1:] and shapes == self.shapes
         # Strides are not compared, so that what is not contiguous is checked at every step.
         if not same or 0 in memory.address or not all(memory.contiguous):
             for x, room in zip(tensors, memory.room, strict=True):
@@ -110,11 +139,20 @@ class Operand:
         if self.name != "gradient" and (self.has_moved or self._inference or not all(memory.contiguous)):
             check_writable(self.name, tensors)
             self._inference = any(map(Tensor.is_inference, tensors))
-        self.tensors, self.memory = tensors, memory
+        self.tensors, self.memory, self.shapes = tensors, memory, shapes
         if not same:
-            self.shapes = [x.shape for x in tensors]
             self._bytes = np.array([x.numel() * x.element_size() for x in tensors], dtype=np.int64)
-        return same
+
+    def move(self, tensors: list[Tensor], addresses: list[int]) -> bool:
+        """Take tensors that differ from the known ones in nothing but addresses; return whether they do not."""
+        if addresses != self.memory.address:
+            # In as large a storage, from the same place on, is as much room.
+            if 0 in addresses or list(map(offset_of, tensors)) != self.memory.offset:
+                return False
+            self.memory, self.has_moved = self.memory._replace(address=addresses), True
+            self._tabled(addresses)
+        self.tensors = tensors
+        return True
 
     def extents(self) -> tuple[Array, Array]:
         """The first address of each tensor and the one after its last, shape [n] each; of an empty one the same."""
@@ -151,12 +189,23 @@ class FusedUpdate:
         self._states: dict[Slot, Operand] = {}
         self._params: list[Tensor] = []
         self._made_for: object = None  # the recipe, its version and the dtypes of these
+        self._chosen: object = None  # what the flags are made of
         self._flags = self._numbers = cast(Any, None)
         self.layouts: list[Any] = []  # of sharded parameters
         self._shapes: list[torch.Size] = []
         self._chunks = Chunks([])
         self._cache: dict[str, Any] = {}
         self.overlaps = False  # some of what is written shares memory
+        self._guard: Any = None  # of parameters, gradients and all state; None if these must be looked at closely
+        self._rooms: list[int] = []
+        self._watched: tuple[Slot, ...] = ()  # the recipe's slots when it was made
+        self._names: list[str] = []  # those of them that these parameters have, by name, first those that kernels read
+        self._addresses: list[int] = []
+        self._operands: list[Operand] = []
+        self._written_to: list[Tensor] = []
+        self._unchanged = False  # since the last step, but for addresses
+        self._tables = cast(Tables, None)
+        self._dtypes: tuple[torch.dtype, ...] = ()
         # Where it begins and ends, in order, and after all beginnings one that is nowhere.
         self._written = np.empty(0, np.int64), np.empty(0, np.int64)
 
@@ -171,7 +220,7 @@ class FusedUpdate:
         Raises:
             RuntimeError: a tensor has no memory, or not the shape or the device of its parameter.
         """
-        self._params = list(params)
+        self._params, self._unchanged, self._guard = list(params), False, None
         weights, gradients = [to_local(p) for p in params], [gradient_of(p) for p in params]
         self.layouts = [lay for p in params if (lay := layout_of(p)) is not None]
         self._weights.look(weights)
@@ -195,34 +244,61 @@ class FusedUpdate:
             recipe, params, state: as in `check`.
             gradients: those of the parameters.
         """
-        known = self._params
-        if self.overlaps or self.layouts or len(known) != len(params) or not all(map(is_, known, params)):
+        n, known, guard = len(params), self._params, self._guard
+        if guard is None or recipe.slots != self._watched or n != len(known) or not all(map(is_, known, params)):
             return False
+        # A state that belongs to these parameters alone, in their order: no need to hash them.
+        in_order = len(state) == n and all(map(is_, state, params))
+        own = state.values() if in_order else [state.get(p, {}) for p in params]
+        tensors = params + gradients
         try:
-            return (
-                self._weights.look(params, as_before=True)
-                and self._gradients.look(gradients, as_before=True)
-                and self._check_states(recipe, state, params, as_before=True)
-                and not self._shared()
-                and not self.overlaps
-            )
-        except RuntimeError:  # which `check` raises
+            for name in self._names:
+                tensors += map(itemgetter(name), own)
+            if not guard.check(*tensors):
+                return False
+        except (KeyError, TypeError):  # a state is missing, or no tensor
             return False
+        operands = self._operands
+        del tensors[len(operands) * n :]
+        if rooms_of(tensors) != self._rooms:
+            return False
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if addresses != self._addresses:
+            for i, operand in enumerate(operands):
+                place = slice(i * n, (i + 1) * n)
+                if not operand.move(tensors[place], addresses[place]):
+                    return False
+            self._addresses = addresses
+            if self._shared() or self.overlaps:
+                return False
+            self._tabulate()
+        self._unchanged, self._written_to = True, tensors[:n] + tensors[2 * n :]
+        return True
 
-    def _check_states(self, recipe: Recipe, state: State, weights: list[Tensor], as_before: bool = False) -> bool:
+    def _watch(self, recipe: Recipe, state: State) -> None:
+        """Guard the tensors of a step that has just been prepared, if they need no closer look at the next."""
+        params, operands = self._params, self._operands
+        gradients = [p.grad for p in params]
+        plain = not (self.layouts or self.overlaps) and all(map(is_, gradients, self._gradients.tensors))
+        if not plain or not all(all(operand.memory.contiguous) for operand in operands):
+            return
+        self._watched = recipe.slots
+        others = [slot.name for slot in recipe.slots if slot.exists(params[0]) and slot not in self._states]
+        self._names = [slot.name for slot in self._states] + others
+        kept = [state[p][name] for name in self._names for p in params]
+        self._guard = guard_of([*params, *self._gradients.tensors, *kept])
+        self._rooms = [room for operand in operands for room in operand.memory.room]
+        self._addresses = [address for operand in operands for address in operand.memory.address]
+
+    def _check_states(self, recipe: Recipe, state: State, weights: list[Tensor]) -> None:
         params = self._params
         slots = [slot for slot in recipe.slots if slot.exists(params[0]) and slot.shape is None]
         self._states = {slot: self._states.get(slot) or Operand(slot.name) for slot in slots}
-        # A state that belongs to these parameters alone, in their order: no need to hash them.
-        in_order = as_before and len(state) == len(params) and all(map(is_, state, params))
         for slot, operand in self._states.items():
-            own = state.values() if in_order else (state.get(p, {}) for p in params)
-            stored = [x.get(slot.name) for x in own]
-            tensors = [x if as_before else to_local(x) for x in stored if x is not None]
-            if operand.look(tensors) and as_before:
-                continue
+            stored = [state.get(p, {}).get(slot.name) for p in params]
+            tensors = [to_local(x) for x in stored if x is not None]
+            operand.look(tensors)
             check_like(slot.name, tensors, [w for w, x in zip(weights, stored, strict=True) if x is not None])
-        return True
 
     def _shared(self) -> list[int]:
         """Find out whether what is written overlaps, and return which gradients share memory with it.
@@ -252,62 +328,71 @@ class FusedUpdate:
         return shared
 
     def phases(self, batch: FusedBatch) -> list[Phase]:
-        """Make the missing state, and return the phases of a step on the tensors that `check` has just checked."""
+        """Make the missing state, and return the phases of a step on the tensors that have just been checked."""
         recipe = batch.recipe
-        new = {slot.name: self._complete(slot, operand, batch.state) for slot, operand in self._states.items()}
-        shares = self._shares(batch) if recipe.count.runs() else None
-        if self._shapes != (shapes := self._weights.shapes):
-            self._shapes, self._chunks, self._cache = shapes, Chunks(shapes), {}
+        copies = [] if self._unchanged else self._prepare(recipe, batch.state)
+        tables = self._tables
+        tables.shares = self._shares(batch) if recipe.count.runs() else None
         if not len(self._chunks) and not self.layouts:
             return []
-        operands = [self._weights, self._gradients, *self._states.values()]
-        flat = [operand.flat() for operand in operands]
-        device = flat[0][0].device
-        kernels: Any = importlib.import_module(KERNELS[device.type].module)
-        by_name = {slot.name: operand for slot, operand in self._states.items()}
-        momenta, lost = by_name.get("momentum_buffer"), by_name.get("kahan_compensation")
-        dtypes = flat[0][0].dtype, flat[1][0].dtype, (momenta or self._weights).memory.dtype[0]
-        made_for = recipe, recipe.version, dtypes
-        if self._made_for != made_for or recipe.has_tensors:
-            flags, self._numbers = cast(tuple[dict[str, Any], Numbers], recipe.lower())
-            weight, gradient, state = dtypes
-            self._made_for, self._flags = made_for, Flags(**flags, weight=weight, gradient=gradient, state=state)
-            if dtypes[0] not in (torch.bfloat16, torch.float16):
-                self._flags = self._flags._replace(rounding=NEAREST)
-        weights, gradients = self._weights.table, self._gradients.table
-        states, compensations = (None if operand is None else operand.table for operand in (momenta, lost))
-        tables = Tables(self._chunks, device, weights, gradients, states, compensations, new, self._cache)
-        tables.layouts, tables.buffers = self.layouts, {name: x.table for name, x in by_name.items()}
+        if self._made_for != (made_for := (recipe, recipe.version, self._dtypes)) or recipe.has_tensors:
+            chosen, self._numbers = cast(tuple[dict[str, Any], Numbers], recipe.lower())
+            if self._chosen != (chosen, self._dtypes):
+                self._chosen, self._flags = (chosen, self._dtypes), flags_of(chosen, self._dtypes)
+            self._made_for = made_for
+        tables.unscale = tables.found_inf = tables.radii = None
         if batch.grad_scale is not None:
-            tables.unscale = (1 / batch.grad_scale).to(device, non_blocking=True)
+            tables.unscale = (1 / batch.grad_scale).to(tables.device, non_blocking=True)
         if batch.found_inf is not None:
-            tables.found_inf = batch.found_inf.to(device, non_blocking=True)
-            if device.type == "cpu" and tables.found_inf:
+            tables.found_inf = batch.found_inf.to(tables.device, non_blocking=True)
+            if tables.device.type == "cpu" and tables.found_inf:
                 return []
         if self._flags.rounding == STOCHASTIC:
-            tables.seed = _seed(device)
-        tables.shares = shares
+            tables.seed = _seed(tables.device)
         radii = batch.read(RADIUS) if recipe.sphere.runs() else []
         if radii:
-            unknown = torch.full((), torch.nan, device=device)
+            unknown = torch.full((), torch.nan, device=tables.device)
             tables.radii = stack([unknown if r is None else r for r in radii]).double()
-        step = kernels.Step(self._flags, self._numbers, tables)
+        step = kernels_for(tables.device.type).Step(self._flags, self._numbers, tables)
 
         def finish(batch: FusedBatch, _: Tensor | None) -> None:
-            for operand, written in zip(operands, flat, strict=True):
+            for operand, copy in copies:
                 if operand is not self._gradients:
-                    if written is not operand.tensors:
-                        torch._foreach_copy_(operand.tensors, written)
-                    # The kernels wrote unseen by autograd: a graph that still needs the old values must not use these.
-                    torch.autograd.graph.increment_version(operand.tensors)
-                operand.tensors = []  # may be freed
+                    torch._foreach_copy_(operand.tensors, copy)
+            # The kernels wrote unseen by autograd: a graph that still needs the old values must not use these.
+            torch.autograd.graph.increment_version(self._written_to)
             if tables.radii is not None and any(r is None for r in radii):
                 radii_of(batch, tables.radii)
-            if step.measured is not None:
-                dual, factor = step.measured
-                batch.pair = NormPair(torch.where(dual > 0, factor, dual), dual)
+            if not self._unchanged:
+                self._watch(recipe, batch.state)
+                tables.new = {}
+            self._written_to = []  # may be freed
+            for operand in self._operands:
+                operand.tensors = []
+            batch.measured = step.measured
 
         return [*step.phases(), Phase(nothing, finish)]
+
+    def _prepare(self, recipe: Recipe, state: State) -> list[tuple[Operand, list[Tensor]]]:
+        """Make the missing state and the tables; return the copies of tensors that are not contiguous."""
+        new = {slot.name: self._complete(slot, operand, state) for slot, operand in self._states.items()}
+        if self._shapes != (shapes := self._weights.shapes):
+            self._shapes, self._chunks, self._cache = shapes, Chunks(shapes), {}
+        self._operands = [self._weights, self._gradients, *self._states.values()]
+        flat = [operand.flat() for operand in self._operands]
+        self._written_to = [x for operand in self._operands if operand is not self._gradients for x in operand.tensors]
+        momenta = next((x for slot, x in self._states.items() if slot.name == "momentum_buffer"), self._weights)
+        self._dtypes = flat[0][0].dtype, flat[1][0].dtype, momenta.memory.dtype[0]
+        addresses = self._weights.table, self._gradients.table, None, None
+        self._tables = Tables(self._chunks, flat[0][0].device, *addresses, new, self._cache, layouts=self.layouts)
+        self._tabulate()
+        return [(operand, xs) for operand, xs in zip(self._operands, flat, strict=True) if xs is not operand.tensors]
+
+    def _tabulate(self) -> None:
+        """Give the tables the addresses, which may have changed."""
+        tables, buffers = self._tables, {slot.name: operand.table for slot, operand in self._states.items()}
+        tables.weights, tables.gradients, tables.buffers = self._weights.table, self._gradients.table, buffers
+        tables.states, tables.compensations = buffers.get("momentum_buffer"), buffers.get("kahan_compensation")
 
     def _shares(self, batch: FusedBatch) -> Tensor:
         """Count the step, unless it is skipped; return 1/Σ of the weights in c and d, √(1/Σ) of those in v.
@@ -359,6 +444,13 @@ class FusedBatch(Batch):
     ) -> None:
         super().__init__(recipe, params, state)
         self.update, self.layouts, self.grad_scale, self.found_inf = update, update.layouts, grad_scale, found_inf
+        self.measured: tuple[Tensor, Tensor] | None = None  # ‖c‖⋆ and the factor of D(c)
+
+    def norm_pair(self) -> NormPair | None:
+        if self.measured is None:
+            return None
+        dual, factor = self.measured
+        return NormPair(torch.where(dual > 0, factor, dual), dual)
 
     def load(self) -> None:
         self.phases = self.update.phases(self)

@@ -48,9 +48,11 @@ Kernel = Callable[..., None]
 # added to u, and what the updated weight is multiplied by.
 AGR_SCALE, AGR_TOP, AGR_OTHERS, AGR_INVERSE, SIZE, FACTOR, SHIFT, LIFT, TAKE, WIDE = range(10)
 SHARE, ROOT_SHARE, DIFFERENCE_SHARE, BEGUN, INSIDE, STRETCH = range(10, 16)
-# Places in the table of the numbers that all tensors share, in the order of `Numbers`.
-UNSCALE, STEP_SIZE, KEEP, FROM_OLD, FROM_GRADIENT, FROM_NEW, COUPLED, WEIGHT_FACTOR, DECAY_STRENGTH, EPS = range(10)
-METRIC_KEEP, METRIC_TAKE, METRIC_EPS, DIFFERENCE_KEEP, DIFFERENCE_TAKE, COUPLING, COUPLING_RATE = range(10, 17)
+# Places in the table of the numbers that all tensors share: the gradients' scale, the fields of `Numbers`, and then two
+# of `exponent_at`.
+UNSCALE, STEP_SIZE, KEEP, _, _, FROM_OLD, FROM_GRADIENT, FROM_NEW, COUPLED, WEIGHT_FACTOR, DECAY_STRENGTH = range(11)
+_, EPS, _, METRIC_KEEP, METRIC_TAKE, METRIC_EPS, DIFFERENCE_KEEP, DIFFERENCE_TAKE = range(11, 19)
+COUPLING, COUPLING_RATE, EXPONENT, DECAY_EXPONENT = 19, 20, 21, 33
 
 
 class Exponent(NamedTuple):
@@ -186,6 +188,14 @@ SQRT_HALF = J(0x3F3504F3)
 ROUNDS = F(1.5 * 2**23)  # adding and subtracting it rounds to an integer
 UP = F(2.0**24)
 LEAST, MOST = F(2.0**-30), F(2.0**40)  # a sum between them has lost nothing that counts, and its squares would not
+
+
+@compiled(**INLINE)
+def exponent_at(numbers, i):
+    """The `Exponent` that the table of numbers has from place i on: high, low, floor, ceiling and the logarithm's."""
+    x = numbers[i : i + 12]
+    logs = x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11]
+    return Exponent(x[0], x[1], logs, x[2], x[3])
 
 
 @compiled(**INLINE)
@@ -499,8 +509,9 @@ def norm_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kernel
     flags = stages_of(f), constants(f.mode, matched, lengths, kahan, momentum_written, powers_cached)
 
     @compiled(**SUMS)
-    def sums(addresses, buffers, chunks, begin, end, rows, numbers, exponent, partials, powers, place):
+    def sums(addresses, buffers, chunks, begin, end, rows, numbers, partials, powers, place):
         (weights, gradients, states, lost), (tensor, start, count) = addresses, chunks
+        exponent = exponent_at(numbers, EXPONENT)
         for j in range(begin, end):
             t, s, n = tensor[j], start[j], count[j]
             known = numbers_of(rows[t], numbers)
@@ -560,8 +571,9 @@ def update_kernel(f: Flags, momentum_written: bool, powers_cached: bool) -> Kern
     coupling, sphere = f.coupling, f.sphere
 
     @compiled(**EXACT)
-    def update(addresses, buffers, chunks, begin, end, rows, numbers, exponent, decay_exponent, seed, powers, place):
+    def update(addresses, buffers, chunks, begin, end, rows, numbers, seed, powers, place):
         (weights, gradients, states, lost), (tensor, start, count) = addresses, chunks
+        exponent, decay_exponent = exponent_at(numbers, EXPONENT), exponent_at(numbers, DECAY_EXPONENT)
         eps, tau, alpha = numbers[EPS], numbers[COUPLING], numbers[COUPLING_RATE]
         step_size, weight_factor, decay_strength = numbers[STEP_SIZE], numbers[WEIGHT_FACTOR], numbers[DECAY_STRENGTH]
         for j in range(begin, end):

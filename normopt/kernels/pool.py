@@ -29,7 +29,7 @@ def share_out(work: Callable[[int, int], None], chunks: Chunks, begin: int = 0, 
     """
     threads = torch.get_num_threads()
     end = len(chunks) if end is None else end
-    if threads == 1 or chunks.before[end] - chunks.before[begin] < ALONE:
+    if threads == 1 or chunks.total < ALONE or chunks.before[end] - chunks.before[begin] < ALONE:
         work(begin, end)
         return
     mine, *others = chunks.shared(threads, begin, end)

@@ -50,6 +50,7 @@ class Chunks:
         tensor, start, count: of each chunk its tensor, its first entry and its number of entries, shape [chunks].
         first, ends: the first chunk of each tensor, and that after its last, shape [n].
         before: the number of entries before each chunk, and of all at the end, shape [chunks + 1].
+        total: the number of all entries.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], chunk: int = CHUNK) -> None:
@@ -62,6 +63,7 @@ class Chunks:
         self.start = (np.arange(each.sum()) - np.repeat(self.first, each)) * chunk
         self.count = np.minimum(chunk, self.sizes[self.tensor] - self.start)
         self.before = np.concatenate(([0], np.cumsum(self.count)))
+        self.total = int(self.before[-1])
 
     def blocks(self, entries: int) -> list[Block]:
         """Return blocks of consecutive tensors of at most so many entries together, or of single larger ones."""

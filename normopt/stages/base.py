@@ -129,11 +129,13 @@ class Stage:
         place: where it runs: "gradient", "momentum", "coordinates", "direction", "length", "update", "weights" (on the
             updated weights) or "rounding"; within a place stages run in the order of their registration.
         state: the names of all slots that it may have.
+        lowers_others: whether ``lower`` depends on numbers of other stages.
         settings: its settings by name; `register_stage` sets it.
     """
 
     place: ClassVar[Place] = "none"
     state: ClassVar[tuple[str, ...]] = ()
+    lowers_others: ClassVar[bool] = False
     settings: ClassVar[dict[str, Setting]] = {}
 
     @classmethod
@@ -343,6 +345,10 @@ class Batch:
         """Drop what the stages made, so that its memory is free before the next batch."""
         self.weights = self.w = self.old = self.g = self.c = self.u = self.root = self.pull = []
         self._gradients, self._kept, self._states, self.s = None, {}, {}, None
+
+    def norm_pair(self) -> NormPair | None:
+        """Return ``‖u‖`` and ``‖c‖⋆`` of each tensor, after the step; None where it needs no norm."""
+        return self.pair
 
     def state_in_place(self, name: str) -> list[Tensor] | None:
         """Return a slot's tensors, to be updated in place; None unless all are there in the dtype of the arithmetic."""

@@ -229,6 +229,7 @@ class DecayInside(Stage):
     """The decay kinds that act on the direction: ``u ← u + λw``."""
 
     place = "length"
+    lowers_others = True
 
     decay: Decay = field(default=cast(Any, None), init=False)  # which the recipe sets
 

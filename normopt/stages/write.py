@@ -23,6 +23,7 @@ class Write(Stage):
     """``w ← w − ηru`` with the weight decay's change, in the dtype of the arithmetic."""
 
     place = "update"
+    lowers_others = True  # the decay's
 
     lr: float | Tensor = setting(
         1e-3,

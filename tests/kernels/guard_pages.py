@@ -79,7 +79,8 @@ class GuardedChunks(Chunks):
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         for name, value in vars(self).items():
-            setattr(self, name, guarded_array(value))
+            if isinstance(value, np.ndarray):
+                setattr(self, name, guarded_array(value))
 
 
 MOMENTA: dict[str, dict[str, Any]] = {

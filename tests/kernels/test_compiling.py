@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -23,6 +23,12 @@ assert torch.equal(w, torch.full((5,), 0.75)), w
 """
 
 
+class Uncompiled:
+    """A kernel of Numba's that has not been called."""
+
+    overloads: ClassVar[dict] = {}
+
+
 def run(code, *, timeout=40, **environment):
     given = {**os.environ, **environment}
     return subprocess.run(
@@ -31,7 +37,7 @@ def run(code, *, timeout=40, **environment):
 
 
 FORKING = """
-import os, time, types
+import os, time
 from normopt.kernels.compiling import call_with_jit_lock
 
 def compile_and_fork():
@@ -40,7 +46,7 @@ def compile_and_fork():
         time.sleep(60)
         os._exit(0)
 
-call_with_jit_lock(compile_and_fork, compiled=types.SimpleNamespace(signatures=[]))
+call_with_jit_lock(compile_and_fork, compiled=type('Kernel', (), {'overloads': {}})())
 print("compiled", flush=True)
 os._exit(0)
 """
@@ -53,13 +59,13 @@ def test_a_child_forked_during_a_compile_does_not_keep_the_lock(tmp_path):
         assert first.stdout.readline() == "compiled\n"
         assert first.wait(60) == 0
         first.stdout.close()
-    waiting = "from normopt.kernels.compiling import call_with_jit_lock\nimport types\n"
-    waiting += "call_with_jit_lock(print, 'mine', compiled=types.SimpleNamespace(signatures=[]))"
+    waiting = "from normopt.kernels.compiling import call_with_jit_lock\n"
+    waiting += "call_with_jit_lock(print, 'mine', compiled=type('Kernel', (), {'overloads': {}})())"
     assert run(waiting, TMPDIR=str(tmp_path), timeout=13).stdout == "mine\n"
 
 
 def test_the_lock_is_free_again_after_an_error():
-    uncompiled = SimpleNamespace(signatures=[])
+    uncompiled = Uncompiled()
 
     def fails():
         raise KeyError("in the compiler")
@@ -83,7 +89,7 @@ def test_without_a_lock_the_function_is_called_all_the_same(fault, tmp_path, mon
         monkeypatch.setattr(compiling.fcntl, "flock", flock)
     if fault == "no fcntl":
         monkeypatch.setattr(compiling, "fcntl", None)
-    assert compiling.call_with_jit_lock(lambda x: x + 1, 2, compiled=SimpleNamespace(signatures=[])) == 3
+    assert compiling.call_with_jit_lock(lambda x: x + 1, 2, compiled=Uncompiled()) == 3
 
 
 def test_without_a_folder_for_the_cache_kernels_are_compiled_in_memory(tmp_path):

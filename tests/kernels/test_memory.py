@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import normopt
+from normopt.kernels import fused
 
 BUFFER, COMPENSATION = "momentum_buffer", "kahan_compensation"
 
@@ -701,3 +702,33 @@ def test_triton_kernels_between_guard_pages(one_of):
 def test_guard_pages_end_a_kernel_that_reads_one_entry_too_far():
     code, said = guard_pages("overrun")
     assert code == -signal.SIGSEGV, said
+
+
+@pytest.mark.parametrize("guards", ["torch's", "none"])
+def test_what_has_not_changed_is_not_looked_at_closely(guards, monkeypatch):
+    """Between steps lr, p and the gradients change, as in training; without torch's guards, all is looked at."""
+    if guards == "none":
+        monkeypatch.setattr(fused, "TensorGuards", None)
+    torch.manual_seed(0)
+    pairs = [[torch.nn.Parameter(x.clone()) for _ in range(2)] for x in map(torch.randn, [(3, 4), (7,), (5, 2)])]
+    settings = dict(norm="lp", p=2.7, momentum=0.9, agr=True, weight_decay=0.1, decay="lp")
+    settings |= dict(metric="diagonal", bias_correction=True, momentum_rule="ema")
+    opts = [normopt.SteepestDescent([pair[i] for pair in pairs], fused=not i, **settings) for i in range(2)]
+    seen = []
+    look = fused.Operand.look
+    monkeypatch.setattr(fused.Operand, "look", lambda self, tensors: (seen.append(self.name), look(self, tensors)))
+    kept = []
+    for step in range(5):
+        for opt in opts:
+            opt.param_groups[0] |= dict(lr=0.01 * (1 + step), p=2.7 + 0.01 * step)
+        for pair in pairs:
+            g = torch.randn_like(pair[0])
+            kept.append([p.grad for p in pair])  # so that no memory is used again
+            pair[0].grad, pair[1].grad = g, g.clone()
+        for opt in opts:
+            opt.step()
+        if step == 0:
+            seen.clear()
+        for fast, plain in pairs:
+            torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
+    assert bool(seen) == (guards == "none")
