@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Unpack, cast, overload
 
 import torch
@@ -46,6 +48,8 @@ from normopt.sharding.exchange import run_together
 from normopt.sharding.layout import any_dtensor, check_parts, resolved
 from normopt.stages import Batch
 from normopt.stages.base import default_settings, owners
+
+LOGGER = logging.getLogger("normopt")
 
 
 class SteepestDescent(Optimizer):
@@ -132,7 +136,8 @@ class SteepestDescent(Optimizer):
             Default "nearest".
         foreach: multi-tensor operations; None uses them where they are faster. Default None.
         fused: kernels that do the whole step of a group, Triton's on CUDA and Numba's on CPU (the extra "cpu"), for
-            ℓp norms with p > 1; None uses them on CUDA, where supported. Default None.
+            ℓp norms with p > 1; None uses them where they are installed and support the step, but for tiny groups on a
+            CPU. Default None.
         differentiable: let autograd differentiate through the step. Default False.
         **settings: also ``norm_<field>=value`` for the fields of a norm, and the settings of stages of your own.
 
@@ -292,6 +297,18 @@ class SteepestDescent(Optimizer):
             group.update({**self.defaults, **group})
             _unshare(group)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the settings, as torch.optim does, and the backend of each group.
+
+        Returns:
+            A dict of ``state`` and ``param_groups``, whose ``backend`` is "for-loop", "foreach" or "fused".
+        """
+        saved = super().state_dict()
+        for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
+            with suppress(ValueError, TypeError):  # of a setting made wrong, which the next step will refuse
+                group["backend"] = self._make_recipe(own, own["params"]).backend
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict()`` gave, the momentum in the group's ``state_dtype``.
 
@@ -320,8 +337,12 @@ class SteepestDescent(Optimizer):
 
         def restore(_: Optimizer) -> None:
             self._recipes = {}
-            for group in self.param_groups:
+            for i, group in enumerate(self.param_groups):
                 _unshare(group)
+                made_on = group.pop("backend", None)
+                now = self._make_recipe(group, group["params"]).backend
+                if made_on not in (None, now):
+                    LOGGER.info("group %d: the checkpoint's steps were made on %s, these are on %s", i, made_on, now)
             for group, i, p in match_params(self.param_groups, seen[0]):
                 for slot in slots_of(group):
                     x = seen[0]["state"].get(i, {}).get(slot.name)

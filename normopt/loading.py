@@ -171,7 +171,8 @@ def to_torch_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     for i, group in enumerate(saved["param_groups"]):
         if found := _beyond_torch(group, adam):
             raise ValueError(f"group {i} has {found}, which torch.optim.{cls.__name__} does not have")
-        theirs = {k: v for k, v in group.items() if k not in declared and not k.startswith("norm_")}
+        ours = declared.keys() | {"backend"}
+        theirs = {k: v for k, v in group.items() if k not in ours and not k.startswith("norm_")}
         theirs |= {k: group[k] for k in ("lr", "maximize")} | {"weight_decay": float(group["weight_decay"])}
         if adam:
             theirs |= {"betas": (group["momentum"], group["metric_beta"]), "eps": group["metric_eps"]}

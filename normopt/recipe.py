@@ -46,6 +46,8 @@ from normopt.stages.direction import comm_strategy
 
 Backend = Literal["for-loop", "foreach", "fused"]
 
+# Entries of a group up to which a CPU's kernels save less than they cost at the start of a process, 0.5 s.
+TINY = 1 << 13
 # Entries of a tensor, on average, up to which a CPU does better with one call for all: beyond, a tensor that goes
 # through all stages alone stays in the cache, which saves more.
 SMALL = 1 << 14
@@ -61,7 +63,7 @@ class Run(Stage):
         None,
         check_bool,
         "kernels that do the whole step of a group, Triton's on CUDA and Numba's on CPU (the extra \"cpu\"), for ℓp "
-        "norms with p > 1; None uses them on CUDA, where supported",
+        "norms with p > 1; None uses them where they are installed and support the step, but for tiny groups on a CPU",
     )
     differentiable: bool = setting(False, check_bool, "let autograd differentiate through the step")
 
@@ -367,14 +369,16 @@ def _choose_backend(recipe: Recipe, params: list[Tensor]) -> tuple[Backend, str]
     foreach, fused = recipe.run.foreach, recipe.run.fused
     if foreach is not None and not fused:
         return ("foreach", "foreach=True") if foreach else ("for-loop", "foreach=False")
-    cuda, sharded = {p.device.type for p in params} == {"cuda"}, any_dtensor(params)
-    if fused or (fused is None and cuda and not sharded):
+    devices, sharded = {p.device.type for p in params}, any_dtensor(params)
+    cuda, cpu, size = devices == {"cuda"}, devices == {"cpu"}, sum(p.numel() for p in params)
+    if fused or (fused is None and not sharded and (cuda or (cpu and size > TINY))):
         lowered = recipe.lower()
         dtype = cast("str | None", recipe.momentum.state_dtype)
         known = recipe.differentiable, dtype, params
         why_not = lowered if isinstance(lowered, str) else support.why_not(*known, lowered[0])
         if why_not is None:
-            return "fused", "fused=True" if fused else "every parameter is a plain CUDA tensor"
+            why = "every parameter is a plain CUDA tensor" if cuda else "Numba is installed"
+            return "fused", "fused=True" if fused else why
         if fused:
             raise ValueError(
                 f"fused=True cannot be had here: {why_not}. Set fused=None or False; where a checkpoint brings it, "
@@ -389,7 +393,6 @@ def _choose_backend(recipe: Recipe, params: list[Tensor]) -> tuple[Backend, str]
     no_subclass = all(type(p) in (Tensor, torch.nn.Parameter) for p in params)
     if cuda and no_subclass:
         return "foreach", "every parameter is a plain CUDA tensor"
-    devices = sorted({p.device.type for p in params})
-    if devices == ["cpu"] and no_subclass and sum(p.numel() for p in params) <= SMALL * len(params):
+    if cpu and no_subclass and size <= SMALL * len(params):
         return "foreach", "small tensors on a CPU"
-    return "for-loop", f"the default on {', '.join(devices) or 'no device yet'}"
+    return "for-loop", f"the default on {', '.join(sorted(devices)) or 'no device yet'}"

@@ -32,7 +32,8 @@ class Common(TypedDict, total=False):
             Default "nearest".
         foreach: multi-tensor operations; None uses them where they are faster. Default None.
         fused: kernels that do the whole step of a group, Triton's on CUDA and Numba's on CPU (the extra "cpu"), for
-            ℓp norms with p > 1; None uses them on CUDA, where supported. Default None.
+            ℓp norms with p > 1; None uses them where they are installed and support the step, but for tiny groups on a
+            CPU. Default None.
         differentiable: let autograd differentiate through the step. Default False.
     """
 

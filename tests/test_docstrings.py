@@ -35,6 +35,7 @@ CHECKS = {"check_number": {"TypeError", "ValueError"}, "check_choice": {"ValueEr
 CANNOT = {
     "normopt.integrations.timm.register": {"TypeError", "ValueError"},  # names that list_optimizers() gave
     "normopt.norms.lp.Lp.on": {"TypeError", "ValueError"},  # a p that was checked when the norm was made
+    "normopt.engine.SteepestDescent.state_dict": {"TypeError", "ValueError"},  # which it suppresses
     "normopt.schedules.adaptive.AdaptiveP.step": {"TypeError", "ValueError"},  # gradients are floats; so are starts
 }
 # How a summary starts that says what a method returns, so that it needs no Returns section.

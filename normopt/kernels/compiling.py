@@ -8,6 +8,7 @@ there, and under it what an older source was compiled to, or another set of flag
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 import warnings
@@ -31,6 +32,7 @@ SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__fi
 # What calls the compiled code of a function without looking at its arguments, which are always of the same types. Numba
 # finds out their types at every call, which takes longer than many a kernel runs.
 ENTRIES: dict[Any, Any] = {}
+LOGGER, ANNOUNCED = logging.getLogger("normopt"), list[bool]()
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
@@ -75,12 +77,34 @@ def call_with_jit_lock(function: Any, *args: Any, compiled: Any = None) -> Any:
     kernel = compiled or function
     if (entry := ENTRIES.get(kernel)) is not None:
         return (function if compiled else entry)(*args)
-    with _alone():
+    with _alone(), _announced():
         result = function(*args)
     known = list(kernel.overloads.values())
     if len(known) == 1:
         ENTRIES[kernel] = known[0].entry_point
     return result
+
+
+@contextmanager
+def _announced() -> Iterator[None]:
+    """Log, once in a process, that something is compiled, which the cache did not have."""
+    from numba.core import event
+
+    class Announce(event.Listener):  # type: ignore[misc]
+        def on_start(self, _: Any) -> None:
+            if not ANNOUNCED:
+                ANNOUNCED.append(True)
+                LOGGER.warning(
+                    "compiling kernels for this CPU, which takes seconds, once on a machine: they are cached. "
+                    "Silence this by logging.getLogger('normopt').setLevel('ERROR'), or step without kernels by "
+                    "fused=False"
+                )
+
+        def on_end(self, _: Any) -> None:
+            """Nothing more is to be said."""
+
+    with event.install_listener("numba:compile", Announce()):
+        yield
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from normopt.settings import Coordinates, Settings
 
 
 class SGD(SteepestDescent):
-    """Steepest descent under ℓ2: torch.optim.SGD, bit for bit.
+    """Steepest descent under ℓ2: torch.optim.SGD, with ``foreach=False`` bit for bit.
 
     ::
 
@@ -22,7 +22,7 @@ class SGD(SteepestDescent):
         m ← μm + (1−τ)g  (first m = g)         c = m, or g + μm with Nesterov, or g at μ = 0
         w ← w − ηc
 
-    The for-loop path equals ``torch.optim.SGD(foreach=False)`` bit for bit in float32 and float64 on CPU.
+    ``foreach=False`` equals ``torch.optim.SGD(foreach=False)`` bit for bit in float32 and float64 on CPU.
 
     Args:
         params: parameters or param groups.

@@ -425,12 +425,16 @@ def test_parameters_that_cannot_be_fused_say_why():
     assert "on fused (fused=True)" in normopt.SGD(p, fused=True).backend()
     assert "on foreach (small tensors on a CPU)" in normopt.SGD(p).backend()
     large = [torch.nn.Parameter(torch.zeros(200, 200))]
-    assert "on for-loop (the default on cpu)" in normopt.SGD(large).backend()
+    assert "on fused (Numba is installed)" in normopt.SGD(large).backend()
+    assert "on for-loop (the default on cpu)" in normopt.SGD(large, fused=False).backend()
+    assert "on for-loop (the default on cpu)" in normopt.LPSGDM(large, p=1.0, scale="dual").backend()
     assert "on for-loop (foreach=False)" in normopt.SGD(p, foreach=False).backend()
 
 
 def test_without_numba_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr("normopt.kernels.support._installed", lambda package: False)
+    large = [torch.nn.Parameter(torch.zeros(200, 200))]
+    assert "on for-loop (the default on cpu)" in normopt.SGD(large).backend()
     with pytest.raises(ValueError, match=r'numba is not installed, which the extra "cpu" brings'):
         normopt.SGD([torch.nn.Parameter(torch.zeros(2))], fused=True)
 
@@ -534,3 +538,25 @@ for p, scale in ways[turn:] + ways[:turn]:
         for process in running:
             _, said = process.communicate(timeout=patience(100))
             assert process.returncode == 0, said
+
+
+def test_a_checkpoint_says_which_backend_made_it_and_a_change_is_logged(caplog):
+    def make(**how):
+        p = torch.nn.Parameter(torch.ones(100, 100))
+        p.grad = torch.ones(100, 100)
+        return normopt.SGD([p], lr=0.1, momentum=0.9, **how)
+
+    opt = make()
+    opt.step()
+    saved = opt.state_dict()
+    assert saved["param_groups"][0]["backend"] == "fused"
+    caplog.set_level("INFO", logger="normopt")
+    other = make(foreach=True)
+    other.load_state_dict({**saved, "param_groups": [saved["param_groups"][0] | {"foreach": True}]})
+    assert [r.message for r in caplog.records] == [
+        "group 0: the checkpoint's steps were made on fused, these are on foreach"
+    ]
+    assert "backend" not in other.param_groups[0]
+    caplog.clear()
+    make().load_state_dict(saved)
+    assert not caplog.records
