@@ -38,6 +38,7 @@ from normopt.params import (
     check_no_zeros,
     check_own_shapes,
     check_tensors,
+    pieces,
     warn_if_stuck,
     with_gradients,
 )
@@ -50,6 +51,7 @@ from normopt.stages import Batch
 from normopt.stages.base import default_settings, owners
 
 LOGGER = logging.getLogger("normopt")
+REFUSALS = (ValueError, TypeError)  # of settings
 
 
 class SteepestDescent(Optimizer):
@@ -305,7 +307,7 @@ class SteepestDescent(Optimizer):
         """
         saved = super().state_dict()
         for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
-            with suppress(ValueError, TypeError):  # of a setting made wrong, which the next step will refuse
+            with suppress(*REFUSALS):  # of a setting made wrong, which the next step will refuse
                 group["backend"] = self._make_recipe(own, own["params"]).backend
         return saved
 
@@ -485,7 +487,12 @@ class SteepestDescent(Optimizer):
             return recipe, [Batch(recipe, some, self.state) for some in batches(recipe, params)]
         states = {name: [self.state.get(p, {}).get(name) for p in params] for name in recipe.shaped}
         if known and known.may_be_plain and are_plain(params, gradients, states.values(), known.kinds):
-            return recipe, [Batch(recipe, params, self.state, gradients, cast(dict[str, list[Tensor]], states))]
+            found = []
+            for piece in pieces(recipe, params):
+                some, theirs = ([xs[j] for j in piece] for xs in (params, gradients))
+                own = {name: [cast(Tensor, xs[j]) for j in piece] for name, xs in states.items()}
+                found.append(Batch(recipe, some, self.state, theirs, own))
+            return recipe, found
         check_tensors(params, gradients, states)
         return recipe, [Batch(recipe, some, self.state) for some in batches(recipe, params)]
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 grad_of, device_of, dtype_of, memory_layout_of = (
     cast(Any, x).__get__ for x in (Tensor.grad, Tensor.device, Tensor.dtype, Tensor.layout)
 )
+PIECE = 1 << 20  # entries
 PLAIN = {Tensor, torch.nn.Parameter}
 Kinds = tuple[set[type], set[torch.device], set[torch.dtype]]
 
@@ -235,7 +236,37 @@ def batches(recipe: Recipe, params: list[Tensor]) -> Iterator[list[Tensor]]:
             layout = layout_of(p)
             sharding = layout and (layout.group, comm_strategy(recipe.norm, recipe.direction.base, layout))
             buckets.setdefault((p.device, p.dtype, empty, is_dtensor(p), sharding), []).append(p)
-        yield from buckets.values()
+        for bucket in buckets.values():
+            alone = recipe.backend == "fused" or any(map(is_dtensor, bucket))
+            yield from [bucket] if alone else ([bucket[i] for i in piece] for piece in pieces(recipe, bucket))
+
+
+def pieces(recipe: Recipe, params: list[Tensor]) -> list[list[int]]:
+    """Return the indices of the tensors that go through the stages together, in pieces.
+
+    A step of matrices makes temporaries of about six times a piece: a piece has a sixth of the entries, but not less
+    than `PIECE`, so that temporaries take no more memory than the weights do. Tensors of one shape stay together.
+
+    Args:
+        recipe: the group's.
+        params: tensors of one device and dtype.
+    """
+    size = sum(map(Tensor.numel, params))
+    most = max(size // 6, PIECE)
+    if size <= most or recipe.whole_group or not recipe.norm.batches:
+        return [list(range(len(params)))]
+    by_shape: dict[torch.Size, list[int]] = {}
+    for i, p in enumerate(params):
+        by_shape.setdefault(p.shape, []).append(i)
+    found: list[list[int]] = []
+    left = 0
+    for i in chain.from_iterable(by_shape.values()):
+        if params[i].numel() > left:
+            found.append([])
+            left = most
+        found[-1].append(i)
+        left -= params[i].numel()
+    return found
 
 
 def warn_if_stuck(

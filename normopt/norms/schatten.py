@@ -15,7 +15,7 @@ from normopt.norms.base import Scale, indices_by, without_autocast
 from normopt.norms.lanczos import top_pair
 from normopt.norms.lp import nonzero, norm_and_shift, norm_last_dim, shift, top_and_root_last_dim
 from normopt.norms.matrices import MatrixNorm, from_matrices, mul_pow2, normalize_exponent, to_matrices, total
-from normopt.norms.polar import polar
+from normopt.norms.polar import iteration_dtype, polar
 from normopt.norms.registry import register
 
 # What each iterative method computes, and the p whose dual map that is; "svd" works for every p.
@@ -54,7 +54,8 @@ class Schatten(MatrixNorm):
             "lanczos" uses two matrix–vector products a step: on 256 × 256 Gaussian matrices the dual norm is within
             0.3 % after 24 steps, and from min(rows, columns) steps on it is as exact as "svd".
         steps: the number of iterations. Default 5, meant for p = ∞; use about 24 for "lanczos".
-        dtype: the dtype of the iteration for p = ∞, "bfloat16" or "float32". Default "float32".
+        dtype: the dtype of the iteration for p = ∞, "bfloat16", "float32", or "auto": float32 on a CPU without
+            instructions for bfloat16, else bfloat16. Default "float32".
         aspect: the factor f: "none" (the default), "rms" (the RMS → RMS operator norm), "original" (Keller Jordan's),
             "match_rms_adamw" (Moonlight's), or another; see [`MatrixNorm`][normopt.norms.MatrixNorm].
         exponent: the exponent of the singular values, in place of 1/(p−1); above −1, except under scale="power". None
@@ -88,7 +89,7 @@ class Schatten(MatrixNorm):
         check_number("p", self.p, low=1)
         object.__setattr__(self, "p", float(self.p))
         check_choice("method", self.method, ("svd", *COMPUTES))
-        check_choice("dtype", self.dtype, ("bfloat16", "float32"))
+        check_choice("dtype", self.dtype, ("auto", "bfloat16", "float32"))
         check_integer("steps", self.steps, high=100)
         self.check_view()
         if self.exponent is not None:
@@ -171,7 +172,7 @@ class Schatten(MatrixNorm):
         if self.method == "lanczos":
             return top_pair(y, self.steps)
         if self.method != "svd":
-            return None, polar(y, self.method, self.steps, getattr(torch, self.dtype))
+            return None, polar(y, self.method, self.steps, iteration_dtype(self.dtype, y.device))
         u, s, vt, power = singular(y)
         exponent = self.power_exponent
         if exponent is None:

@@ -23,7 +23,7 @@ class Muon(SteepestDescent):
     ::
 
         m ← μm + (1−μ)g  (first m = 0)          c = (1−μ)g + μm with Nesterov, else m
-        u = f · UVᵀ of c = UΣVᵀ                 by a polynomial iteration in bfloat16
+        u = f · UVᵀ of c = UΣVᵀ                 by a polynomial iteration
         w ← (1 − ηλ)w − ηu
 
     Args:
@@ -35,7 +35,8 @@ class Muon(SteepestDescent):
         steps: the number of polynomial iterations. Default 5.
         aspect: the factor f by the matrix's shape: "original" √max(1, rows/columns) (Keller Jordan's, torch's
             default), "match_rms_adamw" 0.2·√max(rows, columns), "rms" √(rows/columns), or "none".
-        dtype: the dtype of the iteration, "bfloat16" or "float32".
+        dtype: the dtype of the iteration, "bfloat16", "float32", or "auto" (the default): float32 on a CPU without
+            instructions for bfloat16, else bfloat16.
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`. λ is 0 by
             default, as in Keller Jordan's; torch's is 0.1.
 
@@ -56,7 +57,7 @@ class Muon(SteepestDescent):
         >>> opt = normopt.Muon(normopt.param_groups(model, preset="muon-adamw"), lr=0.02, weight_decay=0.1)
     """
 
-    _usual_fields: ClassVar = {"norm_dtype": "bfloat16"}
+    _usual_fields: ClassVar = {"norm_dtype": "auto"}
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class Muon(SteepestDescent):
         method: str = "newton-schulz",
         steps: int = 5,
         aspect: str = "original",
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         **settings: Unpack[Settings],
     ) -> None:
         fixed = dict[str, Any](norm_method=method, norm_steps=steps, norm_aspect=aspect, norm_dtype=dtype)
@@ -97,7 +98,7 @@ class NorMuon(Muon):
         method: as in `Muon`. Default "newton-schulz".
         steps: as in `Muon`. Default 5.
         aspect: as in `Muon`. Default "original".
-        dtype: as in `Muon`. Default "bfloat16".
+        dtype: as in `Muon`. Default "auto".
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter, and one number per row, float32 for 16-bit weights.
@@ -126,7 +127,7 @@ class NorMuon(Muon):
         method: str = "newton-schulz",
         steps: int = 5,
         aspect: str = "original",
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         **settings: Unpack[Settings],
     ) -> None:
         own = dict[str, Any](row_beta=row_beta, method=method, steps=steps, aspect=aspect, dtype=dtype, **settings)
@@ -326,7 +327,7 @@ class Scion(SteepestDescent):
         >>> opt = normopt.Scion(normopt.param_groups(model, preset="scion"), lr=2**-12)
     """
 
-    _usual_fields: ClassVar = {"norm_dtype": "bfloat16"}
+    _usual_fields: ClassVar = {"norm_dtype": "auto"}
 
     def __init__(
         self,
@@ -341,7 +342,7 @@ class Scion(SteepestDescent):
         **settings: Unpack[Coordinates],
     ) -> None:
         rule = dict[str, Any](norm="spectral", scale="unit", momentum_rule="ema", norm_aspect="rms", norm_method=method)
-        fixed = fixed_kwargs("Scion", settings, norm_dtype="bfloat16", **rule)
+        fixed = fixed_kwargs("Scion", settings, norm_dtype="auto", **rule)
         ball = dict[str, Any](radius=radius, weight_decay=weight_decay, decay=decay)
         super().__init__(params, lr, momentum=momentum, **ball, **fixed)
 

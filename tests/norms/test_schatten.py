@@ -412,3 +412,13 @@ def test_an_empty_stack_beside_one_of_the_same_matrices(empty_first):
     torch.testing.assert_close(norms[int(empty_first)], n.dual_norm(full))
     assert maps[1 - int(empty_first)].shape == empty.shape
     assert norms[1 - int(empty_first)] == 0
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_is_the_dtype_that_the_processor_multiplies(supported, monkeypatch):
+    monkeypatch.setattr("normopt.norms.polar.CPU_MULTIPLIES_BFLOAT16", supported)
+    c = [torch.randn(8, 6, generator=torch.Generator().manual_seed(0))]
+    norms = [Schatten(math.inf, method="newton-schulz", dtype=x) for x in ("auto", "bfloat16", "float32")]
+    auto, low, high = (norm.pairs(c)[0][1] for norm in norms)
+    assert torch.equal(auto, low if supported else high)
+    assert not torch.equal(low, high)
