@@ -126,8 +126,13 @@ def _regularize_all(groups: list[list[Tensor]], whole: list[bool]) -> Iterator[T
             found = list(scalars)
         for g, s, size in zip(gs, found, sizes, strict=True):
             new = torch.empty_like(g)
-            shard = to_compute_dtype(as_real(resolved(to_local(g))))
-            as_real(to_local(new)).copy_(agr.apply([shard], s[None], [size])[0])
+            here, shard = as_real(to_local(new)), to_compute_dtype(as_real(resolved(to_local(g))))
+            if size <= 1:
+                here.copy_(shard)
+            elif here.dtype == shard.dtype:
+                agr.regularized(shard, s.to(shard), out=here)
+            else:
+                here.copy_(agr.regularized(shard, s.to(shard)))
             yield new
 
 

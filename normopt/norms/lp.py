@@ -201,7 +201,7 @@ def signed_power(c: list[Tensor], exponent: float | Tensor) -> list[Tensor]:
         return list(torch._foreach_mul(c, magnitude))
     if isinstance(exponent, Tensor):
         ends = zip(signed_power(c, 0), c, magnitude, strict=True)
-        general = [(sign, x, a.pow(match_dtype(exponent, x)).copysign(x)) for sign, x, a in ends]
+        general = [(sign, x, a.pow_(match_dtype(exponent, x)).copysign_(x)) for sign, x, a in ends]
         return [torch.where(exponent == 0, s, torch.where(exponent == 1, x, u)) for s, x, u in general]
     # p = 3 is a square root, ten times as fast as a general power.
     if torch.is_grad_enabled():
@@ -255,7 +255,10 @@ def relative_sum(x: Tensor, q: float | Tensor, at_inf: float = 1.0) -> tuple[Ten
     limits = torch.finfo(a.dtype)
     small = not isinstance(q, Tensor) and q <= 4
     top = a.amax(-1).clamp(limits.tiny if small else 0, limits.max)
-    return top, (a / (top if small else nonzero(top))[..., None]).pow(match_dtype(q, a)).sum(-1)
+    safe = (top if small else nonzero(top))[..., None]
+    # amax has kept a, if autograd records it.
+    relative = a / safe if torch.is_grad_enabled() else a.div_(safe)
+    return top, relative.pow_(match_dtype(q, a)).sum(-1)
 
 
 def nonzero(x: Tensor) -> Tensor:

@@ -36,14 +36,27 @@ def agr(g: list[Tensor]) -> list[Tensor]:
 
 def measure(g: list[Tensor]) -> Tensor:
     """Return the partials of n pieces, shape [n, 3]: M, m/M, and the sum of the others relative to M."""
-    rows = []
-    for x in g:
-        size = x.abs().reshape(-1) if x.numel() else x.new_zeros(1)
-        first = size.argmax(keepdim=True)
-        top = clamp_normal(size[first])
-        size = size / top  # relative, so that the sum cannot overflow
-        rows.append(torch.cat([top, size[first], size.scatter(0, first, 0).sum(0, keepdim=True)]))
+    rows = [_measure(x) for x in g]
     return torch.stack([row.to(rows[0].device) for row in rows])
+
+
+def _measure(x: Tensor) -> Tensor:
+    size = x.abs().reshape(-1) if x.numel() else x.new_zeros(1)
+    first = _first_largest(size.detach(), len(x) if x.dim() else 1)
+    largest = size[first]
+    top = clamp_normal(largest)
+    size = size.div_(top).index_fill_(0, first, 0)  # relative, so that the sum cannot overflow
+    return torch.cat([top, largest / top, size.sum(0, keepdim=True)])
+
+
+def _first_largest(size: Tensor, rows: int) -> Tensor:
+    """Return the index of the largest entry, or of a NaN, of a vector of so many equal rows: shape [1]."""
+    length = len(size) // max(rows, 1)
+    if rows < 2 or length < 64:
+        return size.argmax(0, keepdim=True)
+    table = size.view(rows, length)
+    row = table.amax(1).argmax(0, keepdim=True)  # amax is ten times as fast as argmax
+    return row * length + table[row].argmax(1)
 
 
 def combine(partials: Tensor) -> Tensor:
@@ -65,15 +78,23 @@ def apply(g: list[Tensor], scalars: Tensor, sizes: list[int]) -> list[Tensor]:
         scalars: results of ``combine``, one row per piece.
         sizes: the tensors' numbers of entries; tensors of one entry are left unchanged.
     """
-    return [_apply(x, s.to(x)) if size > 1 else x for x, s, size in zip(g, scalars, sizes, strict=True)]
+    return [regularized(x, s.to(x)) if size > 1 else x for x, s, size in zip(g, scalars, sizes, strict=True)]
 
 
-def _apply(g: Tensor, scalars: Tensor) -> Tensor:
-    top, largest, others = scalars
-    size = g.abs() / top
+def regularized(g: Tensor, scalars: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return one regularized piece of a tensor of more than one entry.
+
+    Args:
+        g: the piece.
+        scalars: the tensor's result of ``combine``, shape [3], of g's dtype and device.
+        out: the result's memory, of g's shape and dtype. Default None, a new tensor.
+    """
+    top, largest, others = scalars.unbind()
     total = others + largest
-    r = torch.where(size == largest, others, total - size)
-    return g * (r / torch.where(total == 0, 1, total))
+    r = g.abs() if out is None else torch.abs(g, out=out)
+    # (largest − size) + others is without cancellation, and exactly others for the largest.
+    r.div_(-top).add_(largest).add_(others)
+    return r.div_(torch.where(total == 0, 1, total)).mul_(g)
 
 
 def over_group(scalars: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:

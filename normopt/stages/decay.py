@@ -287,10 +287,12 @@ def lp_factors(w: list[Tensor], p: float, lr_times_decay: Number) -> list[Tensor
     """
     k = p * lr_times_decay
     if p >= 2:
-        return [1 / (1 + k * x.abs().pow(p - 2)) for x in w]
-    # Clamped to finite, so that a huge weight gives a factor of 1 and not ∞/∞.
-    sizes = [x.abs().pow(2 - p).clamp(max=torch.finfo(x.dtype).max) for x in w]
-    factors = [x / (x + k) for x in sizes]
-    if isinstance(k, Tensor):
-        return [torch.where(k == 0, 1, f) for f in factors]
-    return factors if k != 0 else [torch.ones_like(x) for x in sizes]
+        return [x.abs().pow_(p - 2).mul_(k).add_(1).reciprocal_() for x in w]
+    if not isinstance(k, Tensor) and k == 0:
+        return [torch.ones_like(x) for x in w]
+    factors = []
+    for x in w:
+        # Clamped to finite, so that a huge weight gives a factor of 1 and not ∞/∞.
+        size = x.abs().pow_(2 - p).clamp_(max=torch.finfo(x.dtype).max)
+        factors.append(size.div_(size + k))
+    return [f.masked_fill_(k == 0, 1) for f in factors] if isinstance(k, Tensor) else factors
