@@ -227,7 +227,7 @@ def _params(
     if ratio is not None:
         for group in groups:
             group |= {key: ratio for key in ("lr_ratio", "radius") if key in group}
-    return groups
+    return list(groups)  # which every optimizer takes: an ablation may give any of them a preset's norms
 
 
 def _theirs(entry: Entry, settings: dict[str, Any], model: nn.Module) -> Optimizer:
