@@ -323,7 +323,8 @@ class SteepestDescent(Optimizer):
             state_dict: of an optimizer of the same parameters, in the same groups and order.
 
         Raises:
-            ValueError: a momentum has not the shape of its parameter, a setting is refused, or there are other groups;
+            ValueError: a momentum has not the shape of its parameter, a setting is refused, or there are other groups
+                or the same names in another order;
                 the checkpoint is another optimizer's: it has another norm, scale or momentum rule, or was not written
                 by normopt and has state that no stage here reads. Nothing is changed then.
             TypeError: a setting is of the wrong type; nothing is changed then.

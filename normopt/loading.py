@@ -62,7 +62,8 @@ def prepare_state_dict(
         check: checks a group's settings against its parameters.
 
     Raises:
-        ValueError: state of the wrong shape, invalid settings, or state or settings of another optimizer.
+        ValueError: state of the wrong shape or of another parameter, invalid settings, or state or settings of another
+            optimizer.
 
     Warns:
         UserWarning: a normopt checkpoint has extra state keys.
@@ -74,6 +75,7 @@ def prepare_state_dict(
             "checkpoints of torch.optim.Muon do not load, because its settings have other names here: put each "
             "parameter's momentum_buffer into a state_dict() of this optimizer after one of its steps"
         )
+    _check_names(param_groups, groups)
     kept = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in param_groups]
     kept += [{}] * (len(groups) - len(kept))  # torch reports a mismatch in number
     groups = [{k: plain(v) if k.startswith("norm_") else v for k, v in group.items()} for group in groups]
@@ -116,6 +118,22 @@ def prepare_state_dict(
                 "remove them from the checkpoint's param_groups (with norm, also p and norm_…) to keep the current ones"
             )
     return {**state_dict, "param_groups": complete}
+
+
+def _check_names(param_groups: Groups, saved_groups: Groups) -> None:
+    """Raise a ValueError if the place of a parameter has the name of another one of the optimizer's in the checkpoint.
+
+    Names that are not of the optimizer's parameters are passed over: a model may be wrapped, or renamed.
+    """
+    known = {name for group in param_groups for name in group.get("param_names", ())}
+    for ours, saved in zip(param_groups, saved_groups, strict=False):
+        for name, theirs in zip(ours.get("param_names", ()), saved.get("param_names", ()), strict=False):
+            if theirs != name and theirs in known:
+                raise ValueError(
+                    f"the checkpoint has {theirs!r} in the place of {name!r}, so that each would get another's "
+                    "state: make the groups in the checkpoint's order and with its frozen parameters, or remove "
+                    "param_names from the checkpoint's param_groups to load by position"
+                )
 
 
 def _from_adam(state_dict: dict[str, Any], param_groups: Groups) -> dict[str, Any]:

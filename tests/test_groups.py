@@ -404,9 +404,10 @@ def test_what_follows_a_name_like_an_output_layers_is_asked_for():
         assert f"note: no output layer was found: pass output='{names[-1]}' if it is one" in str(
             normopt.param_groups(model)
         )
-        last = getattr(model, names[-1]).requires_grad_(False)
-        assert "note" not in str(normopt.param_groups(model))
-        assert last.weight.requires_grad is False
+        getattr(model, names[-1]).requires_grad_(False)
+        trained = [name for name in names[:-1] if name != "gru"][-1]
+        assert f"note: no output layer was found: pass output='{trained}'" in str(normopt.param_groups(model))
+        assert "no output" not in str(normopt.param_groups(model.requires_grad_(False)))
     groups = normopt.param_groups(Net(fc1=layer(), out=layer(), fc2=layer()))
     assert "note: fc2, out look like output layers, and fc2 was taken for it" in str(groups)
     # A part of the model has what it takes for an output; the model's own is a container.
@@ -467,6 +468,17 @@ def test_parametrized_weights_of_any_name_do_not_decay_and_broken_properties_do_
         qkv=nn.Linear(8, 24), gate=nn.Linear(8, 8)
     )
     assert by_name(normopt.param_groups(broken, "muon"), "norm_blocks")["qkv.weight"] == 3
+
+
+def test_factors_of_lora_are_of_one_kind_in_any_form():
+    for rank, kind in ((8, "linear"), (2, "gate"), (1, "gate")):
+        bare = Net(lora_A=nn.Parameter(torch.ones(rank, 16)), lora_B=nn.Parameter(torch.ones(16, rank)))
+        parts = {"lora_A": nn.Linear(16, rank, bias=False), "lora_B": nn.Linear(rank, 16, bias=False)}
+        for model in (bare, Net(**{name: nn.ModuleDict({"default": part}) for name, part in parts.items()})):
+            assert set(by_name(normopt.param_groups(model, output=None), "kind").values()) == {kind}
+    factor = nn.ParameterDict({"default": nn.Parameter(torch.ones(8, 16))})
+    groups = normopt.param_groups(Net(lora_embedding_A=factor))
+    assert by_name(groups, "kind") == {"lora_embedding_A.default": "embedding"}
 
 
 class Bare(nn.Module):
@@ -855,6 +867,28 @@ def test_names_and_settings_are_saved_and_loaded():
     assert [g["radius"] for g in other.param_groups] == [g["radius"] for g in opt.param_groups]
 
 
+def test_layers_of_one_shape_are_not_exchanged_by_a_checkpoint():
+    def trained(*names):
+        model = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+        opt = normopt.Muon(normopt.param_groups(model, output=None))
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.full_like(p, i + 1.0)
+        opt.step()
+        return opt
+
+    saved = trained("a", "b").state_dict()
+    other = trained("b", "a")
+    before = [x.clone() for state in other.state.values() for x in state.values()]
+    with pytest.raises(ValueError, match=r"the checkpoint has 'a\.weight' in the place of 'b\.weight'"):
+        other.load_state_dict(saved)
+    assert all(map(torch.equal, before, [x for state in other.state.values() for x in state.values()]))
+    trained("a", "b").load_state_dict(saved)
+    trained("c", "d").load_state_dict(saved)  # renamed
+    for group in saved["param_groups"]:
+        del group["param_names"]
+    other.load_state_dict(saved)  # by position, as it says
+
+
 # The modular norm.
 
 
@@ -955,6 +989,15 @@ def test_what_modular_cannot_see_through_says_so(reason):
     with pytest.raises(ValueError, match=f"{reason}.*residual_depth=L"):
         normopt.param_groups(model, "modular")
     normopt.param_groups(model, "modular", residual_depth=1)
+
+
+def test_modular_names_the_model_in_a_wrapper():
+    chain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"does not look into a DataParallel: pass the model in it, model\.module"):
+        normopt.param_groups(nn.DataParallel(chain), "modular")
+    with pytest.raises(ValueError, match=r"pass the model in it, model\._orig_mod"):
+        normopt.param_groups(torch.compile(chain), "modular")
+    normopt.param_groups(nn.DataParallel(chain), "modular", residual_depth=1)
 
 
 def test_a_step_moves_the_output_by_no_more_than_the_learning_rate():

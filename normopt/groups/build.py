@@ -64,15 +64,15 @@ def param_groups(
                     "conv", and have the aspect of the linear layer of a patch
         gate        matrices with fewer than 4 rows or columns
         conv        out × (in · taps), groups are blocks
-        qkv         fused queries, keys and values: a block for each head, 3 where the module tells no heads
+        qkv         fused queries, keys and values: a block for each head, else 3 if they are equal, else 1, with a note
         gate_up     a gate and what it multiplies: 2 blocks
         experts     (experts, out, in) is a stack, (experts, in, out) one of transposed matrices
         router, recurrent (gates are blocks), linear
 
     Hidden matrices are "linear", "qkv", "gate_up", "experts", "router", "recurrent" and "conv". "depthwise",
     "input_conv" and "gate" are as embeddings in the Muon presets, and as hidden matrices in the others. Parametrized
-    weights and LoRA factors are as the layer that they are of. A kind that follows from a name alone is printed with
-    "?". Where no output layer is found, a note says so. All presets but the first three use unit steps throughout.
+    weights and LoRA factors are as the layer that they are of. What is read from a name alone is printed with "?".
+    Where no output layer is found, a note says so. All presets but the first three use unit steps throughout.
 
     Vectors, tables and state-space parameters do not decay (weight_decay 0), nor do parametrized weights and what
     timm's ``no_weight_decay()`` names, except under Scion's presets, whose decay is the method's constraint.
@@ -107,16 +107,17 @@ def param_groups(
     their sum. Where a transformer's graph does not tell, and its config does, L is twice the config's number of layers;
     a note says so.
 
-    Frozen parameters (``requires_grad`` is False) are in no group, and "modular" gives them no mass. Parameters that
-    are unfrozen later need new groups: call this again for a new optimizer.
+    Frozen parameters (``requires_grad`` is False) are in no group, and "modular" gives them no mass. Call this
+    again for what is unfrozen later, and give its groups to ``add_param_group``, or under "modular" to a new optimizer.
 
     Args:
         model: any module; each parameter that is not frozen must belong to a known module type or match an override.
         preset: one of the above. Default "muon-adamw".
         overrides: a dict from a pattern or module type to a dict of settings; none by default. A shell pattern matches
-            the parameter's or its module's name, and "kind:router" the parameters of a kind. The settings override the
-            preset's, and later entries override earlier ones. "norm" replaces the preset's norm with its fields and
-            radius, or all of AdamW. "kind" says what a parameter is, one of the above; "mass" is for "modular".
+            one of the parameter's or its modules' names, and "kind:router" the parameters that are of a kind after the
+            entries before. The settings override the preset's, and later entries override earlier ones. "norm" replaces
+            the preset's norm with its fields and radius, or all of AdamW. "kind" says what a parameter is, one of the
+            above; "mass" is for "modular".
         output: the name of the output layer, or a list of names. "auto", the default, asks the model's methods and
             looks for known names; "last" is the last linear layer or convolution in the order of definition, frozen or
             not; None means none. A weight tied to an embedding counts as output anyway.
@@ -128,12 +129,13 @@ def param_groups(
         ``kind``; "modular" adds ``share`` (of the mass) and ``sensitivity``.
 
     Raises:
-        ValueError: a parameter of unknown kind, or of a lazy module without a shape; an override that matches
-            nothing; an unknown preset, kind, norm or output; a mass or residual_depth that is out of range or used
-            without preset "modular"; an lr_ratio that is out of range or used with a preset of one rule; a model that
-            "modular" cannot trace.
-        TypeError: ``model`` is not a module, an override not a dict, its key neither pattern nor module type, its mass
-            or lr_ratio not a number, or residual_depth not an integer.
+        ValueError: a parameter of unknown kind, or of a lazy module without a shape; an override that matches nothing,
+            or whose setting is unknown or out of range; blocks that do not add up to a matrix's rows; an unknown
+            preset, kind, norm or output; a mass or residual_depth that is out of range or used without preset
+            "modular"; an lr_ratio that is out of range or used with a preset of one rule; a model that "modular" cannot
+            trace.
+        TypeError: ``model`` is not a module, an override not a dict, its key neither pattern nor module type, a setting
+            of the wrong type, ``output`` neither names nor None, or residual_depth not an integer.
 
     Source: Muon, Keller Jordan, 2024; Scion, arXiv:2502.07529; SCALE, arXiv:2506.16659; the modular norm, Large et
     al., arXiv:2405.14813, and modular duality, Bernstein and Newhouse, arXiv:2410.21265.

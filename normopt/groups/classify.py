@@ -53,7 +53,7 @@ TABLE = re.compile(
     r"|\w*tokens?|\w*quer(y|ies)|\w*latents?|probe|\w*prompts?|\w*embed(ding)?s?(_table)?|\w*codevectors?|\w*codebooks?"
 )
 STATE = re.compile(r"A|A_logs?|Ds?|dt_\w+|time_\w+|recurrent_param|lambda\w*|alpha\w*")
-FACTOR = re.compile(r"lora_(A|B|down|up)(\.\w+)?")
+FACTOR = re.compile(r"lora_(embedding_)?(A|B|down|up)(\.\w+)?")
 # Names of an output layer, or of a container of one: at any depth, at the top or inside of such, or for want of others.
 DEEP = re.compile(
     r"lm_head|embed_out|output_projection|unembed|seq_relationship|cls_score|bbox_(pred|reg|embed|ctrness)|cls_logits"
@@ -196,6 +196,7 @@ def _classify(
         return "norm", {}, False
     if "bias" in attribute:
         return "bias", {}, wide > 1 and param.dim() != 1
+    is_layer |= FACTOR.search(f"{prefix}.{attribute}") is not None
     if wide <= 1 and not (is_layer and param.dim() > 1) and not (param.dim() == 3 and "Expert" in kind_of):
         return "vector", {}, False
     if attribute == "weight" and isinstance(module, EMBEDDINGS):
@@ -309,8 +310,8 @@ def _bare(kind_of: str, prefix: str, module: nn.Module, attribute: str, param: n
         return ("gate" if min(param.shape) < 4 else "router"), {}, True
     if kind_of.endswith("Loss") and attribute == "weight":
         return "output", {"matrix_view": "transposed"}, True
-    if FACTOR.search(f"{prefix}.{attribute}") and param.dim() == 2:
-        return "linear", {}, True
+    if param.dim() == 2 and (factor := FACTOR.search(f"{prefix}.{attribute}")):
+        return ("embedding" if factor[1] else "gate" if min(param.shape) < 4 else "linear"), {}, True
     if STATE.fullmatch(attribute):
         return "state", {}, True
     if TABLE.fullmatch(attribute) or ("Embed" in kind_of and attribute in ("weight", "weights")):
@@ -352,8 +353,8 @@ def _mark_outputs(modules: dict[str, nn.Module], infos: list[ParamInfo], output:
             names = [", ".join(paths) for paths in (alike, marked)]
             notes = [f"{names[0]} look like output layers, and {names[1]} was taken for it: pass output= to choose"]
         if not marked and not any(info.kind == "output" for info in infos):
-            last = _last(modules, by_module, layers)
-            if last is None or not any(info.param.requires_grad for info in by_module[last]):
+            last = _last(modules, by_module, [p for p in layers if any(i.param.requires_grad for i in by_module[p])])
+            if last is None:
                 return []
             return [f"no output layer was found: pass output={last!r} if it is one, or a list if there are several"]
     elif output == "last":

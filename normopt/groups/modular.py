@@ -98,6 +98,11 @@ def _from_config(model: nn.Module, infos: Sequence[ParamInfo], error: Untraceabl
         ValueError: it does not.
     """
     found = _depth_of(model, infos)
+    for inner in ("module", "_orig_mod"):  # of nn.DataParallel, DistributedDataParallel, torch.compile
+        if found is None and type(model).__module__.startswith("torch.") and hasattr(model, inner):
+            raise ValueError(
+                f'preset="modular" does not look into a {type(model).__name__}: pass the model in it, model.{inner}'
+            ) from None
     if found is None:
         raise ValueError(
             f'preset="modular" computes sensitivities from the model\'s graph, but {error}. Set the depth instead: '
