@@ -196,7 +196,10 @@ def measure_sparsity(
 def measure_speed(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="resnet18, gpt2, tiny1000, one100m, polar; repeatable. Default: resnet18, tiny1000, polar."),
+        typer.Option(help="mlp, resnet18, vit-s, gpt2, tiny1000, one100m, polar; repeatable. Default: by the part."),
+    ] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="table, growth or limits; repeatable. Default: all of them.")
     ] = None,
     threads: Annotated[
         list[int] | None, typer.Option(min=1, help="Threads of the CPU; repeatable. Default: 1, and all there are.")
@@ -205,47 +208,43 @@ def measure_speed(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/speed"),
-    sweep: Annotated[
-        bool,
-        typer.Option("--sweep", help="Measure how cost grows too: 10 to 10,000 tensors, 1 to 500 M parameters."),
-    ] = False,
     compiled: Annotated[
-        bool, typer.Option("--compiled", help="Have torch compile its own steps too, which takes minutes.")
+        bool, typer.Option("--compiled", help="Beside the limits, have torch compile its own steps; takes minutes.")
     ] = False,
-    startup: Annotated[bool, typer.Option(help="Measure the first steps of fresh processes.")] = True,
     page: Annotated[
-        Path | None, typer.Option(help="Measure nothing: write a page of the docs from the results in --out.")
+        Path | None, typer.Option(help="Measure nothing: write the pages of the docs from the results in --out.")
     ] = None,
 ) -> None:
-    """Measure how fast steps are: normopt's and others', side by side, against what the memory allows."""
-    from benchmarks.speed import models, report, run  # matplotlib and the compilers, which no other command needs
+    """Measure how fast steps are: what is typed today beside normopt's default, how that grows, and the limits."""
+    from benchmarks.speed import models, run  # matplotlib and the compilers, which no other command needs
+    from benchmarks.speed import page as pages
 
     if page is not None:
-        if not (out / report.JSON).exists():
-            raise BadStudy(f"{out} holds no {report.JSON}: measure first, without --page")
-        written = report.page(report.read(out), page)
+        if not (out / pages.JSON).exists():
+            raise BadStudy(f"{out} holds no {pages.JSON}: measure first, without --page")
+        pages.publish(pages.read(out), page)
     else:
         for what, value, allowed in (
             *(("model", name, [*models.MODELS]) for name in model or ()),
+            *(("part", name, [*run.PARTS]) for name in part or ()),
             ("dtype", dtype, [*run.DTYPES]),
             ("device", device, ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]),
         ):
             if value not in allowed:
                 raise BadStudy(f"the {what} is one of {', '.join(allowed)} here, not {value!r}")
         run.run(
-            model or run.DEFAULT,
+            model or (),
             out,
             lambda said: console.print(said, soft_wrap=isinstance(said, str)),
             width=console.width,
+            parts=part or (),
             threads=threads or (),
             rounds=rounds,
             dtype=run.DTYPES[dtype],
             device=torch.device(device),
-            sweep=sweep,
             compiled=compiled,
-            first_steps=startup,
         )
-        written = out / report.MARKDOWN
+    written = page or out / pages.USERS
     console.print(f"The report: {written.resolve().as_uri()}", soft_wrap=True)
 
 

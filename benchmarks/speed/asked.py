@@ -13,7 +13,6 @@ from benchmarks.speed.candidates import (
     DUAL,
     GENERAL,
     OWN,
-    PEERS,
     PLAIN,
     TORCH_ADAMW,
     TORCH_MUON,
@@ -22,6 +21,7 @@ from benchmarks.speed.candidates import (
 from benchmarks.speed.limit import STREAMS
 from benchmarks.speed.models import MATRICES, TINY
 from benchmarks.speed.records import Case, Entry, Ratio, Results, ratio
+from benchmarks.speed.typed import PACKAGES
 
 ELEMENTWISE = (*PLAIN, GENERAL)
 
@@ -38,7 +38,7 @@ class Line:
 
 def lines(results: Results) -> list[Line]:
     """Every promise that the results have the numbers for."""
-    found = [line for case in results.cases if case.sweep is None for line in _of_case(case)]
+    found = [line for case in results.cases if case.part == "limits" for line in _of_case(case)]
     for s in results.startup:
         if s.device == "cpu":
             beside = f" (import {s.compiler}: {s.importing:.2f} s)"
@@ -78,7 +78,7 @@ def _on_cuda(case: Case) -> Iterator[Line]:
         yield from _worst(case, ELEMENTWISE, "fused", case.entry(TORCH_SGD, backend), 1)
     if case.model == TINY:
         for peer in case.entries:
-            if peer.optimizer.startswith(tuple(PEERS)):
+            if peer.optimizer.startswith(tuple(PACKAGES)):
                 yield from _worst(case, ELEMENTWISE, "fused", peer, 0.5)
     counted = [(e.launches, e) for e in fused if e.launches is not None]
     for n, entry in sorted(counted, key=lambda found: -found[0])[:1]:

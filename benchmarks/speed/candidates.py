@@ -1,9 +1,7 @@
-"""Who steps: normopt's optimizers on each backend, torch's, and those of other packages where they are installed."""
+"""Who steps on which backend: normopt's optimizers on each, and torch's."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -53,12 +51,6 @@ ADAMS: dict[str, dict[str, Any]] = {
 }
 READ_TWICE = (*DUAL, DRESSED, ADAMW_L1, ADAMW_LP)  # a sum over a tensor has to be known before its first entry can move
 
-# Packages by the name they are installed under, with the module, and their elementwise steps.
-PEERS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "pytorch_optimizer": ("pytorch_optimizer", {"SGDW": MOMENTUM, "SignSGD": MOMENTUM, "Lion": {"lr": LR}}),
-    "torch-optimi": ("optimi", {"SGD": MOMENTUM | {"kahan_sum": False}, "Lion": {"lr": LR, "kahan_sum": False}}),
-}
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -69,6 +61,7 @@ class Candidate:
         make: makes it of parameters and more settings.
         streams: as of an `Entry`.
         to_capture: the settings with which its step can become a CUDA graph, None if it cannot.
+        orders: the p that it is given before its steps, in turn; None where neither lr nor p changes.
     """
 
     optimizer: str
@@ -76,6 +69,7 @@ class Candidate:
     make: Callable[..., Optimizer]
     streams: float = 5
     to_capture: Mapping[str, Any] | None = field(default_factory=dict)
+    orders: tuple[float, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -86,17 +80,7 @@ def candidates(model: Model, compiled: bool = False) -> list[Candidate]:
     """All that step a model; the first of the matrices' is their reference."""
     if model.name == MATRICES:
         return list(_matrices())
-    everyone = [*_ours(), *_torchs(compiled), *_peers()]
-    return everyone if model.sweep is None else [c for c in everyone if (c.optimizer, c.backend) in SWEPT]
-
-
-SWEPT = {
-    ("normopt p = 3", "fused"),
-    ("normopt p = 3", "foreach"),
-    ("normopt dual p = 2.7", "fused"),
-    (TORCH_SGD, "fused"),
-    (TORCH_SGD, "foreach"),
-}
+    return [*_ours(), *_torchs(compiled)]
 
 
 def _ours() -> Iterator[Candidate]:
@@ -120,21 +104,8 @@ def _torchs(compiled: bool) -> Iterator[Candidate]:
         yield Candidate(TORCH_ADAMW, COMPILED, partial(adamw, foreach=True), 7, None)
 
 
-def _peers() -> Iterator[Candidate]:
-    for package, (module, optimizers) in PEERS.items():
-        if package not in absent():
-            for name, settings in optimizers.items():
-                make = partial(getattr(importlib.import_module(module), name), **settings)
-                yield Candidate(f"{package} {name}", OWN, make)
-
-
 def _matrices() -> Iterator[Candidate]:
     if hasattr(torch.optim, "Muon"):  # since torch 2.9
         yield Candidate(TORCH_MUON, OWN, partial(torch.optim.Muon, lr=LR, weight_decay=0.0), 0)
     for dtype in ("bfloat16", "float32"):
         yield Candidate("normopt Muon", dtype, partial(normopt.Muon, lr=LR, dtype=dtype), 0)
-
-
-def absent() -> list[str]:
-    """The peers that are not installed."""
-    return [package for package, (module, _) in PEERS.items() if importlib.util.find_spec(module) is None]

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.speed.candidates import COMPILED, Candidate
+from benchmarks.speed.candidates import COMPILED, LR, Candidate
 from benchmarks.speed.limit import STREAMS, limit
 from benchmarks.speed.models import MATRICES, Model, Tensors
 from benchmarks.speed.records import Case, Entry
@@ -61,10 +63,13 @@ def measure(
     device: torch.device,
     threads: int = 1,
     fresh: bool = False,
+    part: str = "limits",
+    group: str = "",
 ) -> Case:
-    """One case: the candidates' steps of one model, and before them, but for matrices, the limit.
+    """One case: the candidates' steps of one model, the first of which is the reference.
 
-    A candidate that fails is told of and left out.
+    Where limits are measured, but for matrices, the limit comes before them. A candidate that fails is told of and left
+    out; the reference must not.
 
     Args:
         model: what is stepped.
@@ -72,21 +77,31 @@ def measure(
         rounds: how often each of them is timed.
         dtype, device: the weights'.
         threads: of the CPU.
-        fresh: the gradients are new tensors in every round, made outside of what is timed.
+        fresh: the gradients are new tensors in every turn, made outside of what is timed.
+        part, group: as of a `Case`.
     """
     clock = on_cuda if device.type == "cuda" else on_cpu
     entrants: list[Entrant] = []
     failed: dict[str, str] = {}
     with threads_set(threads):
         tensors = Tensors(model, dtype, device)
-        least = limit(tensors)
-        if model.name != MATRICES:
+        least = limit(tensors) if part == "limits" and model.name != MATRICES else None
+
+        def before() -> None:
+            if fresh:
+                tensors.renew()
+                if least is not None:
+                    least.refresh()
+
+        if least is not None:
             first = clock(least.step)
             entrants.append(Entrant("limit", least.name, least.step, STREAMS, first))
         for candidate in candidates:
             try:
-                entrants.append(warmed(candidate, tensors, clock))
+                entrants.append(warmed(candidate, tensors, clock, before))
             except Exception as error:
+                if not entrants:
+                    raise
                 failed[candidate.name] = told(error)
                 continue
             if device.type != "cuda":
@@ -98,18 +113,14 @@ def measure(
                 except Exception as error:
                     failed[f"{candidate.name}, graph"] = told(error)
 
-        def before() -> None:
-            if fresh:
-                tensors.renew()
-                least.refresh()
-
         if device.type == "cpu" and not fresh:
             for entrant in entrants:
                 entrant.times = max(1, round(TURN / min(clock(entrant.step) for _ in range(WARM))))
         take_turns(entrants, rounds, clock, before)
     return Case(
+        part=part,
+        group=group,
         model=model.name,
-        sweep=model.sweep,
         tensors=model.tensors,
         parameters=model.parameters,
         dtype=str(dtype).removeprefix("torch."),
@@ -133,7 +144,7 @@ def take_turns(
         entrants: take the times.
         rounds: how many.
         clock: times a step.
-        before: called before each round.
+        before: called before each turn.
     """
     n = len(entrants)
     strides = [s for s in range(1, n) if math.gcd(s, n) == 1] or [1]
@@ -142,9 +153,9 @@ def take_turns(
     gc.disable()
     try:
         for r in range(rounds):
-            before()
             stride = strides[r % len(strides)]
             for turn in range(n):
+                before()
                 entrant = entrants[(r + turn * stride) % n]
                 entrant.seconds.append(clock(partial(repeat, entrant.step, entrant.times)) / entrant.times)
     finally:
@@ -158,15 +169,41 @@ def repeat(step: Step, times: int) -> None:
         step()
 
 
-def warmed(candidate: Candidate, tensors: Tensors, clock: Clock) -> Entrant:
-    """A candidate that has compiled what it compiles, and steps on the shared state."""
+def warmed(candidate: Candidate, tensors: Tensors, clock: Clock, before: Callable[[], None]) -> Entrant:
+    """A candidate that has compiled what it compiles, and steps on the shared state.
+
+    Raises:
+        ValueError: the step took the gradients away or changed them, and nothing makes them anew: neither its next
+            steps nor those of others would do what they are timed for.
+    """
     optimizer = candidate.make(tensors.weights)
     step: Step = torch.compile(lambda: optimizer.step()) if candidate.backend == COMPILED else optimizer.step
+    if candidate.orders is not None:
+        step = scheduled(optimizer, candidate.orders)
+    before()
     first = clock(step)
     tensors.adopt(optimizer)
     for _ in range(WARM - 1):
+        before()
         step()
+    before()
+    if not tensors.intact:
+        tensors.renew()
+        raise ValueError("its step takes the gradients away or changes them, and the next one would find others")
     return Entrant(candidate.optimizer, candidate.backend, step, candidate.streams, first)
+
+
+def scheduled(optimizer: Optimizer, orders: Sequence[float]) -> Step:
+    """A step before which lr changes, and p if there are orders for it, as schedulers do."""
+    rates, order = cycle([LR * (1 + i / 10) for i in range(7)]), cycle(orders)
+
+    def step() -> None:
+        change = {"lr": next(rates)} | ({"p": next(order)} if orders else {})
+        for group in optimizer.param_groups:
+            group.update(change)
+        optimizer.step()
+
+    return step
 
 
 def captured(candidate: Candidate, tensors: Tensors, clock: Clock) -> Entrant:

@@ -17,11 +17,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Model:
-    """A name, the shapes of the parameters, and of which sweep it is a point, if of any."""
+    """A name, the shapes of the parameters, how many of the first are embeddings, and of which sweep it is a point."""
 
     name: str
     shapes: tuple[Shape, ...]
-    sweep: str | None = None
+    embeddings: int = 0
+    sweep: str = ""
 
     @property
     def tensors(self) -> int:
@@ -30,6 +31,11 @@ class Model:
     @property
     def parameters(self) -> int:
         return sum(map(prod, self.shapes))
+
+    @property
+    def matrices(self) -> Model:
+        """The matrices alone, without the embeddings: what Muon is for."""
+        return Model(self.name, tuple(s for s in self.shapes[self.embeddings :] if len(s) == 2))
 
 
 def resnet18() -> Iterator[Shape]:
@@ -51,6 +57,16 @@ def resnet18() -> Iterator[Shape]:
     yield from ((1000, 512), (1000,))
 
 
+def vit() -> Iterator[Shape]:
+    """The parameters of timm's ViT-S/16, in their order."""
+    d = 384
+    yield from ((1, 1, d), (1, 197, d), (d, 3, 16, 16), (d,))
+    for _ in range(12):
+        yield from ((d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,))
+        yield from ((d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,))
+    yield from ((d,), (d,), (1000, d), (1000,))
+
+
 def gpt2() -> Iterator[Shape]:
     """The parameters of GPT-2's smallest size, in their order; the output shares the embedding."""
     d = 768
@@ -64,8 +80,10 @@ def gpt2() -> Iterator[Shape]:
 MODELS = {
     model.name: model
     for model in (
+        Model("mlp", ((130, 64), (130,), (130, 130), (130,), (10, 130), (10,))),  # of the task digits
         Model("resnet18", tuple(resnet18())),
-        Model("gpt2", tuple(gpt2())),
+        Model("vit-s", tuple(vit())),
+        Model("gpt2", tuple(gpt2()), embeddings=2),
         Model("tiny1000", ((1000,),) * 1000),
         Model("one100m", ((10_000, 10_000),)),
         Model("polar", ((256, 256),) * 24 + ((128, 512),) * 48),
@@ -75,9 +93,10 @@ MATRICES = "polar"
 TINY = "tiny1000"
 
 # How the cost of a step grows: with the number of tensors at one total, and with the total.
+COUNTS, MILLIONS = (10, 30, 100, 300, 1000, 3000, 10_000), (1, 3, 10, 30, 100, 300, 500)
 SWEEP = (
-    *(Model(f"{n} tensors", ((10_000_000 // n,),) * n, "tensors") for n in (10, 30, 100, 300, 1000, 3000, 10_000)),
-    *(Model(f"{n} M parameters", ((n * 10_000,),) * 100, "parameters") for n in (1, 3, 10, 30, 100, 300, 500)),
+    *(Model(f"{n} tensors", ((10_000_000 // n,),) * n, sweep="tensors") for n in COUNTS),
+    *(Model(f"{n} M parameters", ((n * 10_000,),) * 100, sweep="parameters") for n in MILLIONS),
 )
 
 
@@ -94,9 +113,10 @@ class Tensors:
             return [size * torch.randn(s, generator=generator, dtype=dtype, device=device) for s in model.shapes]
 
         self.weights = [Parameter(x) for x in drawn(0.05)]
-        self.gradients = drawn(0.01)
+        self.drawn = drawn(0.01)
         self.buffers = [[torch.zeros_like(w) for w in self.weights] for _ in range(2)]
-        self._give()
+        self.gradients: list[Tensor] = []
+        self.renew()
 
     @property
     def bytes(self) -> int:
@@ -104,13 +124,16 @@ class Tensors:
         return sum(w.numel() * w.element_size() for w in self.weights)
 
     def renew(self) -> None:
-        """Make the gradients anew, as after ``zero_grad(set_to_none=True)``: none where one was before."""
-        self.gradients = [g.clone() for g in self.gradients]  # the old are alive until all new ones are there
-        self._give()
-
-    def _give(self) -> None:
+        """Make the gradients anew, as after ``zero_grad(set_to_none=True)``: as drawn, none where one was before."""
+        self.gradients = [g.clone() for g in self.drawn]  # the old are alive until all new ones are there
         for w, g in zip(self.weights, self.gradients, strict=True):
             w.grad = g
+
+    @property
+    def intact(self) -> bool:
+        """Whether the gradients are where they were given, and as they were drawn."""
+        given = zip(self.weights, self.gradients, self.drawn, strict=True)
+        return all(w.grad is g and torch.equal(g, drawn) for w, g, drawn in given)
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Put the shared buffers in the place of an optimizer's own."""

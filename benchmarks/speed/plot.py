@@ -48,15 +48,15 @@ CLOSE = (0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5)  # where all is within a fact
 
 
 def pictures(results: Results) -> dict[str, str]:
-    """A picture for each model and each sweep, as SVG text under its name."""
+    """A picture for each model beside its limit, and for each sweep, as SVG text under its name."""
     drawn = {}
-    by_model = groupby((c for c in results.cases if c.sweep is None), key=lambda c: c.model)
-    by_sweep = groupby((c for c in results.cases if c.sweep is not None), key=lambda c: c.sweep)
+    by_model = groupby((c for c in results.cases if c.part == "limits"), key=lambda c: c.model)
+    by_sweep = groupby((c for c in results.cases if c.part == "growth"), key=lambda c: c.group)
     with rc_context(STYLE):
         for model, cases in by_model:
             drawn[model] = _svg(_compared(list(cases)))
         for sweep, cases in by_sweep:
-            drawn[f"by-{sweep}"] = _svg(_grown(str(sweep), list(cases)))
+            drawn[f"by-{sweep}"] = _svg(_grown(sweep, list(cases)))
     return drawn
 
 
@@ -109,20 +109,20 @@ def _grown(sweep: str, cases: Sequence[Case]) -> Figure:
     for ax, n in zip(axes, threads, strict=True):
         mine = [case for case in cases if case.threads == n]
         names = list(dict.fromkeys((e.optimizer, e.backend) for case in mine for e in case.entries))
-        for (optimizer, backend), colour in zip(names, [GREY, *COLOURS.values(), *OTHERS], strict=False):
+        for (optimizer, backend), colour in zip(names, [*COLOURS.values(), *OTHERS], strict=False):
             points = [(_along(case), case.entry(optimizer, backend)) for case in mine]
             known = [(x, 1000 * median(e.seconds)) for x, e in points if e is not None]
-            ax.plot(*zip(*known, strict=True), "o-", color=colour, ms=3.5, lw=1.3, label=f"{optimizer}, {backend}")
+            ax.plot(*zip(*known, strict=True), "o-", color=colour, ms=3.5, lw=1.3, label=optimizer)
         ax.set(xscale="log", yscale="log", xlabel=sweep, ylabel="ms a step" if ax is axes[0] else "")
         ax.set_title(mine[0].title.partition(", ")[2], loc="left")
         ax.grid(color=GREY, alpha=0.25, lw=0.6)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
     return figure
 
 
 def _along(case: Case) -> int:
-    return case.tensors if case.sweep == "tensors" else case.parameters
+    return case.tensors if case.group == "tensors" else case.parameters
 
 
 def _colour(backend: str, backends: Sequence[str]) -> str:

@@ -57,10 +57,17 @@ class Entry(Record):
 
 
 class Case(Record):
-    """One model on one device with one number of threads: entries side by side, the first of them the reference."""
+    """One model on one device with one number of threads: entries side by side, the first of them the reference.
 
+    Attributes:
+        part: of the program, "table", "growth", "share" or "limits".
+        group: the family of a case of the table, the sweep of one of the growth.
+        fresh: whether the gradients are new tensors at every step.
+    """
+
+    part: str
+    group: str = ""
     model: str
-    sweep: str | None
     tensors: int
     parameters: int
     dtype: str
@@ -73,9 +80,9 @@ class Case(Record):
     @property
     def title(self) -> str:
         threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
-        return ", ".join(
-            [self.model, *(["fresh gradients"] if self.fresh else []), threads if self.device == "cpu" else "CUDA"]
-        )
+        about = [self.model, *([self.group] if self.part == "table" else [])]
+        about += ["fresh gradients"] if self.fresh and self.part == "limits" else []
+        return ", ".join([*about, threads if self.device == "cpu" else "CUDA"])
 
     @property
     def reference(self) -> Entry:

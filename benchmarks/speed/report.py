@@ -1,22 +1,19 @@
-"""What a run found, for people: tables in the terminal, in Markdown, and as a page of the docs. No figure is typed."""
+"""What a run found beside the limits, for contributors: in the terminal and as a page. No figure is typed."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks.speed import plot
 from benchmarks.speed.asked import lines
 from benchmarks.speed.measure import TURN
 from benchmarks.speed.records import Case, Entry, Machine, Results, quartiles, ratio
 
-JSON, MARKDOWN = "speed.json", "speed.md"
 WIDE = 110  # characters of a terminal that shows all columns
 HOW = """\
 All steps of a case are timed in one run: every round gives each of them a turn, in another order, on the same
@@ -68,20 +65,21 @@ def terminal(case: Case, width: int) -> Table:
     """A case's table for a terminal that is so many characters wide."""
     shown = [c for c in columns(case) if not c.wide or width >= WIDE]
     rows = [[c.cell(case, e) for c in shown] for e in case.entries]
-    return _terminal([(c.title, c.left) for c in shown], rows, f"{case.title}: {size(case)}")
+    return framed([(c.title, c.left) for c in shown], rows, f"{case.title}: {size(case)}")
 
 
 def promises(results: Results) -> Table | None:
     """What was asked, measured and met, for a terminal; None if nothing of it was run."""
     rows = [[line.what, line.asked, line.measured, line.met] for line in lines(results)]
-    return _terminal([(title, True) for title in ASKED], rows, "What was asked") if rows else None
+    return framed([(title, True) for title in ASKED], rows, "What was asked") if rows else None
 
 
 ASKED = ("step", "asked", "measured", "met")
 UNCERTAIN = "Met or not is said by the median; it is uncertain if the bound lies within the interval."
 
 
-def _terminal(titles: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]], title: str) -> Table:
+def framed(titles: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]], title: str) -> Table:
+    """A table for the terminal, of titles, each with whether its column is aligned left, and rows."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
     for name, left in titles:
         table.add_column(name, justify="left" if left else "right")
@@ -110,10 +108,10 @@ def described(machine: Machine) -> str:
 
 
 def told(results: Results) -> list[str]:
-    """What is not in the tables, in a line each: absent peers, models too large, candidates that failed."""
+    """What is not in the tables, in a line each: absent peers and models too large."""
     found = [f"Not installed, and so not measured: {', '.join(results.absent)}."] if results.absent else []
     found += [f"Too large for the memory that was free: {', '.join(results.too_large)}."] if results.too_large else []
-    return [*found, *(line for case in results.cases for line in failures(case))]
+    return found
 
 
 def failures(case: Case) -> list[str]:
@@ -121,52 +119,27 @@ def failures(case: Case) -> list[str]:
     return [f"{case.title}: {name} failed: {why}" for name, why in case.failed.items()]
 
 
-def markdown(results: Results, pictures: Sequence[str]) -> str:
-    """Everything, as Markdown, with the pictures at these addresses."""
-    device = results.cases[0].device if results.cases else "cpu"
+def markdown(results: Results, pictures: Mapping[str, str]) -> str:
+    """The contributors' page: what was asked and every case beside its limit, with pictures at these addresses."""
+    cases = [case for case in results.cases if case.part == "limits"]
+    device = cases[0].device if cases else "cpu"
     how = textwrap.fill(HOW.format(rounds=results.rounds, where=LIMITS[device], turn=TURNS[device]), 120)
-    parts = ["# Speed", described(results.machine), how]
-    parts += told(results)
+    parts = ["# Limits of speed", described(results.machine), how]
+    parts += [line for case in cases for line in failures(case)]
     promised = lines(results)
     if promised:
         rows = [[line.what, line.asked, line.measured, line.met] for line in promised]
-        parts += ["## What was asked", UNCERTAIN, _table([(title, True) for title in ASKED], rows)]
-    parts += [f"![Times of steps: {Path(address).stem.removeprefix('speed-')}]({address})" for address in pictures]
-    for case in results.cases:
+        parts += ["## What was asked", UNCERTAIN, table([(title, True) for title in ASKED], rows)]
+    parts += [f"![Times of steps: {name}]({at})" for name, at in pictures.items() if not name.startswith("by-")]
+    for case in cases:
         shown = columns(case)
         rows = [[c.cell(case, e) for c in shown] for e in case.entries]
-        parts += [f"## {case.title}", f"{size(case)}.", _table([(c.title, c.left) for c in shown], rows)]
+        parts += [f"## {case.title}", f"{size(case)}.", table([(c.title, c.left) for c in shown], rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(titles: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> str:
+def table(titles: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     head = ["| " + " | ".join(name for name, _ in titles) + " |"]
     head += ["|" + "|".join(":--" if left else "--:" for _, left in titles) + "|"]
     return "\n".join(head + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def write(results: Results, folder: Path) -> Path:
-    """Write speed.json, speed.md and the pictures into the folder; where the Markdown is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / JSON).write_text(results.model_dump_json(), encoding="utf-8")
-    return _write(results, folder / MARKDOWN, folder)
-
-
-def page(results: Results, path: Path) -> Path:
-    """Write a page of the docs, and its pictures into the folder ``assets`` beside it."""
-    return _write(results, path, path.parent / "assets")
-
-
-def read(folder: Path) -> Results:
-    """What `write` wrote."""
-    return Results.model_validate_json((folder / JSON).read_text(encoding="utf-8"))
-
-
-def _write(results: Results, path: Path, pictures: Path) -> Path:
-    pictures.mkdir(parents=True, exist_ok=True)
-    addresses = []
-    for name, svg in plot.pictures(results).items():
-        (pictures / f"speed-{name}.svg").write_text(svg, encoding="utf-8")
-        addresses.append((pictures / f"speed-{name}.svg").relative_to(path.parent).as_posix())
-    path.write_text(markdown(results, addresses), encoding="utf-8")
-    return path

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 
-from benchmarks.speed import report
-from benchmarks.speed.candidates import PEERS, absent, candidates
+from benchmarks.speed import page, report
+from benchmarks.speed.candidates import Candidate, candidates
 from benchmarks.speed.measure import copied, measure
-from benchmarks.speed.models import MATRICES, MODELS, SWEEP, TINY, fits
+from benchmarks.speed.models import MATRICES, MODELS, SWEEP, TINY, Model, fits
 from benchmarks.speed.records import Results, machine
 from benchmarks.speed.startup import RULES, startup
+from benchmarks.speed.typed import FAMILIES, MUON, PACKAGES, SWEPT, absent, installed, peers
 
-DEFAULT = ("resnet18", TINY, MATRICES)
+PARTS = ("table", "growth", "limits")
+DEFAULT = {"table": ("mlp", "resnet18", "vit-s", "gpt2"), "limits": ("resnet18", TINY, MATRICES)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOST = 30_000_000  # parameters of matrices that Muon steps: with GPT-2's, a step takes seconds
 Tell = Callable[[str | Table], None]
+Asked = tuple[Model, list[Candidate], dict[str, Any]]
 
 
 def run(
@@ -28,53 +33,78 @@ def run(
     tell: Tell,
     *,
     width: int = report.WIDE,
+    parts: Sequence[str] = (),
     threads: Sequence[int] = (),
     rounds: int = 30,
     dtype: torch.dtype = torch.float32,
     device: torch.device,
-    sweep: bool = False,
     compiled: bool = False,
-    first_steps: bool = True,
 ) -> Results:
     """Measure, tell and write.
 
     Args:
-        models: names of models.
+        models: names of models; none are the default of each part.
         out: the folder of the results, which are written after every case.
         tell: shows a line or a table.
         width: of what shows it, in characters.
-        threads: numbers of threads, on a CPU; by default 1, and all that there are.
+        parts: what is measured, of `PARTS`; by default all.
+        threads: numbers of threads, on a CPU; by default 1, and all that there are. Users' parts take the most.
         rounds: how often each step is timed.
         dtype, device: the weights'.
-        sweep: measure how the cost grows too.
-        compiled: have torch compile its own steps too, which takes minutes.
-        first_steps: measure the first steps of fresh processes too.
+        compiled: beside the limits, have torch compile its own steps too, which takes minutes.
     """
+    parts = parts or PARTS
     counts = [1] if device.type == "cuda" else sorted({*(threads or (1, os.cpu_count() or 1))})
-    wanted = [*(MODELS[name] for name in models), *(SWEEP if sweep else ())]
-    large = [model for model in wanted if not fits(model, dtype, device)]
+    wanted = {part: [MODELS[name] for name in models or DEFAULT.get(part, ())] for part in parts}
+    if "growth" in wanted:
+        wanted["growth"] = [*SWEEP]
+    large = {m.name for those in wanted.values() for m in those if not fits(m, dtype, device)}
     found = Results(
-        machine=machine(device, [*PEERS], copied(device) if device.type == "cuda" else None),
+        machine=machine(device, [*PACKAGES.values()], copied(device) if device.type == "cuda" else None),
         rounds=rounds,
         absent=absent(),
-        too_large=[model.name for model in large],
-        startup=[startup(rule, device) for rule in RULES] if first_steps else [],
+        too_large=sorted(large),
+        startup=[startup(rule, device) for rule in RULES] if "limits" in parts else [],
         cases=[],
     )
     for line in (report.described(found.machine), *report.told(found)):
         tell(line)
-    for model, n, fresh in product((m for m in wanted if m not in large), counts, (False, True)):
-        if fresh and model.name != TINY:
+    asked = [case for part, those in wanted.items() for case in CASES[part](those, counts, compiled)]
+    for model, who, how in asked:
+        if model.name in large:
             continue
-        who = candidates(model, compiled)
         tell(f"Timing {model.name}: {len(who)} candidates in {rounds} rounds.")
-        case = measure(model, who, rounds=rounds, dtype=dtype, device=device, threads=n, fresh=fresh)
+        case = measure(model, who, rounds=rounds, dtype=dtype, device=device, **how)
         found = found.model_copy(update={"cases": [*found.cases, case]})
         tell(report.terminal(case, width))
         for line in report.failures(case):
             tell(line)
-        report.write(found, out)
-    promises = report.promises(found)
-    if promises is not None:
-        tell(promises)
+        page.write(found, out)
+    for shown in (report.promises(found), page.terminal(found)):
+        if shown is not None:
+            tell(shown)
     return found
+
+
+def _table(models: Sequence[Model], counts: Sequence[int], compiled: bool) -> Iterator[Asked]:
+    for model, family in product(models, FAMILIES):
+        stepped = model.matrices if family == MUON else model
+        if family != MUON or model.parameters / 2 < stepped.parameters <= MOST:
+            how = dict(part="table", group=family, threads=counts[-1], fresh=True)
+            yield stepped, list(installed(family)), how
+
+
+def _growth(models: Sequence[Model], counts: Sequence[int], compiled: bool) -> Iterator[Asked]:
+    for model in models:
+        how = dict(part="growth", group=model.sweep, threads=counts[-1], fresh=True)
+        yield model, [typed.candidate() for typed in SWEPT], how
+
+
+def _limits(models: Sequence[Model], counts: Sequence[int], compiled: bool) -> Iterator[Asked]:
+    for model, threads, fresh in product(models, counts, (False, True)):
+        if not fresh or model.name == TINY:
+            who = [*candidates(model, compiled), *(peers() if model.name != MATRICES else ())]
+            yield model, who, dict(threads=threads, fresh=fresh)
+
+
+CASES = {"table": _table, "growth": _growth, "limits": _limits}

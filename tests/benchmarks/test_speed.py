@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import math
 from itertools import pairwise
 from statistics import median
@@ -14,10 +15,10 @@ from typer.testing import CliRunner
 
 import normopt
 from benchmarks.cli import app
-from benchmarks.speed import asked, candidates, measure, plot, records, report, run, startup
+from benchmarks.speed import asked, candidates, measure, page, plot, records, report, run, startup, typed
 from benchmarks.speed.limit import Copy, Loop
 from benchmarks.speed.measure import Entrant, take_turns
-from benchmarks.speed.models import MODELS, SWEEP, TINY, Model, Tensors, fits, resnet18
+from benchmarks.speed.models import MODELS, SWEEP, TINY, Model, Tensors, fits, resnet18, vit
 from benchmarks.speed.records import Case, Entry, Machine, Ratio, Results, Startup, ratio
 from benchmarks.vision import allow_torchvision_import
 
@@ -44,7 +45,7 @@ def entry(optimizer: str, seconds: list[float], backend: str = "fused", streams:
 
 
 def made_up(entries: list[Entry], **more) -> Case:
-    about = dict(model="resnet18", sweep=None, tensors=62, parameters=1000, dtype="float32", device="cpu", threads=1)
+    about = dict(part="limits", model="resnet18", tensors=62, parameters=1000, dtype="float32", device="cpu", threads=1)
     return Case(**{**about, "fresh": False, "entries": entries, "failed": {}, **more})
 
 
@@ -61,7 +62,9 @@ def results_of(*cases: Case, **more) -> Results:
 @pytest.mark.parametrize(
     ("name", "tensors", "parameters"),
     [
+        ("mlp", 6, 26_790),
         ("resnet18", 62, 11_689_512),
+        ("vit-s", 152, 22_050_664),
         ("gpt2", 148, 124_439_808),
         ("tiny1000", 1000, 1_000_000),
         ("one100m", 1, 100_000_000),
@@ -78,6 +81,19 @@ def test_resnet18_is_torchvisions():
     with torch.device("meta"):
         model = torchvision.models.resnet18()
     assert [*resnet18()] == [tuple(p.shape) for p in model.parameters()]
+
+
+def test_the_vit_is_timms():
+    allow_torchvision_import()
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model("vit_small_patch16_224")
+    assert [*vit()] == [tuple(p.shape) for p in model.parameters()]
+
+
+def test_matrices_leave_embeddings_and_all_else_out():
+    assert Model("m", ((50, 4), (4, 4), (4,), (2, 2, 3, 3), (4, 8)), embeddings=1).matrices.shapes == ((4, 4), (4, 8))
+    assert MODELS["gpt2"].matrices.shapes == ((768, 2304), (768, 768), (768, 3072), (3072, 768)) * 12
 
 
 def test_sweeps_vary_one_thing():
@@ -160,9 +176,9 @@ def test_every_round_runs_each_once_in_another_order():
         return float(len(ran))
 
     take_turns(entrants, 4, clock, before=lambda: ran.append("|"))
-    assert "".join(ran) == "|abc|bac|cab|acb"
+    assert "".join(ran) == "".join(f"|{name}" for name in "abcbaccabacb")
     assert [len(e.seconds) for e in entrants] == [4, 4, 4]
-    assert entrants[0].seconds == [2, 7, 11, 14]
+    assert entrants[0].seconds == [2, 10, 16, 20]
 
 
 @pytest.mark.parametrize("n", [1, 2, 6, 7])
@@ -213,6 +229,77 @@ def test_a_candidate_that_fails_is_told_and_left_out():
     assert case.failed == {"bad, fused": "ValueError: not today"}
     assert [e.optimizer for e in case.entries] == ["limit"]
     assert report.failures(case) == ["small, fresh gradients, 1 thread: bad, fused failed: ValueError: not today"]
+
+
+def test_a_reference_must_not_fail():
+    def refuse(params):
+        raise ValueError("not today")
+
+    who = [candidates.Candidate(name, candidates.OWN, refuse) for name in "ab"]
+    with pytest.raises(ValueError, match="not today"):
+        measure.measure(SMALL, who, rounds=1, dtype=torch.float32, device=CPU, part="table")
+
+
+class Spoiling(torch.optim.SGD):
+    """Changes the gradients or takes them away, and counts the steps that had some."""
+
+    had = 0
+
+    def __init__(self, params, take):
+        super().__init__(params, lr=1e-8)
+        self.take = take
+
+    def step(self):
+        super().step()
+        for w in self.param_groups[0]["params"]:
+            if w.grad is not None:
+                self.had += 1
+                w.grad.zero_()
+                if self.take:
+                    w.grad = None
+
+
+@pytest.mark.parametrize("take", [False, True])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_step_that_spoils_the_gradients_is_timed_with_new_ones_or_not_at_all(fresh, take):
+    made, seen = [], []
+
+    def make(params):
+        made.append(Spoiling(params, take))
+        return made[0]
+
+    class Watching(torch.optim.SGD):
+        def step(self):
+            seen.append(all((w.grad != 0).any() for w in self.param_groups[0]["params"]))
+
+    watching = [
+        candidates.Candidate(name, candidates.OWN, lambda params: Watching(params, lr=1e-8)) for name in ("a", "b")
+    ]
+    who = [watching[0], candidates.Candidate("spoiling", candidates.OWN, make), watching[1]]
+    case = measure.measure(SMALL, who, rounds=3, dtype=torch.float32, device=CPU, fresh=fresh, part="table")
+    if fresh:
+        assert case.failed == {}
+        assert made[0].had == SMALL.tensors * (measure.WARM + 3)
+    else:
+        (why,) = case.failed.values()
+        assert "takes the gradients away" in why
+    assert len(seen) >= 2 * (measure.WARM + 3)
+    assert all(seen)  # the others have gradients, as they were drawn
+
+
+def test_a_scheduled_step_finds_another_lr_and_p():
+    seen = []
+
+    class Watching(torch.optim.SGD):
+        def step(self):
+            seen.append((self.param_groups[0]["lr"], self.param_groups[0].get("p")))
+
+    optimizer = Watching(Tensors(SMALL, torch.float32, CPU).weights, lr=1.0)
+    measure.repeat(measure.scheduled(optimizer, (2.7, 2.8)), 3)
+    assert [p for _, p in seen] == [2.7, 2.8, 2.7]
+    assert len({lr for lr, _ in seen}) == 3
+    measure.scheduled(optimizer, ())()
+    assert seen[-1][1] == 2.7  # nobody gave it another
 
 
 def test_matrices_are_paired_with_torchs_muon():
@@ -339,11 +426,11 @@ def test_promises_on_cuda():
             entry("normopt dual p = ∞", [1.5] * ROUNDS, streams=6, launches=3),
             entry("torch SGD", [1.2] * ROUNDS),
             entry("torch SGD", [3.0] * ROUNDS, "foreach"),
-            entry(f"{peer} Lion", [2.0] * ROUNDS, candidates.OWN),
+            entry(peer, [2.0] * ROUNDS, candidates.OWN),
         ]
         return made_up(entries, model=model, device="cuda")
 
-    found = asked.lines(results_of(of("gpt2", "torch-optimi"), of(TINY, "torch-optimi")))
+    found = asked.lines(results_of(of("gpt2", "optimi.Lion()"), of(TINY, "optimi.Lion()")))
     assert [(line.asked, line.measured.partition(" ")[0], line.met) for line in found] == [
         ("≥ 85 %", "90.91", "yes"),
         ("≥ 75 %", "80.00", "yes"),
@@ -352,7 +439,7 @@ def test_promises_on_cuda():
         ("≤ 5", "3", "yes"),
         ("≤ 1 × torch SGD, fused", "0.92", "yes"),
         ("≤ 1 × torch SGD, foreach", "0.37", "yes"),
-        ("≤ 0.5 × torch-optimi Lion, as it comes", "0.55", "no"),
+        ("≤ 0.5 × optimi.Lion(), as it comes", "0.55", "no"),
         ("≤ 5", "3", "yes"),
     ]
 
@@ -361,7 +448,7 @@ def test_no_promise_is_told_of_what_was_not_run():
     limit = entry("limit", [1.0] * ROUNDS, "loop")
     step = entry("normopt p = 3", [1.0] * ROUNDS)
     assert asked.lines(results_of(made_up([limit]), made_up([limit, step], dtype="bfloat16"))) == []
-    assert asked.lines(results_of(made_up([limit, step], sweep="tensors"))) == []
+    assert asked.lines(results_of(made_up([limit, step], part="growth"))) == []
     assert report.promises(results_of()) is None
 
 
@@ -378,37 +465,130 @@ def test_candidates_are_on_the_backends_that_they_name():
         if c.optimizer.startswith("torch ") and c.backend == "fused":
             assert c.make(params).param_groups[0]["fused"]
     assert [c.optimizer for c in everyone if c.backend == "compiled"] == ["torch SGD", "torch AdamW"]
-    swept = candidates.candidates(SWEEP[0])
-    assert {(c.optimizer, c.backend) for c in swept} == candidates.SWEPT
 
 
 def test_absent_peers_are_told(monkeypatch):
-    missing = {"nobodys-package": ("a_module_that_nobody_has", {"SGD": {}})}
-    monkeypatch.setattr(candidates, "PEERS", missing)
-    assert candidates.absent() == ["nobodys-package"]
-    assert not [c for c in candidates.candidates(SMALL) if c.backend == candidates.OWN]
-    assert report.told(results_of(absent=candidates.absent())) == [
-        "Not installed, and so not measured: nobodys-package."
+    missing = typed.Typed("a_module_that_nobody_has", "SGD")
+    monkeypatch.setattr(typed, "PACKAGES", {missing.module: "nobodys-package"})
+    monkeypatch.setitem(typed.FAMILIES, typed.SIGNS, (typed.Typed("normopt", "Lion"), missing))
+    assert typed.absent() == ["nobodys-package"]
+    assert [c.optimizer for c in typed.installed(typed.SIGNS)] == ["normopt.Lion()"]
+    assert typed.peers() == []
+    assert report.told(results_of(absent=typed.absent())) == ["Not installed, and so not measured: nobodys-package."]
+
+
+TYPED = [one for family in typed.FAMILIES.values() for one in family]
+
+
+@pytest.mark.parametrize("one", TYPED, ids=lambda one: one.code)
+def test_what_is_shown_as_typed_is_what_is_made(one):
+    if one.module == "torch.optim" and not hasattr(torch.optim, one.name):
+        pytest.skip("this torch lacks it")
+    if not one.installed:
+        pytest.skip("is not installed")
+    params = Tensors(SMALL.matrices if one.name == "Muon" else SMALL, torch.float32, CPU).weights
+    made = one.make(params)
+    package = one.module.partition(".")[0]
+    groups = [{"params": params, **one.group}]
+    told = eval(
+        one.code.replace("(", "(groups, lr=0.5, ", 1), {"groups": groups, package: importlib.import_module(package)}
+    )
+    assert type(made) is type(told)
+    mine, theirs = made.param_groups[0], told.param_groups[0]
+    assert {k for k, v in theirs.items() if k != "params" and mine[k] != v} <= {"lr", "base_lr", "initial_lr"}
+    assert (mine["lr"], theirs["lr"]) == (candidates.LR, 0.5)
+
+
+def test_normopts_default_is_the_reference_of_every_family():
+    for first, *others in typed.FAMILIES.values():
+        assert typed.ours(first.code)
+        assert any(not typed.ours(other.code) for other in others)
+    assert not [one for one in TYPED if typed.ours(one.code) and {"fused", "foreach"} & {*one.settings}]
+    assert all(bool(one.orders) == ("p" in one.settings) for one in TYPED)
+    assert all(one.orders[0] == one.settings["p"] for one in TYPED if one.orders)
+
+
+# The users' page
+
+MINE, THEIRS = "normopt.SGD(momentum=0.9)", "torch.optim.SGD(momentum=0.9, fused=True)"
+
+
+def in_table(mine: list[float], theirs: list[float], **more) -> Case:
+    entries = [entry(MINE, mine, candidates.OWN, 0), entry(THEIRS, theirs, candidates.OWN, 0)]
+    return made_up(entries, **{"part": "table", "group": typed.SGD, **more})
+
+
+def test_what_is_slower_is_said_with_the_worst():
+    ones = [1.0] * ROUNDS
+    fast = in_table([0.7] * ROUNDS, ones, model="gpt2")
+    found = results_of(in_table([1.3] * ROUNDS, ones, model="mlp"), in_table([1.5] * ROUNDS, ones), fast)
+    assert page.slower(found) == (
+        f"Slower than a peer: `{MINE}` (mlp, resnet18) takes up to 1.50 (1.50–1.50) times as long as `{THEIRS}` "
+        "(resnet18)."
+    )
+    assert page.slower(results_of(fast)) == page.NO_SLOWER
+
+
+def test_what_cannot_be_told_from_equal_is_not_called_slower():
+    unsure = in_table([0.5, 1.1, 1.2, 1.3, 1.1, 1.2, 0.6, 1.4], [1.0] * ROUNDS)
+    assert page.slower(results_of(unsure)) == page.NO_SLOWER
+    assert page.cell(unsure, unsure.entries[1]).endswith("(≈ 0.87)")
+    assert page.cell(unsure, unsure.entries[0]).endswith(" (1)")
+    few = in_table([1.1] * 3, [1.0] * 3, model="mlp")  # too few for an interval
+    assert "(mlp)" in page.slower(results_of(few))
+
+
+def test_the_users_table_comes_first_below_the_sentence():
+    cases = [
+        in_table([0.002] * ROUNDS, [0.001] * ROUNDS, model="mlp"),
+        in_table([0.004] * ROUNDS, [0.006] * ROUNDS, failed={"heavyball.SGD(), as it comes": "ValueError: no"}),
+        made_up([entry("normopt.Lion()", [0.5] * ROUNDS, candidates.OWN)], part="table", group=typed.SIGNS),
     ]
+    text = page.markdown(results_of(*cases, absent=["heavyball"]), {})
+    title, sentence, table, *_ = text.split("\n\n")
+    assert (title, sentence) == ("# Speed", page.slower(results_of(*cases)))
+    assert table.splitlines() == [
+        "| ms a step (× normopt's) | mlp | resnet18 |",
+        "|:--|--:|--:|",
+        f"| **{typed.SGD}** |  |  |",
+        f"| `{MINE}` | 2.00 (1) | 4.00 (1) |",
+        f"| `{THEIRS}` | 1.00 (0.50) | 6.00 (1.50) |",
+        f"| **{typed.SIGNS}** |  |  |",
+        "| `normopt.Lion()` | – | 500 (1) |",
+    ]
+    assert "Not installed, and so not measured: heavyball." in text
+    assert "heavyball.SGD(), as it comes failed: ValueError: no" in text
+    assert f"]({page.CONTRIBUTORS})" in text
+
+
+def test_muon_steps_matrices_where_they_are_most_and_not_too_many():
+    asked_for = [*run.CASES["table"]([MODELS[name] for name in run.DEFAULT["table"]], [1, 2], False)]
+    assert all(typed.ours(who[0].optimizer) for _, who, _ in asked_for)
+    muon = [(model.name, model.parameters) for model, _, how in asked_for if how["group"] == typed.MUON]
+    assert muon == [("mlp", 26_520), ("vit-s", 21_617_664)]
+    assert {how["threads"] for *_, how in asked_for} == {2}
 
 
 # What is written
 
 
-def test_results_survive_json_and_a_page_is_made_of_them(case, tmp_path):
-    results = results_of(case, absent=["a-peer"], too_large=["gpt2"])
-    path = report.write(results, tmp_path)
-    assert report.read(tmp_path) == results
-    page = report.page(report.read(tmp_path), tmp_path / "docs" / "speed.md")
-    for written, picture in ((path, "speed-small.svg"), (page, "assets/speed-small.svg")):
-        text = written.read_text(encoding="utf-8")
-        assert f"]({picture})" in text
-        assert (written.parent / picture).read_text(encoding="utf-8").startswith("<?xml")
-        assert "Not installed, and so not measured: a-peer." in text
-        assert "Too large for the memory that was free: gpt2." in text
+def test_results_survive_json_and_pages_are_made_of_them(case, tmp_path):
+    results = results_of(case, in_table([1.0] * ROUNDS, [2.0] * ROUNDS), absent=["a-peer"], too_large=["gpt2"])
+    page.write(results, tmp_path)
+    assert page.read(tmp_path) == results
+    page.publish(page.read(tmp_path), tmp_path / "docs" / "speed.md")
+    for folder, picture in ((tmp_path, "speed-small.svg"), (tmp_path / "docs", "assets/speed-small.svg")):
+        users = (folder / "speed.md").read_text(encoding="utf-8")
+        limits = (folder / "contributing-speed.md").read_text(encoding="utf-8")
+        assert f"]({picture})" in limits
+        assert (folder / picture).read_text(encoding="utf-8").startswith("<?xml")
+        assert "Not installed, and so not measured: a-peer." in users
+        assert "Too large for the memory that was free: gpt2." in users
+        assert "for-loop" not in users
+        assert THEIRS not in limits
         shown = report.digits(1000 * median(case.entries[1].seconds))
-        assert f"| normopt p = 3 | for-loop | {shown} (" in text
-        assert case.moved(case.entry("torch AdamW", "foreach")) == 28
+        assert f"| normopt p = 3 | for-loop | {shown} (" in limits
+    assert case.moved(case.entry("torch AdamW", "foreach")) == 28
 
 
 @pytest.mark.parametrize(
@@ -418,40 +598,60 @@ def test_numbers_have_three_digits(x, text):
     assert report.digits(x) == text
 
 
-def test_a_picture_of_a_sweep_has_a_line_for_each_candidate():
-    entries = [entry("limit", [1.0] * ROUNDS, "loop"), entry("normopt p = 3", [2.0] * ROUNDS)]
-    cases = [made_up(entries, model=m.name, sweep=m.sweep, tensors=m.tensors, parameters=m.parameters) for m in SWEEP]
+def test_a_sweep_has_a_picture_and_a_row_for_each_size():
+    entries = [entry(MINE, [0.001] * ROUNDS), entry(THEIRS, [0.002] * ROUNDS)]
+    cases = [
+        made_up(entries, part="growth", group=m.sweep, model=m.name, tensors=m.tensors, parameters=m.parameters)
+        for m in SWEEP
+    ]
     assert [*plot.pictures(results_of(*cases))] == ["by-tensors", "by-parameters"]
+    text = page.markdown(results_of(*cases), {"by-tensors": "a.svg", "small": "b.svg"})
+    assert "a.svg" in text
+    assert "b.svg" not in text
+    assert text.count("| 1.00 | 2.00 |") == len(SWEEP)
 
 
 @pytest.fixture
 def small_default(monkeypatch):
     monkeypatch.setitem(MODELS, "small", SMALL)
-    monkeypatch.setattr(run, "startup", lambda rule, device: pytest.fail("no first steps were asked for"))
+    first = dict(compiler="numba", importing=0.3, cold=2.0, cached=0.4)
+    monkeypatch.setattr(run, "startup", lambda rule, device: Startup(rule=rule, device=device.type, **first))
 
 
 @pytest.mark.exhaustive
-def test_the_command_from_end_to_end(small_default, tmp_path):
+def test_the_command_from_end_to_end(small_default, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "SWEEP", SWEEP[:1])
     out = tmp_path / "speed"
-    arguments = ["speed", "--model", "small", "--threads", "1", "--rounds", "2", "--out", str(out), "--no-startup"]
+    arguments = ["speed", "--model", "small", "--threads", "1", "--rounds", "2", "--out", str(out)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert "small, 1 thread" in done.output
-    assert "What was asked" in done.output
-    (only,) = report.read(out).cases
-    assert len(only.entries) > 30
-    assert {len(e.seconds) for e in only.entries} == {2}
-    done = CliRunner().invoke(app, ["speed", "--out", str(out), "--page", str(tmp_path / "page.md")])
+    for said in ("small, 1 thread", "What was asked", "ms a step"):
+        assert said in done.output
+    found = page.read(out)
+    assert {case.part for case in found.cases} == {*run.PARTS}
+    assert {len(e.seconds) for case in found.cases for e in case.entries} == {2}
+    done = CliRunner().invoke(app, ["speed", "--out", str(out), "--page", str(tmp_path / "speed.md")])
     assert done.exit_code == 0, done.output
-    assert (tmp_path / "page.md").read_text(encoding="utf-8") == (out / "speed.md").read_text(encoding="utf-8").replace(
-        "(speed-small.svg)", "(assets/speed-small.svg)"
-    )
+    for name in (page.USERS, page.CONTRIBUTORS):
+        written = (out / name).read_text(encoding="utf-8").replace("(speed-", "(assets/speed-")
+        assert (tmp_path / name).read_text(encoding="utf-8") == written
+
+
+@pytest.mark.exhaustive
+def test_a_part_alone(small_default, tmp_path):
+    arguments = ["speed", "--part", "table", "--model", "small", "--rounds", "1", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    found = page.read(tmp_path)
+    assert {case.part for case in found.cases} == {"table"}
+    assert found.startup == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--model", "resnet19"], "resnet19"),
+        (["--part", "promises"], "promises"),
         (["--dtype", "int8"], "int8"),
         (["--device", "abacus"], "abacus"),
         (["--page", "page.md"], "speed.json"),

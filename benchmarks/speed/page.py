@@ -1,0 +1,154 @@
+"""What a run found, for users: a table of what they type beside normopt's default. It writes all files of a run too."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from rich.table import Table
+
+from benchmarks.speed import plot, report
+from benchmarks.speed.records import Case, Entry, Ratio, Results, ratio
+from benchmarks.speed.report import digits
+from benchmarks.speed.typed import MUON, ours
+
+JSON, USERS, CONTRIBUTORS = "speed.json", "speed.md", "contributing-speed.md"
+NO_SLOWER = "No step of normopt's in this table is measurably slower than a peer's in the same block."
+HOW = """\
+Milliseconds a step, and in brackets how many times normopt's first line of the block that is; above 1, it is slower.
+"≈" is a difference that the measurement cannot tell from none (the 95 % interval has 1 in it). All backends are the
+default but for torch.optim's `fused=True`. lr changes before every step, and p in LPSGDM with p = 2.7, as schedulers
+do. Gradients are new tensors at every step, as after `zero_grad()`, and were just written. A model is its list of
+parameters, in {dtype}{threads}. Steps of a block are timed in turns, in another order in each of {rounds} rounds; shown
+are medians, of the ratios too, each of which is of one round. What an optimizer compiles is compiled before."""
+GROWTH = "Milliseconds a step: of 10,000,000 parameters in more and more tensors, and of 100 tensors that grow."
+LIMITS = f"What the memory of the machine allows, and each backend beside it: [Limits of speed]({CONTRIBUTORS})."
+MUONS = "Muon steps the matrices alone, without embeddings; models that have few of them, or too many, are left out."
+
+
+def slower(results: Results) -> str:
+    """Which steps of normopt's take longer than a peer's of the same block, each with the worst, in one sentence."""
+    found: dict[str, list[tuple[Ratio, Case, Entry]]] = {}
+    for case in tables(results):
+        for mine in (e for e in case.entries if ours(e.optimizer)):
+            for peer in (e for e in case.entries if not ours(e.optimizer)):
+                r = ratio(mine, peer)
+                if (r.interval[0] if r.interval else r.median) > 1:
+                    found.setdefault(mine.optimizer, []).append((r, case, peer))
+    told = []
+    for code, those in found.items():
+        r, case, peer = max(those, key=lambda one: one[0].median)
+        models = ", ".join(dict.fromkeys(case.model for _, case, _ in those))
+        told.append(f"`{code}` ({models}) takes up to {r} times as long as `{peer.optimizer}` ({case.model})")
+    return f"Slower than a peer: {'; '.join(told)}." if told else NO_SLOWER
+
+
+def tables(results: Results) -> list[Case]:
+    """The cases of the users' table."""
+    return [case for case in results.cases if case.part == "table"]
+
+
+def rows(cases: Sequence[Case], models: Sequence[str]) -> Iterable[tuple[str, list[str]]]:
+    """What is typed, or a family, with its cell for each model."""
+    for family in dict.fromkeys(case.group for case in cases):
+        mine = [case for case in cases if case.group == family]
+        yield family, [""] * len(models)
+        for code in dict.fromkeys(e.optimizer for case in mine for e in case.entries):
+            found = {case.model: (case, e) for case in mine for e in case.entries if e.optimizer == code}
+            yield code, [cell(*found[model]) if model in found else "–" for model in models]
+
+
+def cell(case: Case, entry: Entry) -> str:
+    """Milliseconds, and in brackets how many times the reference's."""
+    r = ratio(entry, case.reference)
+    unsure = r.interval is not None and r.interval[0] <= 1 <= r.interval[1]
+    times = "1" if entry is case.reference else f"{'≈ ' if unsure else ''}{r.median:.2f}"
+    return f"{digits(1000 * median(entry.seconds))} ({times})"
+
+
+def sizes(cases: Sequence[Case]) -> dict[str, str]:
+    """The models, each with its size, Muon's share of it aside."""
+    whole = {case.model: case for case in cases if case.group != MUON}
+    return {model: f"{case.tensors:,} tensors, {case.parameters:,} parameters" for model, case in whole.items()}
+
+
+def terminal(results: Results) -> Table | None:
+    """The users' table for a terminal; None if it was not measured."""
+    cases = tables(results)
+    models = [*sizes(cases)]
+    titles = [("ms a step (× normopt's)", True), *((model, False) for model in models)]
+    found = [[name, *cells] for name, cells in rows(cases, models)]
+    return report.framed(titles, found, slower(results).replace("`", "")) if cases else None
+
+
+def markdown(results: Results, pictures: Mapping[str, str]) -> str:
+    """The users' page, with the pictures at these addresses."""
+    parts = ["# Speed", *_typed(results), *_growth(results, pictures)]
+    return "\n\n".join([*parts, LIMITS]) + "\n"
+
+
+def _typed(results: Results) -> Iterable[str]:
+    cases = tables(results)
+    if cases:
+        models = [*sizes(cases)]
+        first = cases[0]
+        threads = f", on {first.threads} thread{'' if first.threads == 1 else 's'}" if first.device == "cpu" else ""
+        yield slower(results)
+        yield report.table(
+            [("ms a step (× normopt's)", True), *((model, False) for model in models)],
+            ([f"`{name}`" if any(cells) else f"**{name}**", *cells] for name, cells in rows(cases, models)),
+        )
+        yield textwrap.fill(HOW.format(dtype=first.dtype, threads=threads, rounds=results.rounds), 120)
+        about = "; ".join(f"{model}: {size}" for model, size in sizes(cases).items())
+        yield textwrap.fill(f"{about}. {MUONS}", 120)
+    yield report.described(results.machine)
+    yield from (*report.told(results), *(line for case in cases for line in report.failures(case)))
+
+
+def _growth(results: Results, pictures: Mapping[str, str]) -> Iterable[str]:
+    cases = [case for case in results.cases if case.part == "growth"]
+    if cases:
+        yield "## How the cost grows"
+        yield GROWTH
+        for name, address in pictures.items():
+            if name.startswith("by-"):
+                yield f"![Times of steps {name.replace('-', ' ')}]({address})"
+        codes = dict.fromkeys(e.optimizer for case in cases for e in case.entries)
+        titles = [("size", True), *((f"`{code}`", False) for code in codes)]
+        entries = [(case, {e.optimizer: e for e in case.entries}) for case in cases]
+        yield report.table(
+            titles,
+            (
+                [case.title, *(digits(1000 * median(by[code].seconds)) if code in by else "–" for code in codes)]
+                for case, by in entries
+            ),
+        )
+
+
+def write(results: Results, folder: Path) -> None:
+    """Write speed.json, both pages and the pictures into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / JSON).write_text(results.model_dump_json(), encoding="utf-8")
+    _write(results, folder / USERS, folder)
+
+
+def publish(results: Results, path: Path) -> None:
+    """Write the users' page of the docs, the contributors' beside it, and their pictures into the folder ``assets``."""
+    _write(results, path, path.parent / "assets")
+
+
+def read(folder: Path) -> Results:
+    """What `write` wrote."""
+    return Results.model_validate_json((folder / JSON).read_text(encoding="utf-8"))
+
+
+def _write(results: Results, path: Path, pictures: Path) -> None:
+    pictures.mkdir(parents=True, exist_ok=True)
+    addresses = {}
+    for name, svg in plot.pictures(results).items():
+        (pictures / f"speed-{name}.svg").write_text(svg, encoding="utf-8")
+        addresses[name] = (pictures / f"speed-{name}.svg").relative_to(path.parent).as_posix()
+    path.write_text(markdown(results, addresses), encoding="utf-8")
+    path.with_name(CONTRIBUTORS).write_text(report.markdown(results, addresses), encoding="utf-8")
