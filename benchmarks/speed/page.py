@@ -23,6 +23,9 @@ default but for torch.optim's `fused=True`. lr changes before every step, and p 
 do. Gradients are new tensors at every step, as after `zero_grad()`, and were just written. A model is its list of
 parameters, in {dtype}{threads}. Steps of a block are timed in turns, in another order in each of {rounds} rounds; shown
 are medians, of the ratios too, each of which is of one round. What an optimizer compiles is compiled before."""
+MEMORY = """\
+Bytes of state that are kept for each parameter, and the peak of what one step allocates besides, as a multiple of the
+weights, by the events of torch's allocator; arrays that are made past it are not in them."""
 GROWTH = "Milliseconds a step: of 10,000,000 parameters in more and more tensors, and of 100 tensors that grow."
 LIMITS = f"What the memory of the machine allows, and each backend beside it: [Limits of speed]({CONTRIBUTORS})."
 MUONS = "Muon steps the matrices alone, without embeddings; models that have few of them, or too many, are left out."
@@ -85,7 +88,7 @@ def terminal(results: Results) -> Table | None:
 
 def markdown(results: Results, pictures: Mapping[str, str]) -> str:
     """The users' page, with the pictures at these addresses."""
-    parts = ["# Speed", *_typed(results), *_growth(results, pictures)]
+    parts = ["# Speed", *_typed(results), *_growth(results, pictures), *_held(results)]
     return "\n\n".join([*parts, LIMITS]) + "\n"
 
 
@@ -125,6 +128,24 @@ def _growth(results: Results, pictures: Mapping[str, str]) -> Iterable[str]:
                 for case, by in entries
             ),
         )
+
+
+def memory(results: Results) -> Table | None:
+    """The table of memory for a terminal; None if it was not measured."""
+    return report.framed(HELD, _rows_held(results, ""), "Memory") if results.held else None
+
+
+HELD = (("optimizer", True), ("model", True), ("state, bytes a parameter", False), ("peak, × the weights", False))
+
+
+def _rows_held(results: Results, quote: str) -> list[list[str]]:
+    return [[f"{quote}{h.optimizer}{quote}", h.model, f"{h.state:.2f}", f"{h.peak:.2f}"] for h in results.held]
+
+
+def _held(results: Results) -> Iterable[str]:
+    if results.held:
+        yield from ("## Memory", MEMORY, report.table(HELD, _rows_held(results, "`")))
+    yield from (f"The memory of {name} was not measured: {why}." for name, why in results.unheld.items())
 
 
 def write(results: Results, folder: Path) -> None:

@@ -112,8 +112,21 @@ class Startup(Record):
     cached: float
 
 
+class Held(Record):
+    """Memory: bytes of state for each parameter, and a step's peak of temporaries as a multiple of the weights."""
+
+    optimizer: str
+    model: str
+    state: float
+    peak: float
+
+
 class Results(Record):
-    """Everything that a run measured, the peers that it lacked, and the models that found no room."""
+    """Everything that a run measured, the peers that it lacked, and the models that found no room.
+
+    Attributes:
+        unheld: optimizers whose memory could not be measured, each with why.
+    """
 
     machine: Machine
     rounds: int
@@ -121,6 +134,8 @@ class Results(Record):
     too_large: list[str]
     startup: list[Startup]
     cases: list[Case]
+    held: list[Held] = []
+    unheld: dict[str, str] = {}
 
 
 def machine(device: torch.device, peers: Sequence[str], copied: float | None) -> Machine:

@@ -13,14 +13,19 @@ from rich.table import Table
 
 from benchmarks.speed import page, report
 from benchmarks.speed.candidates import Candidate, candidates
-from benchmarks.speed.measure import copied, measure
+from benchmarks.speed.measure import copied, measure, told
+from benchmarks.speed.memory import held
 from benchmarks.speed.models import MATRICES, MODELS, SWEEP, TINY, Model, fits
 from benchmarks.speed.records import Results, machine
 from benchmarks.speed.startup import RULES, startup
 from benchmarks.speed.typed import FAMILIES, MUON, PACKAGES, SWEPT, absent, installed, peers
 
-PARTS = ("table", "growth", "limits")
-DEFAULT = {"table": ("mlp", "resnet18", "vit-s", "gpt2"), "limits": ("resnet18", TINY, MATRICES)}
+PARTS = ("table", "growth", "memory", "limits")
+DEFAULT = {
+    "table": ("mlp", "resnet18", "vit-s", "gpt2"),
+    "memory": ("vit-s",),
+    "limits": ("resnet18", TINY, MATRICES),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST = 30_000_000  # parameters of matrices that Muon steps: with GPT-2's, a step takes seconds
 Tell = Callable[[str | Table], None]
@@ -69,7 +74,7 @@ def run(
     )
     for line in (report.described(found.machine), *report.told(found)):
         tell(line)
-    asked = [case for part, those in wanted.items() for case in CASES[part](those, counts, compiled)]
+    asked = [case for part in CASES for case in CASES[part](wanted.get(part, ()), counts, compiled)]
     for model, who, how in asked:
         if model.name in large:
             continue
@@ -80,18 +85,34 @@ def run(
         for line in report.failures(case):
             tell(line)
         page.write(found, out)
-    for shown in (report.promises(found), page.terminal(found)):
+    for model in (m for m in wanted.get("memory", ()) if m.name not in large):
+        tell(f"Measuring the memory of {model.name}.")
+        for stepped, candidate in ((m, c) for m, family in stepping(model) for c in installed(family)):
+            try:
+                one = held(stepped, candidate, dtype, device)
+                found = found.model_copy(update={"held": [*found.held, one]})
+            except Exception as error:
+                why = {f"{candidate.optimizer}, {model.name}": told(error)}
+                found = found.model_copy(update={"unheld": found.unheld | why})
+        page.write(found, out)
+    for shown in (report.promises(found), page.memory(found), page.terminal(found)):
         if shown is not None:
             tell(shown)
     return found
 
 
-def _table(models: Sequence[Model], counts: Sequence[int], compiled: bool) -> Iterator[Asked]:
-    for model, family in product(models, FAMILIES):
+def stepping(model: Model) -> Iterator[tuple[Model, str]]:
+    """What each family steps of a model: Muon the matrices alone, where they are most of it and not too many."""
+    for family in FAMILIES:
         stepped = model.matrices if family == MUON else model
         if family != MUON or model.parameters / 2 < stepped.parameters <= MOST:
-            how = dict(part="table", group=family, threads=counts[-1], fresh=True)
-            yield stepped, list(installed(family)), how
+            yield stepped, family
+
+
+def _table(models: Sequence[Model], counts: Sequence[int], compiled: bool) -> Iterator[Asked]:
+    for stepped, family in (found for model in models for found in stepping(model)):
+        how = dict(part="table", group=family, threads=counts[-1], fresh=True)
+        yield stepped, list(installed(family)), how
 
 
 def _growth(models: Sequence[Model], counts: Sequence[int], compiled: bool) -> Iterator[Asked]:

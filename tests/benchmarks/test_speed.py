@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 import normopt
 from benchmarks.cli import app
-from benchmarks.speed import asked, candidates, measure, page, plot, records, report, run, startup, typed
+from benchmarks.speed import asked, candidates, measure, memory, page, plot, records, report, run, startup, typed
 from benchmarks.speed.limit import Copy, Loop
 from benchmarks.speed.measure import Entrant, take_turns
 from benchmarks.speed.models import MODELS, SWEEP, TINY, Model, Tensors, fits, resnet18, vit
-from benchmarks.speed.records import Case, Entry, Machine, Ratio, Results, Startup, ratio
+from benchmarks.speed.records import Case, Entry, Held, Machine, Ratio, Results, Startup, ratio
 from benchmarks.vision import allow_torchvision_import
 
 CPU = torch.device("cpu")
@@ -508,6 +508,56 @@ def test_normopts_default_is_the_reference_of_every_family():
     assert all(one.orders[0] == one.settings["p"] for one in TYPED if one.orders)
 
 
+# Memory
+
+
+def test_the_peak_is_what_is_alive_at_once_of_what_a_step_allocates():
+    kept = []
+
+    def step():
+        torch.empty(3000)
+        kept.append(torch.empty(1000))
+        torch.empty(2000)
+
+    assert memory.peak_on_cpu(step) == 4 * 3000
+    kept.clear()
+    gone = [torch.empty(5000)]
+
+    def frees():
+        gone.clear()
+        torch.empty(1000)
+
+    assert memory.peak_on_cpu(frees) == 4 * 1000  # what was there before is not in it
+
+
+@pytest.mark.parametrize(
+    ("make", "state", "least"),
+    [
+        (lambda params, **lr: torch.optim.SGD(params, lr=0.1), 0, 0),
+        (lambda params, **lr: torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=True), 4, 0),
+        (lambda params, **lr: torch.optim.Adagrad(params, lr=0.1, foreach=True), 4, 1),
+    ],
+)
+def test_what_an_optimizer_holds(make, state, least):
+    model = Model("two", ((1000, 100), (1000, 100)))
+    found = memory.held(model, candidates.Candidate("a", candidates.OWN, make), torch.float32, CPU)
+    assert found.state == pytest.approx(state, abs=0.01)
+    assert least <= found.peak <= least + 1.1
+
+
+def test_a_state_is_found_wherever_it_is_nested():
+    a, b = torch.zeros(1), torch.ones(1)
+    assert [*memory.tensors_in({"w": {0: {"m": [a, 1.0]}, "v": (b,)}, "n": None})] == [a, b]
+
+
+def test_memory_is_on_the_users_page_and_what_failed_too():
+    one = Held(optimizer=MINE, model="vit-s", state=4.0, peak=0.123)
+    text = page.markdown(results_of(held=[one], unheld={"a, vit-s": "ValueError: no"}), {})
+    assert f"| `{MINE}` | vit-s | 4.00 | 0.12 |" in text
+    assert "The memory of a, vit-s was not measured: ValueError: no." in text
+    assert "## Memory" not in page.markdown(results_of(), {})
+
+
 # The users' page
 
 MINE, THEIRS = "normopt.SGD(momentum=0.9)", "torch.optim.SGD(momentum=0.9, fused=True)"
@@ -628,7 +678,8 @@ def test_the_command_from_end_to_end(small_default, monkeypatch, tmp_path):
     for said in ("small, 1 thread", "What was asked", "ms a step"):
         assert said in done.output
     found = page.read(out)
-    assert {case.part for case in found.cases} == {*run.PARTS}
+    assert {case.part for case in found.cases} == {*run.CASES}
+    assert {h.model for h in found.held} == {"small"}
     assert {len(e.seconds) for case in found.cases for e in case.entries} == {2}
     done = CliRunner().invoke(app, ["speed", "--out", str(out), "--page", str(tmp_path / "speed.md")])
     assert done.exit_code == 0, done.output
