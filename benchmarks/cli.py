@@ -199,7 +199,7 @@ def measure_speed(
         typer.Option(help="mlp, resnet18, vit-s, gpt2, tiny1000, one100m, polar; repeatable. Default: by the part."),
     ] = None,
     part: Annotated[
-        list[str] | None, typer.Option(help="table, growth, memory or limits; repeatable. Default: all of them.")
+        list[str] | None, typer.Option(help="table, growth, memory, share or limits; repeatable. Default: all of them.")
     ] = None,
     threads: Annotated[
         list[int] | None, typer.Option(min=1, help="Threads of the CPU; repeatable. Default: 1, and all there are.")

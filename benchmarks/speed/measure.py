@@ -14,6 +14,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
@@ -80,7 +81,7 @@ def measure(
         fresh: the gradients are new tensors in every turn, made outside of what is timed.
         part, group: as of a `Case`.
     """
-    clock = on_cuda if device.type == "cuda" else on_cpu
+    clock = clock_of(device)
     entrants: list[Entrant] = []
     failed: dict[str, str] = {}
     with threads_set(threads):
@@ -98,7 +99,11 @@ def measure(
             entrants.append(Entrant("limit", least.name, least.step, STREAMS, first))
         for candidate in candidates:
             try:
-                entrants.append(warmed(candidate, tensors, clock, before))
+                entrant = warmed(candidate, tensors.weights, clock, before, tensors.adopt)
+                if not tensors.intact:
+                    tensors.renew()
+                    raise ValueError("its step takes the gradients away or changes them, and the next finds others")
+                entrants.append(entrant)
             except Exception as error:
                 if not entrants:
                     raise
@@ -169,27 +174,32 @@ def repeat(step: Step, times: int) -> None:
         step()
 
 
-def warmed(candidate: Candidate, tensors: Tensors, clock: Clock, before: Callable[[], None]) -> Entrant:
-    """A candidate that has compiled what it compiles, and steps on the shared state.
+def warmed(
+    candidate: Candidate,
+    weights: Sequence[Tensor],
+    clock: Clock,
+    before: Callable[[], None],
+    adopt: Callable[[Optimizer], None] = lambda optimizer: None,
+) -> Entrant:
+    """A candidate that has compiled what it compiles.
 
-    Raises:
-        ValueError: the step took the gradients away or changed them, and nothing makes them anew: neither its next
-            steps nor those of others would do what they are timed for.
+    Args:
+        candidate, weights: who steps what.
+        clock: times the first step.
+        before: called before each step, and after the last.
+        adopt: takes the optimizer when it has its state.
     """
-    optimizer = candidate.make(tensors.weights)
+    optimizer = candidate.make(weights)
     step: Step = torch.compile(lambda: optimizer.step()) if candidate.backend == COMPILED else optimizer.step
     if candidate.orders is not None:
         step = scheduled(optimizer, candidate.orders)
     before()
     first = clock(step)
-    tensors.adopt(optimizer)
+    adopt(optimizer)
     for _ in range(WARM - 1):
         before()
         step()
     before()
-    if not tensors.intact:
-        tensors.renew()
-        raise ValueError("its step takes the gradients away or changes them, and the next one would find others")
     return Entrant(candidate.optimizer, candidate.backend, step, candidate.streams, first)
 
 
@@ -236,6 +246,11 @@ def graph_of(step: Step) -> Any:
     return graph
 
 
+def clock_of(device: torch.device) -> Clock:
+    """What times a step on a device."""
+    return on_cuda if device.type == "cuda" else on_cpu
+
+
 def on_cpu(step: Step) -> float:
     """Seconds of a step."""
     began = time.perf_counter()
@@ -266,7 +281,7 @@ def launches(step: Step) -> int:
 
 def copied(device: torch.device, size: int = 1 << 30, times: int = 10) -> float:
     """Bytes per second that copies of a large tensor on the device read and write: the best of a few."""
-    clock = on_cuda if device.type == "cuda" else on_cpu
+    clock = clock_of(device)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / min(clock(lambda: target.copy_(source)) for _ in range(times))

@@ -80,7 +80,7 @@ def gpt2() -> Iterator[Shape]:
 MODELS = {
     model.name: model
     for model in (
-        Model("mlp", ((130, 64), (130,), (130, 130), (130,), (10, 130), (10,))),  # of the task digits
+        Model("mlp", ((128, 64), (128,), (128, 128), (128,), (10, 128), (10,))),  # of the task digits
         Model("resnet18", tuple(resnet18())),
         Model("vit-s", tuple(vit())),
         Model("gpt2", tuple(gpt2()), embeddings=2),

@@ -9,7 +9,8 @@ from statistics import median
 
 from rich.table import Table
 
-from benchmarks.speed import plot, report
+from benchmarks.speed import plot, report, share
+from benchmarks.speed.candidates import OWN
 from benchmarks.speed.records import Case, Entry, Ratio, Results, ratio
 from benchmarks.speed.report import digits
 from benchmarks.speed.typed import MUON, ours
@@ -26,6 +27,9 @@ are medians, of the ratios too, each of which is of one round. What an optimizer
 MEMORY = """\
 Bytes of state that are kept for each parameter, and the peak of what one step allocates besides, as a multiple of the
 weights, by the events of torch's allocator; arrays that are made past it are not in them."""
+SHARE = """\
+Percent of a training step that the optimizer's step is, beside forward and backward of a batch of 64; in brackets the
+95 % interval. These models are small: the larger the batch, the less it is. lr and p change as above."""
 GROWTH = "Milliseconds a step: of 10,000,000 parameters in more and more tensors, and of 100 tensors that grow."
 LIMITS = f"What the memory of the machine allows, and each backend beside it: [Limits of speed]({CONTRIBUTORS})."
 MUONS = "Muon steps the matrices alone, without embeddings; models that have few of them, or too many, are left out."
@@ -88,7 +92,7 @@ def terminal(results: Results) -> Table | None:
 
 def markdown(results: Results, pictures: Mapping[str, str]) -> str:
     """The users' page, with the pictures at these addresses."""
-    parts = ["# Speed", *_typed(results), *_growth(results, pictures), *_held(results)]
+    parts = ["# Speed", *_typed(results), *_growth(results, pictures), *_held(results), *_shared(results)]
     return "\n\n".join([*parts, LIMITS]) + "\n"
 
 
@@ -146,6 +150,31 @@ def _held(results: Results) -> Iterable[str]:
     if results.held:
         yield from ("## Memory", MEMORY, report.table(HELD, _rows_held(results, "`")))
     yield from (f"The memory of {name} was not measured: {why}." for name, why in results.unheld.items())
+
+
+def shares(results: Results) -> Table | None:
+    """The table of shares for a terminal; None if they were not measured."""
+    titles, rows = _rows_shared(results, "")
+    return report.framed(titles, rows, "Percent of a training step") if rows else None
+
+
+def _rows_shared(results: Results, quote: str) -> tuple[list[tuple[str, bool]], list[list[str]]]:
+    cases = [case for case in results.cases if case.part == "share"]
+    codes = dict.fromkeys(e.optimizer for case in cases for e in case.entries if e is not case.reference)
+    rows = []
+    for code in codes:
+        found = [(case, case.entry(code, OWN)) for case in cases]
+        rows.append(
+            [f"{quote}{code}{quote}", *("–" if e is None else str(share.percent(case, e)) for case, e in found)]
+        )
+    return [("optimizer", True), *((f"{case.model}, {case.parameters:,} parameters", False) for case in cases)], rows
+
+
+def _shared(results: Results) -> Iterable[str]:
+    titles, rows = _rows_shared(results, "`")
+    if rows:
+        yield from ("## Of a whole training step", SHARE, report.table(titles, rows))
+    yield from (line for case in results.cases if case.part == "share" for line in report.failures(case))
 
 
 def write(results: Results, folder: Path) -> None:

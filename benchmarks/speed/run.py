@@ -17,10 +17,11 @@ from benchmarks.speed.measure import copied, measure, told
 from benchmarks.speed.memory import held
 from benchmarks.speed.models import MATRICES, MODELS, SWEEP, TINY, Model, fits
 from benchmarks.speed.records import Results, machine
+from benchmarks.speed.share import TRAININGS, share
 from benchmarks.speed.startup import RULES, startup
 from benchmarks.speed.typed import FAMILIES, MUON, PACKAGES, SWEPT, absent, installed, peers
 
-PARTS = ("table", "growth", "memory", "limits")
+PARTS = ("table", "growth", "memory", "share", "limits")
 DEFAULT = {
     "table": ("mlp", "resnet18", "vit-s", "gpt2"),
     "memory": ("vit-s",),
@@ -95,7 +96,13 @@ def run(
                 why = {f"{candidate.optimizer}, {model.name}": told(error)}
                 found = found.model_copy(update={"unheld": found.unheld | why})
         page.write(found, out)
-    for shown in (report.promises(found), page.memory(found), page.terminal(found)):
+    for name in TRAININGS if "share" in parts else ():
+        tell(f"Timing the training of {name} in {rounds} rounds.")
+        who = [c for family in FAMILIES if family != MUON for c in installed(family)]
+        case = share(name, who, rounds=rounds, dtype=dtype, device=device, threads=counts[-1])
+        found = found.model_copy(update={"cases": [*found.cases, case]})
+        page.write(found, out)
+    for shown in (report.promises(found), page.memory(found), page.shares(found), page.terminal(found)):
         if shown is not None:
             tell(shown)
     return found

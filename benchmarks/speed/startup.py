@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.speed.candidates import DRESSED, DUAL, PLAIN, candidates
-from benchmarks.speed.measure import on_cpu, on_cuda
+from benchmarks.speed.measure import clock_of, on_cpu
 from benchmarks.speed.models import Model, Tensors
 from benchmarks.speed.records import Startup
 
@@ -56,7 +56,7 @@ def first_step(rule: str, device: torch.device) -> dict[str, float]:
     import_module(kernels)
     (candidate,) = (c for c in candidates(SMALL) if (c.optimizer, c.backend) == (rule, "fused"))
     optimizer = candidate.make(Tensors(SMALL, torch.float32, device).weights)
-    clock = on_cuda if device.type == "cuda" else on_cpu
+    clock = clock_of(device)
     return {"importing": round(importing, 4), "first": round(clock(optimizer.step), 4)}
 
 

@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 
 import normopt
 from benchmarks.cli import app
-from benchmarks.speed import asked, candidates, measure, memory, page, plot, records, report, run, startup, typed
+from benchmarks.speed import asked, candidates, measure, memory, page, plot, records, report, run, share, startup, typed
 from benchmarks.speed.limit import Copy, Loop
 from benchmarks.speed.measure import Entrant, take_turns
 from benchmarks.speed.models import MODELS, SWEEP, TINY, Model, Tensors, fits, resnet18, vit
 from benchmarks.speed.records import Case, Entry, Held, Machine, Ratio, Results, Startup, ratio
+from benchmarks.tasks import TASKS
 from benchmarks.vision import allow_torchvision_import
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def results_of(*cases: Case, **more) -> Results:
 @pytest.mark.parametrize(
     ("name", "tensors", "parameters"),
     [
-        ("mlp", 6, 26_790),
+        ("mlp", 6, 26_122),
         ("resnet18", 62, 11_689_512),
         ("vit-s", 152, 22_050_664),
         ("gpt2", 148, 124_439_808),
@@ -81,6 +82,10 @@ def test_resnet18_is_torchvisions():
     with torch.device("meta"):
         model = torchvision.models.resnet18()
     assert [*resnet18()] == [tuple(p.shape) for p in model.parameters()]
+
+
+def test_the_mlp_is_the_digits():
+    assert [tuple(p.shape) for p in TASKS["digits"].build().parameters()] == [*MODELS["mlp"].shapes]
 
 
 def test_the_vit_is_timms():
@@ -558,6 +563,52 @@ def test_memory_is_on_the_users_page_and_what_failed_too():
     assert "## Memory" not in page.markdown(results_of(), {})
 
 
+# The share of a training step
+
+
+def test_the_page_says_the_batch_of_the_tasks():
+    assert {TASKS[name].batch_size for name in share.TRAININGS} == {64}
+    assert "a batch of 64" in page.SHARE
+
+
+def test_a_share_is_of_forward_backward_and_step_together():
+    whole = entry(share.WHOLE, [3.0] * ROUNDS, "", 0)
+    step = entry(MINE, [1.0] * ROUNDS, candidates.OWN, 0)
+    case = made_up([whole, step], part="share", model="digits", fresh=True)
+    assert str(share.percent(case, step)) == "25.00 (25.00–25.00)"
+    text = page.markdown(results_of(case), {})
+    assert f"| `{MINE}` | 25.00 (25.00–25.00) |" in text
+    assert "Of a whole training step" not in page.markdown(results_of(), {})
+
+
+@pytest.mark.parametrize("name", share.TRAININGS)
+def test_a_training_steps_new_gradients_at_every_turn(name):
+    seen: list[list[int]] = []
+
+    class Watching(torch.optim.SGD):
+        def step(self):
+            seen.append([w.grad.data_ptr() for w in self.param_groups[0]["params"]])
+            for w in self.param_groups[0]["params"]:
+                w.grad = None
+
+    def refuse(params):
+        raise ValueError("not today")
+
+    who = [candidates.Candidate("w", candidates.OWN, lambda params: Watching(params, lr=1e-8), orders=())]
+    case = share.share(
+        name,
+        [*who, candidates.Candidate("r", candidates.OWN, refuse)],
+        rounds=2,
+        device=CPU,
+        threads=1,
+        dtype=torch.float32,
+    )
+    assert [e.optimizer for e in case.entries] == [share.WHOLE, "w"]
+    assert case.failed == {"r, as it comes": "ValueError: not today"}
+    assert len(seen) == measure.WARM + 2
+    assert all(len(s) == case.tensors for s in seen)
+
+
 # The users' page
 
 MINE, THEIRS = "normopt.SGD(momentum=0.9)", "torch.optim.SGD(momentum=0.9, fused=True)"
@@ -615,7 +666,7 @@ def test_muon_steps_matrices_where_they_are_most_and_not_too_many():
     asked_for = [*run.CASES["table"]([MODELS[name] for name in run.DEFAULT["table"]], [1, 2], False)]
     assert all(typed.ours(who[0].optimizer) for _, who, _ in asked_for)
     muon = [(model.name, model.parameters) for model, _, how in asked_for if how["group"] == typed.MUON]
-    assert muon == [("mlp", 26_520), ("vit-s", 21_617_664)]
+    assert muon == [("mlp", 25_856), ("vit-s", 21_617_664)]
     assert {how["threads"] for *_, how in asked_for} == {2}
 
 
@@ -678,7 +729,7 @@ def test_the_command_from_end_to_end(small_default, monkeypatch, tmp_path):
     for said in ("small, 1 thread", "What was asked", "ms a step"):
         assert said in done.output
     found = page.read(out)
-    assert {case.part for case in found.cases} == {*run.CASES}
+    assert {case.part for case in found.cases} == {*run.CASES, "share"}
     assert {h.model for h in found.held} == {"small"}
     assert {len(e.seconds) for case in found.cases for e in case.entries} == {2}
     done = CliRunner().invoke(app, ["speed", "--out", str(out), "--page", str(tmp_path / "speed.md")])
