@@ -144,7 +144,7 @@ class Tensors:
                 own[key] = buffers[i]
 
 
-SETS = 8  # of a model's size, at the most alive at once: weights, gradients, state, and what foreach steps make
+SETS = 11  # of a model's size, alive at once: weights 1, gradients 3 (drawn, old, new), state 4, temporaries 3
 
 
 def fits(model: Model, dtype: torch.dtype, device: torch.device) -> bool:

@@ -128,7 +128,7 @@ def _growth(results: Results, pictures: Mapping[str, str]) -> Iterable[str]:
         yield report.table(
             titles,
             (
-                [case.title, *(digits(1000 * median(by[code].seconds)) if code in by else "–" for code in codes)]
+                [case.model, *(digits(1000 * median(by[code].seconds)) if code in by else "–" for code in codes)]
                 for case, by in entries
             ),
         )
