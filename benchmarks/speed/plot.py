@@ -117,7 +117,7 @@ def _grown(sweep: str, cases: Sequence[Case]) -> Figure:
         ax.set_title(mine[0].title.partition(", ")[2], loc="left")
         ax.grid(color=GREY, alpha=0.25, lw=0.6)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    figure.legend(handles, labels, loc="outside upper left", ncols=1)
     return figure
 
 
