@@ -96,8 +96,8 @@ def _announced() -> Iterator[None]:
                 ANNOUNCED.append(True)
                 LOGGER.warning(
                     "compiling kernels for this CPU, which takes seconds, once on a machine: they are cached. "
-                    "Silence this by logging.getLogger('normopt').setLevel('ERROR'), or step without kernels by "
-                    "fused=False"
+                    "Silence this by logging.getLogger('normopt').setLevel('ERROR'); normopt's own optimizers step "
+                    "without kernels by fused=False"
                 )
 
         def on_end(self, _: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from normopt.kernels import numba as kernels
 from normopt.kernels import totals
 from normopt.kernels.compiling import ENTRIES, call_with_jit_lock
-from normopt.kernels.flags import BUFFERS, GENERAL, LINEAR, SAME, Flags, Numbers
+from normopt.kernels.flags import BUFFERS, GENERAL, LINEAR, SAME, Flags, Numbers, mode_of
 from normopt.kernels.pool import share_out
 from normopt.kernels.tables import Array, Block, Chunks, Phase, Tables, nothing
 
@@ -84,17 +85,8 @@ class Step:
             self._update(block, place)
 
     def _everywhere(self, block: Block, kernel: kernels.Kernel, *more: object) -> None:
-        """Run a kernel on the chunks of a block, shared out among threads."""
-
-        call = ENTRIES.get(kernel, kernel)
-
-        def work(a: int, b: int) -> None:
-            call(*self.tensors, a, b, *more)
-
-        if call is kernel:
-            call_with_jit_lock(share_out, work, self.chunks, block.chunk, block.chunks, compiled=kernel)
-        else:
-            share_out(work, self.chunks, block.chunk, block.chunks)
+        """Run a kernel on the chunks of a block."""
+        run(kernel, self.tensors, self.chunks, block.chunk, block.chunks, *more)
 
     def _measure_agr(self, block: Block) -> None:
         self._everywhere(block, self.ready.agr, self.ready.values[kernels.UNSCALE], self.ready.sums)
@@ -142,6 +134,36 @@ class Step:
         ready = self.ready
         kernel = ready.update if self.powers_cached == ready.powers_cached else ready.update_without_cache
         self._everywhere(block, kernel, ready.rows, ready.values, self.seed, ready.powers, place)
+
+
+def run(kernel: kernels.Kernel, tensors: tuple[Any, ...], chunks: Chunks, begin: int, end: int, *more: object) -> None:
+    """Run a kernel on the chunks ``begin`` to ``end`` of its tensors, shared out among threads."""
+    call = ENTRIES.get(kernel, kernel)
+
+    def work(a: int, b: int) -> None:
+        call(*tensors, a, b, *more)
+
+    if call is kernel:
+        call_with_jit_lock(share_out, work, chunks, begin, end, compiled=kernel)
+    else:
+        share_out(work, chunks, begin, end)
+
+
+def lp_factors(w: Sequence[Tensor], p: float, strength: float) -> list[Tensor]:
+    """Return the factors of ℓp decay, in float32, to 1e-6 of 1 − factor; see `normopt.stages.decay.lp_factors`.
+
+    Args:
+        w: contiguous tensors of one dtype, float32 or bfloat16, none of them empty.
+        p: p > 0.
+        strength: pηλ > 0.
+    """
+    exponent, chunks = abs(2 - p), Chunks([x.shape for x in w])
+    kernel = kernels.factor_kernel(w[0].dtype == torch.bfloat16, mode_of(exponent), p >= 2)
+    factors = [x.new_empty(x.shape, dtype=torch.float32) for x in w]
+    addresses = tuple(np.array([x.data_ptr() for x in xs], dtype=np.int64) for xs in (w, factors))
+    cuts = chunks.tensor, chunks.start, chunks.count
+    run(kernel, (addresses, cuts), chunks, 0, len(chunks), F(strength), np.array(exponent_of(exponent), dtype=F))
+    return factors
 
 
 def _all_ranks(found: Tensor | None) -> tuple[Array, Places]:

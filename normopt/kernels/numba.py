@@ -386,6 +386,24 @@ def decay_factor(a, mode, inverse, decay_strength, e):
     return x / (x + decay_strength) if decay_strength != ZERO else ONE
 
 
+@cache
+def factor_kernel(weight16: bool, mode: int, inverse: bool) -> Kernel:
+    """Return a kernel of ℓp decay's factor of each weight, in float32."""
+    decay_mode, decay_inverse = constants(mode, inverse)
+
+    @compiled(**EXACT)
+    def factors(addresses, chunks, begin, end, strength, numbers):
+        (weights, results), (tensor, start, count) = addresses, chunks
+        exponent = exponent_at(numbers, 0)
+        for j in range(begin, end):
+            t, s, n = tensor[j], start[j], count[j]
+            w, found = entries(weights[t], s, n, weight16), entries(results[t], s, n, False)
+            for i in range(n):
+                found[i] = decay_factor(abs(load(w[i])), decay_mode, decay_inverse, strength, exponent)
+
+    return factors
+
+
 @compiled(**INLINE)
 def weight(w, k, i, kahan):
     """A weight, with what its rounding has lost."""

@@ -286,13 +286,15 @@ def lp_factors(w: list[Tensor], p: float, lr_times_decay: Number) -> list[Tensor
     Source: Decoupled weight decay for any p norm, arXiv:2404.10824.
     """
     k = p * lr_times_decay
-    if p >= 2:
-        return [x.abs().pow_(p - 2).mul_(k).add_(1).reciprocal_() for x in w]
     if not isinstance(k, Tensor) and k == 0:
         return [torch.ones_like(x) for x in w]
     factors = []
     for x in w:
-        # Clamped to finite, so that a huge weight gives a factor of 1 and not ∞/∞.
-        size = x.abs().pow_(2 - p).clamp_(max=torch.finfo(x.dtype).max)
-        factors.append(size.div_(size + k))
+        size = x.abs().pow_(abs(2 - p))
+        if p >= 2:
+            factors.append(size.mul_(k).add_(1).reciprocal_())
+        else:
+            # Clamped to finite, so that a huge weight gives a factor of 1 and not ∞/∞.
+            size.clamp_(max=torch.finfo(x.dtype).max)
+            factors.append(size.div_(size + k))
     return [f.masked_fill_(k == 0, 1) for f in factors] if isinstance(k, Tensor) else factors

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 import normopt
+from normopt.kernels import cpu
 from normopt.kernels.cpu import exponent_of
 from normopt.kernels.numba import exponent_at, pow_f32
 from normopt.kernels.tables import CHUNK, Chunks
-from tests.oracle import Rule, agr, direction
+from tests.oracle import Rule, agr, direction, lp_decay_factor
 from tests.patience import patience
 from tests.test_oracle import FIXED, MOMENTA, PS, REGULARIZERS, SCALES, check, recorded  # noqa: F401 (a fixture)
 
@@ -560,3 +561,57 @@ def test_a_checkpoint_says_which_backend_made_it_and_a_change_is_logged(caplog):
     caplog.clear()
     make().load_state_dict(saved)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("p", [0.3, 0.8, 1.0, 1.5, 2.0, 3.0, 4.5])
+def test_factors_of_lp_decay(p, dtype):
+    """Of several chunks and tensors, as the definition has them at every size of a weight, and of what is no number."""
+    size = torch.logspace(-44, 38, CHUNK + 5, dtype=torch.float64)
+    ends = torch.tensor([0.0, -0.0, 1e-45, 3e38, math.inf, math.nan])
+    tensors = [torch.stack([size, -size.flip(0)]).to(dtype), ends.to(dtype).reshape(2, 3)]
+    for strength in (1e-9, 1e-3, 10.0):
+        wide, few = cpu.lp_factors(tensors, p, strength)
+        with np.errstate(over="ignore", under="ignore"):
+            expected = lp_decay_factor(tensors[0].double().numpy(), p, strength / p)
+        assert wide.dtype == torch.float32
+        off = np.abs(wide.double().numpy() - expected)
+        # float32 has the factor to an eighth of 1e-6, and 1 − factor to 1e-6; a power below its range is 0.
+        assert (off <= 1.3e-7 * expected + 1e-6 * (1 - expected) * expected + 2e-38 * max(1, 1 / strength)).all()
+        if p < 2:
+            assert few.flatten()[[0, 1, 3, 4]].tolist() == [0, 0, 1, 1]
+        assert few.isnan().tolist() == [[False] * 3, [False, False, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_lp_decay_on_other_optimizers_is_that_without_kernels(dtype, monkeypatch):
+    """Also for weights that kernels do not take, and those whose group lets nothing decay."""
+    called = []
+    kernel = cpu.lp_factors
+    monkeypatch.setattr(
+        cpu, "lp_factors", lambda w, *more: called.append([*map(tuple, map(np.shape, w))]) or kernel(w, *more)
+    )
+
+    def stepped():
+        torch.manual_seed(0)
+        shapes = [(100, 90), (5,), (70, 60), (8, 4, 3, 2), (90, 100)]
+        params = [torch.nn.Parameter((torch.randn(s) * 0.01).to(dtype)) for s in shapes]
+        params[3] = torch.nn.Parameter(params[3].data.to(memory_format=torch.channels_last))
+        params[4] = torch.nn.Parameter(params[4].data.double())
+        opt = torch.optim.SGD(
+            [{"params": params}, {"params": [torch.nn.Parameter(torch.ones(99, 99))], "lr": 0.0}], 0.1
+        )
+        normopt.LpDecay(opt, p=0.8, weight_decay=0.3)
+        for _ in range(3):
+            for p in (p for group in opt.param_groups for p in group["params"]):
+                p.grad = torch.zeros_like(p)
+            opt.step()
+        return [p.detach() for group in opt.param_groups for p in group["params"]]
+
+    fast = stepped()
+    assert called == [[(100, 90), (70, 60)]] * 3
+    monkeypatch.setattr(normopt.addons.decay, "TINY", math.inf)
+    for a, b in zip(fast, stepped(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-38)
+    assert len(called) == 3
+    assert torch.equal(fast[-1], torch.ones(99, 99))
