@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
+import subprocess
+import sys
 import threading
 import time
 from unittest import mock
@@ -20,8 +22,12 @@ from tests.patience import patience
 BUFFER = "momentum_buffer"
 
 
-@pytest.fixture
-def two_threads():
+@pytest.fixture(params=["torch's threads", "Python's threads"])
+def two_threads(request, monkeypatch):
+    if request.param == "Python's threads":
+        monkeypatch.setattr(pool, "_forked", True)
+    elif pool._torch_openmp() is None:
+        pytest.skip("torch has another pool than GNU OpenMP's")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -52,10 +58,13 @@ def test_several_threads_step_at_once(two_threads):
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no timers that interrupt")
 def test_an_interrupted_step_ends_after_all_of_its_threads(two_threads):
     """What is raised before they have ended leaves them writing into memory that its receiver may free."""
-    ended = threading.Event()
+    began, ended = threading.Event(), threading.Event()
 
     def work(begin, end):
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
+            assert began.wait(60)
+        else:
+            began.set()
             time.sleep(0.5)
             ended.set()
 
@@ -72,6 +81,30 @@ def test_an_interrupted_step_ends_after_all_of_its_threads(two_threads):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_kernels_run_on_the_threads_that_torch_made():
+    """In a process of its own, in which nothing else makes threads."""
+    program = """
+import os, threading, torch
+torch.set_num_threads(2)
+torch.ones(1 << 22).sin_()
+threads = lambda: set(os.listdir("/proc/self/task"))
+before = threads()
+from normopt.kernels import pool
+from normopt.kernels.tables import Chunks
+ran, both = set(), threading.Barrier(2, timeout=60)
+def work(begin, end):
+    both.wait()
+    ran.add(str(threading.get_native_id()))
+for _ in range(3):
+    pool.share_out(work, Chunks([torch.Size([1 << 20])]))
+assert len(ran) == 2 and ran <= before, (ran, before)
+"""
+    if pool._torch_openmp() is None:
+        pytest.skip("torch has another pool than GNU OpenMP's")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=patience(120))
+    assert done.returncode == 0, done.stderr
 
 
 class Stepping(torch.utils.data.Dataset):
