@@ -278,7 +278,7 @@ def lp_factors(w: list[Tensor], p: float, lr_times_decay: Number) -> list[Tensor
 
     For p < 2, smaller weights shrink faster and reach exactly 0 in finite time. Zero is then absorbing: a
     weight that starts at 0 never trains. For p ≥ 2 the factor is computed as ``1/(1 + pηλ|w_old|^(p−2))``,
-    which avoids 0/0. ηλ = 0 gives the factor 1.
+    which avoids 0/0. Where pηλ is 0, or below the dtype's normal numbers, the factor is 1.
 
     Without a gradient, a weight w₀ reaches 0 after about ``|w₀|^(2−p) / ((2−p)·pηλ)`` steps. Only the product
     ηλ matters, so a larger learning rate sparsifies as a larger λ does.
@@ -286,15 +286,18 @@ def lp_factors(w: list[Tensor], p: float, lr_times_decay: Number) -> list[Tensor
     Source: Decoupled weight decay for any p norm, arXiv:2404.10824.
     """
     k = p * lr_times_decay
-    if not isinstance(k, Tensor) and k == 0:
-        return [torch.ones_like(x) for x in w]
     factors = []
     for x in w:
+        least = torch.finfo(x.dtype).tiny  # below it k may be 0 in x's dtype, where a weight of 0 would give 0/0
+        if not isinstance(k, Tensor) and k < least:
+            factors.append(torch.ones_like(x))
+            continue
         size = x.abs().pow_(abs(2 - p))
         if p >= 2:
-            factors.append(size.mul_(k).add_(1).reciprocal_())
+            factor = size.mul_(k).add_(1).reciprocal_()
         else:
             # Clamped to finite, so that a huge weight gives a factor of 1 and not ∞/∞.
             size.clamp_(max=torch.finfo(x.dtype).max)
-            factors.append(size.div_(size + k))
-    return [f.masked_fill_(k == 0, 1) for f in factors] if isinstance(k, Tensor) else factors
+            factor = size.div_(size + k)
+        factors.append(factor.masked_fill_(k < least, 1) if isinstance(k, Tensor) else factor)
+    return factors

@@ -410,3 +410,28 @@ def test_a_closure_that_makes_sparse_gradients():
     with pytest.raises(RuntimeError, match="sparse"):
         opt.step(lambda: table(torch.tensor([1])).sum().backward())
     assert torch.equal(table.weight, before)
+
+
+@pytest.mark.parametrize("p", [0.8, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("over", ["entries", "rows"])
+@pytest.mark.parametrize("lr", [0.0, 1e-30, 1e-38, 1e-43, torch.tensor(1e-30), torch.tensor(1e-38)])
+def test_a_decay_that_the_dtype_does_not_have_keeps_zeros(lr, over, p):
+    """As schedules of lr end: pηλ is 0 in float32, where |w|^(2−p) of a zero weight is too."""
+    values = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1e-30, 3.0]])
+
+    def left(make):
+        w = torch.nn.Parameter(values.clone())
+        w.grad = torch.zeros_like(w)
+        make(w).step()
+        return w.detach()
+
+    def added(w):
+        opt = torch.optim.SGD([w], lr=lr)
+        normopt.LpDecay(opt, p=p, weight_decay=1e-20, over=over)
+        return opt
+
+    assert torch.equal(left(added), values)
+    if over == "entries":
+        for fused in (False, True):
+            own = dict(lr=float(lr), decay="lp", decay_p=p, weight_decay=1e-20, fused=fused)
+            assert torch.equal(left(lambda w, own=own: normopt.SGD([w], **own)), values)
