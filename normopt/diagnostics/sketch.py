@@ -83,7 +83,7 @@ class Sketch:
                 # Mix coordinates that are 1/64 of the vector apart, because neighbours are often correlated.
                 columns = torch.nn.functional.pad(piece, (0, -len(piece) % MIXED)).reshape(MIXED, -1)
                 mixed = (self.mix.to(piece) @ columns).flatten()
-            total += piece.new_zeros(2 * self.k).index_add_(0, signed_buckets.int(), mixed).to(home)
+            total += piece.new_zeros(2 * self.k).scatter_add_(0, signed_buckets.long(), mixed).to(home)
         return total[: self.k] - total[self.k :]
 
 
