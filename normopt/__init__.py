@@ -3,16 +3,24 @@
 Every optimizer here is one engine, [`SteepestDescent`][normopt.SteepestDescent], under another norm.
 """
 
-from normopt import norms, schedules, sparsity
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from normopt import norms
 from normopt.addons import AGR, LpDecay
-from normopt.diagnostics import GeometryMonitor, Trajectory, TrajectoryMonitor
 from normopt.engine import SteepestDescent
-from normopt.groups import ParamGroups, param_groups
 from normopt.loading import to_torch_state_dict
 from normopt.zoo import get_optimizer, list_optimizers
 from normopt.zoo.adaptive import LAMB, LARS, Adagrad, Adam, AdamW, Adan, RMSprop
 from normopt.zoo.lp import LPSGD, LPSGDM, SGD, Lion, NormalizedSGD, PowerStep, SignSGD, Signum, Stacey
 from normopt.zoo.matrix import SCALE, Freon, Muon, NorMuon, NucGD, RowNormSGD, Scion, SpectralSGD
+
+if TYPE_CHECKING:
+    from normopt import diagnostics as diagnostics
+    from normopt import groups as groups
+    from normopt import schedules, sparsity
+    from normopt.diagnostics import GeometryMonitor, Trajectory, TrajectoryMonitor
+    from normopt.groups import ParamGroups, param_groups
 
 __version__ = "0.1.0"
 
@@ -22,3 +30,24 @@ __all__ += ["LAMB", "LARS", "Adagrad", "Adam", "AdamW", "Adan", "RMSprop"]
 __all__ += ["SCALE", "Freon", "Muon", "NorMuon", "NucGD", "RowNormSGD", "Scion", "SpectralSGD"]
 __all__ += ["AGR", "GeometryMonitor", "LpDecay", "ParamGroups", "Trajectory", "TrajectoryMonitor", "param_groups"]
 __all__ += ["to_torch_state_dict"]
+
+# Imported at their first use, since no optimizer needs them; each with its names that are normopt's too.
+_LAZY = {
+    "diagnostics": ("GeometryMonitor", "Trajectory", "TrajectoryMonitor"),
+    "groups": ("ParamGroups", "param_groups"),
+    "schedules": (),
+    "sparsity": (),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LAZY.items():
+        if name == module or name in names:
+            found = import_module(f"normopt.{module}")
+            globals().update({module: found, **{each: getattr(found, each) for each in names}})
+            return globals()[name]
+    raise AttributeError(f"module 'normopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LAZY})

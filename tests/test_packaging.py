@@ -65,6 +65,11 @@ sys.path.insert(0, {str(target)!r})
 import numpy, torch
 before = set(sys.modules)
 import normopt
+assert not {{"diagnostics", "groups", "schedules", "sparsity"}} & vars(normopt).keys()
+assert {{"groups", "param_groups", "sparsity"}} <= set(dir(normopt))
+from normopt import *
+assert normopt.groups.param_groups is param_groups
+assert normopt.schedules is schedules and normopt.diagnostics.Trajectory is Trajectory
 print(normopt.__file__)
 print(sorted({{m.split(".")[0] for m in set(sys.modules) - before}} - set(sys.stdlib_module_names)))
 model = torch.nn.Linear(3, 2)
