@@ -2,7 +2,7 @@
 # # An ablation, from question to report
 #
 # Adaptive gradient regularization ([arXiv:2407.16944](https://arxiv.org/abs/2407.16944)) holds back the entries that
-# dominate a gradient, and is reported to improve the optimizers that wear it. Does it help an optimizer that steps by
+# dominate a gradient, and is reported to improve the optimizers that have it. Does it help an optimizer that steps by
 # *signs*, when a quarter of the training labels is wrong? This page asks, with the program that every study of this
 # repository was made with, and then asks the answer how far it can be trusted. [Run an ablation](../ablations.md) is
 # the reference; what each flag and key means stands there.
