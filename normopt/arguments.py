@@ -25,6 +25,7 @@ SYNONYMS = {
     "beta1": "β₁ is momentum",
     "capturable": "it is not needed, because no step waits for the device",
     "cautious": 'cautious decay is decay="cautious"',
+    "lambda_p": 'λ of ℓp decay is weight_decay, with decay="lp"',
     "learning_rate": "the learning rate is lr",
     "wd": "the strength of the decay is weight_decay",
 }

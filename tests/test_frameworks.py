@@ -145,8 +145,9 @@ def timm_stub(monkeypatch):
 def test_timm_registration(timm_stub):
     names = timm_integration.register()
     assert set(names.values()) == {normopt.get_optimizer(n) for n in NAMES}
-    assert names["lpsgdm"] is normopt.LPSGDM
+    assert names["lpsgdm"] is names["normoptlpsgdm"] is normopt.LPSGDM
     assert names["normoptsgd"] is normopt.SGD
+    assert "sgd" not in names
     assert timm_stub["sgd"].opt_class is torch.optim.SGD
     assert timm_integration.register() == names
     for name, info in timm_stub.items():
@@ -157,6 +158,11 @@ def test_timm_registration(timm_stub):
             kwargs |= {"eps": 1e-8} if info.has_eps else {}
             info.opt_class([torch.nn.Parameter(torch.ones(2))], **kwargs)
             assert "_" not in name
+
+
+def test_the_integrations_are_there_at_their_first_use():
+    code = "import normopt; normopt.integrations.timm.register; import sys; assert 'timm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=patience(60))
 
 
 def test_without_timm_the_error_says_what_to_install(monkeypatch):

@@ -381,3 +381,33 @@ class TestStepWithOptimizer:
 
         with pytest.raises(TypeError, match="Wrapper is a wrapper without step hooks"):
             CosineP(Wrapper(optimizer()), STEPS).step_with_optimizer()
+
+    @pytest.mark.parametrize("cls", [normopt.LPSGD, normopt.LPSGDM])
+    def test_an_argument_of_the_optimizer_is_the_same(self, cls):
+        """What a script can say that makes the optimizer from names and numbers."""
+
+        def run(stop=None, **kwargs):
+            opt = cls([torch.nn.Parameter(torch.ones(4, 3))], p=6.0, **kwargs)
+            train(opt, Nothing, 0, stop or STEPS)
+            if stop:
+                state, saved = copy.deepcopy(opt.state_dict()), weights(opt)
+                opt = cls([torch.nn.Parameter(torch.ones(4, 3))], p=6.0, **kwargs)
+                opt.load_state_dict(state)
+                put(opt, saved)
+                train(opt, Nothing, stop, STEPS)
+            return opt.param_groups[0]["p"], weights(opt)[0]
+
+        class Nothing:
+            step = staticmethod(lambda: None)
+
+        by_hand = cls([torch.nn.Parameter(torch.ones(4, 3))], p=6.0)
+        train(by_hand, CosineP(by_hand, STEPS, p_end=3.0), 0, STEPS)
+        for found in (run(p_steps=STEPS, p_end=3.0), run(stop=2, p_steps=STEPS, p_end=3.0)):
+            assert found[0] == 3.0
+            assert torch.equal(found[1], weights(by_hand)[0])
+        assert run(p_steps=STEPS)[0] == 2.0
+        assert run()[0] == 6.0
+        with pytest.raises(ValueError, match=r"p_end = 3\.0 does nothing without p_steps"):
+            run(p_end=3.0)
+        with pytest.raises(ValueError, match="p_steps must be"):
+            run(p_steps=0)

@@ -192,7 +192,7 @@ class PSchedule(LRScheduler, ABC):
         if self._get_lr_called_within_step:
             raise TypeError(
                 f"{type(self).__name__} moves {self.setting} in step(), which a wrapper that sets lr from get_lr() "
-                "does not call: in ignite, trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: schedule.step())"
+                "does not call: in ignite, trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: sched.step())"
             )
         return self.get_last_lr()
 

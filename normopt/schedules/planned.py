@@ -41,8 +41,8 @@ class AnnealedP(PSchedule):
             check_number("p_end", p_end, low=1)
         else:
             check_number("end", end, open_low=True, open_high=True)
-        # Not as self.total_steps: Accelerate counts the steps of a scheduler with that name, micro-batches too, and stops
-        # calling it after so many.
+        # Not as self.total_steps: of a scheduler that has it, Accelerate counts the steps, micro-batches too, and stops
+        # after so many.
         self.steps, self.p_end, self.space = total_steps, float(p_end if end is None else end), space
         super().__init__(optimizer, setting, last_epoch)
         if last_epoch is None and 0 < self.last_epoch >= total_steps - 1:
