@@ -216,4 +216,6 @@ def show_settings(function: Any) -> None:
         if name in shown and name not in signature.parameters:
             s = owner.settings[name]
             named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=s.default, annotation=s.type))
+    # Of the hint, too, which jsonargparse would unpack beside the signature.
+    function.__annotations__[last.name] = Any
     function.__signature__ = signature.replace(parameters=[*named, last.replace(annotation=Any)])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import re
 import subprocess
 import sys
 import types
+import typing
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,14 @@ def test_skorchs_call_pattern(name):
     before = net.weight.detach().clone()
     opt.step(step_fn)
     assert torch.equal(net.weight, before) or name == "stacey"  # whose coupling is not multiplied by lr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_are_told_once(name):
+    """jsonargparse reads the signature, and unpacks the type hint of ``**settings`` if there is one."""
+    made = next(c for c in normopt.get_optimizer(name).__mro__ if "__init__" in vars(c)).__init__
+    assert typing.get_type_hints(made)["settings"] is typing.Any
+    assert "maximize" in inspect.signature(made).parameters
 
 
 @pytest.fixture
