@@ -25,6 +25,7 @@ SYNONYMS = {
     "beta1": "β₁ is momentum",
     "capturable": "it is not needed, because no step waits for the device",
     "cautious": 'cautious decay is decay="cautious"',
+    "lambda_p": 'λ of ℓp decay is weight_decay, with decay="lp"',
     "learning_rate": "the learning rate is lr",
     "wd": "the strength of the decay is weight_decay",
 }
@@ -215,4 +216,6 @@ def show_settings(function: Any) -> None:
         if name in shown and name not in signature.parameters:
             s = owner.settings[name]
             named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=s.default, annotation=s.type))
+    # Of the hint, too, which jsonargparse would unpack beside the signature.
+    function.__annotations__[last.name] = Any
     function.__signature__ = signature.replace(parameters=[*named, last.replace(annotation=Any)])

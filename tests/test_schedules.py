@@ -118,7 +118,7 @@ def test_a_schedule_says_where_it_is():
     sched = CosineP(optimizer(), total_steps=3)
     sched.step()
     assert "CosineP(" in repr(sched)
-    assert "last_step=2" in repr(sched)
+    assert "last_epoch=1" in repr(sched)
     with pytest.raises(ValueError, match="not from CosineP"):
         sched.load_state_dict(LinearP(optimizer(), total_steps=3).state_dict())
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from normopt._checks import check_integer
 from normopt.arguments import fixed_kwargs
 from normopt.engine import SteepestDescent
 from normopt.norms.base import Scale
@@ -259,6 +260,10 @@ class LPSGD(SteepestDescent):
         opt = normopt.LPSGD(model.parameters(), p=8.0)
         sched = normopt.schedules.CosineP(opt, total_steps=epochs)      # sched.step() after each epoch
 
+    A script that has no place for it says ``LPSGD(…, p_steps=S)``: then every step of the optimizer counts, and p is 2
+    from step S on. The number of steps made is in the param groups, and so in ``state_dict()``; copies by
+    ``copy.deepcopy`` and ``pickle`` have no schedule.
+
     Annealing p under this scale also changes the step length: at |g| = 1e-3 a weight moves by 1e-3·η
     at p = 2 and by 1e-1·η at p = 4. ``scale="matched"`` removes this effect.
 
@@ -269,6 +274,9 @@ class LPSGD(SteepestDescent):
         p: the norm's order, the schedule's initial value. Default 8, our choice.
         eps: ε. Default 0, which is exact at p = 2 and ∞ (the paper has ε > 0; its value was not obtainable).
         scale: "power", the paper's, or "matched", a control with SGD's step length.
+        p_steps: S, to anneal p in S steps of the optimizer by [`CosineP`][normopt.schedules.CosineP]. Default None, no
+            schedule.
+        p_end: the final p of that schedule. Default 2, the paper's.
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`. The paper's
             LPSGD has no weight decay.
 
@@ -295,10 +303,13 @@ class LPSGD(SteepestDescent):
         eps: float = 0.0,
         *,
         scale: Scale = "power",
+        p_steps: int | None = None,
+        p_end: float = 2.0,
         **settings: Unpack[Settings],
     ) -> None:
         fixed = fixed_kwargs("LPSGD", settings, norm="lp", momentum=0.0)
         super().__init__(params, lr, p=p, scale=scale, eps=eps, **fixed)
+        _anneal(self, p_steps, p_end)
 
 
 class LPSGDM(SteepestDescent):
@@ -322,6 +333,9 @@ class LPSGDM(SteepestDescent):
         momentum: μ. Default 0.9, our choice (the paper's β was not obtainable).
         eps: ε. Default 0, exact at p = 2 and ∞.
         scale: "power", the paper's, or "matched", a control with SGD's step length.
+        p_steps: S, to anneal p in S steps of the optimizer by [`CosineP`][normopt.schedules.CosineP]. Default None, no
+            schedule.
+        p_end: the final p of that schedule. Default 2, the paper's.
         **settings: any of [`Settings`][normopt.settings.Settings], as in `SteepestDescent`.
 
     State: one buffer per parameter.
@@ -346,10 +360,24 @@ class LPSGDM(SteepestDescent):
         eps: float = 0.0,
         *,
         scale: Scale = "power",
+        p_steps: int | None = None,
+        p_end: float = 2.0,
         **settings: Unpack[Settings],
     ) -> None:
         fixed = fixed_kwargs("LPSGDM", settings, norm="lp", momentum_rule="ema")
         super().__init__(params, lr, p=p, scale=scale, eps=eps, momentum=momentum, **fixed)
+        _anneal(self, p_steps, p_end)
+
+
+def _anneal(optimizer: SteepestDescent, p_steps: int | None, p_end: float) -> None:
+    """Anneal an optimizer's p by its own steps."""
+    if p_steps is not None:
+        from normopt.schedules import CosineP  # only here, since no other optimizer needs it
+
+        check_integer("p_steps", p_steps)
+        CosineP(optimizer, p_steps, p_end).step_with_optimizer()
+    elif p_end != 2:
+        raise ValueError(f"p_end = {p_end} does nothing without p_steps: give the number of steps, too")
 
 
 class Stacey(SteepestDescent):
