@@ -23,7 +23,7 @@ from normopt.groups.presets import PRESETS as LAYER_PRESETS
 from normopt.schedules import AdaptiveP, CosineP, LinearP, PSchedule
 
 # What every optimizer takes: those that have them not, from normopt's add-ons.
-REGULARIZERS = ("agr", "decay", "decay_p", "weight_decay", "decay_step")
+REGULARIZERS = ("agr", "decay", "decay_p", "weight_decay", "decay_step", "prune")
 _OF_PRESETS = ("ratio", "qkv_blocks")
 
 
@@ -182,6 +182,8 @@ def make_optimizer(spec: RunSpec, model: nn.Module, task: Task) -> tuple[Optimiz
     - ``decay_step`` is ηλ, the decay of one step at the peak of the learning rate: λ = decay_step/η. Learning rates
       differ by factors of a thousand between optimizers, so that one λ for all would erase one's weights and leave
       another's alone.
+    - ``prune`` is the share of the weights that gradual magnitude pruning sets to zero; it belongs to training
+      (`prune`), not to the optimizer.
     - ``beta1`` and ``beta2`` are the ``betas`` of Adam and its kin.
 
     AGR and ℓp decay are normopt's add-ons where the optimizer is not normopt's own; ``weight_decay`` then is the
@@ -192,13 +194,46 @@ def make_optimizer(spec: RunSpec, model: nn.Module, task: Task) -> tuple[Optimiz
     """
     check(spec.optimizer, spec.settings)
     entry = find(spec.optimizer)
-    settings = {**entry.defaults, **{k: math.inf if v == "inf" else v for k, v in spec.settings.items()}}
+    given = {k: math.inf if v == "inf" else v for k, v in spec.settings.items() if k != "prune"}
+    settings = {**entry.defaults, **given}
     if "decay_step" in settings:
         if "weight_decay" in spec.settings:
             raise ValueError("decay_step is weight_decay times lr: set one of the two")
         settings["weight_decay"] = settings.pop("decay_step") / settings["lr"]
     optimizer = _ours(entry, settings, model, task) if entry.ours else _theirs(entry, settings, model)
     return optimizer, _schedule(spec, optimizer)
+
+
+class _Pruning:
+    """A hook after each step that keeps a rising share of the weights, those of the smallest |w|, at exactly zero.
+
+    The share rises as 1 − (1 − t)³ (arXiv:1710.01878) over the first three quarters of the steps; it is over all
+    tensors of two dims or more together, and what is pruned stays so.
+    """
+
+    EVERY = 20  # steps
+
+    def __init__(self, model: nn.Module, share: float, steps: int) -> None:
+        self.model, self.share = model, share
+        self.step, self.ramp = 0, max(1, round(0.75 * steps))
+        self.weights = [p for p in model.parameters() if p.dim() >= 2]
+        self.kept: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, *_: object) -> None:
+        self.step += 1
+        if self.kept:
+            for weight, kept in zip(self.weights, self.kept, strict=True):
+                weight.mul_(kept)
+        if self.step <= self.ramp and (self.step % self.EVERY == 0 or self.step == self.ramp):
+            normopt.sparsity.prune_(self.model, fraction=self.share * (1 - (1 - self.step / self.ramp) ** 3))
+            self.kept = [weight != 0 for weight in self.weights]
+
+
+def prune(spec: RunSpec, optimizer: Optimizer, model: nn.Module, steps: int) -> None:
+    """Attach gradual magnitude pruning to an optimizer if the run's settings have a share to ``prune``."""
+    if "prune" in spec.settings:
+        optimizer.register_step_post_hook(_Pruning(model, float(spec.settings["prune"] or 0), steps))
 
 
 def _ours(entry: Entry, settings: dict[str, Any], model: nn.Module, task: Task) -> Optimizer:

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
-from benchmarks.optimizers import make_optimizer
+from benchmarks.optimizers import make_optimizer, prune
 from benchmarks.study.record import Point, RunRecord
-from benchmarks.study.spec import RunSpec
+from benchmarks.study.spec import LRSchedule, RunSpec
 from benchmarks.tasks import TASKS, Splits, Task
 from normopt._checks import near
 from normopt.schedules import PSchedule
 
-ZERO = 1e-13  # the count of exact zeros of arXiv:2404.10824
 AT_ONCE = 512  # examples that are evaluated together
 
 
@@ -28,7 +27,7 @@ def run(spec: RunSpec) -> RunRecord:
 
     The model is drawn from the seed, and the batches from a generator of their own with the same seed, so that runs
     with equal seeds start from the same weights and see the same batches, whatever their optimizer does. The learning
-    rate falls to 0 along half a cosine, step by step; p moves once an epoch, but an adaptive p with every step, as it
+    rate moves with every step; p moves once an epoch, but an adaptive p with every step, as it
     reads the gradient: what is recorded is the p that an epoch begins with. A loss that is not finite ends the run:
     that is a result too.
 
@@ -49,7 +48,9 @@ def run(spec: RunSpec) -> RunRecord:
     optimizer, p_schedule = make_optimizer(spec, model, task)
     drawn = splits.per_epoch or len(splits.train[0])
     per_epoch = math.ceil(drawn / spec.batch_size)
-    lr_schedule = CosineAnnealingLR(optimizer, spec.epochs * per_epoch)
+    total = spec.epochs * per_epoch
+    lr_schedule = make_lr_schedule(spec.lr_schedule, optimizer, total)
+    prune(spec, optimizer, model, total)
     adaptive = spec.p_schedule is not None and spec.p_schedule.kind == "adaptive"
     each_step: list[LRScheduler | PSchedule] = [lr_schedule, *([p_schedule] if p_schedule and adaptive else [])]
 
@@ -82,6 +83,13 @@ def run(spec: RunSpec) -> RunRecord:
         ms_per_step=1000 * busy / steps,
         seconds=time.perf_counter() - began,
     )
+
+
+def make_lr_schedule(plan: LRSchedule, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Return the schedule of a run of so many steps, to be stepped after each of them."""
+    if plan == LRSchedule():
+        return CosineAnnealingLR(optimizer, steps)  # whose rounding is that of the stored runs
+    return LambdaLR(optimizer, lambda step: plan.factor(step, steps))
 
 
 def _train_epoch(
@@ -131,9 +139,9 @@ def evaluate(model: nn.Module, task: Task, splits: Splits, data: tuple[Tensor, T
 
 @torch.no_grad()
 def zero_fraction(model: nn.Module) -> float:
-    """The part of the weights that is exactly zero: |w| < 1e-13, over tensors of 2 dims or more."""
+    """Return the share of the weights that is exactly 0, over tensors of 2 dims or more."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    return sum(int((p.abs() < ZERO).sum()) for p in matrices) / sum(p.numel() for p in matrices)
+    return sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
 
 
 def _finite(model: nn.Module) -> bool:
