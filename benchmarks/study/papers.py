@@ -1,0 +1,162 @@
+"""Presets that run the recipes of papers on data that are here, each declared in a file before its first run.
+
+The file is docs/data/NAME.protocol.json: the claim, the decision, what differs from the paper, and the study itself as
+`benchmarks.study.spec.Study` has it. A study is run as its file says only if its ``protocol`` is the file's sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from benchmarks.study.spec import Arm, Frozen, LRSchedule, PSchedule, Range, Study, Tuning, Value
+
+PROTOCOLS = Path(__file__).parents[2] / "docs/data"
+WARMUP = LRSchedule(warmup=0.05)
+SEEDS = tuple(range(1, 9))
+
+
+def path(name: str) -> Path:
+    """Return where the protocol of a preset is."""
+    return PROTOCOLS / f"{name}.protocol.json"
+
+
+def digest(name: str) -> str | None:
+    """Return the sha256 of a preset's protocol, None where there is no such file."""
+    file = path(name)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _study(name: str, purpose: str, tasks: tuple[str, ...], arms: tuple[Arm, ...], trials: int, budget: float) -> Study:
+    return Study(
+        name=name,
+        purpose=purpose,
+        tasks=tasks,
+        arms=arms,
+        baseline=arms[0].name,
+        tuning=Tuning(trials=trials, startup=trials),
+        seeds=SEEDS,
+        budget=budget,
+        protocol=digest(name),
+    )
+
+
+def _arm(
+    name: str,
+    optimizer: str,
+    settings: dict[str, Value],
+    against: str | None = None,
+    p: PSchedule | None = None,
+    lr: Range | None = None,
+) -> Arm:
+    search = {} if lr is None else {"lr": lr}
+    return Arm(
+        name=name,
+        optimizer=optimizer,
+        settings=settings,
+        p_schedule=p,
+        lr_schedule=WARMUP,
+        search=search,
+        against=against,
+    )
+
+
+class Protocol(Frozen):
+    """What is declared of a preset before its first run.
+
+    Attributes:
+        paper: an arXiv id.
+        claim: what the paper states.
+        reported: the paper's numbers that ours are shown beside, by what they are.
+        decision: how the claim is judged, on which comparison of arms.
+        differs: what is not as in the paper, and why.
+        chosen_by: the runs that were made before, none of which is part of the study.
+        study: the study, without the hash of this declaration.
+    """
+
+    paper: str
+    claim: str
+    reported: dict[str, str]
+    decision: str
+    differs: tuple[str, ...]
+    chosen_by: str
+    study: Study
+
+    def text(self) -> str:
+        """Return the content of the protocol's file."""
+        return (
+            json.dumps(self.model_dump(mode="json", exclude={"study": {"protocol"}}), indent=1, ensure_ascii=False)
+            + "\n"
+        )
+
+
+def _lp(decay_p: float, step: float) -> dict[str, Value]:
+    return {"decay": "lp", "decay_p": decay_p, "decay_step": step}
+
+
+def _taking(arm: Arm) -> Arm:
+    """Return the arm with the tuned learning rate of plain AdamW."""
+    return arm.model_copy(update={"tuned_as": "AdamW"})
+
+
+_NONE: dict[str, Value] = {"weight_decay": 0.0}
+_AT_PAPERS: dict[str, Value] = {"lr": 1e-3}
+
+PWD = _study(
+    "paper-pwd",
+    "Does ℓp decay with p = 0.8 bring most weights to exactly zero at equal accuracy?",
+    ("fashion-cnn",),
+    (
+        _arm("AdamW", "adamw", _NONE, lr=Range(low=2e-3, high=2e-2)),
+        *(_taking(_arm(f"ℓ0.8, ηλ = {step:g}", "adamw", _lp(0.8, step))) for step in (3e-5, 8e-5, 1.2e-4)),
+        _taking(_arm("ℓ0.5, ηλ = 3e-05", "adamw", _lp(0.5, 3e-5), against="ℓ0.8, ηλ = 8e-05")),
+        _taking(_arm("ℓ1, ηλ = 0.00035", "adamw", _lp(1.0, 3.5e-4), against="ℓ0.8, ηλ = 8e-05")),
+        _taking(_arm("pruned, 75 %", "adamw", _NONE | {"prune": 0.75}, against="ℓ0.8, ηλ = 8e-05")),
+        _taking(_arm("pruned, 86 %", "adamw", _NONE | {"prune": 0.86}, against="ℓ0.8, ηλ = 0.00012")),
+        _taking(_arm("AdamW's own decay, ηλ = 0.0001", "adamw", {"decay_step": 1e-4})),
+        _arm("AdamW, lr 0.001, λ 0.01", "adamw", _AT_PAPERS | {"weight_decay": 0.01}),
+        *(
+            _arm(
+                f"ℓ0.8, lr 0.001, λ {decay:g}",
+                "adamw",
+                _AT_PAPERS | {"decay": "lp", "decay_p": 0.8, "weight_decay": decay},
+                against="AdamW, lr 0.001, λ 0.01",
+            )
+            for decay in (0.01, 0.03)
+        ),
+    ),
+    trials=6,
+    budget=0.8,
+)
+
+PROTOCOLS_OF = (
+    Protocol(
+        paper="2404.10824",
+        claim="AdamW with ℓp decay, p = 0.8, makes 83.6 % of the weights of a Fashion-MNIST CNN exactly zero at equal "
+        "accuracy",
+        reported={"exact zeros": "83.6 %", "accuracy": "equal to training without"},
+        decision="Equal accuracy: the 95 % interval of the paired difference in test accuracy, ℓ0.8 minus AdamW, lies "
+        "above −0.5 points. The claim holds here if an arm ℓ0.8 has at least 80 % zeros and equal accuracy. ℓ0.8 beats "
+        "pruning if the arm pruned to about as many zeros is significantly worse.",
+        differs=(
+            "8 epochs: the paper trains longer",
+            "a strided CNN of 33,424 weights, which a CPU trains in seconds: the paper's network is not known here",
+            "the learning rate warms up over 5 % of the steps and falls to 0 along half a cosine",
+            "the learning rate of AdamW is tuned, 6 trials in the decade from 0.002 to 0.02, and every arm of ηλ takes "
+            "it over with ηλ held; beside them are arms at the authors' lr 0.001 and λ 0.01",
+            "zeros are weights that are exactly 0; the authors count |w| < 1e-13",
+            "magnitude pruning (arXiv:1710.01878) to about the zeros of two of the arms is added, ℓ1 by the same rule, "
+            "p = 0.5 and AdamW's own decay",
+        ),
+        chosen_by="16 single runs with seed 100, 8 epochs, at learning rates from 0.001 to 0.006, chose the ηλ and the "
+        "shares that are pruned",
+        study=PWD,
+    ),
+)
+DECLARED = {protocol.study.name: protocol for protocol in PROTOCOLS_OF}
+
+
+if __name__ == "__main__":
+    for _protocol in DECLARED.values():
+        path(_protocol.study.name).write_text(_protocol.text(), encoding="utf-8")
