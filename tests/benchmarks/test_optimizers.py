@@ -126,6 +126,17 @@ def test_length_of_lpsgdm_is_sgd_at_two_and_as_long_as_lpsgdm_at_any_p():
     assert start.isfinite().all()
 
 
+def test_length_of_lpsgdm_decays_the_weights_as_lpsgdm_does():
+    moved = []
+    for make in (LengthOfLPSGDM, normopt.LPSGDM):
+        w = nn.Parameter(torch.full((4,), 2.0))
+        w.grad = torch.zeros(4)
+        make([w], lr=0.5, p=6.0, weight_decay=0.1).step()
+        moved.append(w.detach().clone())
+    torch.testing.assert_close(moved[0], torch.full((4,), 1.9))
+    torch.testing.assert_close(moved[0], moved[1])
+
+
 def test_length_of_lpsgdm_stands_still_without_a_gradient_and_refuses_what_is_out_of_range():
     w = nn.Parameter(torch.ones(3))
     w.grad = torch.zeros(3)
