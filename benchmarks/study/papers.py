@@ -302,5 +302,7 @@ DECLARED = {protocol.study.name: protocol for protocol in PROTOCOLS_OF}
 
 
 if __name__ == "__main__":
+    # Once: the runs carry the file's sha256.
     for _protocol in DECLARED.values():
-        path(_protocol.study.name).write_text(_protocol.text(), encoding="utf-8")
+        if not path(_protocol.study.name).exists():
+            path(_protocol.study.name).write_text(_protocol.text(), encoding="utf-8")
