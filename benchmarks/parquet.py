@@ -3,7 +3,7 @@
 | column | type |
 |---|---|
 | id, task, optimizer | string |
-| settings, p_schedule | string: JSON |
+| settings, p_schedule, lr_schedule | string: JSON; files from before it existed have no lr_schedule |
 | seed, epochs, batch_size, state_bytes | int64 |
 | diverged | bool |
 | validation_loss, test_loss, test_score, ms_per_step, seconds | double |
@@ -46,6 +46,7 @@ _SCHEMA = pa.schema(
         ("optimizer", pa.string()),
         ("settings", pa.string()),
         ("p_schedule", pa.string()),
+        ("lr_schedule", pa.string()),
         ("seed", pa.int64()),
         ("epochs", pa.int64()),
         ("batch_size", pa.int64()),
@@ -83,7 +84,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     except pa.ArrowInvalid as error:
         raise Unreadable(f"this is no Parquet file: {error}") from None
     metadata = table.schema.metadata or {}
-    if KEY not in metadata or set(_SCHEMA.names) - set(table.schema.names):
+    if KEY not in metadata or set(_SCHEMA.names) - {"lr_schedule"} - set(table.schema.names):
         raise Unreadable("this Parquet file holds no runs: it is none that `python -m benchmarks` wrote")
     others = json.loads(metadata[KEY])
     if others["study"] is not None:
@@ -96,6 +97,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 def _row(record: RunRecord) -> dict[str, Any]:
     row = record.model_dump(exclude={"spec"}) | record.spec.model_dump()
     row["settings"] = json.dumps(row["settings"])
+    row["lr_schedule"] = json.dumps(row["lr_schedule"])
     row["p_schedule"] = None if row["p_schedule"] is None else json.dumps(row["p_schedule"])
     # Derived, for people: a curve is awkward to ask.
     row["validation_loss"] = None if math.isinf(record.last_loss) else record.last_loss
@@ -104,8 +106,10 @@ def _row(record: RunRecord) -> dict[str, Any]:
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
     spec = {name: row.pop(name) for name in ("task", "optimizer", "seed", "epochs", "batch_size")}
-    schedule = row.pop("p_schedule")
+    schedule, lr_schedule = row.pop("p_schedule"), row.pop("lr_schedule", None)
     spec["settings"] = json.loads(row.pop("settings"))
     spec["p_schedule"] = None if schedule is None else json.loads(schedule)
+    if lr_schedule is not None:
+        spec["lr_schedule"] = json.loads(lr_schedule)
     del row["validation_loss"]
     return row | {"spec": spec}

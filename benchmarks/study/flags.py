@@ -19,8 +19,8 @@ def arm(text: str) -> dict[str, Any]:
     >>> arm("lpsgdm p=8 agr=true lr=1e-3..1")["search"]
     {'lr': {'low': 0.001, 'high': 1.0}}
 
-    A value with two dots is a range that tuning searches by ratios, and p_schedule the kind of one. The arm's name
-    is the text without the ranges, or what ``name`` says.
+    A value with two dots is a range that tuning searches by ratios; p_schedule and lr_schedule are given by their
+    kind. The arm's name is the text without the ranges, or what ``name`` says.
 
     Raises:
         BadStudy: a word is not as it must be.
@@ -42,8 +42,8 @@ def arm(text: str) -> dict[str, Any]:
             called = value
             continue
         names.append(word)
-        if key == "p_schedule":
-            table["p_schedule"] = {"kind": value}
+        if key in ("p_schedule", "lr_schedule"):
+            table[key] = {"kind": value}
         else:
             table["settings"][key] = _value(value)
     return table | {"name": called or " ".join(names)}

@@ -135,6 +135,7 @@ class Lane:
             optimizer=self.arm.optimizer,
             settings={**found, **self.arm.settings},
             p_schedule=self.arm.p_schedule,
+            lr_schedule=self.arm.lr_schedule,
             seed=seed,
             epochs=max(1, round(task.epochs * self.study.budget)),
             batch_size=task.batch_size,

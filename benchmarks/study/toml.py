@@ -21,6 +21,7 @@
     settings = { momentum = 0.9 }
     grid = { p = [4, 8], agr = [false, true] }   # four arms: "LPSGDM p=4", "LPSGDM p=4 agr", …
     p_schedule = { kind = "cosine" }
+    lr_schedule = { kind = "cosine", warmup = 0.05 }  # or "constant", or "wsd" with a cooldown; default: no warm-up
 
 Without ``extends``, ``tasks`` and ``arms`` are needed, and the rest has defaults: the file's name, no purpose, the
 first arm, five seeds, the tasks' own budget, 12 trials of which 8 are quasi-random.
@@ -39,7 +40,7 @@ from pydantic import Field, ValidationError
 from benchmarks.optimizers import check
 from benchmarks.study import lines
 from benchmarks.study.presets import LEARNING_RATES, PRESETS
-from benchmarks.study.spec import Arm, Frozen, PSchedule, Range, Study, Value
+from benchmarks.study.spec import Arm, Frozen, LRSchedule, PSchedule, Range, Study, Value
 from benchmarks.tasks import TASKS
 from normopt._checks import near
 
@@ -61,6 +62,7 @@ class ArmTable(Frozen):
     settings: dict[str, Value] = Field(default={})
     grid: dict[str, list[Value]] = Field(default={})
     p_schedule: PSchedule | None = None
+    lr_schedule: LRSchedule = LRSchedule()
     search: dict[str, Range] = Field(default={})
     tuned_as: str | None = None
     lr_factor: float = 1.0
@@ -121,7 +123,7 @@ class StudyTable(Frozen):
         if self.seeds is not None:
             changes["seeds"] = range(1, self.seeds + 1) if isinstance(self.seeds, int) else self.seeds
         if base is not None:
-            return Study.model_validate(base.model_dump() | changes)
+            return Study.model_validate(base.model_dump() | {"protocol": None} | changes)
         usual = {"purpose": "", "tasks": (), "baseline": given[0].name if given else "", "seeds": range(1, SEEDS + 1)}
         return Study.model_validate(usual | changes)
 
@@ -224,6 +226,7 @@ def _fields(path: lines.Path) -> list[str]:
         "arms": ArmTable,
         "tuning": TuningTable,
         "p_schedule": PSchedule,
+        "lr_schedule": LRSchedule,
         None: StudyTable,
     }
     return list(inside.get(last, Range).model_fields)

@@ -18,6 +18,7 @@ class Plain:
     """A task whose data come with a package, and of which nothing is measured beside loss and score."""
 
     residual_depth: int | None = None
+    trajectory: bool = False
 
     def measures(self, model: nn.Module) -> Mapping[str, float]:
         """Nothing more."""
