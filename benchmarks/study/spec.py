@@ -124,6 +124,7 @@ class Study(Frozen):
         tuning: the budget.
         seeds: of the final runs: the same for all arms, so that differences are paired.
         budget: what the epochs of every task are multiplied by.
+        batch_size: of every task; None: each task's own.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Study(Frozen):
     tuning: Tuning
     seeds: tuple[int, ...] = Field(min_length=1)
     budget: float = Field(default=1.0, gt=0)
+    batch_size: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
