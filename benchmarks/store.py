@@ -17,12 +17,12 @@ import time
 import warnings
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks import parquet
 from benchmarks.environment import Environment
@@ -183,6 +183,23 @@ class Store:
             told = Told(task=task, arm=arm, trial=trial)
             self._append("trial", told)
             self._take({"trial": told})
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give arms other names, here and not in the folder: for a comparison; nothing can be stored from then on.
+
+        Raises:
+            UnfitStore: two arms would have the same name.
+        """
+        assert self.study is not None, "there is a study"
+        study = self.study.model_dump()
+        study["baseline"] = names.get(self.study.baseline, self.study.baseline)
+        for arm in study["arms"]:
+            arm |= {key: names.get(arm[key], arm[key]) for key in ("name", "tuned_as", "against")}
+        try:
+            self.study = Study.model_validate(study)
+        except ValidationError as error:
+            raise UnfitStore(f"{self.folder}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        self._trials = {(task, names.get(arm, arm)): trials for (task, arm), trials in self._trials.items()}
 
     def claim(self, run_id: str) -> None:
         """Tell other programs that this one begins a run: they leave it alone as long as this one lives."""
