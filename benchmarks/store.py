@@ -259,10 +259,13 @@ class Store:
         text = json.dumps(content) if isinstance(content, dict) else content.model_dump_json()
         line = _sealed(f'{{"{kind}":{text}'.encode())
         rest = memoryview(line)
-        while rest:
-            rest = rest[self._own.write(rest) :]
-        if safely:
-            os.fsync(self._own.fileno())
+        try:
+            while rest:
+                rest = rest[self._own.write(rest) :]
+            if safely:
+                os.fsync(self._own.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; what is stored is safe", self._own.name) from error
         name = Path(self._own.name).name
         self._read[name] = self._read.get(name, 0) + len(line)
         self._lines[name] = self._lines.get(name, 0) + 1

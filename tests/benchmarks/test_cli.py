@@ -184,7 +184,7 @@ def test_what_the_disk_refuses_is_a_sentence_and_has_an_exit_code_of_its_own(tmp
         assert len(output.splitlines()) == 1
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     output = said(*command, str(tmp_path / "out"), code=3)
-    assert output.splitlines()[-1] == "Error: [Errno 28] No space left on device"
+    assert output.splitlines()[-1].startswith("Error: [Errno 28] No space left on device; what is stored is safe: ")
 
 
 @pytest.mark.exhaustive
