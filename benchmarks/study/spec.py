@@ -167,6 +167,7 @@ class Study(Frozen):
         seeds: of the final runs: the same for all arms, so that differences are paired.
         budget: what the epochs of every task are multiplied by.
         protocol: the sha256 of the file that declared the study before it was run; None if none did.
+        batch_size: of every task; None: each task's own.
     """
 
     name: str
@@ -178,6 +179,7 @@ class Study(Frozen):
     seeds: tuple[int, ...] = Field(min_length=1)
     budget: float = Field(default=1.0, gt=0)
     protocol: str | None = None
+    batch_size: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
