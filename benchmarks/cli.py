@@ -24,7 +24,6 @@ from benchmarks.environment import mixed
 from benchmarks.programs import adaptive, adaptive_norms, kept, radii, regularity, sparsity, transfer
 from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
-from benchmarks.report.words import findings
 from benchmarks.results import Results, collect
 from benchmarks.store import PARQUET, Store, UnfitStore
 from benchmarks.study import flags, journal
@@ -136,7 +135,7 @@ def list_(
 def again(
     folder: Annotated[Path, typer.Argument(help="Folder of a study's results, or a Parquet file of runs.")],
     page: Annotated[
-        Path | None, typer.Option(help="Write a page of the docs, Markdown with figures, instead of the report.")
+        Path | None, typer.Option(help="Write a page of the docs, Markdown, instead of the report.")
     ] = None,
 ) -> None:
     """Make the report again from stored results, of an unfinished study too."""
@@ -144,9 +143,7 @@ def again(
     if page is None:
         _report(store, store.folder)
         return
-    from benchmarks.report import docs  # matplotlib, which no other command needs
-
-    _say_where("The page", docs.write(collect(store), page))
+    _say_where("The page", report.write_page(collect(store), page))
 
 
 @app.command()
@@ -456,7 +453,7 @@ def _report(store: Store, folder: Path) -> None:
     _say(f"Study {results.study.name}", results.study.purpose)
     for table in terminal(results, console.width):
         console.print(table)
-    for finding in findings(results):
+    for finding in report.findings(results):
         console.print()
         _say(finding.title, finding.text)
     console.print()
