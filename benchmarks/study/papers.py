@@ -88,7 +88,11 @@ class Protocol(Frozen):
     def text(self) -> str:
         """Return the content of the protocol's file."""
         return (
-            json.dumps(self.model_dump(mode="json", exclude={"study": {"protocol", "batch_size"}}), indent=1, ensure_ascii=False)
+            json.dumps(
+                self.model_dump(mode="json", exclude={"study": {"protocol", "batch_size"}}),
+                indent=1,
+                ensure_ascii=False,
+            )
             + "\n"
         )
 
