@@ -482,7 +482,7 @@ def step_kernel(
 def gradient_sums(table, chunks, unscale, sums, DTYPE: tl.constexpr, FLAGS: tl.constexpr):
     """The largest |g| of each chunk, and the sum of the others: what is beside a dominant entry must not be lost.
 
-    The sum is in float32, a tree, of which huge terms are scaled: to 1.4e-6 relative at worst and 1e-7 as a rule.
+    The sum is in float32, a tree, of which huge terms are scaled: to 1.4e-6 relative at worst and 3e-7 as a rule.
     """
     j = tl.program_id(0)
     t, begin, count = chunk_of(chunks, j)
