@@ -62,15 +62,17 @@ class Entry:
         return frozenset((own | set(REGULARIZERS)) - set(self.fixed))
 
 
-_ZOO = {
+# Of the stored runs, which were made before normopt's defaults were the paper's.
+_POWER: dict[str, Any] = {"p": 8.0, "eps": 0.0}
+_ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("ℓ2, heavy-ball momentum 0.9", {"momentum": 0.9}),
     "normalizedsgd": ("the gradient's momentum 0.9 at ℓ2 length 1 in every tensor", {"momentum": 0.9}),
     "signsgd": ("the sign of the gradient, no momentum", {}),
     "signum": ("the sign of the averaged momentum 0.9", {}),
     "lion": ("the sign of a momentum that is read at 0.9 and stored at 0.99", {}),
     "powerstep": ("the power 0.1 of the summed momentum 0.9: the power map at p = 11", {}),
-    "lpsgd": ("the power map of the gradient, p = 8 unless a schedule moves it", {}),
-    "lpsgdm": ("the power map of the averaged momentum 0.9, p = 8 unless a schedule moves it", {}),
+    "lpsgd": ("the power map of the gradient, p = 8 unless a schedule moves it", _POWER),
+    "lpsgdm": ("the power map of the averaged momentum 0.9, p = 8 unless a schedule moves it", _POWER),
     "spectralsgd": ("the momentum 0.9 with all singular values their sum, in every matrix", {"momentum": 0.9}),
     "nucgd": ("the leading singular pair of the momentum", {}),
     "freon": ("the momentum with its singular values raised to a power", {}),

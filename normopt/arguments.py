@@ -80,6 +80,12 @@ def check_unused(
         ("coupling_rate", [group["coupling"] != 0 for group in groups], "at coupling = 0", True),
         ("dampening", runs, "at momentum = 0", no_momentum),
         ("state_dtype", runs, "at momentum = 0", no_momentum),
+        (
+            "eps",
+            [group["scale"] == "power" for group in groups],
+            'without scale="power" (the ε of adaptive coordinates is metric_eps)',
+            True,
+        ),
         ("eps", [not norm.is_identity("power") for norm in norms], "at p = 2", all(g["p"] is None for g in groups)),
     ]
     for field in fields:

@@ -155,7 +155,7 @@ def test_a_constant_p_ends_in_a_cycle_and_an_annealed_one_at_rest(p: float, h: f
     amplitude = (lr * h**kappa / 2) ** (1 / (1 - kappa))
     for annealed in (False, True):
         w = parameter(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
-        opt = normopt.LPSGD([w], lr=lr, p=p)
+        opt = normopt.LPSGD([w], lr=lr, p=p, eps=0.0)
         schedule = normopt.schedules.CosineP(opt, total_steps=1000) if annealed else None
         for _ in range(3000):
             w.grad = h * w.detach()

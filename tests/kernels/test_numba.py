@@ -47,7 +47,7 @@ def test_every_optimizer_wears_every_regularizer(name, regularizer, dtype, recor
     cls = normopt.get_optimizer(name)
     fresh = cls([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
     settings = {**MOMENTA[name], **REGULARIZERS[regularizer]}
-    rule = Rule(p=FIXED.get(fresh["norm"], fresh["p"]), scale=fresh["scale"], **settings)
+    rule = Rule(p=FIXED.get(fresh["norm"], fresh["p"]), scale=fresh["scale"], eps=fresh["eps"], **settings)
     left_out, total = check(cls, settings | {"fused": True}, rule, recorded, dtype)
     assert left_out < 1e-3 * total
 

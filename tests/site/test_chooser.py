@@ -47,7 +47,7 @@ def test_the_state_in_the_table_is_what_a_step_keeps() -> None:
 
 def test_the_facts_of_a_page_are_the_codes() -> None:
     facts = optimizers.facts("lpsgdm")
-    for fact in ("`lp`, p = 8", "power", "moving average, μ = 0.9", "4 bytes", "`lr=0.01`"):
+    for fact in ("`lp`, p = 6", "power", "moving average, μ = 0.9", "4 bytes", "`lr=0.01`"):
         assert fact in facts
     assert "get-started.md" in optimizers.used_in("lpsgdm", ROOT / "docs")
 
