@@ -256,7 +256,7 @@ class LPSGD(SteepestDescent):
         w ← (1 − ηλ)w − η · sign(g)·|g|^(1/(p−1))          ε = 0
         w ← (1 − ηλ)w − η · g·(|g| + ε)^(−ρ)               ε > 0, ρ = 1 − 1/(p−1)
 
-    p = 2 is exactly SGD and p = ∞ exactly signSGD. Without a schedule p stays constant, which is NOT the
+    p = 2 is exactly SGD and p = ∞ at ε = 0 exactly signSGD. Without a schedule p stays constant, which is NOT the
     paper's method: it anneals p from p_max to 2 over the epochs. Add the schedule::
 
         opt = normopt.LPSGD(model.parameters(), p=6.0)
