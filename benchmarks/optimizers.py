@@ -198,6 +198,8 @@ def make_optimizer(spec: RunSpec, model: nn.Module, task: Task) -> tuple[Optimiz
     entry = find(spec.optimizer)
     given = {k: math.inf if v == "inf" else v for k, v in spec.settings.items() if k != "prune"}
     settings = {**entry.defaults, **given}
+    if "eps" not in given and (settings.get("scale", "power") != "power" or settings.get("p") == 2):
+        settings.pop("eps", None)  # there it does nothing, and is refused
     if "decay_step" in settings:
         if "weight_decay" in spec.settings:
             raise ValueError("decay_step is weight_decay times lr: set one of the two")
