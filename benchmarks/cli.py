@@ -97,7 +97,7 @@ def run(
     budget: Annotated[
         float | None, typer.Option(min=0.001, help="What the epochs of every task are multiplied by.")
     ] = None,
-    baseline: Annotated[str | None, typer.Option(help="The arm that others are held against, by its name.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The name of the arm that the others are compared with.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Of every task, instead of each task's own.")] = None,
     tuning_seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each setting that tuning tries.")] = None,
 ) -> None:

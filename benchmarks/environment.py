@@ -50,9 +50,9 @@ class Environment(BaseModel):
 
 @cache
 def here(tasks: tuple[str, ...], optimizers: tuple[str, ...] = ()) -> Environment:
-    """Where this process runs, and the data of these tasks and the code of these optimizers of a user's own there.
+    """Return this process's environment, with fingerprints of the tasks' data and of the code of user optimizers.
 
-    It is looked up once a process.
+    It is computed once a process.
     """
     return Environment(
         python=platform.python_version(),

@@ -198,7 +198,7 @@ class TaskResults:
         return 1 if self.task.higher_is_better else -1
 
     def comparison(self, arm: str, against: str) -> Comparison | None:
-        """What the study's questions found of this pair, whichever way round; None if it is in none."""
+        """Return the comparison of two arms, in either order; None if no question of the study has this pair."""
         for c in self.comparisons:
             if (c.row.name, c.against.name) == (arm, against):
                 return c

@@ -389,7 +389,7 @@ class Store:
         self._parquet = stat.st_ino, stat.st_mtime_ns
 
     def _others(self) -> dict[str, Any]:
-        """What belongs to the study and not to a run."""
+        """Return the data of the study, as opposed to those of its runs."""
         return {
             "study": None if self.study is None else self.study.model_dump(mode="json"),
             "environments": [environment.model_dump(mode="json") for environment in self.environments],
@@ -416,7 +416,7 @@ def _sealed(begun: bytes) -> bytes:
 
 
 def _opened(line: bytes) -> Any:
-    """What a line holds. Lines from before there were checksums have none.
+    """Parse a line and verify its checksum. Lines of older versions have none.
 
     Raises:
         ValueError: it is damaged.

@@ -82,7 +82,7 @@ def _filled_in(protocol: Protocol, results: Results | None) -> str:
 def _beside(protocol: Protocol, results: Results) -> list[str]:
     """Return the paper's numbers beside ours."""
     if not protocol.reported:
-        return ["The paper's numbers were not to be had: nothing is shown beside ours."]
+        return ["The paper's numbers are not available, so nothing is shown beside ours."]
     ours = OURS[protocol.study.name](results)
     return [_table(("", "the paper", "here"), [(w, value, ours.get(w, "–")) for w, value in protocol.reported.items()])]
 
@@ -159,7 +159,7 @@ _MEASURES: dict[str, tuple[Callable[[RunRecord], float | None], int]] = {
 
 
 class _Effect:
-    """What one aid changes in one measure under one optimizer, averaged over the other two; paired by seed."""
+    """Return the change of one measure by one aid under one optimizer: paired by seed, over the other two aids."""
 
     def __init__(self, arm: str, aid: str, name: str, on: list[Row], off: list[Row]) -> None:
         self.arm, self.aid, self.name = arm, aid, name

@@ -1,4 +1,4 @@
-"""What the tables and figures show, as plain rows with every digit: the CSV files beside the report."""
+"""The numbers of the tables and figures in full precision: rows of the CSV files beside the report."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def best(row: Row) -> Any:
 
 
 def tally(results: Results, arm: str) -> tuple[int, int, int]:
-    """On how many tasks an arm is better, worse and a tie with the one that it is held against."""
+    """Return on how many tasks an arm is better, worse and tied, compared with its control."""
     other = results.study.against(arm) or ""
     found = [c.verdict for task in results.tasks.values() if (c := task.comparison(arm, other))]
     return found.count(1), found.count(-1), found.count(0)

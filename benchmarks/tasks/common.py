@@ -44,6 +44,34 @@ class Classification(Plain):
         return int((outputs.argmax(-1) == targets).sum()) / targets.numel()
 
 
+class Deep(nn.Module):
+    """A stem, hidden layers of one width, each with or without batch norm and skip, and a head of ten classes."""
+
+    def __init__(
+        self, inputs: int, width: int, depth: int, *, batch_norm: bool, skip: bool, activation: type[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.skip = skip
+        self.stem = nn.Linear(inputs, width)
+        self.hidden = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(width, width, bias=not batch_norm),
+                nn.BatchNorm1d(width) if batch_norm else nn.Identity(),
+                activation(),
+            )
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Examples of any shape → logits."""
+        x = self.stem(x.flatten(1))
+        for layer in self.hidden:
+            x = x + layer(x) if self.skip else layer(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
 def split(inputs: object, targets: object, dtype: torch.dtype, by_class: bool) -> Splits:
     """Arrays → training, validation and test, 60/20/20, inputs as float32 and targets as asked.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tasks.base import Splits
-from benchmarks.tasks.common import SPLIT_SEED, Classification
+from benchmarks.tasks.common import SPLIT_SEED, Classification, Deep
 from benchmarks.tasks.images import HELD_OUT, folder, missing
 
 PACKAGE = "dataset-fashion-mnist"
@@ -148,32 +148,8 @@ class FashionDeep(_Fashion):
 
     def build(self) -> nn.Module:
         """The network."""
-        return _Deep(self.batch_norm, self.skip, ACTIVATIONS[self.activation])
-
-
-class _Deep(nn.Module):
-    """A stem, hidden layers of one width, and a head."""
-
-    def __init__(self, batch_norm: bool, skip: bool, activation: type[nn.Module]) -> None:
-        super().__init__()
-        self.skip = skip
-        self.stem = nn.Sequential(nn.Flatten(), nn.Linear(784, WIDTH))
-        self.hidden = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(WIDTH, WIDTH, bias=not batch_norm),
-                nn.BatchNorm1d(WIDTH) if batch_norm else nn.Identity(),
-                activation(),
-            )
-            for _ in range(DEPTH)
-        )
-        self.head = nn.Linear(WIDTH, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for layer in self.hidden:
-            x = x + layer(x) if self.skip else layer(x)
-        logits: Tensor = self.head(x)
-        return logits
+        kind = dict(batch_norm=self.batch_norm, skip=self.skip)
+        return Deep(784, WIDTH, DEPTH, **kind, activation=ACTIVATIONS[self.activation])
 
 
 DEEP = tuple(FashionDeep(*kind) for kind in product((True, False), (True, False), ACTIVATIONS))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from normopt.ejecting.steps import Step, code
 from normopt.engine import SteepestDescent
 from normopt.groups.classify import GATE_UP, QKV
 from normopt.groups.presets import OPTIMIZERS, PRESETS
-from normopt.norms import lanczos, matrices
+from normopt.norms import lanczos, matrices, polar
 from normopt.recipe import Recipe
 from normopt.stages import Coupling, Metric, RowAverage, Sphere, decay, momentum
 from normopt.stages.base import owners
@@ -226,7 +228,17 @@ def _functions(text: str) -> str:
             source = re.sub(r" +if patches:\n.*\n", "", source)
         found[new[0]] = source
         text += source
-    return "".join(f"\n\n{source}" for source in found.values())
+    constants = "".join(line for name, line in _constants(polar) if re.search(rf"\b{name}\b", text))
+    return (f"\n\n{constants}" if constants else "") + "".join(f"\n\n{source}" for source in found.values())
+
+
+def _constants(module: ModuleType) -> Iterator[tuple[str, str]]:
+    """Yield the constants of a module, each with the line that makes it, without its type."""
+    source = inspect.getsource(module)
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and node.value is not None:
+            yield target.id, f"{target.id} = {ast.get_source_segment(source, node.value)}\n"
 
 
 def _head(cls: type[SteepestDescent], text: str, body: str, settings: Mapping[str, Any]) -> str:

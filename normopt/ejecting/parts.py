@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from normopt.groups.classify import GATE_UP, QKV
 from normopt.norms.matrices import max_abs, mul_pow2, normalize_exponent
+from normopt.norms.polar import CPU_MULTIPLIES_BFLOAT16, LIMIT, NEWTON_SCHULZ, POLAR_EXPRESS, SAFETY
 
 
 def regularize(g: Tensor) -> Tensor:
@@ -120,8 +121,7 @@ def as_matrix(c: Tensor) -> Tensor:
 
 def fast_dtype(y: Tensor) -> torch.dtype:
     """Return bfloat16, but float32 on a CPU without instructions for it."""
-    fast = y.device.type != "cpu" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if y.device.type != "cpu" or CPU_MULTIPLIES_BFLOAT16 else torch.float32
 
 
 def newton_schulz(y: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
@@ -132,31 +132,23 @@ def newton_schulz(y: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     x = x[0] if len(x) == 1 else x
     addmm = torch.addmm if len(y) == 1 else torch.baddbmm
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
         gram = x @ x.mT
-        x = addmm(x, addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = addmm(x, addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(y.shape).to(y.dtype)
 
 
 def polar_express(y: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Approximate UVᵀ of matrices UΣVᵀ: Amsel et al., "The Polar Express", arXiv:2505.16932, Algorithm 1."""
-    best = (
-        (8.28721201814563, -23.595886519098837, 17.300387312530933),
-        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-        (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-    )
-    safe = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in best]
+    safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS]
     x = mul_pow2(y, -torch.frexp(max_abs(y)).exponent).to(dtype)
     tall = y.shape[-2] > y.shape[-1]
     x = x.mT if tall else x
     x = x[0] if len(x) == 1 else x
     addmm = torch.addmm if len(y) == 1 else torch.baddbmm
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
-    for a, b, c in (safe + [(1.875, -1.25, 0.375)] * steps)[:steps]:
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
+    for a, b, c in (safe + [LIMIT] * steps)[:steps]:
         gram = x @ x.mT
         x = addmm(x, addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(y.shape).to(y.dtype)

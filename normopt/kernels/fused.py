@@ -413,8 +413,9 @@ class FusedUpdate:
         found = batch.found_inf
         by = 1 if found is None else (found == 0).to(batch.params[0].device, torch.float32).reshape(())
         if self._unchanged and self._counts:
+            more = int(by)
             for count in self._counts:
-                count += int(by)
+                count += more
             numbers = [count.item() for count in self._counts]
         else:
             steps = recipe.count.advance(batch, by)
