@@ -72,7 +72,7 @@ def test_momenta_and_decays(p, scale, settings, recorded):  # noqa: F811
     check(normopt.SteepestDescent, dict(norm="lp", fused=True, **own), Rule(**own), recorded, torch.float32)
 
 
-@pytest.mark.parametrize("p", [1.5, 2.0, 2.7, math.inf])
+@pytest.mark.parametrize("p", [1.5, 2.0, 2.7, 3.0, math.inf])
 def test_eps(p, recorded):  # noqa: F811
     own = dict(p=p, scale="power", eps=1e-3)
     check(normopt.SteepestDescent, dict(norm="lp", fused=True, **own), Rule(**own), recorded, torch.float32)
