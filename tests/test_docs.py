@@ -77,6 +77,27 @@ def test_the_example_of_the_readme_is_that_of_the_home_page() -> None:
     assert readme[0] == home[0]
 
 
+def test_the_readme_is_short_and_its_numbers_are_on_the_pages_it_links_to() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 100
+    assert max(map(len, text.splitlines())) <= 120
+    measured = re.search(r"^## What is measured\n+(.+?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert measured is not None
+    items = measured[1].split("\n- ")
+    assert len(items) == 4
+    for item in items:
+        pages = re.findall(r"\]\((\S+?)\)", item)
+        sources = " ".join(" ".join((ROOT / page).read_text(encoding="utf-8").split()) for page in pages)
+        said = " ".join(item.split())
+        counts = re.findall(r"\d+ better, \d+ worse, \d+ ties", said)
+        numbers = re.findall(r"\d+\.\d+|\d{3,}", said)
+        assert counts or numbers, item
+        assert [x for x in counts + numbers if x not in sources] == [], item
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for arm in ("Muon", "Scion"):  # better on 2 tasks, worse on none
+        assert f"| {arm} | AdamW | 2–0–5 |" in results
+
+
 def test_every_public_symbol_is_on_a_page() -> None:
     pages = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs").rglob("*.md"))
     shown = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
