@@ -115,6 +115,25 @@ def test_every_public_symbol_has_a_docstring(name: str) -> None:
     assert len(inspect.cleandoc(thing.__doc__)) > 20
 
 
+def test_a_tutorial_shows_the_long_run_and_no_descriptions() -> None:
+    sys.path.insert(0, str(ROOT / "docs/hooks"))
+    import tutorials
+
+    cell = (
+        "import os\nfig, n = plot(), 7\n# NORMOPT_DOCS_FAST=1 is short.\nFAST = os.environ.get('NORMOPT_DOCS_FAST')\n"
+        "n = 2 if FAST else n\nfig.alt = (\n  'ℓp'\n)\n"
+        "rates = [f(1 if FAST else 2) for k in ((0,) if FAST else (1, 2))]\n"
+        "if not FAST:\n    print('∞')\n    x = 'ℓ' if FAST else '∞'\nprint(n)\n"
+    )
+    expected = "fig, n = plot(), 7\nrates = [f(2) for k in (1, 2)]\nprint('∞')\nx = '∞'\nprint(n)"
+    assert tutorials.page_code([cell]) == [expected]
+    for script in sorted((ROOT / "docs/tutorials").glob("*.py")):
+        code = [body for is_text, _, body in tutorials.cells(script.read_text(encoding="utf-8")) if not is_text]
+        page = "\n".join(tutorials.page_code(code))
+        compile(page, script.name, "exec")
+        assert re.findall(r"\bFAST\b|\bDOCS_FAST|\.alt\b|sys\.path", page) == [], script.name
+
+
 def test_an_error_in_a_tutorial_is_an_error_at_its_line(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text("# %% [markdown]\n# # Title\n\n# %%\nx = 1\n\n# %%\nprint(x)\nraise RuntimeError('as told')\n")

@@ -146,10 +146,7 @@ def mean(values):
 
 
 def kept(name):
-    root = next(
-        p for p in (Path.cwd(), *Path.cwd().parents) if (p / "docs/data").exists()
-    )
-    return json.loads((root / "docs/data" / name).read_text(encoding="utf-8"))
+    return json.loads(Path("docs/data", name).read_text(encoding="utf-8"))
 
 
 def show(study):

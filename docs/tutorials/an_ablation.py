@@ -97,17 +97,11 @@ folder = Path(temporary.name)
 # In a terminal, in a clone of the repository, this is `python -m benchmarks run agr_on_signs.toml --dry-run`. Here a
 # function runs the same command and gives what it printed.
 
+
 # %%
-root = next(
-    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "benchmarks").exists()
-)
-sys.path.insert(0, str(root))  # for reading the results, further down
-
-
 def benchmarks(*words):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", *map(str, words)],
-        cwd=root,
         env={**os.environ, "COLUMNS": "84", "NO_COLOR": "1"},
         capture_output=True,
         text=True,

@@ -30,12 +30,8 @@ import torch
 
 # NORMOPT_DOCS_FAST=1 is a short run for the tests; its numbers mean nothing.
 FAST = os.environ.get("NORMOPT_DOCS_FAST") == "1"
-root = next(
-    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "examples").exists()
-)
-sys.path.insert(0, str(root))  # this page runs in a clone of the repository
 
-example = runpy.run_path(str(root / "examples/sharded_digits.py"))
+example = runpy.run_path("examples/sharded_digits.py")
 print(inspect.getsource(example["build"]))
 
 # %% [markdown]
@@ -67,8 +63,7 @@ def torchrun(ranks, *words):
     ]
     done = subprocess.run(
         [sys.executable, "-m", *command, "examples/sharded_digits.py", *words],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
         capture_output=True,
         text=True,
         check=False,
@@ -160,7 +155,7 @@ for name, (norm, scale) in NORMS.items():
 from benchmarks.programs import sharding
 
 kept = sharding.Sharding.model_validate_json(
-    (root / "docs/data/sharding.json").read_text(encoding="utf-8")
+    Path("docs/data/sharding.json").read_text(encoding="utf-8")
 )
 print(
     f"{'':24}{'tensors':>8}{'ranks':>6}{'messages':>10}{'bytes':>9}{'on paper':>10}"

@@ -146,12 +146,7 @@ for group, pair in zip(opt.param_groups, opt.norm_pairs(), strict=True):
 # orthogonally, and damp each residual branch, which an ordinary GPT does not.
 
 # %%
-root = next(
-    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "docs/data").exists()
-)
-measured = json.loads(
-    (root / "docs/data/transfer.json").read_text(encoding="utf-8")
-)
+measured = json.loads(Path("docs/data/transfer.json").read_text(encoding="utf-8"))
 points = measured["points"]
 
 

@@ -148,12 +148,7 @@ for name, (sketched, exact) in seen.items():
 # in a grid of five, with three seeds, every iterate kept.
 
 # %%
-root = next(
-    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "docs/data").exists()
-)
-measured = json.loads(
-    (root / "docs/data/regularity.json").read_text(encoding="utf-8")
-)
+measured = json.loads(Path("docs/data/regularity.json").read_text(encoding="utf-8"))
 print(*(f"Beware: {trap}\n" for trap in measured["traps"]), sep="\n")
 
 

@@ -149,14 +149,7 @@ for size in (1, 256):
 # one size, it is the most accurate one. Points below 75 % are left out: a little too much λ kills a network whole.
 
 # %%
-root = next(
-    p
-    for p in (Path.cwd(), *Path.cwd().parents)
-    if (p / "docs/data/sparsity.json").exists()
-)
-measured = json.loads(
-    (root / "docs/data/sparsity.json").read_text(encoding="utf-8")
-)
+measured = json.loads(Path("docs/data/sparsity.json").read_text(encoding="utf-8"))
 TITLES = {"digits": "MLP, true labels", "digits-cnn": "CNN, noisy labels"}
 ARMS = list(dict.fromkeys(c["arm"] for c in measured["chosen"]))
 MARKS = dict(zip(ARMS, "x+sDo^v", strict=True))
