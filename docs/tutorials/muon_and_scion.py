@@ -177,8 +177,8 @@ for name, (_, _, _, step_of) in trained.items():
 # A number that needs no copy of the weights: [`norm_pairs`][normopt.SteepestDescent.norm_pairs] has, for every group,
 # the update's norm and the dual norm of the momentum, as the last step computed them. Multiplied by the radius, the
 # dual norm is by how much the loss would fall for one unit of `lr` if the momentum were the gradient and the loss
-# linear: it says which layers still have something to gain. AdamW has no such number, because its step is the
-# steepest descent of no fixed norm.
+# linear: it shows which layers can still reduce the loss. AdamW has no such number, because its step is the steepest
+# descent of no fixed norm.
 
 # %%
 for name in ("Muon", "Scion"):
