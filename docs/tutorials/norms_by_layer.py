@@ -78,7 +78,7 @@ print(groups)
 # The groups go to the optimizer that the preset is named after, which brings momentum, decay and the default learning
 # rate; "modular" goes to any. After a step, [`norm_pairs`][normopt.SteepestDescent.norm_pairs] has the norm of every
 # group's update and the dual norm of its momentum, which the step has computed anyway, or None for a group whose step
-# needs neither, such as signs: here the dual norms of each layer's momentum.
+# needs neither, such as signs. Each is printed below.
 
 # %%
 pixels, digit = load_digits(return_X_y=True)

@@ -2,7 +2,7 @@
 # # Sparsity that pays
 #
 # ℓp decay ([arXiv:2404.10824](https://arxiv.org/abs/2404.10824)) makes weights exactly zero. Scattered zeros make a
-# network neither smaller nor faster: a matrix with zeros costs as much as before. A dead unit can be removed, which
+# network neither smaller nor faster: a matrix with zeros costs as much as before. Removing a dead unit
 # does both. This page trains a network whose units die, counts the zeros, removes the dead units with a proof that
 # the outputs stay the same, and shows what that costs in accuracy and gains in speed.
 
