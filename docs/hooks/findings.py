@@ -108,7 +108,7 @@ def correlations(data: dict[str, Any]) -> tuple[str, str]:
         held += p < LEVEL and c["rho"] < 0
         rows.append(f"| {c['optimizer']} | {c['rho']:+.2f} ({low:+.2f} to {high:+.2f}) | {p:.3f} |".replace("-", "−"))
     head = ["| optimizer | rank correlation, 95 % interval | P-value (Holm) |", "|:--|--:|--:|"]
-    return f"yes under {held or 'none'} of {len(found)} optimizers", "\n".join(head + rows)
+    return f"shown under {held or 'none'} of {len(found)} optimizers", "\n".join(head + rows)
 
 
 def best_norm(path: Path) -> tuple[str, str]:
