@@ -185,7 +185,7 @@ class SteepestDescent(Optimizer):
 
     # Not saved: the sizes of the last step, the recipe of each group, the tables of fused steps by group and batch, and
     # whether the ranks have compared what they are about to do: before the first step, and after a change.
-    _measured: list[tuple[Sequence[Batch], bool, float]]
+    _measured: dict[str, list[tuple[Sequence[Batch], bool, float]]]  # at "last"; see _step_all
     _recipes: dict[int, CachedRecipe]
     _updates: dict[int, list[FusedUpdate]]
     _agreed: bool
@@ -210,7 +210,7 @@ class SteepestDescent(Optimizer):
             show_settings(cls.__init__)
 
     def _forget(self) -> None:
-        self._measured, self._recipes, self._updates, self._agreed = [], {}, {}, False
+        self._measured, self._recipes, self._updates, self._agreed = {"last": []}, {}, {}, False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after checking its settings; a refused group leaves no trace.
@@ -431,7 +431,9 @@ class SteepestDescent(Optimizer):
 
     def _step_all(self, work: list[tuple[Recipe, Sequence[Batch]]], recording: bool) -> None:
         """Step every group: unsharded tensors batch by batch through all stages, sharded ones together, by stages."""
-        self._measured = []
+        # An entry of a dict: up to torch 2.11 Dynamo does not take an attribute that is set, and of a list that is
+        # changed it watches the length.
+        self._measured["last"] = []
         together: list[Batch] = []
         for recipe, found in work:
             if recipe.differentiable and recording:
@@ -441,7 +443,7 @@ class SteepestDescent(Optimizer):
                 together += self._step_batches(found)
         if together:
             run_together(together)
-        self._measured = [(found, recipe.direction.whole_group, recipe.write.radius) for recipe, found in work]
+        self._measured["last"] = [(found, recipe.direction.whole_group, recipe.write.radius) for recipe, found in work]
 
     @staticmethod
     def _step_batches(found: Sequence[Batch]) -> list[Batch]:
@@ -554,7 +556,7 @@ class SteepestDescent(Optimizer):
         """
         known = [
             group_norms([batch.norm_pair() for batch in found], whole_group, radius)
-            for found, whole_group, radius in self._measured
+            for found, whole_group, radius in self._measured["last"]
         ]
         return known and known + [None] * (len(self.param_groups) - len(known))
 
