@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar, Unpack, cast, overload
+from typing import Any, ClassVar, TypeVar, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ from normopt.sharding.layout import any_dtensor, check_parts, resolved
 from normopt.stages import Batch
 from normopt.stages.base import default_settings, owners
 
+L = TypeVar("L")  # what a closure returns: the loss, as a float or a tensor
 LOGGER = logging.getLogger("normopt")
 REFUSALS = (ValueError, TypeError)  # of settings
 
@@ -391,9 +392,9 @@ class SteepestDescent(Optimizer):
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], L]) -> L: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], L] | None = None) -> L | None:
         """One step of every param group.
 
         Args:
