@@ -18,6 +18,7 @@ from normopt.zoo.matrix import SCALE, Freon, Muon, NorMuon, NucGD, RowNormSGD, S
 if TYPE_CHECKING:
     from normopt import diagnostics as diagnostics
     from normopt import groups as groups
+    from normopt import integrations as integrations
     from normopt import schedules, sparsity
     from normopt.diagnostics import GeometryMonitor, Trajectory, TrajectoryMonitor
     from normopt.groups import ParamGroups, param_groups
@@ -35,6 +36,7 @@ __all__ += ["to_torch_state_dict"]
 _LAZY = {
     "diagnostics": ("GeometryMonitor", "Trajectory", "TrajectoryMonitor"),
     "groups": ("ParamGroups", "param_groups"),
+    "integrations": (),
     "schedules": (),
     "sparsity": (),
 }
