@@ -18,6 +18,7 @@ from normopt.zoo.matrix import SCALE, Freon, Muon, NorMuon, NucGD, RowNormSGD, S
 if TYPE_CHECKING:
     from normopt import diagnostics as diagnostics
     from normopt import groups as groups
+    from normopt import integrations as integrations
     from normopt import schedules, sparsity
     from normopt.diagnostics import (
         CurvatureMonitor,
@@ -49,6 +50,7 @@ _LAZY = {
         "hessian_spectrum",
     ),
     "groups": ("ParamGroups", "param_groups"),
+    "integrations": (),
     "schedules": (),
     "sparsity": (),
 }
