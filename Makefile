@@ -5,10 +5,10 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all conformance trainers fuzz generate lint types docs docs-serve clean
+.PHONY: help demo test test-all test-versions conformance trainers fuzz generate lint types docs docs-serve clean
 
 help: ## Say what there is
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
 # The dev extra's exact pins, named first: else pip downloads the newest torch, hundreds of megabytes, to discard it.
 PINS = $(shell $(PYTHON) -c "import tomllib; print(*(r for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev'] if '==' in r and ';' not in r))")
@@ -29,6 +29,10 @@ test: $(READY) ## Run the tests: enough cases that every value of every paramete
 
 test-all: $(READY) ## Run every case of every test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --all
+
+VERSIONS ?= oldest newest
+test-versions: ## Run the core's tests with the oldest versions allowed, and the newest that there are
+	@set -e; for which in $(VERSIONS); do $(PYTHON) tests/run_versions.py $$which; done
 
 conformance: $(READY) ## Ask PyTorch's questions of every optimizer; writes docs/conformance.md
 	$(BIN)/python -m pytest tests/conformance -n 2 --all --conformance-table docs/conformance.md
@@ -57,5 +61,5 @@ docs-serve: $(READY) ## Show the site while you edit it; the tutorials run short
 	NO_MKDOCS_2_WARNING=1 NORMOPT_DOCS_FAST=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8000
 
 clean: ## Remove what was built, and the environment
-	rm -rf .venv site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find normopt benchmarks tests docs "(" -name __pycache__ -o -name .ruff_cache ")" -type d -prune -exec rm -rf {} +

@@ -18,7 +18,7 @@ def require() -> None:
     missing = [name for name in REQUIRED if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f'the benchmarks need {", ".join(missing)}, which this Python does not have: pip install "normopt[bench]"'
+            f'the benchmarks need {", ".join(missing)}, which this Python does not have: pip install -e ".[bench]"'
         )
 
 

@@ -48,7 +48,7 @@ def _versions() -> Check:
     where = here(())
     words = [f"Python {where.python}", *found, *([f"commit {where.commit}"] if where.commit else [])]
     if missing:
-        words.append(f'missing: {", ".join(missing)} (pip install "normopt[bench]")')
+        words.append(f'missing: {", ".join(missing)} (pip install -e ".[bench]")')
     return Check("versions", ", ".join(words), good=not missing, fatal=bool(missing))
 
 

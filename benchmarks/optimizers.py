@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from benchmarks.study.spec import RunSpec
 from benchmarks.tasks import Task
 from normopt._checks import near
 from normopt.groups.presets import PRESETS as LAYER_PRESETS
+from normopt.groups.presets import PresetName
 from normopt.schedules import AdaptiveP, CosineP, LinearP, PSchedule
 
 # What every optimizer takes: those that have them not, from normopt's add-ons.
@@ -262,7 +263,7 @@ def _params(
     fused = [name for name, _ in model.named_parameters() if qkv_blocks and name.endswith("qkv.weight")]
     overrides: dict[str | type[nn.Module], dict[str, Any]] = {name: {"norm_blocks": qkv_blocks} for name in fused}
     depth = task.residual_depth if preset == "modular" else None
-    groups = normopt.param_groups(model, preset, overrides=overrides, residual_depth=depth)
+    groups = normopt.param_groups(model, cast(PresetName, preset), overrides=overrides, residual_depth=depth)
     if ratio is not None:
         for group in groups:
             group |= {key: ratio for key in ("lr_ratio", "radius") if key in group}

@@ -66,7 +66,7 @@ def plain(value: Any) -> Any:
     """Convert a setting to primitives: ``np.float32(0.5)`` to 0.5, ``torch.float32`` to "float32", lists to tuples."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return tuple(map(plain, value))
     if value is None or type(value) in (float, bool, str, int) or not isinstance(value, numbers.Real):
         return value

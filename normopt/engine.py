@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar, Unpack, cast, overload
+from typing import Any, ClassVar, TypeVar, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ from normopt.sharding.layout import any_dtensor, check_parts, resolved
 from normopt.stages import Batch
 from normopt.stages.base import default_settings, owners
 
+L = TypeVar("L")  # what a closure returns: the loss, as a float or a tensor
 LOGGER = logging.getLogger("normopt")
 REFUSALS = (ValueError, TypeError)  # of settings
 
@@ -185,7 +186,7 @@ class SteepestDescent(Optimizer):
 
     # Not saved: the sizes of the last step, the recipe of each group, the tables of fused steps by group and batch, and
     # whether the ranks have compared what they are about to do: before the first step, and after a change.
-    _measured: list[tuple[Sequence[Batch], bool, float]]
+    _measured: dict[str, list[tuple[Sequence[Batch], bool, float]]]  # at "last"; see _step_all
     _recipes: dict[int, CachedRecipe]
     _updates: dict[int, list[FusedUpdate]]
     _agreed: bool
@@ -210,7 +211,7 @@ class SteepestDescent(Optimizer):
             show_settings(cls.__init__)
 
     def _forget(self) -> None:
-        self._measured, self._recipes, self._updates, self._agreed = [], {}, {}, False
+        self._measured, self._recipes, self._updates, self._agreed = {"last": []}, {}, {}, False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after checking its settings; a refused group leaves no trace.
@@ -393,9 +394,9 @@ class SteepestDescent(Optimizer):
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], L]) -> L: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], L] | None = None) -> L | None:
         """One step of every param group.
 
         Args:
@@ -433,7 +434,9 @@ class SteepestDescent(Optimizer):
 
     def _step_all(self, work: list[tuple[Recipe, Sequence[Batch]]], recording: bool) -> None:
         """Step every group: unsharded tensors batch by batch through all stages, sharded ones together, by stages."""
-        self._measured = []
+        # An entry of a dict: up to torch 2.11 Dynamo does not take an attribute that is set, and of a list that is
+        # changed it watches the length.
+        self._measured["last"] = []
         together: list[Batch] = []
         for recipe, found in work:
             if recipe.differentiable and recording:
@@ -443,7 +446,7 @@ class SteepestDescent(Optimizer):
                 together += self._step_batches(found)
         if together:
             run_together(together)
-        self._measured = [(found, recipe.direction.whole_group, recipe.write.radius) for recipe, found in work]
+        self._measured["last"] = [(found, recipe.direction.whole_group, recipe.write.radius) for recipe, found in work]
 
     @staticmethod
     def _step_batches(found: Sequence[Batch]) -> list[Batch]:
@@ -556,7 +559,7 @@ class SteepestDescent(Optimizer):
         """
         known = [
             group_norms([batch.norm_pair() for batch in found], whole_group, radius)
-            for found, whole_group, radius in self._measured
+            for found, whole_group, radius in self._measured["last"]
         ]
         return known and known + [None] * (len(self.param_groups) - len(known))
 

@@ -128,7 +128,7 @@ class Recipe:
         cast(Rescale, every[Rescale]).to = cast(Any, "sphere" if self.sphere.runs() else scale if rescaled else "")
         self.whole_group = self.direction.whole_group or cast(Regularization, every[Regularization]).whole_group
         self.stages = tuple(stage for stage in every.values() if stage.place != "none" and stage.runs())
-        self.direction.sees_c_alone = self.stages[-4:] == (self.momentum, self.direction, self.write, self.round)
+        self.direction.sees_c_alone = [type(s) for s in self.stages[-4:]] == [Momentum, Direction, Write, Round]
         self.slots: tuple[Slot, ...] = tuple(slot for stage in self.stages for slot in stage.slots())
         self.shaped = [slot.name for slot in self.slots if slot.shape is None]
         averages = [stage for stage in (self.count, self.momentum, self.difference, self.metric) if stage.runs()]
@@ -364,6 +364,16 @@ def _check_together(recipe: Recipe, params: list[Tensor]) -> None:
         )
 
 
+def _why_not_fused(recipe: Recipe, params: list[Tensor]) -> str | None:
+    """Return what prevents a fused step, as the end of a sentence; None if nothing."""
+    if torch.compiler.is_compiling():
+        return "torch.compile makes kernels of its own"
+    lowered = recipe.lower()
+    if isinstance(lowered, str):
+        return lowered
+    return support.why_not(recipe.differentiable, cast("str | None", recipe.momentum.state_dtype), params, lowered[0])
+
+
 def _choose_backend(recipe: Recipe, params: list[Tensor]) -> tuple[Backend, str]:
     """Return how the step is run, and why."""
     foreach, fused = recipe.run.foreach, recipe.run.fused
@@ -372,10 +382,7 @@ def _choose_backend(recipe: Recipe, params: list[Tensor]) -> tuple[Backend, str]
     devices, sharded = {p.device.type for p in params}, any_dtensor(params)
     cuda, cpu, size = devices == {"cuda"}, devices == {"cpu"}, sum(p.numel() for p in params)
     if fused or (fused is None and not sharded and (cuda or (cpu and size > TINY))):
-        lowered = recipe.lower()
-        dtype = cast("str | None", recipe.momentum.state_dtype)
-        known = recipe.differentiable, dtype, params
-        why_not = lowered if isinstance(lowered, str) else support.why_not(*known, lowered[0])
+        why_not = _why_not_fused(recipe, params)
         if why_not is None:
             why = "every parameter is a plain CUDA tensor" if cuda else "Numba is installed"
             return "fused", "fused=True" if fused else why

@@ -135,7 +135,7 @@ def test_the_norm_stays_on_the_sphere(fused, rounding, steps):
         if rounding == "kahan":
             whole = whole + opt.state[p]["kahan_compensation"].double()
         error = abs(float(whole.norm()) / length - 1)
-        assert error <= (1e-6 if rounding in (None, "kahan") else 2e-4)
+        assert error <= (1e-6 if rounding in (None, "kahan") else 1e-3)  # a first step may round all entries one way
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

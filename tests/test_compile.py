@@ -103,6 +103,21 @@ def test_a_step_compiled_inside_autocast_is_one_graph_and_the_step_outside():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_more_entries_than_are_tiny_are_one_graph(name):
+    """Uncompiled, these would be stepped by kernels where there are any."""
+    torch._dynamo.reset()
+    (eager_p, p) = (torch.nn.Parameter(torch.ones(200, 200)) for _ in range(2))
+    eager, opt = (normopt.get_optimizer(name)([x], lr=0.1, fused=how) for x, how in ((eager_p, False), (p, None)))
+    compiled = torch.compile(opt.step, backend="eager", fullgraph=True)
+    for i in range(2):
+        set_grads([eager_p, p], 2 * i)
+        p.grad.copy_(eager_p.grad)
+        eager.step()
+        compiled()
+    torch.testing.assert_close(p, eager_p, rtol=1e-5, atol=1e-6)
+
+
 def test_tensor_settings_equal_numbers():
     def run(wrap):
         torch.manual_seed(0)

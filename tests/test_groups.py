@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import normopt
 from normopt.groups.presets import PRESETS
 from normopt.groups.sensitivity import sensitivities
+from tests.versions import NEEDS_MUON
 
 
 class Mix(nn.Module):
@@ -207,6 +208,7 @@ def split(model, groups):
     return two, hidden
 
 
+@NEEDS_MUON
 def test_muon_adamw_is_torchs_muon_and_torchs_adamw_with_a_learning_rate_each():
     """50 steps by one optimizer under one schedule, from torch's gradients; saved and loaded on the way."""
     torch.manual_seed(0)

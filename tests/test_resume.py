@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 import normopt
 from tests import crash_worker, forked
 from tests.crash_worker import PLACES, SAVE_EVERY, TOTAL, make_run
+from tests.versions import DCP_ALONE
 
 # AdamW's and SGD's relatives keep what these keep.
 RELATIVES = ("adagrad", "adam", "lamb", "lars", "rmsprop")
@@ -65,9 +66,13 @@ def test_killed_anywhere_and_resumed(name, tmp_path):
     assert_same_end(whole, crashed)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is unavailable", "ignore:TypedStorage is")  # by torch 2.6
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # as meant: one process
 @pytest.mark.parametrize("name", NAMES)
 def test_distributed_checkpoint_on_one_process(name, tmp_path):
+    if torch.__version__ < (2, 7) and make_run(name)[1].defaults["momentum"] == 0:
+        pytest.skip("this torch loads no optimizer that has no state")
+
     def train(net, opt, scheduled, steps):
         for i in steps:
             torch.manual_seed(i)
@@ -83,13 +88,13 @@ def test_distributed_checkpoint_on_one_process(name, tmp_path):
 
     first = make_run(name)
     train(*first, range(5))
-    dcp.save(as_dict(*first), checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(as_dict(*first), checkpoint_id=tmp_path, **DCP_ALONE)
 
     net, opt, scheduled = make_run(name)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     loaded = as_dict(net, opt, scheduled)  # makes the state of a fresh optimizer by a step with lr = 0
     assert_same_end(before, dict(net.state_dict()))
-    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(loaded, checkpoint_id=tmp_path, **DCP_ALONE)
     # torch's strict mode wants state for every parameter or for none, but an optimizer without momentum
     # has it for the weights that Kahan rounds, the 16-bit ones, alone.
     options = StateDictOptions(strict=opt.defaults["momentum"] != 0)

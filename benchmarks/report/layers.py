@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import normopt
 from benchmarks.optimizers import described
 from benchmarks.results import Results
 from benchmarks.tasks import TASKS
+from normopt.groups.presets import PresetName
 
 WORDS = (
     "The other optimizers measure all weights by one norm; these measure each layer by a norm that fits what it does "
@@ -32,5 +35,5 @@ def layers(results: Results) -> dict[str, str]:
 def _grouped(preset: str, name: str) -> normopt.ParamGroups:
     task = TASKS[name]
     return normopt.param_groups(
-        task.build(), preset, residual_depth=task.residual_depth if preset == "modular" else None
+        task.build(), cast(PresetName, preset), residual_depth=task.residual_depth if preset == "modular" else None
     )

@@ -21,7 +21,7 @@ class Loop:
         try:
             from benchmarks.speed.loop import kernel
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f'the limit of a CPU needs {error.name}: pip install "normopt[cpu]"') from None
+            raise ModuleNotFoundError(f'the limit of a CPU needs {error.name}: pip install -e ".[cpu]"') from None
         self.tensors = tensors
         self.chunks = Chunks([w.shape for w in tensors.weights])
         self.kernel = kernel(tensors.weights[0].dtype == torch.bfloat16)

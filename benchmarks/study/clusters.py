@@ -175,7 +175,7 @@ def _distributed() -> Any:
         import distributed
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            'a Dask cluster needs distributed, which this Python does not have: pip install "normopt[cluster]"'
+            'a Dask cluster needs distributed, which this Python does not have: pip install -e ".[cluster]"'
         ) from None
     return distributed
 

@@ -287,7 +287,7 @@ def _local_real(w: Tensor) -> Tensor:
 def _for_kernels(group: Mapping[str, Any], weights: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Split weights into those whose factors Numba's kernels compute, in lists of one dtype, and the others."""
     numbers = group["lr"], group["lp_decay"]
-    unread = any(isinstance(x, Tensor) for x in numbers)
+    unread = torch.compiler.is_compiling() or any(isinstance(x, Tensor) for x in numbers)
     if group["lp_over"] != "entries" or unread or 0 in numbers or sum(w.numel() for w in weights) <= TINY:
         return [], weights
     lists: dict[torch.dtype, list[Tensor]] = {}

@@ -19,7 +19,7 @@ from normopt._checks import check_choice, check_integer, check_number, near, pla
 from normopt.arguments import ADAN, TORCHS, check_unknown_keys, from_torch
 from normopt.groups.classify import EMBEDDINGS, KINDS, MATRICES, UNDECAYED, Kind, ParamInfo, blocks_of, classify_params
 from normopt.groups.modular import budgets
-from normopt.groups.presets import ADAMW, CONSTRAINED, OPTIMIZERS, PRESETS
+from normopt.groups.presets import ADAMW, CONSTRAINED, OPTIMIZERS, PRESETS, PresetName
 from normopt.norms import registry
 from normopt.recipe import check_settings
 from normopt.stages.base import default_settings
@@ -29,7 +29,7 @@ Overrides = Mapping[str | type[nn.Module], Mapping[str, Any]]
 
 def param_groups(
     model: nn.Module,
-    preset: str = "muon-adamw",
+    preset: PresetName = "muon-adamw",
     *,
     overrides: Overrides | None = None,
     output: str | Sequence[str] | None = "auto",

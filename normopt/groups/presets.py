@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from normopt.groups.classify import KINDS, Kind
 
+PresetName = Literal[
+    "muon-adamw", "normuon-adamw", "adamw", "muon", "scion", "scion-cnn", "scion-mlp", "scale", "modular"
+]
 Settings = Mapping[str, Any]
 Preset = Mapping[Kind, Settings]
 

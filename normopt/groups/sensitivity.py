@@ -117,8 +117,11 @@ def _shown(path: str, cls: type) -> str:
 def _why(error: Exception) -> str:
     """Return what a forward pass does that has no graph, and where."""
     said = str(error).partition("\n")[0]
-    frames = traceback.extract_tb(error.__traceback__)
-    raised = (frames[-1].line or "").startswith(("raise ", "assert "))
+    try:
+        frames = traceback.extract_tb(error.__traceback__)
+    except RuntimeError:  # Python 3.11 cannot list frames that an older Dynamo has made
+        frames = traceback.StackSummary()
+    raised = not frames or (frames[-1].line or "").startswith(("raise ", "assert "))
     what = "makes a call that takes actual tensors and numbers only"
     if raised:  # by the model itself
         what = f"raises {type(error).__name__}: {said[:200]!r} (arguments that are None by default are left out)"

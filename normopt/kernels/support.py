@@ -1,13 +1,12 @@
-"""Find out whether the tensors of a param group can be stepped by fused kernels. Imports no kernel."""
+"""Find out whether the tensors of a param group can be stepped by fused kernels. Imports compilers, but no kernel."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ class Kernels(NamedTuple):
     lacks: tuple[tuple[str, ...], ...] = (("sphere", "decay"), ("sphere", "coupling"), ("sphere", "smoothed"))
 
 
+MISSING = "missing"
 _CUDA_DTYPES = torch.float32, torch.bfloat16, torch.float16
 KERNELS = {
     "cpu": Kernels("normopt.kernels.cpu", "numba", 'the extra "cpu"', (torch.float32, torch.bfloat16)),
@@ -48,8 +48,6 @@ def why_not(
     """
     if differentiable:
         return "a kernel has no derivative"
-    if torch.compiler.is_compiling():
-        return "torch.compile makes kernels of its own"
     kinds = {p.device.type for p in params}
     for kind in sorted(kinds):
         if kind not in KERNELS:
@@ -57,10 +55,8 @@ def why_not(
         _, compiler, source, _, lacks = KERNELS[kind]
         if missing := [names for names in lacks if all(map(flags.get, names))]:
             return f"the kernels for {kind} do not have {' with '.join(missing[0])} yet"
-        if not _installed(compiler):
-            return f"{compiler} is not installed, which {source} brings"
-        if compiler == "numba" and _jit_is_disabled():
-            return "NUMBA_DISABLE_JIT is set"
+        if failure := _import_failure(compiler):
+            return f"{compiler} is not installed, which {source} brings" if failure == MISSING else failure
     if any(type(p) not in (Tensor, torch.nn.Parameter) and not is_dtensor(p) for p in params):
         return "some parameters are tensors of a class of their own"
     for dtype, kind in {(p.dtype, p.device.type) for p in params}:
@@ -71,15 +67,18 @@ def why_not(
 
 
 @cache
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _import_failure(compiler: str) -> str | None:
+    """Return why a compiler cannot be used, `MISSING` if it is not installed; None if it can.
 
-
-def _jit_is_disabled() -> bool:
-    """Return whether NUMBA_DISABLE_JIT is set, without importing Numba."""
-    if "numba" in sys.modules:
-        return bool(sys.modules["numba"].config.DISABLE_JIT)
-    return os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+    It is imported to find out: Numba refuses to be beside a NumPy that is newer than it knows.
+    """
+    if importlib.util.find_spec(compiler) is None:
+        return MISSING
+    try:
+        module: Any = importlib.import_module(compiler)
+    except Exception as error:
+        return f"{compiler} is installed, but importing it fails: {error}"
+    return "NUMBA_DISABLE_JIT is set" if compiler == "numba" and module.config.DISABLE_JIT else None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -387,7 +387,9 @@ def fast_scalar(value: float, xs: list[Tensor]) -> float | Tensor:
 def without_autocast(kinds: Iterable[str], function: Callable[..., T], *args: Any) -> T:
     """Call ``function(*args)`` with autocast off for these device types; autocast would run matmuls in 16 bits."""
     for kind in kinds:
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        # Dynamo of torch 2.6 does not trace is_autocast_available.
+        available = kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
+        if available and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return without_autocast(kinds, function, *args)
     return function(*args)

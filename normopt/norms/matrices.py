@@ -192,7 +192,7 @@ class MatrixNorm(Norm):
         blocks: object = plain(self.blocks)
         if blocks == ():
             raise ValueError("blocks must be a number of equal blocks, or a tuple of their row counts, but is empty")
-        if not isinstance(blocks, int | tuple):
+        if not isinstance(blocks, (int, tuple)):
             raise TypeError(f"blocks must be an integer or a tuple of integers, but is {blocks!r}")
         for rows in blocks if isinstance(blocks, tuple) else (blocks,):
             check_integer("blocks" if rows is blocks else f"each of blocks = {blocks}", rows)

@@ -126,7 +126,8 @@ def flatten(norm: object, given: Mapping[str, Any]) -> dict[str, Any]:
         fixed = {setting_key(f): None for f in entry.fixed}
         free = {setting_key(f): default for f, default in entry.fields.items() if f not in entry.fixed}
         # Another norm's field of the same name must not leak in from the optimizer's defaults.
-        flat |= {k: v for k, v in free.items() if v is not dataclasses.MISSING and given.get(k) is None}
+        # Not |=, here and below: Dynamo of torch 2.6 and 2.7 does not trace it on a dict.
+        flat.update({k: v for k, v in free.items() if v is not dataclasses.MISSING and given.get(k) is None})
     if "p" not in entry.fields:
         fixed["p"] = None
     for key, value in fixed.items():
@@ -141,7 +142,7 @@ def missing_of(settings: Mapping[str, Any]) -> list[str]:
     """Return the settings that a norm needs, by a param group's flat settings, and that are not there."""
     entry = lookup(settings["norm"])
     needed = [setting_key(f) for f, default in entry.fields.items() if default is dataclasses.MISSING]
-    return [key for key in needed if settings.get(key) is None and key not in map(setting_key, entry.fixed)]
+    return [key for key in needed if settings.get(key) is None and key not in {setting_key(f) for f in entry.fixed}]
 
 
 def build(settings: Mapping[str, Any]) -> Norm:
@@ -150,7 +151,7 @@ def build(settings: Mapping[str, Any]) -> Norm:
     entry = lookup(name)
     values = {**settings, **flatten(name, settings)}
     fields = {f: values[setting_key(f)] for f in entry.fields if values.get(setting_key(f)) is not None}
-    fields |= entry.fixed
+    fields.update(entry.fixed)
     if keys := ", ".join(missing_of(values)):
         raise ValueError(f"norm {name!r} needs {keys}: pass it to the optimizer or to the param group")
     return entry.cls(**fields)

@@ -303,7 +303,7 @@ class Batch:
         params: list[Tensor],
         state: MutableMapping[Tensor, Any],
         gradients: list[Tensor] | None = None,
-        states: Mapping[str, list[Tensor]] = MappingProxyType({}),
+        states: Mapping[str, list[Tensor]] | None = None,
     ) -> None:
         """Take parameters with their state.
 
@@ -318,7 +318,7 @@ class Batch:
         self.differentiable = recipe.differentiable
         self.layouts: list[Layout | None] = []
         self.pair: NormPair | None = None
-        self._gradients, self._states = gradients, states
+        self._gradients, self._states = gradients, states or {}
         self._kept: dict[str, Sequence[Tensor | None]] = {}
 
     def load(self) -> None:

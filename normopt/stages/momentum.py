@@ -69,8 +69,8 @@ def heavy(s: Momentum) -> Coefficients:
 
     τ is the dampening. Source: torch.optim.SGD, reproduced bit for bit.
     """
-    rule = Coefficients(s.momentum, 1 - s.dampening, first=1.0)
-    return rule._replace(e=1.0, f=s.momentum) if s.nesterov else rule
+    e, f = (1.0, s.momentum) if s.nesterov else (0.0, 1.0)
+    return Coefficients(s.momentum, 1 - s.dampening, e=e, f=f, first=1.0)
 
 
 @register_momentum("ema")
@@ -79,8 +79,8 @@ def ema(s: Momentum) -> Coefficients:
 
     Source: LPSGDM, arXiv:2606.02078; Nesterov as in torch.optim.Muon. No bias correction, as in both.
     """
-    rule = Coefficients(s.momentum, 1 - s.momentum, averages=True)
-    return rule._replace(e=1 - s.momentum, f=s.momentum) if s.nesterov else rule
+    e, f = (1 - s.momentum, s.momentum) if s.nesterov else (0.0, 1.0)
+    return Coefficients(s.momentum, 1 - s.momentum, e=e, f=f, averages=True)
 
 
 @register_momentum("lion")

@@ -94,7 +94,7 @@ class Round(Stage):
                     x.add_(e)
 
     def apply(self, batch: Batch, scalars: Tensor | None) -> None:
-        if batch.w is batch.weights:
+        if not torch.compiler.is_compiling() and batch.w is batch.weights:  # which Dynamo of torch 2.6 cannot tell
             return
         if self.rounding == "stochastic":
             stochastic_(batch.weights, batch.w)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, Optimizer, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 SHAPES = [(4, 3), (5,), (2, 3, 2, 2), (), (1,), (3, 3)]
 MATRICES = [(4, 3), (3, 5)]
@@ -82,11 +82,12 @@ CASES = {
     "Adagrad": (Adagrad, dict(lr=0.1, foreach=False), SHAPES),
     "Adagrad foreach": (Adagrad, dict(lr=0.1, foreach=True), SHAPES),
     "Adagrad fused": (Adagrad, dict(lr=0.1, fused=True), SHAPES),
-    "Muon": (Muon, dict(lr=0.05, weight_decay=0), MATRICES),
     "Adan": (Adan, dict(lr=0.05), SHAPES),
     "Outer": (Outer, dict(lr=0.05, weight_decay=0), SHAPES),
     "Retrying": (Retrying, dict(lr=0.05, weight_decay=0), SHAPES),
 }
+if hasattr(torch.optim, "Muon"):
+    CASES["Muon"] = (torch.optim.Muon, dict(lr=0.05, weight_decay=0), MATRICES)
 
 
 def build(name, dtype=torch.float64, seed=0, **changes):

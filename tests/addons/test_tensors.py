@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
 import normopt
 from normopt.addons import AGR, LpDecay
+from tests.versions import NEEDS_GRAD_DTYPE, shards_of
 
 LR, LAM, P = 0.1, 0.3, 0.8
 PATHS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
@@ -130,6 +131,7 @@ def test_a_gradient_that_its_parameter_cannot_have_is_refused_and_all_are_put_ba
         assert torch.equal(g, x)
 
 
+@NEEDS_GRAD_DTYPE
 @pytest.mark.parametrize("path", PATHS[:2], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "grad_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str
@@ -352,7 +354,7 @@ def one_rank():
 
 
 def test_a_second_backward_after_the_decay_of_a_dtensor_raises(one_rank):
-    p = torch.nn.Parameter(distribute_tensor(torch.randn(4, 3), one_rank, [Shard(0)]))
+    p = torch.nn.Parameter(shards_of(torch.randn(4, 3), one_rank, [Shard(0)]))
     opt = Idle([p])
     LpDecay(opt, p=P, weight_decay=LAM)
     before = numbers(p.detach().full_tensor())

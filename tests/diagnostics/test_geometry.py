@@ -17,6 +17,7 @@ from normopt.diagnostics.measures import BUCKET_SIZE
 from normopt.diagnostics.rows import METRICS
 from normopt.norms import Lp
 from tests.oracle import conjugate, lp_dual_norm, lp_norm
+from tests.versions import NEEDS_MUON
 
 SHAPES = ((4, 3), (5,), (2, 3, 2))
 
@@ -121,6 +122,7 @@ def test_every_backend_and_16_bits(path, dtype):
     check(row, oracle(*seen, 4.0))
 
 
+@NEEDS_MUON
 def test_torchs_muon():
     params = weights(shapes=((8, 6), (6, 8)))
     gradients(params)

@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 import normopt
 from normopt.kernels import fused
+from tests.versions import NEEDS_GRAD_DTYPE, NEEDS_TRITON
 
 BUFFER, COMPENSATION = "momentum_buffer", "kahan_compensation"
 
@@ -220,6 +221,7 @@ def test_a_storage_shrunk_under_a_tensor_that_keeps_its_address():
         opt.step()
 
 
+@NEEDS_GRAD_DTYPE
 @pytest.mark.parametrize(("fused", "scope"), [(True, "tensor"), (False, "tensor"), (False, "group")])
 @pytest.mark.parametrize("gradient", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -250,6 +252,7 @@ def test_gradients_of_other_dtypes_than_their_parameters(fused, scope, gradient,
                 p.copy_(q)
 
 
+@NEEDS_GRAD_DTYPE
 def test_the_dtype_of_one_gradient_changes_between_steps():
     trio = Trio(**RULES["SGD"])
     trio.step()
@@ -513,6 +516,7 @@ def test_steps_go_back_to_one_batch_when_memory_is_shared_no_longer():
     assert len(trio.opts[0]._updates[0]) == 1
 
 
+@NEEDS_GRAD_DTYPE
 def test_a_complex_gradient_of_a_real_parameter_is_refused():
     p = torch.nn.Parameter(torch.ones(5))
     p.grad_dtype = None
@@ -620,6 +624,7 @@ class Handled(RuleBasedStateMachine):
 
         self.both(do)
 
+    @precondition(lambda self: hasattr(torch.Tensor, "grad_dtype"))
     @rule(i=st.integers(0, 2), dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16]))
     def let_a_gradient_be_of_another_dtype(self, i, dtype):
         self.trio.gradients()
@@ -691,6 +696,7 @@ def test_numba_kernels_between_guard_pages(one_of):
     assert code == 0, said
 
 
+@NEEDS_TRITON
 def test_triton_kernels_between_guard_pages(one_of):
     pytest.importorskip("triton", reason="triton is for Linux")
     if torch.cuda.is_available():

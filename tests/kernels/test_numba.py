@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import normopt
-from normopt.kernels import cpu
+from normopt.kernels import cpu, support
 from normopt.kernels.cpu import exponent_of
 from normopt.kernels.numba import exponent_at, pow_f32
 from normopt.kernels.tables import CHUNK, Chunks
@@ -433,7 +433,7 @@ def test_parameters_that_cannot_be_fused_say_why():
 
 
 def test_without_numba_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setattr("normopt.kernels.support._installed", lambda package: False)
+    monkeypatch.setattr("normopt.kernels.support._import_failure", lambda compiler: support.MISSING)
     large = [torch.nn.Parameter(torch.zeros(200, 200))]
     assert "on for-loop (the default on cpu)" in normopt.SGD(large).backend()
     with pytest.raises(ValueError, match=r'numba is not installed, which the extra "cpu" brings'):

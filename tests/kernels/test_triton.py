@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -14,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is for Linux")
+from tests.versions import NEEDS_TRITON
+
+pytestmark = NEEDS_TRITON
 
 CASES = Path(__file__).with_name("triton_cases.py")
 # Only a 16-byte load or store moves 128 bits at once.

@@ -115,6 +115,17 @@ def test_every_magnitude_against_the_oracle(p, dtype):
             np.testing.assert_allclose(d, lp_dual_map(ref, p), rtol=rtol, atol=1e-37)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("p", [1.01, 1.1, 1.5, 3.0])
+def test_the_dual_map_of_subnormals_is_that_of_what_they_are_multiples_of(p, dtype):
+    whole = torch.tensor([3.0, -700.0, 0.0, 690.0, 41.0, 699.0], dtype=dtype)
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest positive number
+    x = whole * least
+    assert (x[whole != 0] != 0).all()
+    rtol = (1e-14 if dtype == torch.float64 else 1e-6) * max(1, 1 / (p - 1))
+    torch.testing.assert_close(Lp(p).dual_map(x), Lp(p).dual_map(whole), rtol=rtol, atol=1e-37)
+
+
 def test_p_1_is_one_hot_at_the_first_of_equals():
     x = torch.tensor([[1.0, -3.0], [3.0, -3.0]])
     assert Lp(1).dual_map(x).tolist() == [[0, -1], [0, 0]]

@@ -10,6 +10,7 @@ import torch
 
 import normopt
 from normopt.norms import Lp, Schatten
+from tests.versions import NEEDS_MUON
 
 PS = [1.0, 1.5, 2.0, 3.0, 8.0, math.inf]
 
@@ -300,6 +301,7 @@ def test_lanczos_spoils_no_other_matrix_and_draws_no_random_number(bad):
     assert not n.dual_map(torch.zeros(2, 4, 3)).any()
 
 
+@NEEDS_MUON
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 32), (32, 64), (48, 48)])
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])

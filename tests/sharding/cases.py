@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 import normopt
@@ -23,6 +23,7 @@ from normopt.norms import schatten
 from normopt.norms.base import Norm, Scale
 from normopt.sharding.layout import Layout, gradient_of, layout_of, to_local
 from tests.directions import direction
+from tests.versions import shards_of
 
 # On 4 ranks: even, uneven, with empty parts, a stack, a vector, and three of one shape.
 SHAPES = [(8, 3), (5, 4), (1, 6), (3, 5), (6, 2, 3), (7,), (2,), (4, 6), (4, 6), (4, 6), (9, 9)]
@@ -76,9 +77,7 @@ def whole(x: Tensor) -> Tensor:
 
 def laid(x: Tensor, like: Tensor) -> Tensor:
     """A whole tensor as ``like`` lies."""
-    return (
-        distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else x
-    )
+    return shards_of(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
 
 
 def gradient(shape: tuple[int, ...], step: int, i: int, dtype: torch.dtype) -> Tensor:
@@ -130,7 +129,7 @@ def compare(
     for i, x in enumerate(plain):
         here = Shard(dim) if x.dim() > dim and i not in replicated else Replicate()
         placements = [Replicate()] * (mesh_.ndim - 1) + [here]
-        cut.append(torch.nn.Parameter(distribute_tensor(x.detach(), mesh_, placements, src_data_rank=None)))
+        cut.append(torch.nn.Parameter(shards_of(x.detach(), mesh_, placements)))
     make = normopt.SteepestDescent if optimizer == "steepestdescent" else normopt.get_optimizer(optimizer)
     with_groups = {k: v for k, v in settings.items() if k != "backend"}
     theirs, ours = make(plain, **with_groups), make(cut, **with_groups, **settings.get("backend", {}))
@@ -172,10 +171,7 @@ def off_the_sphere(steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     first = {name: torch.randn(128, 64).to(dtype) for name, dtype in ROUNDINGS.items()}
     mesh = mesh_of(dist.get_world_size())
-    params = {
-        name: torch.nn.Parameter(distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None))
-        for name, x in first.items()
-    }
+    params = {name: torch.nn.Parameter(shards_of(x, mesh, [Shard(0)])) for name, x in first.items()}
     groups = [dict(params=[p], rounding=name if name != "float32" else "nearest") for name, p in params.items()]
     opt = normopt.SteepestDescent(groups, lr=0.02, constraint="sphere", momentum=0.9)
     worst = dict.fromkeys(params, 0.0)
@@ -199,7 +195,7 @@ def sharded(shapes: list[tuple[int, ...]], seed: int = 0, dim: int = 0) -> list[
     """Parameters, cut along a dim, with gradients."""
     mesh = mesh_of(dist.get_world_size())
     torch.manual_seed(seed)
-    drawn = [distribute_tensor(torch.randn(s), mesh, [Shard(dim)], src_data_rank=None) for s in shapes]
+    drawn = [shards_of(torch.randn(s), mesh, [Shard(dim)]) for s in shapes]
     params = [torch.nn.Parameter(x) for x in drawn]
     for i, p in enumerate(params):
         p.grad = laid(gradient(tuple(p.shape), 0, i, torch.float32), p)
@@ -256,7 +252,7 @@ def refused(case: str) -> str:
     x = torch.randn(4, 4)
     settings: dict[str, Any] = {}
     if case == "two cuts":
-        params = [distribute_tensor(x, mesh, [Shard(0), Shard(1)], src_data_rank=None)]
+        params = [shards_of(x, mesh, [Shard(0), Shard(1)])]
     elif case == "partial":
         params = [DTensor.from_local(x, mesh_of(4), [Partial()])]
     elif case == "unlike chunk":
@@ -272,7 +268,7 @@ def refused(case: str) -> str:
     elif case == "differentiable":
         params, settings = [laid(x, sharded([(4, 4)])[0])], dict(differentiable=True)
     else:
-        params = [distribute_tensor(x, m, [Shard(0)], src_data_rank=None) for m in (mesh_of(4), mesh["shard"])]
+        params = [shards_of(x, m, [Shard(0)]) for m in (mesh_of(4), mesh["shard"])]
         settings = dict(scope="group", norm="lp", p=3.0)
     try:
         normopt.SteepestDescent([torch.nn.Parameter(p) for p in params], **settings)
@@ -294,7 +290,7 @@ def warned(case: str) -> list[str]:
 def partial_gradients() -> bool:
     """The step of a parameter that every rank has whole, and of whose gradient every rank has a term."""
     mesh = mesh_of(dist.get_world_size())
-    p = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()], src_data_rank=None))
+    p = torch.nn.Parameter(shards_of(torch.ones(3), mesh, [Replicate()]))
     p.grad = DTensor.from_local(torch.full((3,), 1.0 + dist.get_rank()), mesh, [Partial()])
     normopt.SGD([p], lr=1.0).step()
     return torch.equal(whole(p.detach()), torch.full((3,), 1.0 - sum(1.0 + r for r in range(dist.get_world_size()))))

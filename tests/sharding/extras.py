@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import normopt
 from normopt.sharding.layout import is_dtensor
 from normopt.sparsity import dense_state_dict, prune_, report, shrink, sparse_state_dict, to_dense, to_sparse
 from tests.sharding.cases import error, gradient, laid, mesh_of, whole
+from tests.versions import shards_of
 
 SHAPES = [(8, 3), (1, 6), (4, 5), (7,), (6, 2, 3), (3, 3)]
 
@@ -29,7 +30,7 @@ def both(dim: int = 0, dtype: torch.dtype = torch.float32) -> tuple[list[torch.n
     mesh, cut = mesh_of(dist.get_world_size()), []
     for i, x in enumerate(plain):
         placement = Replicate() if i == len(SHAPES) - 1 or x.dim() <= dim else Shard(dim)
-        cut.append(torch.nn.Parameter(distribute_tensor(x.detach().clone(), mesh, [placement], src_data_rank=None)))
+        cut.append(torch.nn.Parameter(shards_of(x.detach().clone(), mesh, [placement])))
     return plain, cut
 
 
@@ -222,7 +223,7 @@ def sharded_network(how: str) -> nn.Module:
         for name, p in list(module.named_parameters(recurse=False)):
             last = Shard(p.dim() - 1)
             places = {"dim 0": [Shard(0)], "dim 1": [last], "copies": [Replicate()], "two dims": [Shard(0), last]}
-            setattr(module, name, nn.Parameter(distribute_tensor(p.detach(), mesh, places[how], src_data_rank=None)))
+            setattr(module, name, nn.Parameter(shards_of(p.detach(), mesh, places[how])))
     return model
 
 

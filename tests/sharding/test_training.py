@@ -12,6 +12,7 @@ from tests.patience import patience
 from tests.sharding import training
 from tests.sharding.cases import error
 from tests.sharding.ranks import Ranks
+from tests.versions import NEEDS_FSDP_ON_CPUS
 
 
 @pytest.fixture(scope="package")
@@ -30,6 +31,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@NEEDS_FSDP_ON_CPUS
 @pytest.mark.parametrize("method", training.METHODS)
 def test_fsdp_trains_as_one_process_does(method: str, ranks: Ranks) -> None:
     sharded = ranks.call(training.trained, method, 0, 12, None, None)
@@ -45,6 +47,7 @@ def test_fsdp_trains_as_one_process_does(method: str, ranks: Ranks) -> None:
 MOVED = [pytest.param(m, marks=[] if m in ("lpsgdm", "kahan") else pytest.mark.exhaustive) for m in training.METHODS]
 
 
+@NEEDS_FSDP_ON_CPUS
 @pytest.mark.parametrize("method", MOVED)
 def test_checkpoints_are_resumed_on_any_number_of_ranks(
     method: str, one: Ranks, two: Ranks, four: Ranks, tmp_path: Path
@@ -59,6 +62,7 @@ def test_checkpoints_are_resumed_on_any_number_of_ranks(
     assert apart(moved, straight) <= (2**-6 if method == "kahan" else 2e-5)
 
 
+@NEEDS_FSDP_ON_CPUS
 @pytest.mark.parametrize("method", ["lpsgdm", "kahan", "heavy"])
 def test_what_is_loaded_is_what_was_saved(method: str, two: Ranks, four: Ranks, tmp_path: Path) -> None:
     saved = two.call(training.trained, method, 0, 4, None, str(tmp_path / "x"))[0]
@@ -100,6 +104,7 @@ def test_zero_redundancy(name: str, settings: dict[str, object], two: Ranks) -> 
 TIMEOUT = patience(7)  # seconds, of the process group
 
 
+@NEEDS_FSDP_ON_CPUS
 def test_a_killed_rank_fails_the_others_and_the_job_goes_on_from_its_last_checkpoint(
     two: Ranks, tmp_path: Path
 ) -> None:
