@@ -98,7 +98,7 @@ function report({ d, dual, u }) {
   slider.setAttribute("aria-valuetext", `step ${step} of ${surface.steps}`);
   find("play").textContent = state.playing ? "Pause" : "Play";
   const ends = OPTIMIZERS.map((name) => `${name} ${find(`${name}-loss`).textContent}`).join(", ");
-  find("paths").setAttribute("aria-label", `Three walks on ${state.surface}, step ${step}; the loss: ${ends}.`);
+  find("paths").setAttribute("aria-label", `Three paths on ${state.surface}, step ${step}; the loss: ${ends}.`);
 }
 
 function write(id, text) {
