@@ -348,7 +348,7 @@ class SteepestDescent(Optimizer):
                 made_on = group.pop("backend", None)
                 now = self._make_recipe(group, group["params"]).backend
                 if made_on not in (None, now):
-                    LOGGER.info("group %d: the checkpoint's steps were made on %s, these are on %s", i, made_on, now)
+                    LOGGER.info("group %d: the checkpoint was made on %s, this optimizer steps on %s", i, made_on, now)
             for group, i, p in match_params(self.param_groups, seen[0]):
                 for slot in slots_of(group):
                     x = seen[0]["state"].get(i, {}).get(slot.name)

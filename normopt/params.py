@@ -111,7 +111,7 @@ def check_own_shapes(params: list[Tensor], state: Mapping[Tensor, Any], recipe: 
             raise RuntimeError(
                 f"a parameter of shape {tuple(p.shape)} has {', '.join(found)}, but no {', '.join(sorted(missing))}: "
                 "bias_correction=True corrects averages that began together. Set bias_correction=False, or delete the "
-                "parameter's state, so that all begin anew"
+                "parameter's state, so that all start again"
             )
     if recipe.sphere.runs():
         check_no_zeros([p for p in params if state.get(p, {}).get("sphere_radius") is None])
@@ -155,7 +155,7 @@ def check_like(name: str, xs: list[Tensor], params: list[Tensor]) -> None:
         if x.shape != p.shape or x.device != p.device:
             raise RuntimeError(
                 f"the {name} of a parameter of shape {tuple(p.shape)} on {p.device} has the shape {tuple(x.shape)} on "
-                f"{x.device}: cut, turn and move it with its parameter, or give the parameter to a new optimizer"
+                f"{x.device}: shard, transpose and move it with its parameter, or give the parameter to a new optimizer"
             )
 
 

@@ -388,7 +388,7 @@ def _choose_backend(recipe: Recipe, params: list[Tensor]) -> tuple[Backend, str]
             return "fused", "fused=True" if fused else why
         if fused:
             raise ValueError(
-                f"fused=True cannot be had here: {why_not}. Set fused=None or False; where a checkpoint brings it, "
+                f"fused=True is not available here: {why_not}. Set fused=None or False; if a checkpoint has it, "
                 "in the checkpoint's param_groups"
             )
     if recipe.differentiable:

@@ -51,7 +51,7 @@ class Common(TypedDict, total=False):
 
 
 class Coordinates(Common, total=False):
-    """`Common` and adaptive coordinates, which Adam and its kin fix.
+    """`Common` and adaptive coordinates, which Adam and similar optimizers fix.
 
     Attributes:
         bias_correction: divide the momentum ("ema", "lion") and the average of the metric by the sums of their

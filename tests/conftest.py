@@ -47,12 +47,12 @@ ONE_WORKER = {
     "test_numba.py": "numba",
 }
 
-PREAMBLE = """# Conformance
+PREAMBLE = """# Conformance: PyTorch's own optimizer tests
 
-What PyTorch's own tests ask of its optimizers, asked of every optimizer of the zoo. The inputs come from
-`torch.testing._internal.common_optimizers`, which ships in torch's wheel. A question is asked once for each kind of
-input that an optimizer takes (its learning rates, decays, momenta, regularizers), and where it matters for the for-loop
-and the multi-tensor path, and for several dtypes.
+Every optimizer of normopt passes the tests that PyTorch runs on its own optimizers. The inputs come from
+`torch.testing._internal.common_optimizers`, which ships in torch's wheel. Each test runs once for each kind of input
+that an optimizer takes (its learning rates, decays, momenta, regularizers), and where it matters for the for-loop and
+the multi-tensor path, and for several dtypes.
 
 This page is written by the test run: `make conformance`, here with torch {version}. {total} cases passed,
 {skipped} were skipped{failed}.
@@ -164,7 +164,7 @@ class Table:
                 skipped=outcomes.count("skipped"),
                 failed=f", and {failed} FAILED" if failed else "",
             ),
-            "| question | optimizers asked | cases passed |",
+            "| test | optimizers | cases passed |",
             "|---|---|---|",
         ]
         for question, row in sorted(self.cells.items()):  # not in the order of the workers

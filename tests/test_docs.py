@@ -77,6 +77,27 @@ def test_the_example_of_the_readme_is_that_of_the_home_page() -> None:
     assert readme[0] == home[0]
 
 
+def test_the_readme_is_short_and_its_numbers_are_on_the_pages_it_links_to() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 100
+    assert max(map(len, text.splitlines())) <= 120
+    measured = re.search(r"^## What is measured\n+(.+?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert measured is not None
+    items = measured[1].split("\n- ")
+    assert len(items) == 4
+    for item in items:
+        pages = re.findall(r"\]\((\S+?)\)", item)
+        sources = " ".join(" ".join((ROOT / page).read_text(encoding="utf-8").split()) for page in pages)
+        said = " ".join(item.split())
+        counts = re.findall(r"\d+ better, \d+ worse, \d+ ties", said)
+        numbers = re.findall(r"\d+\.\d+|\d{3,}", said)
+        assert counts or numbers, item
+        assert [x for x in counts + numbers if x not in sources] == [], item
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for arm in ("Muon", "Scion"):  # better on 2 tasks, worse on none
+        assert f"| {arm} | AdamW | 2–0–5 |" in results
+
+
 def test_every_public_symbol_is_on_a_page() -> None:
     pages = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs").rglob("*.md"))
     shown = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
@@ -92,6 +113,25 @@ def test_every_public_symbol_has_a_docstring(name: str) -> None:
     # The class's own: inspect.getdoc alone would be content with an inherited one.
     assert thing.__doc__ is not None
     assert len(inspect.cleandoc(thing.__doc__)) > 20
+
+
+def test_a_tutorial_shows_the_long_run_and_no_descriptions() -> None:
+    sys.path.insert(0, str(ROOT / "docs/hooks"))
+    import tutorials
+
+    cell = (
+        "import os\nfig, n = plot(), 7\n# NORMOPT_DOCS_FAST=1 is short.\nFAST = os.environ.get('NORMOPT_DOCS_FAST')\n"
+        "n = 2 if FAST else n\nfig.alt = (\n  'ℓp'\n)\n"
+        "rates = [f(1 if FAST else 2) for k in ((0,) if FAST else (1, 2))]\n"
+        "if not FAST:\n    print('∞')\n    x = 'ℓ' if FAST else '∞'\nprint(n)\n"
+    )
+    expected = "fig, n = plot(), 7\nrates = [f(2) for k in (1, 2)]\nprint('∞')\nx = '∞'\nprint(n)"
+    assert tutorials.page_code([cell]) == [expected]
+    for script in sorted((ROOT / "docs/tutorials").glob("*.py")):
+        code = [body for is_text, _, body in tutorials.cells(script.read_text(encoding="utf-8")) if not is_text]
+        page = "\n".join(tutorials.page_code(code))
+        compile(page, script.name, "exec")
+        assert re.findall(r"\bFAST\b|\bDOCS_FAST|\.alt\b|sys\.path", page) == [], script.name
 
 
 def test_an_error_in_a_tutorial_is_an_error_at_its_line(tmp_path: Path) -> None:

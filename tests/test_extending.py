@@ -123,7 +123,7 @@ def test_a_decay_without_a_kernel_is_refused_when_fused() -> None:
     settings: dict[str, Any] = dict(lr=0.1, weight_decay=0.5, decay="nothing")
     for backend in ("for-loop", "foreach"):
         steps(**settings, **BACKENDS[backend])
-    with pytest.raises(ValueError, match="fused=True cannot be had here: the decay Nothing has no kernel"):
+    with pytest.raises(ValueError, match="fused=True is not available here: the decay Nothing has no kernel"):
         steps(**settings, fused=True)
 
 
@@ -192,7 +192,7 @@ def test_a_stage_with_state(dtype: torch.dtype) -> None:
     opt.state[params[0]]["average"] = torch.zeros(3)
     with pytest.raises(RuntimeError, match="average of a parameter of shape"):
         go(params, opt, 5)
-    with pytest.raises(ValueError, match="fused=True cannot be had here: the stage Average has no kernel"):
+    with pytest.raises(ValueError, match="fused=True is not available here: the stage Average has no kernel"):
         make(fused=True)
     with pytest.raises(ValueError, match="keep must be in"):
         normopt.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1, keep=2.0)  # type: ignore[call-arg]

@@ -63,6 +63,8 @@ WORDS = {
     "mixed": ("ℓp along every line, another ℓp over the lines", "the conjugate orders, inside and outside"),
 }
 
+ROOTS = (0.8, 1.6)  # √P of the metrics that are drawn
+
 # The other sections: the pages whose figures they show.
 SECTIONS = {"tutorials": "tutorials/", "theory": "theory/", "speed": "speed.md"}
 
@@ -123,6 +125,30 @@ def draw_ball(norm: Norm) -> str:
     ax.set(xlim=(-1.2 * size, 1.5 * size), ylim=(-1.15 * size, 1.15 * size), aspect="equal")
     ax.axis("off")
     return svg(fig)
+
+
+class InMetric(normopt.norms.TensorNorm):
+    """A norm in the coordinates of P: ‖x‖_P = ‖P^½ x‖."""
+
+    def __init__(self, norm: Norm) -> None:
+        self.inner, self.roots = norm, torch.tensor(ROOTS, dtype=torch.float64)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.inner.norm(self.roots * x)
+
+    def dual_norm(self, x: Tensor) -> Tensor:
+        return self.inner.dual_norm(x / self.roots)
+
+    def dual_map(self, x: Tensor) -> Tensor:
+        return self.inner.dual_map(x / self.roots) / self.roots
+
+
+def metric_card(name: str, p: float) -> str:
+    """What stands under the picture of a norm in the coordinates of P."""
+    alt = f"The unit ball of ℓ{p:g} stretched by P^−½, a gradient g and its dual map".replace("inf", "∞")
+    known = {2.0: "[AdamW](optimizers/adamw.md)’s norm, under “dual”", math.inf: "signs divided by √P"}
+    lines = [f'**ℓ{p:g} in `metric="diagonal"`**'.replace("inf", "∞"), known.get(p, "new: AdamW under another norm")]
+    return card(f"![{alt}](gallery/{name}.svg){{ loading=lazy }}", *lines)
 
 
 def draw_matrices(norm: Norm) -> str:
@@ -298,6 +324,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name in ours():
         add(f"norm-{name}", thumbnail(draw(example(name))))
     _cards["norms"] = [norm_card(name, used[name]) for name in ours()]
+    _cards["metrics"] = []
+    for p in (1.0, 2.0, 4.0, math.inf):
+        with plt.rc_context(STYLE):
+            add(f"metric-{p:g}", thumbnail(draw_ball(InMetric(normopt.norms.Lp(p)))))
+        _cards["metrics"].append(metric_card(f"metric-{p:g}", p))
     for section, where in SECTIONS.items():
         _cards[section] = []
         for page, title, alt, path in figures(files, where):

@@ -104,7 +104,12 @@ def types() -> str:
     parts = [
         HEAD,
         typed("Common", "TypedDict", "Settings that every optimizer accepts as ``**settings``.", common),
-        typed("Coordinates", "Common", "`Common` and adaptive coordinates, which Adam and its kin fix.", coordinates),
+        typed(
+            "Coordinates",
+            "Common",
+            "`Common` and adaptive coordinates, which Adam and similar optimizers fix.",
+            coordinates,
+        ),
         typed("Settings", "Coordinates", "`Coordinates` and weight decay, where that is no own argument.", decay),
         typed(
             "Arguments",

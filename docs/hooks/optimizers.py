@@ -1,7 +1,8 @@
 """An MkDocs hook: what the pages in docs/optimizers/ say of settings, state and use is read off the code.
 
 ``<!-- facts -->`` becomes the table of facts, ``<!-- standing -->`` what the committed study found, and
-``<!-- used in -->`` the list of tutorials and guides that make one.
+``<!-- used in -->`` the list of tutorials and guides that make one. In docs/api/ ``<!-- classes -->`` becomes a table
+of all classes.
 """
 
 from __future__ import annotations
@@ -103,11 +104,23 @@ def used_in(name: str, docs: Path) -> str:
     return "\n".join(found or ["No tutorial or guide makes one yet."])
 
 
+def classes() -> str:
+    """A table of all optimizers: a link to each and the first line of its docstring."""
+    every = [normopt.SteepestDescent, *(normopt.get_optimizer(name) for name in normopt.list_optimizers())]
+    lines = ((cls.__name__, (inspect.getdoc(cls) or "").splitlines()[0].replace("|", "\\|")) for cls in every)
+    return "\n".join(
+        ["| class | what it is |", "|---|---|", *(f"| [`{n}`][normopt.{n}] | {line} |" for n, line in lines)]
+    )
+
+
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in what is read off the code."""
     path = Path(page.file.src_uri)
+    if path.as_posix() == "api/optimizers.md":
+        return markdown.replace("<!-- classes -->", classes())
     if path.parent.as_posix() != "optimizers" or path.stem == "index":
         return markdown
+    page.meta["search"] = {"boost": 2}  # who types a name looks for its page
     markdown = markdown.replace("<!-- facts -->", facts(path.stem))
     if "<!-- standing -->" in markdown:
         markdown = markdown.replace("<!-- standing -->", standing(path.stem, Path(config.docs_dir)))

@@ -1,7 +1,7 @@
 """The picture of the whole idea: ℓp unit balls, one gradient, and the dual map of each.
 
-As an MkDocs hook it adds ``assets/unit_balls.svg`` to the site. Run it to write the copy that the README shows:
-``python docs/hooks/unit_balls.py``.
+As an MkDocs hook it adds ``assets/unit_balls.svg`` to the site, and the same in two rows for phones. Run it to write
+the copy that the README shows: ``python docs/hooks/unit_balls.py``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 NAME = "assets/unit_balls.svg"
+NARROW = "assets/unit_balls_narrow.svg"
 GRADIENT = (1.0, 0.45)
 
 
@@ -37,13 +38,15 @@ def ball(p: float) -> tuple[np.ndarray, np.ndarray]:
     return x / size, y / size
 
 
-def draw() -> str:
-    """The picture, as SVG text."""
+def draw(rows: int = 1) -> str:
+    """The picture, as SVG text, with its panels in so many rows."""
     g = torch.tensor(GRADIENT, dtype=torch.float64)
     panels = [(1.0, "p = 1", "one coordinate"), (2.0, "p = 2", "SGD"), (4.0, "p = 4", "in between")]
     panels.append((math.inf, "p = ∞", "signSGD"))
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(panels), figsize=(9, 2.75))
+        columns = len(panels) // rows
+        fig, grid = plt.subplots(rows, columns, figsize=(2.25 * columns, 2.75 * rows), squeeze=False)
+        axes = grid.ravel()
         for ax, (p, title, who), colour in zip(axes, panels, COLOURS, strict=False):
             d = normopt.norms.Lp(p).dual_map(g).tolist()
             # The line on which ⟨g, d⟩ is as large as the ball allows: it touches the ball at D(g).
@@ -76,6 +79,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     if committed is not None:
         files.remove(committed)
     files.append(File.generated(config, NAME, content=draw()))
+    files.append(File.generated(config, NARROW, content=draw(rows=2)))
     return files
 
 

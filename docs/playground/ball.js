@@ -1,6 +1,6 @@
 /** The first picture: the unit ball of ℓp, a gradient to drag, its dual map and the update. */
 
-import { dualMap, dualNorm, norm, update } from "./maps.js";
+import { inMetric, norm } from "./maps.js";
 import { add, pathData } from "./svg.js";
 
 const UNIT = 100; // of the view box, for 1 in the plane
@@ -22,19 +22,19 @@ export function number(x) {
   return text.replaceAll("-", "−").replace("e+", "e");
 }
 
-/** The unit circle of ℓp: every direction divided by its ℓp norm. */
-function circle(p) {
+/** The unit circle of ‖P^½ x‖_p: every direction divided by its ℓp norm, and then by √P. */
+function circle(p, roots) {
   return Array.from({ length: 360 }, (_, degree) => {
     const angle = (degree * Math.PI) / 180;
     const x = [Math.cos(angle), Math.sin(angle)];
     const size = norm(x, p);
-    return x.map((value) => value / size);
+    return x.map((value, i) => value / size / roots[i]);
   });
 }
 
 /**
  * Draw into an <svg>; `onMove(g)` hears of a gradient that was dragged or moved by the arrow keys.
- * Returns draw(state), which draws a state {p, scale, g} and returns what it found, for the table beside it.
+ * Returns draw(state), which draws a state {p, scale, g, metric} and returns what it found, for the table beside it.
  */
 export function ballPicture(svg, onMove) {
   const half = EDGE * UNIT;
@@ -98,16 +98,16 @@ export function ballPicture(svg, onMove) {
     onMove(g.map((x, i) => held(x + move[i] * (event.shiftKey ? 0.25 : 0.05))));
   });
 
-  let drawnP = null;
+  let drawn = "";
   return (state) => {
     g = state.g;
-    const { p, scale } = state;
-    const d = dualMap(g, p);
-    const found = { d, dual: dualNorm(g, p), u: null };
-    if (!(p === 1 && scale === "power")) found.u = update(g, p, scale);
-    if (p !== drawnP) {
-      ball.setAttribute("d", pathData(circle(p).map(px), true));
-      drawnP = p;
+    const { p, scale, metric } = state;
+    const roots = [1, Math.sqrt(metric)];
+    const found = inMetric(g, p, scale, roots);
+    const { d } = found;
+    if (`${p} ${metric}` !== drawn) {
+      ball.setAttribute("d", pathData(circle(p, roots).map(px), true));
+      drawn = `${p} ${metric}`;
     }
     const length = Math.hypot(...g);
     support.toggleAttribute("hidden", length === 0);

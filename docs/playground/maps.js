@@ -64,6 +64,21 @@ export function update(c, p, scale) {
 }
 
 /**
+ * Under the norm ‖P^½ x‖_p with P = diag(roots²): the dual map d = P^−½ D(P^−½ c), the dual norm and the update u.
+ *
+ * "matched" gives u the length of c/P; u is null where "power" is not defined.
+ */
+export function inMetric(c, p, scale, roots) {
+  const white = c.map((x, i) => x / roots[i]);
+  const back = (x) => x.map((value, i) => value / roots[i]);
+  const d = back(dualMap(white, p));
+  const found = { d, dual: dualNorm(white, p), u: null };
+  if (scale === "matched") found.u = multiply(divide(d, norm(d, 2)), norm(back(white), 2));
+  else if (p !== 1 || scale !== "power") found.u = back(update(white, p, scale));
+  return found;
+}
+
+/**
  * p at step s = 1 … S of the cosine schedule, after which it stays at `end`; S = 1 keeps it at its start.
  *
  * In the space "p" it is end + (start − end)·(1 + cos(π(s−1)/(S−1)))/2; in the space "exponent" 1/(p−1) takes

@@ -19,6 +19,7 @@ const state = {
   p: 4,
   scale: "power",
   g: [1, 0.45],
+  metric: 1, // P = diag(1, metric), in the first picture
   surface: "quadratic",
   condition: 20,
   angle: 30,
@@ -43,8 +44,8 @@ let stale = true; // the walks have to be computed anew
 
 function change(choices) {
   Object.assign(state, choices);
-  // The gradient of the first picture and the step that is shown change no walk.
-  stale ||= Object.keys(choices).some((name) => !["g", "step", "playing"].includes(name));
+  // The gradient and metric of the first picture and the step that is shown change no walk.
+  stale ||= Object.keys(choices).some((name) => !["g", "metric", "step", "playing"].includes(name));
   if (pending) return;
   pending = true;
   requestAnimationFrame(draw);
@@ -97,7 +98,7 @@ function report({ d, dual, u }) {
   slider.setAttribute("aria-valuetext", `step ${step} of ${surface.steps}`);
   find("play").textContent = state.playing ? "Pause" : "Play";
   const ends = OPTIMIZERS.map((name) => `${name} ${find(`${name}-loss`).textContent}`).join(", ");
-  find("paths").setAttribute("aria-label", `Three walks on ${state.surface}, step ${step}; the loss: ${ends}.`);
+  find("paths").setAttribute("aria-label", `Three paths on ${state.surface}, step ${step}; the loss: ${ends}.`);
 }
 
 function write(id, text) {
@@ -199,6 +200,13 @@ function showShape() {
   find("angle").setAttribute("aria-valuetext", `${angle} degrees`);
   change({ condition, angle });
 }
+function showMetric() {
+  const metric = twoDigits(2 ** find("metric").valueAsNumber);
+  write("metric-text", `P = diag(1, ${metric})`);
+  find("metric").setAttribute("aria-valuetext", `P = diag(1, ${metric})`);
+  change({ metric });
+}
+find("metric").addEventListener("input", showMetric);
 find("condition").addEventListener("input", showShape);
 find("angle").addEventListener("input", showShape);
 find("momentum").addEventListener("change", (event) => change({ momentum: event.target.checked }));
@@ -234,6 +242,8 @@ find("step").addEventListener("input", (event) => change({ step: event.target.va
 
 for (const form of document.querySelectorAll(".pg form")) form.reset();
 setP(state.p);
+find("metric").value = 0;
+showMetric();
 showShape();
 OPTIMIZERS.forEach(showRate);
 state.step = Infinity; // which means the last one

@@ -3,12 +3,12 @@
 #
 # Adaptive gradient regularization ([arXiv:2407.16944](https://arxiv.org/abs/2407.16944)) holds back the entries that
 # dominate a gradient, and is reported to improve the optimizers that have it. Does it help an optimizer that steps by
-# *signs*, when a quarter of the training labels is wrong? This page asks, with the program that every study of this
-# repository was made with, and then asks the answer how far it can be trusted. [Run an ablation](../ablations.md) is
-# the reference; what each flag and key means stands there.
+# *signs*, when a quarter of the training labels is wrong? This page answers it with the program that made every study
+# of this repository, and then checks how far the answer can be trusted. [Run an ablation](../ablations.md) is the
+# reference for every flag and key.
 #
-# All of it ran while this page was built. What the program says is shown as it said it, and which sentence is printed
-# where the numbers decide was decided by the run.
+# All of it ran while this page was built. The program's output is shown unchanged, and where a sentence depends on
+# the numbers, the run chose it.
 #
 # ## Think before you run
 #
@@ -27,8 +27,8 @@
 # ## Write it down
 #
 # Six arms. The two Signums are tuned, each with the same budget. An arm with `tuned_as` takes over what was found for
-# another one: so the two SignSGDs share a learning rate, and each Signum is run at the other's rate too. Why, the
-# results will show.
+# another one: so the two SignSGDs share a learning rate, and each Signum is run at the other's rate too. The results
+# show why.
 
 # %%
 import os
@@ -92,22 +92,16 @@ folder = Path(temporary.name)
 (folder / "agr_on_signs.toml").write_text(STUDY, encoding="utf-8")
 
 # %% [markdown]
-# ## Ask what it will cost
+# ## Estimate the cost
 #
 # In a terminal, in a clone of the repository, this is `python -m benchmarks run agr_on_signs.toml --dry-run`. Here a
-# function runs the same command and gives what it printed.
+# function runs the same command and returns its output.
+
 
 # %%
-root = next(
-    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "benchmarks").exists()
-)
-sys.path.insert(0, str(root))  # for reading the results, further down
-
-
 def benchmarks(*words):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", *map(str, words)],
-        cwd=root,
         env={**os.environ, "COLUMNS": "84", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
@@ -132,10 +126,10 @@ print(said[said.index("Study ") : said.index("How far to trust this.")].strip())
 
 # %% [markdown]
 # The paragraph "What AGR does" is the program's own. It finds by their settings which arms differ in AGR alone, tests
-# each pair over the seeds, and corrects the P-values for the number of pairs. A reader in a hurry would stop here.
+# each pair over the seeds, and corrects the P-values for the number of pairs.
 #
-# The same, longer, is in `report.html`, with figures; in `summary.md`; and in tables in `data/`. What it says about
-# its own limits is worth as much as the verdict:
+# The same, longer, is in `report.html`, with figures; in `summary.md`; and in tables in `data/`. It also states its
+# own limits:
 
 # %%
 start, end = "- **How far to trust this.** ", "\n"
@@ -165,8 +159,8 @@ print(
 )
 
 # %% [markdown]
-# Had it not held, everything else on this page would be worth nothing. Now the pairs. An arm and its control start from
-# the same weights and see the same batches, seed by seed, so it is their differences that count.
+# Now the pairs. An arm and its control start from the same weights and see the same batches, seed by seed, so it is
+# their differences that count.
 
 # %%
 PAIRS = [
@@ -203,9 +197,9 @@ ax.set(xlabel="with AGR minus without (points of test accuracy)", ylim=(2.5, -0.
 fig.alt = "The difference that AGR makes, seed by seed (rings) with the mean and its 95 % interval, for each arm at its own learning rate, and for both at the one's and at the other's"
 
 # %% [markdown]
-# The first line is what the report tells: each arm at the rate that tuning found for it. It mixes two things, what AGR
-# does to a run and what tuning happened to find. The other two lines take the second out. (These P-values are for one
-# pair each; the report's are corrected for all of its pairs.)
+# The first line is the report's: each arm at the rate that tuning found for it. It mixes two things, what AGR does to
+# a run and what tuning happened to find. The other two lines take the second out. (These P-values are for one pair
+# each; the report's are corrected for all of its pairs.)
 
 
 # %%
@@ -335,7 +329,7 @@ temporary.cleanup()
 # - **That AGR does nothing to SignSGD** follows from the formula, and the run confirmed it. No number of seeds would
 #   prove it, and one difference would refute it.
 # - **"Better, P-value below 0.05"** is about two tuned arms on fresh seeds. It is not about AGR as long as the arms
-#   differ in their learning rate too. Cross the rates, or sweep them, before you tell anybody.
+#   differ in their learning rate too. Cross the rates, or sweep them, before you draw a conclusion.
 # - **The luck of the tuning** shrinks with more seeds a trial (`seeds = [1000, 1001, 1002]` under `[tuning]`), which
 #   cost as much as more trials, and with a coarser choice: a rate from the middle of a flat stretch.
 # - **One small network on one data set.** Nothing here says what AGR does in large networks, or for AdamW. The preset

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # ℓp decay and AGR on the optimizer you already have
 #
-# You train with AdamW, and you want a sparse network out of it, or whole neurons gone. [`LpDecay`][normopt.LpDecay] and
-# [`AGR`][normopt.AGR] attach to any `torch.optim.Optimizer`, which stays the object it was. This page takes AdamW on the
-# digits from dense to sparse, and asks what the sparsity costs.
+# You train with AdamW, and you want a sparse network out of it, or whole neurons gone. [`LpDecay`][normopt.LpDecay]
+# and [`AGR`][normopt.AGR] attach to any `torch.optim.Optimizer`, which stays the object it was. This page makes
+# AdamW's network on the digits sparse, and measures what that costs.
 
 # %%
 import os
@@ -88,8 +88,8 @@ ax.legend(title="layer")
 fig.alt = "Exact zeros of each layer over the steps, under AdamW with ℓp decay"
 
 # %% [markdown]
-# What it is set to is in the param groups, where a group can have its own, a schedule can write, and `state_dict()`
-# looks. `detach()` takes the add-on off again, and the settings with it.
+# Its settings are in the param groups: a group can have its own, a schedule can change them, and `state_dict()` saves
+# them. `detach()` removes the add-on and its settings.
 
 # %%
 print({k: v for k, v in opt.param_groups[0].items() if k.startswith("lp_")})
@@ -160,16 +160,15 @@ fig.alt = (
 )
 
 # %% [markdown]
-# With p below 1 most of the weights go before the accuracy does; at p = 1.5 few arrive at zero, and at p = 2, which is
-# plain weight decay, none would. Two seeds and no tuning: differences of half a per cent mean nothing. Too much λ kills
-# the network without a word, as p = 0.5 shows at the largest one, so look at the zeros while you raise it.
+# With p below 1 most of the weights go before the accuracy does; at p = 1.5 few arrive at zero, and at p = 2, which
+# is plain weight decay, none would. Two seeds and no tuning: differences of half a per cent mean nothing. Too large a
+# λ makes all weights zero without an error, as at the largest λ with p = 0.5: count the zeros while you raise it.
 #
 # ## And AGR
 #
-# It goes on top, before or after. What it does depends on how much of a gradient its largest entry is: of a tensor of
-# thousands of entries that is little, so that AGR leaves it nearly as it was, and AdamW divides by the size of what is
-# left anyway. On this network it changes the loss by as little as that makes one expect. Its authors report gains on
-# larger ones.
+# AGR can be attached before or after LpDecay. Its effect depends on the share of a gradient that its largest entry
+# has. In a tensor of thousands of entries that is small, so that AGR hardly changes the gradient, and AdamW divides
+# by the size of the rest anyway. On this network the loss changes little. Its authors report gains on larger ones.
 
 # %%
 print("mean of the seeds           exact zeros   test accuracy   test loss")
@@ -187,8 +186,8 @@ for name, settings in (
 #
 # Scattered zeros make a small file, and no faster network. `over="rows"` gives all weights that come into a unit one
 # factor, by their common length, so that a unit disappears as a whole. The output layer's rows are the classes: its
-# group says `lp_decay=0`. Rows are longer than entries, and take more of λ and of time: here are more steps, and a
-# larger learning rate.
+# group says `lp_decay=0`. Rows have larger norms than entries, and need a larger λ or more steps: here more steps,
+# and a larger learning rate.
 #
 # The fair question is whether a network trained wide and thinned is better than one that is trained narrow, with as
 # many weights as are left. A unit counts as left if its row is not all zero; the weights left are those between units
@@ -243,6 +242,6 @@ fig.alt = "Test accuracy against the weights left, for networks thinned by decay
 
 # %% [markdown]
 # Thinned networks are the better ones here where few weights are left: training decides how many units each layer
-# keeps, and which. Their dead units are still multiplied by, until somebody takes them out; and mind that the bias of
-# a dead unit does not decay, so that what comes out of it is a constant, not always nothing.
-# [Sparsity that pays](sparsity_that_pays.md) takes them out, constants and all, and measures what that is worth.
+# keeps, and which. Their dead units still cost time until they are removed. The bias of a dead unit does not decay,
+# so that its output is a constant, not always zero. [Sparsity that pays](sparsity_that_pays.md) takes them out,
+# constants and all, and measures what that is worth.

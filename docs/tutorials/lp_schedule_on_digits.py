@@ -3,7 +3,7 @@
 #
 # [`LPSGDM`][normopt.LPSGDM] with [`CosineP`][normopt.schedules.CosineP] is the method of
 # [arXiv:2606.02078](https://arxiv.org/abs/2606.02078): start near signSGD (large p), end as SGD (p = 2). This page
-# trains a small network with it on scikit-learn's digits and asks what the schedule did.
+# trains a small network with it on scikit-learn's digits and measures what the schedule did.
 #
 # Three things are easy to get wrong, and each has a section:
 #
@@ -117,9 +117,9 @@ fig.alt = "Sizes of the update's entries, sorted, for four p: the larger p, the 
 # | twin | p = 2 | of the annealed p |
 #
 # "Matched" is `scale="matched"`, normopt's control: each tensor's direction is that of p, its length that of SGD's
-# own step. "Twin" is the opposite control, SGD's direction at the length the power map would have had, in effect
-# SGD with a learning rate that decays, tensor by tensor. The zoo has no such optimizer, so we write it as a norm of our own; it is
-# none in the mathematical sense (its "dual map" has no unit length), but it rides on the same engine, and `CosineP`
+# own step. "Twin" is the opposite control, SGD's direction at the length the power map would have had, in effect SGD
+# with a learning rate that decays, tensor by tensor. normopt has no such optimizer, so we write it as a norm of our
+# own. It is none in the mathematical sense (its "dual map" has no unit length), but the engine runs it, and `CosineP`
 # schedules its p.
 
 

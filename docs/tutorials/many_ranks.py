@@ -2,19 +2,18 @@
 # # Training on many ranks
 #
 # A norm is a sum over a whole tensor, and under FSDP no rank has a whole tensor. An optimizer that takes the norm of
-# the part that it has is wrong without an error: its steps are too long, by a factor that depends on the number of
-# machines. normopt's optimizers know how a tensor lies and put the sums of its parts together, all of them in one
-# message. This page trains on several processes, stops, goes on with another number of them, and then counts what
-# they tell each other.
+# its local shard is wrong without an error: its steps are too long, by a factor that depends on the number of ranks.
+# normopt's optimizers know the placement of a tensor and reduce the sums of all tensors in one message. This page
+# trains on several processes, stops, resumes with another number of them, and counts the messages.
 #
 # [Train on many ranks](../how-to/sharded-training.md) is the reference: what works, what is refused, DDP, ZeRO.
 #
 # ## One command
 #
 # The program is `examples/sharded_digits.py` of the repository: an MLP on handwritten digits under FSDP2, which saves
-# a checkpoint after every epoch, and starts from the last one that it finds. What makes the model and its optimizer is
-# all that matters here; nothing about it is special to normopt, but for one order: the optimizer is made **after**
-# `fully_shard`, which replaces the parameters.
+# a checkpoint after every epoch, and starts from the last one that it finds. Below is the function that makes the
+# model and the optimizer. One order matters: the optimizer is made **after** `fully_shard`, which replaces the
+# parameters.
 
 # %%
 import inspect
@@ -30,12 +29,8 @@ import torch
 
 # NORMOPT_DOCS_FAST=1 is a short run for the tests; its numbers mean nothing.
 FAST = os.environ.get("NORMOPT_DOCS_FAST") == "1"
-root = next(
-    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "examples").exists()
-)
-sys.path.insert(0, str(root))  # this page runs in a clone of the repository
 
-example = runpy.run_path(str(root / "examples/sharded_digits.py"))
+example = runpy.run_path("examples/sharded_digits.py")
 print(inspect.getsource(example["build"]))
 
 # %% [markdown]
@@ -67,8 +62,7 @@ def torchrun(ranks, *words):
     ]
     done = subprocess.run(
         [sys.executable, "-m", *command, "examples/sharded_digits.py", *words],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
         capture_output=True,
         text=True,
         check=False,
@@ -85,8 +79,8 @@ if not FAST:
 # ## Stop, and go on with others
 #
 # The same run, stopped after some epochs on two ranks, goes on with one. Checkpoints are PyTorch's distributed ones:
-# each rank writes its parts, and whoever loads takes what belongs to it. The optimizer's state is laid out as the
-# parameters are, momentum and Kahan's compensation alike, and p stands in the param groups, with its schedule beside.
+# each rank writes its shards, and a rank that loads reads those that it needs. The optimizer's state, momentum and
+# Kahan's compensation, is sharded as the parameters are; p is in the param groups, with its schedule.
 
 # %%
 stop = str(EPOCHS // 2)
@@ -95,15 +89,15 @@ print(torchrun(2, *words, "--stop-after", stop))
 print(torchrun(1, *words))
 
 # %% [markdown]
-# On the same number of ranks what goes on is bit for bit what would have gone on; on another number, the sums are
-# added up in another order, and it is the same to roundoff. The tests check both, 2 → 2 and 2 → 1 → 4, with momentum,
+# On the same number of ranks the run is bit for bit the one that was not stopped. On another number the sums are
+# added in another order, and it is the same to roundoff. The tests check both, 2 → 2 and 2 → 1 → 4, with momentum,
 # schedules of p and Kahan buffers. They also kill a rank: the others fail within the time-out of the process group,
 # with an error that says that the connection is lost, and the job goes on from its last checkpoint.
 #
 # ## What a norm needs
 #
-# There are four ways to a direction. Which one is taken depends on the norm, the scale, and along which dim a tensor is
-# cut; FSDP2 cuts dim 0, the rows.
+# There are four communication strategies. The choice depends on the norm, the scale and the dim along which a tensor
+# is sharded; FSDP2 shards dim 0, the rows.
 
 # %%
 from normopt.norms import Lp, Mixed, Schatten
@@ -126,7 +120,7 @@ NORMS = {
     "columns": (Mixed(2.0, float("inf"), lines="columns"), "unit"),
     "Muon, Scion, NucGD": (Schatten(float("inf")), "unit"),
 }
-print(f"{'':27}{'cut along dim 0':39}cut along dim 1")
+print(f"{'':27}{'sharded along dim 0':39}sharded along dim 1")
 for name, (norm, scale) in NORMS.items():
     cut = [Layout(None, 2, 0, dim, torch.Size((8, 8))) for dim in (0, 1)]
     ways = [SAY[comm_strategy(norm, scale, layout)] for layout in cut]
@@ -135,8 +129,8 @@ for name, (norm, scale) in NORMS.items():
 # %% [markdown]
 # AGR needs sums of every gradient before the momentum, whatever the norm. All sums of a phase, of all tensors and all
 # param groups, travel in one message, in float64, and are combined in the order of the ranks: so every rank computes
-# the same bits. Whole matrices are dealt out, the costliest first, to the rank that has the least to do: each rank is
-# sent its share, maps it, and sends the parts back. That is two messages for each shape.
+# the same bits. Whole matrices are assigned, the costliest first, to the rank with the least work: each rank receives
+# its matrices, maps them, and sends the shards back. That is two messages for each shape.
 #
 # ## What it costs
 #
@@ -150,8 +144,8 @@ for name, (norm, scale) in NORMS.items():
 # | *for comparison:* FSDP's own, of N parameters | | 3·4·N·(k − 1)/k |
 #
 # In "dual" and "unit" w is 2; AGR is a phase of its own with w = 3, and "matched" a third one with w = 4. Rows send
-# one number, for the monitors. FSDP2 gathers the weights twice, in forward and in backward, and scatters the gradients
-# once, if it lets go of the weights in between, as it does unless told otherwise.
+# one number, for the monitors. FSDP2 gathers the weights twice, in forward and in backward, and scatters the
+# gradients once, if it frees the weights in between, which is its default.
 #
 # The counts below are of real steps on 2 and 4 processes, as `python -m benchmarks sharding` made them; the last
 # column is the arithmetic above.
@@ -160,7 +154,7 @@ for name, (norm, scale) in NORMS.items():
 from benchmarks.programs import sharding
 
 kept = sharding.Sharding.model_validate_json(
-    (root / "docs/data/sharding.json").read_text(encoding="utf-8")
+    Path("docs/data/sharding.json").read_text(encoding="utf-8")
 )
 print(
     f"{'':24}{'tensors':>8}{'ranks':>6}{'messages':>10}{'bytes':>9}{'on paper':>10}"
@@ -229,11 +223,11 @@ for i, k in enumerate(RANKS):
         print(f"{k:6}{row}")
 
 # %% [markdown]
-# - **Sums** grow with the number of ranks, because each is sent to all: at 1,024 ranks a rank receives some megabytes,
-#   a ten-thousandth of what FSDP moves. A sum that is reduced on the way would not grow, but its order, and with it the
-#   last bits, would be the network's.
+# - **Sums** grow with the number of ranks, because each is sent to all: at 1,024 ranks a rank receives some
+#   megabytes, a ten-thousandth of what FSDP moves. A reduction would not grow, but the network would decide its
+#   order, and with it the last bits.
 # - **Shares of matrices** shrink as ranks are added, up to the number of matrices: with more ranks than matrices the
-#   mean goes on falling, but a rank that maps a matrix receives the whole of it, and the others wait.
-#   Gathering every matrix everywhere would cost a third of FSDP's own traffic, and every rank would do all the work.
-# - What is measured here is messages and bytes, on gloo and up to 4 ranks. How long they take is the network's matter,
-#   and has not been measured on one.
+#   mean still falls, but a rank that maps a matrix receives all of it, and the others wait. Gathering every matrix
+#   everywhere would cost a third of FSDP's own traffic, and every rank would do all the work.
+# - Messages and bytes are measured here, with gloo on up to 4 ranks. How long they take on a network has not been
+#   measured.

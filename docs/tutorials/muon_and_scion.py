@@ -12,7 +12,6 @@
 
 # %%
 import os
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,16 +19,11 @@ import torch
 from torch import nn
 
 import normopt
+from benchmarks.tasks.bytes import GPT, Bytes  # in a clone of the repository
 
 torch.set_num_threads(1)
 # NORMOPT_DOCS_FAST=1 is a short run for the tests; its numbers mean nothing.
 FAST = os.environ.get("NORMOPT_DOCS_FAST") == "1"
-
-root = next(
-    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "benchmarks").exists()
-)
-sys.path.insert(0, str(root))  # this page runs in a clone of the repository
-from benchmarks.tasks.bytes import GPT, Bytes
 
 data = Bytes().load()
 (x, y), (x_val, y_val) = data.train, data.validation
@@ -92,7 +86,7 @@ for name in ("Muon", "Scion"):
 from benchmarks.results import collect
 from benchmarks.store import Store
 
-study = collect(Store.from_parquet(root / "docs/data/standard.parquet"))
+study = collect(Store.from_parquet(Path("docs/data/standard.parquet")))
 of_bytes = study.tasks["bytes"]
 LR = {name: of_bytes.row(name).lr for name in MAKE}
 STEPS, BATCH = (8, 4) if FAST else (400, 16)
@@ -183,8 +177,8 @@ for name, (_, _, _, step_of) in trained.items():
 # A number that needs no copy of the weights: [`norm_pairs`][normopt.SteepestDescent.norm_pairs] has, for every group,
 # the update's norm and the dual norm of the momentum, as the last step computed them. Multiplied by the radius, the
 # dual norm is by how much the loss would fall for one unit of `lr` if the momentum were the gradient and the loss
-# linear: it says which layers still have something to gain. AdamW has no such number, because its step is the
-# steepest descent of no fixed norm.
+# linear: it shows which layers can still reduce the loss. AdamW has no such number, because its step is the steepest
+# descent of no fixed norm.
 
 # %%
 for name in ("Muon", "Scion"):

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # A norm for each layer
 #
-# An embedding is a table of vectors, a linear layer a map, a bias a vector: what a *short* step is differs from one to
-# the other, and so should the norm. [`param_groups`][normopt.param_groups] gives every layer of a model the norm that a
-# method has for its kind. This page shows who gets what, reads the norms of a step, and asks whether the learning rate
-# that such norms make good for a small model is good for a large one.
+# An embedding is a table of vectors, a linear layer a map, a bias a vector: what a *short* step is differs from one
+# to the other, and so should the norm. [`param_groups`][normopt.param_groups] gives every layer of a model the norm
+# that a method has for its kind. This page shows which layer gets which norm, reads the norms of a step, and measures
+# whether a learning rate that is good for a small model is good for a large one.
 
 # %%
 import json
@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 FAST = os.environ.get("NORMOPT_DOCS_FAST") == "1"
 
 # %% [markdown]
-# ## Who gets what
+# ## Which layer gets which norm
 #
 # A network with one layer of every kind, for the digits as pixels of 17 grey levels.
 
@@ -78,7 +78,7 @@ print(groups)
 # The groups go to the optimizer that the preset is named after, which brings momentum, decay and the default learning
 # rate; "modular" goes to any. After a step, [`norm_pairs`][normopt.SteepestDescent.norm_pairs] has the norm of every
 # group's update and the dual norm of its momentum, which the step has computed anyway, or None for a group whose step
-# needs neither, such as signs: here the dual norms say which layers' momenta ask for how much.
+# needs neither, such as signs. Each is printed below.
 
 # %%
 pixels, digit = load_digits(return_X_y=True)
@@ -123,8 +123,8 @@ for group, pair in zip(opt.param_groups, opt.norm_pairs(), strict=True):
     )
 
 # %% [markdown]
-# The learning rates above are picks, not tuned ones: this is one seed and no comparison. The ablation has that:
-# `python -m benchmarks run norms-by-layer`, on the digits and on a byte-level GPT.
+# The learning rates above are not tuned, and there is one seed: this is no comparison. The ablation has one: `python
+# -m benchmarks run norms-by-layer`, on the digits and on a byte-level GPT.
 #
 # ## Does one learning rate serve every size?
 #
@@ -135,9 +135,9 @@ for group, pair in zip(opt.param_groups, opt.norm_pairs(), strict=True):
 # does keep norms of at most 1 there.) If the promise is what decides the best learning rate, then the rate that is best
 # for a small model is best for a large one.
 #
-# What follows draws a measurement that is kept in this repository; `python -m benchmarks transfer` makes it anew. Two
-# models, an MLP on the digits and a byte-level GPT on Python's standard library, grow in width by 8 and in depth by 4.
-# Each is trained at ten rates, a factor of 2 apart, under two optimizers:
+# The measurement below is stored in this repository; `python -m benchmarks transfer` repeats it. Two models, an MLP
+# on the digits and a byte-level GPT on Python's standard library, grow in width by 8 and in depth by 4. Each is
+# trained at ten rates, a factor of 2 apart, under two optimizers:
 #
 # - **Modular**: unit steps of the averaged momentum 0.9 under `preset="modular"`;
 # - **AdamW**: `torch.optim.AdamW` at its defaults: the standard parametrization.
@@ -146,12 +146,7 @@ for group, pair in zip(opt.param_groups, opt.norm_pairs(), strict=True):
 # orthogonally, and damp each residual branch, which an ordinary GPT does not.
 
 # %%
-root = next(
-    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "docs/data").exists()
-)
-measured = json.loads(
-    (root / "docs/data/transfer.json").read_text(encoding="utf-8")
-)
+measured = json.loads(Path("docs/data/transfer.json").read_text(encoding="utf-8"))
 points = measured["points"]
 
 
@@ -206,10 +201,10 @@ for model in ("MLP", "GPT"):
     fig.alt = f"{model}: validation loss against the learning rate, for each width and depth, under the modular norm and AdamW; the best rates are ringed"
 
 # %% [markdown]
-# The table asks the two questions that matter in practice. *Moves*: by what factor does the best learning rate move
-# from the smallest to the largest model? (The best is taken between the grid's points, from a parabola through the
-# three lowest neighbours.) *Costs*: if the largest model is trained at the best rate of the smallest, how much
-# higher is its loss than at its own best?
+# The table answers two questions. *Moves*: by what factor does the best learning rate move from the smallest to the
+# largest model? (The best is taken between the grid's points, from a parabola through the three lowest neighbours.)
+# *Costs*: if the largest model is trained at the best rate of the smallest, how much higher is its loss than at its
+# own best?
 
 
 # %%

@@ -1,13 +1,12 @@
 # %% [markdown]
 # # Reading a trajectory
 #
-# A training is a walk through the space of weights, and what it was like is easiest to see from its end. Did the steps
-# point to where it ended? How much longer was the way than the distance? [arXiv:2011.06702](https://arxiv.org/abs/2011.06702)
-# finds that in trainings that succeed they do point there, and calls such a trajectory regular.
-# [`TrajectoryMonitor`][normopt.TrajectoryMonitor] measures that for any optimizer, in one training, without keeping
-# every weight. This page shows how to use it, how good its sketches are, and whether the finding holds on networks
-# small enough to train here by the hundred. What single steps are like, [`GeometryMonitor`][normopt.GeometryMonitor]
-# tells: see [Can the gradient choose p?](adaptive_p.md)
+# Did the steps of a training point to where it ended? How much longer was the path than the distance?
+# [arXiv:2011.06702](https://arxiv.org/abs/2011.06702) finds that in trainings that succeed they do point there, and
+# calls such a trajectory regular. [`TrajectoryMonitor`][normopt.TrajectoryMonitor] measures that for any optimizer,
+# in one training, without keeping every weight. This page shows how to use it, how good its sketches are, and whether
+# the finding holds on networks small enough to train here by the hundred.
+# [`GeometryMonitor`][normopt.GeometryMonitor] measures single steps: see [Can the gradient choose p?](adaptive_p.md)
 
 # %%
 import json
@@ -32,9 +31,9 @@ STEPS = 20 if FAST else 300
 # %% [markdown]
 # ## One training, two optimizers
 #
-# The monitor sits in the hooks of the optimizer's steps; `record(loss)`, once a step, is all there is to add to the
-# loop. Here each optimizer is watched twice: by sketches, which is the default, and exactly, with every iterate on
-# disk. Neither changes a bit of what the optimizer does.
+# The monitor uses the hooks of the optimizer's steps; the loop only adds `record(loss)`, once a step. Here each
+# optimizer is watched twice: by sketches, which is the default, and exactly, with every iterate on disk. Neither
+# changes a bit of what the optimizer does.
 
 # %%
 pixels, digit = load_digits(return_X_y=True)
@@ -135,9 +134,9 @@ for name, (sketched, exact) in seen.items():
 # The errors of one run go together, because one sketch makes them all: an interval holds for a step, not for a
 # hundred of them at once. The tests hold the intervals against exact values over two hundred seeds.
 #
-# A step's γ is another matter than its cosine: (D_t² − D_{t+1}²)/(2η_t(ℓ_t − inf ℓ)) asks how much nearer to the end the
-# step brought the weights, for how much loss there was to gain. Where it is negative the step led away: it was too
-# long, or went the wrong way. Compare it between the two optimizers and you compare their learning rates.
+# A step's γ = (D_t² − D_{t+1}²)/(2η_t(ℓ_t − inf ℓ)) is something else than its cosine: how much nearer to the final
+# weights the step came, relative to the loss. Where it is negative the step led away: it was too long, or in the
+# wrong direction. γ depends on the learning rate, so do not compare it between two optimizers.
 
 # %% [markdown]
 # ## Do trainings that succeed have regular trajectories?
@@ -148,12 +147,7 @@ for name, (sketched, exact) in seen.items():
 # in a grid of five, with three seeds, every iterate kept.
 
 # %%
-root = next(
-    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "docs/data").exists()
-)
-measured = json.loads(
-    (root / "docs/data/regularity.json").read_text(encoding="utf-8")
-)
+measured = json.loads(Path("docs/data/regularity.json").read_text(encoding="utf-8"))
 print(*(f"Beware: {trap}\n" for trap in measured["traps"]), sep="\n")
 
 

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Sparsity that pays
 #
-# ℓp decay ([arXiv:2404.10824](https://arxiv.org/abs/2404.10824)) takes weights to exactly zero. That makes a network
-# neither smaller nor faster: a matrix with zeros in it costs what it did. What does pay is a whole unit that is dead,
-# because it can be taken out. This page trains a network whose units die, looks at what is zero, takes the dead units
-# out with a proof that nothing changed, and then draws a measurement of what that costs and what it is worth.
+# ℓp decay ([arXiv:2404.10824](https://arxiv.org/abs/2404.10824)) makes weights exactly zero. Scattered zeros make a
+# network neither smaller nor faster: a matrix with zeros costs as much as before. Removing a dead unit
+# does both. This page trains a network whose units die, counts the zeros, removes the dead units with a proof that
+# the outputs stay the same, and shows what that costs in accuracy and gains in speed.
 
 # %%
 import json
@@ -29,8 +29,8 @@ FAST = os.environ.get("NORMOPT_DOCS_FAST") == "1"
 # ## A network to make smaller
 #
 # The digits, with three training labels in ten drawn at random: something to overfit. The network is a stack of
-# convolutions with batch norm. [`LpDecay`][normopt.LpDecay] hangs on AdamW; with `over="rows"` it decays the norm of
-# everything that comes into a channel, so that a channel disappears as one.
+# convolutions with batch norm. [`LpDecay`][normopt.LpDecay] is attached to AdamW; with `over="rows"` it decays the
+# norm of everything that comes into a channel, so that a channel disappears as one.
 
 # %%
 pixels, digit = load_digits(return_X_y=True)
@@ -87,8 +87,8 @@ print(f"with ℓ1 decay of rows:       {accuracy(model):.1%}")
 # %% [markdown]
 # ## What is zero
 #
-# [`report`][normopt.sparsity.report] counts zeros, and rows and columns of which nothing is left. Rows are what comes
-# into an output channel, columns what goes out of an input channel.
+# [`report`][normopt.sparsity.report] counts zeros, and rows and columns that are all zero. A row has the incoming
+# weights of an output channel, a column the outgoing weights of an input channel.
 
 # %%
 counts = sparsity.report(model)
@@ -99,10 +99,10 @@ fig.alt = "For each weight of the network the percentages of zeros, dead rows an
 # %% [markdown]
 # ## Take it out
 #
-# A channel of which nothing comes in puts out a constant, which batch norm and ReLU make another constant of. Where
-# that is zero, [`shrink`][normopt.sparsity.shrink] takes the channel out; where it is not, the next convolution's
-# border of zeros keeps it from being a bias, and one channel stays for all of them. The result is an ordinary, smaller
-# network. It has been run beside the old one, in float64, and compared.
+# A channel without incoming weights has a constant output, also after batch norm and ReLU. Where that constant is
+# zero, [`shrink`][normopt.sparsity.shrink] removes the channel. Where it is not, the zero padding of the next
+# convolution keeps it from being a bias, and one channel stays for all of them. The result is an ordinary, smaller
+# network; `shrink` has compared both in float64.
 
 # %%
 shrunk = sparsity.shrink(model, x_test)
@@ -111,7 +111,7 @@ print(f"\ntest accuracy of the small network: {accuracy(shrunk.model):.1%}")
 
 # %% [markdown]
 # The equality is that of eval mode: in training mode, batch norm takes its statistics from the batch, and a constant
-# channel gives other values there than its running statistics do. The small network can be trained on all the same.
+# channel gives other values there than its running statistics do. The small network can still be trained further.
 #
 # Is it faster? The two in turns, one thread:
 
@@ -138,25 +138,19 @@ for size in (1, 256):
 # %% [markdown]
 # ## What it costs and what it is worth
 #
-# One seed and one λ prove nothing. What follows draws a measurement that is kept in this repository;
-# `python -m benchmarks sparsity` makes it anew. An MLP 64-128-128-10 on the digits with true labels, and the
-# convolutions from above on those with noise, both under AdamW: without decay, with AdamW's own, and with ℓp decay of
-# entries and of rows, at a few p and a grid of λ, three seeds each. Whatever is dead is taken out.
+# One seed and one λ prove nothing. The measurement below is stored in this repository; `python -m benchmarks
+# sparsity` repeats it. An MLP 64-128-128-10 on the digits with true labels, and the convolutions from above on those
+# with noise, both under AdamW: without decay, with AdamW's own, and with ℓp decay of entries and of rows, at a few p
+# and a grid of λ, three seeds each. Whatever is dead is taken out.
 #
-# A point is the mean over the seeds at one λ, a line one kind of decay: the larger λ, the further to the left. Ringed is what one would choose by the
-# validation set: of all λ whose accuracy is within a hundredth of that without decay, the one that leaves the smallest
-# network. The figure shows the test set, which has chosen nothing. Where AdamW's own decay chooses between networks of
-# one size, it is the most accurate one. Points below 75 % are left out: a little too much λ kills a network whole.
+# A point is the mean over the seeds at one λ, a line one kind of decay: the larger λ, the further to the left. The
+# ring marks the choice by the validation set: of all λ whose accuracy is within a hundredth of that without decay,
+# the one that leaves the smallest network. The figure shows the test set, by which nothing was chosen. Where AdamW's
+# own decay chooses between networks of one size, it is the most accurate one. Points below 75 % are left out: a λ
+# slightly too large leaves no weight at all.
 
 # %%
-root = next(
-    p
-    for p in (Path.cwd(), *Path.cwd().parents)
-    if (p / "docs/data/sparsity.json").exists()
-)
-measured = json.loads(
-    (root / "docs/data/sparsity.json").read_text(encoding="utf-8")
-)
+measured = json.loads(Path("docs/data/sparsity.json").read_text(encoding="utf-8"))
 TITLES = {"digits": "MLP, true labels", "digits-cnn": "CNN, noisy labels"}
 ARMS = list(dict.fromkeys(c["arm"] for c in measured["chosen"]))
 MARKS = dict(zip(ARMS, "x+sDo^v", strict=True))
@@ -317,7 +311,7 @@ for task, title in TITLES.items():
 #   parameters are more accurate than the full one, and two to five times as fast on 256 inputs. One input at a time
 #   gains little: there the cost of calling a dozen modules is most of it.
 # - **They do not pay everywhere.** On the true labels all ringed networks are a little less accurate than the full
-#   one, within the hundredth that was allowed, and a quarter of the parameters is all that goes. A few units fewer can
+#   one, within the hundredth that was allowed, and only a quarter of the parameters is removed. A few units fewer can
 #   even be *slower*, as with ℓ1 decay of entries there: a width of 128 suits the processor's kernels, and one of 123
 #   does not.
 # - **Other decay regularizes, too.** Where accuracy alone counts, AdamW's own does as well on the noisy labels as any

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Steepest descent in pictures
 #
-# Steepest descent goes downhill as fast as a step of a given length allows. What "length" means is left open, and every
-# answer is an optimizer. This page draws that: one gradient on a ball, four lengths of a step, paths on a valley, a
+# Steepest descent goes downhill as fast as a step of a given length allows. Every definition of "length", a norm,
+# gives an optimizer. This page has pictures: one gradient on a ball, four lengths of a step, paths on a valley, a
 # logistic regression whose features differ by five orders in scale, and last a matrix.
 #
 # For a norm \(\|\cdot\|\), the **dual map** of a gradient g is the step no longer than 1 that goes furthest along it,
@@ -42,9 +42,9 @@ def named(p):
 # %% [markdown]
 # ## One gradient on a ball
 #
-# Walk once around the edge of each unit ball and note how far along g every point lies. The highest point of the curve
-# is the dual map, its height is the dual norm. The dots are not found from the curve: they are what
-# [`Lp`][normopt.norms.Lp] returns.
+# For every point on the edge of each unit ball, compute how far along g it is. The highest point of the curve is the
+# dual map, its height is the dual norm. The dots are not found from the curve: they are what [`Lp`][normopt.norms.Lp]
+# returns.
 
 # %%
 g = torch.tensor([2.0, 1.0])
@@ -115,9 +115,9 @@ fig.alt = "The angle of the dual map over 1/p for four gradients: 45 degrees at 
 #
 # ## Four lengths
 #
-# The dual map says where to; how far is the `scale`. This is the length of one step at learning rate 1 for a gradient
-# of 1000 Gaussian entries: on the left at p = 4, as the gradient shrinks; on the right for a gradient of RMS 0.001, as
-# p grows.
+# The dual map gives the direction; `scale` gives the length. This is the length of one step at learning rate 1 for a
+# gradient of 1000 Gaussian entries: on the left at p = 4, as the gradient shrinks; on the right for a gradient of RMS
+# 0.001, as p grows.
 
 # %%
 torch.manual_seed(0)
@@ -150,9 +150,9 @@ fig.legend(loc="outside upper center", ncols=4)
 fig.alt = "Length of one step against the size of the gradient at p = 4, and against p at one size, for the four scales"
 
 # %% [markdown]
-# - **unit** never shortens: near a minimum it goes to and fro, and the learning rate has to fall.
+# - **unit** has a constant length: near a minimum it oscillates, and the learning rate has to fall.
 # - **dual** shrinks as the gradient does, and is \(\|g\|_\star\) long by its own norm. It is longer the larger p is.
-# - **power** shrinks as the (p−1)-th root of it. With p its length changes by orders of magnitude: who anneals p
+# - **power** shrinks as the (p−1)-th root of it. Its length changes with p by orders of magnitude: annealing p also
 #   anneals the learning rate.
 # - **matched** is exactly as long as SGD's step, at every p.
 #
@@ -233,17 +233,17 @@ print(
 )
 
 # %% [markdown]
-# ℓ1 walks along the axes, one at a time: it is greedy coordinate descent. ℓ2 takes the gradient, and ℓ∞ only ever goes
-# along diagonals. Turn the valley, and ℓ2's path is the same path, turned; the others are other paths, with another L.
-# An ℓp norm with p ≠ 2 believes in the axes. Where the axes mean something, that can pay. Which norm is ahead depends
-# on the start too, so no ranking should be read from these paths.
+# ℓ1 steps along one axis at a time: it is greedy coordinate descent. ℓ2 takes the gradient, and ℓ∞ only ever goes
+# along diagonals. Turn the valley, and ℓ2's path is the same path, turned; the others are other paths, with another
+# L. An ℓp norm with p ≠ 2 depends on the axes. That can help where the axes mean something. Which norm is ahead also
+# depends on the start: do not read a ranking from these paths.
 #
 # ## The scale of a feature is a matter of the norm
 #
-# The features of scikit-learn's breast-cancer table are lengths, areas and ratios that nobody brought to one scale:
-# their standard deviations differ by a factor of two hundred thousand. A feature of small numbers needs a large weight,
-# and gets a small gradient. The usual cure is to standardise the features. Another is to keep them, and to measure each
-# weight by the standard deviation s of its feature:
+# The features of scikit-learn's breast-cancer table are lengths, areas and ratios of different scales: their standard
+# deviations differ by a factor of two hundred thousand. A feature of small numbers needs a large weight, and gets a
+# small gradient. The usual cure is to standardise the features. Another is to keep them, and to measure each weight
+# by the standard deviation s of its feature:
 #
 # \[
 # \|d\| = \|s \odot d\|_p,
@@ -331,10 +331,9 @@ print(
 )
 
 # %% [markdown]
-# On the left a larger p comes nearer, but no p makes up for a table like this: even signs move every weight by as much,
-# where the weights would have to move by very different amounts. On the right nothing was done to the data. To
-# standardise features *is* to choose a norm. (A star marks a best rate at the edge of those tried. This is training
-# loss, on one table.)
+# On the left a larger p comes nearer, but no p corrects the scales: signs move all weights by the same amount, where
+# they have to move by very different amounts. On the right nothing was done to the data. To standardise features *is*
+# to choose a norm. (A star marks a best rate at the edge of those tried. This is training loss, on one table.)
 #
 # ## A matrix is not a long vector
 #

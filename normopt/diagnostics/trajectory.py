@@ -71,8 +71,8 @@ class Trajectory:
     √((1 − c²/2)/k) of ⟨U_t, θ_T − θ_t⟩/(‖U_t‖·D_t), where ‖U_t‖ is exact; an interval is ±2.25 of them.
     They are pointwise, not simultaneous: one sketch serves all steps, so errors of neighbouring steps are correlated.
 
-    Source: γ is from arXiv:2011.06702; the cosine, which needs no learning rate, from arXiv:2306.11922; the variance
-    is Lemma 2 of arXiv:0902.2206.
+    Source: γ is from Chen, Yang and Zhou, arXiv:2011.06702; the cosine, which needs no learning rate, from
+    arXiv:2306.11922; the variance is Lemma 2 of arXiv:0902.2206.
 
     Example:
         >>> found = monitor.result()

@@ -26,7 +26,7 @@ class PSchedule(LRScheduler, ABC):
     Groups whose norm has no p are skipped.
 
     ``setting`` names another number of the param groups to move in place of p, such as "momentum" or "norm_exponent".
-    Groups where it is missing or None are skipped, and what is said of p holds for it.
+    Groups where it is missing or None are skipped. Everything said here of p applies to it, too.
 
     A schedule is a ``torch.optim.lr_scheduler.LRScheduler``, so that trainers take it as one. It does not change lr:
     ``get_lr()`` and ``get_last_lr()`` return the optimizer's. Where there is one place for a scheduler and lr has to

@@ -156,7 +156,7 @@ class SpectralSGD(SteepestDescent):
         ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
     Source: Carlson et al., "Preconditioned Spectral Descent for Deep Learning", 2015; the framework is
-    arXiv:2409.20325.
+    arXiv:2409.20325. With a momentum it is PolarGrad, arXiv:2505.21799.
 
     Example:
         >>> opt = normopt.SpectralSGD([p for p in model.parameters() if p.dim() == 2], lr=1e-3)
@@ -200,7 +200,8 @@ class NucGD(SteepestDescent):
         TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule.
         ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
-    Source: the nuclear-norm case of the framework of arXiv:2409.20325; see also arXiv:2512.09678.
+    Source: the nuclear-norm case of the framework of arXiv:2409.20325. The name is of arXiv:2603.22824;
+    arXiv:2512.09678 calls the same step Neon.
 
     Example:
         >>> opt = normopt.NucGD([p for p in model.parameters() if p.dim() == 2], lr=1e-3)
@@ -411,7 +412,7 @@ class RowNormSGD(SteepestDescent):
         TypeError: a setting has the wrong type, is unknown, or is fixed here: norm, scale, momentum_rule.
         ValueError: a setting is out of range or contradicts another. See `SteepestDescent`, also for warnings.
 
-    Source: the 2 → ∞ operator norm in the framework of arXiv:2409.20325.
+    Source: the 2 → ∞ operator norm in the framework of arXiv:2409.20325. Published as RMNP, arXiv:2603.20527.
 
     Example:
         >>> opt = normopt.RowNormSGD([p for p in model.parameters() if p.dim() == 2], lr=1e-3)

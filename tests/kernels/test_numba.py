@@ -555,7 +555,7 @@ def test_a_checkpoint_says_which_backend_made_it_and_a_change_is_logged(caplog):
     other = make(foreach=True)
     other.load_state_dict({**saved, "param_groups": [saved["param_groups"][0] | {"foreach": True}]})
     assert [r.message for r in caplog.records] == [
-        "group 0: the checkpoint's steps were made on fused, these are on foreach"
+        "group 0: the checkpoint was made on fused, this optimizer steps on foreach"
     ]
     assert "backend" not in other.param_groups[0]
     caplog.clear()

@@ -121,14 +121,68 @@ def test_a_failed_formula_is_seen(visit: Any) -> None:
         set_in_type(one, ".arithmatex", ".katex", "theory/scales/")
 
 
-def test_the_search_finds_lpsgdm(visit: Any) -> None:
+FINDS = {
+    "LPSGDM": "optimizers/lpsgdm/",
+    "bf16": "how-to/mixed-precision/",
+    "lr scheduler": "how-to/schedules-of-p/",
+    "gradient clipping": "how-to/clip-gradients/",
+    "Shampoo": "optimizers/muon/",
+    "AdamW": "optimizers/adamw/",
+    "weight decay": "how-to/weight-decay/",
+    "Muon": "optimizers/muon/",
+    "FSDP": "how-to/sharded-training/",
+    "checkpoint": "how-to/checkpoints/",
+    "sparsity": "api/sparsity/",
+}
+
+
+def test_the_search_finds_what_users_type(visit: Any) -> None:
     one = visit(viewport={"width": 1280, "height": 900})
     one.goto("")
     one.page.click("input.md-search__input")
-    one.page.keyboard.type("LPSGDM")
-    results = one.page.locator(".md-search-result__item a[href*='optimizers/lpsgdm/']")
-    results.first.wait_for(state="visible")
-    assert "LPSGDM" in one.page.locator(".md-search-result__list").inner_text()
+    for words, page in FINDS.items():
+        one.page.fill("input.md-search__input", "")
+        one.page.keyboard.type(words)
+        among_the_first = f".md-search-result__item:nth-child(-n+3) > a[href*='{page}']"
+        one.page.locator(among_the_first).first.wait_for(state="visible")
+
+
+def test_the_text_is_in_the_sites_own_font(visit: Any) -> None:
+    one = visit()
+    one.goto("theory/")
+    session = one.page.context.new_cdp_session(one.page)
+    for domain in ("DOM", "CSS"):
+        session.send(f"{domain}.enable")
+    root = session.send("DOM.getDocument")["root"]["nodeId"]
+    node = session.send("DOM.querySelector", {"nodeId": root, "selector": ".md-content p"})["nodeId"]
+    fonts = session.send("CSS.getPlatformFontsForNode", {"nodeId": node})["fonts"]
+    glyphs = {font["familyName"]: font["glyphCount"] for font in fonts if font["isCustomFont"]}
+    assert glyphs["Inter"] > 0.9 * sum(font["glyphCount"] for font in fonts)
+
+
+def scrolling(one: Visit, path: str) -> list[str]:
+    """What is wider than its place: the page, tables, and code with a line that can be broken."""
+    one.goto(path)
+    return list(
+        one.page.evaluate(
+            """() => [
+              ...(document.documentElement.scrollWidth > innerWidth ? ["the page"] : []),
+              ...[...document.querySelectorAll(".md-typeset__table")]
+                .filter(e => e.scrollWidth > e.parentElement.clientWidth + 1)
+                .map(e => "table: " + e.innerText.slice(0, 60)),
+              ...[...document.querySelectorAll(".md-typeset pre > code")]
+                .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => "code: " + e.innerText.slice(0, 60)),
+            ]"""
+        )
+    )
+
+
+def test_nothing_scrolls_sideways(visit: Any) -> None:
+    one = visit(viewport={"width": 1280, "height": 900})
+    paths = ["", "api/norms/", "how-to/which-parameter/", "results/", "theory/adaptive-coordinates/"]
+    assert {path: found for path in paths if (found := scrolling(one, path))} == {}
+    narrow = visit(viewport={"width": 390, "height": 844})
+    assert [path for path in ("", "results/") if "the page" in scrolling(narrow, path)] == []
 
 
 def test_another_host_is_refused_and_reported(chromium: Any, address: str) -> None:

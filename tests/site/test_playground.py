@@ -60,11 +60,18 @@ SCHEDULES = [
 ]
 MOMENTA = [([1.0, -2.0], [0.5, 3.0], 0.9), ([0.0, 1e300], [1e-300, -1.0], 0.5), ([1.0], [2.0], 0.0)]
 CASES = [(g, p, scale) for g in GRADIENTS for p in ORDERS for scale in SCALES]
+METRICS = [
+    (g, p, scale, roots)
+    for g in ([1.0, 0.45], [-3.0, 4.0], [0.0, -2.0])
+    for p in ORDERS
+    for scale in SCALES
+    for roots in ([1.0, 1.0], [1.0, 2.0], [0.5, 3.0])
+]
 
 # What both node and the browser run: JSON has no ∞ and no NaN, so that every number travels as text.
 SCRIPT = """
 (maps, text) => {
-  const { cases, schedules, momenta } = JSON.parse(text);
+  const { cases, metrics, schedules, momenta } = JSON.parse(text);
   const read = x => Array.isArray(x) ? x.map(read) : Number(x);
   const write = x => Array.isArray(x) ? x.map(write) : String(x);
   const attempt = rule => { try { return write(rule()); } catch (e) { return e.name; } };
@@ -73,6 +80,10 @@ SCRIPT = """
     duals: cases.map(([g, p]) => write(maps.dualNorm(read(g), read(p)))),
     maps: cases.map(([g, p]) => write(maps.dualMap(read(g), read(p)))),
     updates: cases.map(([g, p, scale]) => attempt(() => maps.update(read(g), read(p), scale))),
+    metrics: metrics.map(([g, p, scale, roots]) => {
+      const { d, dual, u } = maps.inMetric(read(g), read(p), scale, roots);
+      return { d: write(d), dual: write(dual), u: u && write(u) };
+    }),
     schedules: schedules.map(([a, s, n, space, b]) => write(maps.cosineP(read(a), read(s), read(n), space, read(b)))),
     momenta: momenta.map(([m, g, mu]) => write(maps.ema(read(m), read(g), read(mu)))),
     refused: [
@@ -96,7 +107,10 @@ def as_text(x: Any) -> Any:
 
 
 def question() -> str:
-    return json.dumps({"cases": as_text(CASES), "schedules": as_text(SCHEDULES), "momenta": as_text(MOMENTA)})
+    of_metrics = [[as_text(g), as_text(p), scale, roots] for g, p, scale, roots in METRICS]
+    return json.dumps(
+        {"cases": as_text(CASES), "metrics": of_metrics, "schedules": as_text(SCHEDULES), "momenta": as_text(MOMENTA)}
+    )
 
 
 def check(answer: str) -> None:
@@ -120,6 +134,17 @@ def check(answer: str) -> None:
             assert found["updates"][i] == "RangeError"
         else:
             same(found["updates"][i], direction(lp, [c], scale, False, 0.0)[0][0], CASES[i])
+    for theirs, (g, p, scale, roots) in zip(found["metrics"], METRICS, strict=True):
+        c, r, lp = torch.tensor(g, dtype=torch.float64), torch.tensor(roots, dtype=torch.float64), Lp(p)
+        d = lp.dual_map(c / r) / r
+        same(theirs["d"], d, (g, p, roots))
+        same(theirs["dual"], lp.dual_norm(c / r), (g, p, roots))
+        if scale == "matched":
+            same(theirs["u"], d * (c / r**2).norm() / d.norm(), (g, p, roots))
+        elif scale == "power" and p == 1:
+            assert theirs["u"] is None
+        else:
+            same(theirs["u"], direction(lp, [c / r], scale, False, 0.0)[0][0] / r, (g, p, scale, roots))
     for theirs, (start, s, total, space, end) in zip(found["schedules"], SCHEDULES, strict=True):
         opt = normopt.SteepestDescent([torch.zeros(1)], lr=0.1, norm="lp", p=start, scale="unit")
         schedule = normopt.schedules.CosineP(opt, total, end, space)
@@ -182,6 +207,7 @@ def changes(one: Any, parts: tuple[str, ...], act: Any) -> None:
         ("#pg-p", "End", BALL + WALK),
         ("[data-p='1.5']", "Enter", BALL + WALK),
         ("[name=pg-scale]:checked", "ArrowRight", ("#pg-ball .pg-u", *WALK)),
+        ("#pg-metric", "ArrowRight", BALL),
         ("#pg-condition", "ArrowRight", CONTOURS + EVERY_WALK),
         ("#pg-angle", "ArrowRight", CONTOURS + EVERY_WALK),
         ("[name=pg-surface]:checked", "ArrowRight", CONTOURS + EVERY_WALK),

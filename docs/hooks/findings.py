@@ -1,0 +1,217 @@
+"""An MkDocs hook: the page "What we found", made anew from the committed runs.
+
+A verdict on each question, with its interval and the study that it is from. Where a study's runs are not in docs/data,
+the page says that it is not measured yet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the program `mkdocs` does not look there
+from benchmarks.programs import paper_pages
+from benchmarks.stats import holm
+from benchmarks.study.papers import DECLARED
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+
+PAGE = "what-we-found.md"
+NOT_YET = "Not measured yet: no runs of this study are committed."
+LEVEL = 0.05
+# Of best_norm.json: 1/p of the ℓp norm whose step decreases the held-out loss most, by gradients of mini-batches.
+BEST = {"what": "1/p", "gradient": "batch", "adaptive": False, "by": "held"}
+
+
+class Held(NamedTuple):
+    """An arm held against another, over the tasks of docs/results.md: percent, and counts of tasks."""
+
+    improvement: int
+    low: int
+    high: int
+    better: int
+    worse: int
+    ties: int
+
+    def turned(self) -> Held:
+        """The other arm held against this one."""
+        return Held(100 - self.improvement, 100 - self.high, 100 - self.low, self.worse, self.better, self.ties)
+
+    def __str__(self) -> str:
+        counts = f"better on {self.better}, worse on {self.worse}, a tie on {self.ties}"
+        return (
+            f"{counts} of {self.better + self.worse + self.ties} tasks. A run of it has the better test score with a "
+            f"probability of {self.improvement} % (95 % interval {self.low} to {self.high})"
+        )
+
+
+def held(results: str, arm: str, against: str) -> Held:
+    """The row of docs/results.md in which an arm is held against another."""
+    row = rf"^\| {re.escape(arm)} \| {re.escape(against)} \| (\d+)–(\d+)–(\d+) \| (\d+) % \((\d+) to (\d+)\) \|"
+    found = re.search(row, results.replace("\u00a0", " "), re.MULTILINE)
+    if found is None:
+        raise ValueError(f"docs/results.md has no row in which {arm} is held against {against}")
+    better, worse, ties, improvement, low, high = map(int, found.groups())
+    return Held(improvement, low, high, better, worse, ties)
+
+
+def verdict(*pairs: Held) -> str:
+    """A method against the same without it, over tasks and optimizers."""
+    better, worse = sum(pair.better for pair in pairs), sum(pair.worse for pair in pairs)
+    return f"better in {better}, worse in {worse} of {sum(sum(pair[3:]) for pair in pairs)} comparisons"
+
+
+def paper(name: str) -> str:
+    """The verdict of the study with the paper's own recipe."""
+    said = re.search(r"\*\*Here:\*\* (.+?)\n\n", paper_pages.page(DECLARED[name], paper_pages.read(name)), re.DOTALL)
+    return NOT_YET if said is None else said[1][:1].upper() + said[1][1:]
+
+
+def recipe(name: str) -> str:
+    """The paragraph of that study."""
+    return f"**The paper's recipe, on Fashion-MNIST** ([study](benchmarks/{name}.md)). {paper(name)}"
+
+
+def short(name: str) -> str:
+    """The first clause of its verdict."""
+    clause = re.split(r"[:;]|\.\s", paper(name))[0].rstrip(".")
+    return clause[:1].lower() + clause[1:]
+
+
+def zeros(results: str) -> tuple[str, str, str]:
+    """The sparsest arm of equal score on the digits with noise: its optimizer, its zeros and the difference."""
+    text = " ".join(results.replace("\u00a0", " ").split())
+    found = re.search(
+        r"on digits-noise, (\S+) \+ ℓ0\.8 decay with (\S+ % ± \S+) exact zeros and a test accuracy (\S+ points "
+        r"\(95 % interval \S+ to [^,]+),",
+        text,
+    )
+    if found is None:
+        raise ValueError("docs/results.md has no zeros of digits-noise")
+    arm, share, difference = found.groups()
+    return arm, share, f"{difference})"
+
+
+def correlations(data: dict[str, Any]) -> tuple[str, str]:
+    """Regularity against success: the verdict, and a table with Fieller's intervals of Spearman's correlation."""
+    found = [c for c in data["correlations"] if c["measure"] == "median_cosine"]
+    rows, held = [], 0
+    for c, p in zip(found, holm([c["p_value"] for c in found]), strict=True):
+        half = 1.96 * math.sqrt(1.06 / (c["networks"] - 3))
+        low, high = (math.tanh(math.atanh(c["rho"]) + s * half) for s in (-1, 1))
+        held += p < LEVEL and c["rho"] < 0
+        rows.append(f"| {c['optimizer']} | {c['rho']:+.2f} ({low:+.2f} to {high:+.2f}) | {p:.3f} |".replace("-", "−"))
+    head = ["| optimizer | rank correlation, 95 % interval | P-value (Holm) |", "|:--|--:|--:|"]
+    return f"shown under {held or 'none'} of {len(found)} optimizers", "\n".join(head + rows)
+
+
+def best_norm(path: Path) -> tuple[str, str]:
+    """Whether the best p falls during training: the verdict, and a table."""
+    if not path.is_file():
+        return "not measured yet", NOT_YET
+    changes = json.loads(path.read_text(encoding="utf-8"))["changes"]
+    found = [c for c in changes if all(c[key] == value for key, value in BEST.items())]
+    falls = sum(c["p_value"] < LEVEL and c["difference"][0] > 0 for c in found)
+    rises = sum(c["p_value"] < LEVEL and c["difference"][0] < 0 for c in found)
+    rows = [
+        "| {} | {:.2f} | {:.2f} | {:+.2f} ({:+.2f} to {:+.2f}) | {:.3f} |".format(
+            c["task"], c["early"][0], c["late"][0], *c["difference"], c["p_value"]
+        ).replace("-", "−")
+        for c in found
+    ]
+    head = ["| task | 1/p early | 1/p late | difference, 95 % interval | P-value (Holm) |", "|:--|--:|--:|--:|--:|"]
+    said = f"the best p falls on {falls or 'none'} of {len(found)} tasks, and rises on {rises or 'none'}"
+    return said, "\n".join(head + rows)
+
+
+def page(docs: Path) -> str:
+    """The page as Markdown."""
+    results = (docs / "results.md").read_text(encoding="utf-8")
+    annealed = held(results, "LPSGDM constant p", "LPSGDM").turned()
+    agr = {arm: held(results, f"{arm} + AGR", arm) for arm in ("LPSGDM", "AdamW")}
+    decay = {arm: held(results, f"{arm} + ℓ0.8 decay", arm) for arm in ("LPSGDM", "AdamW")}
+    regular, regularity = correlations(json.loads((docs / "data/regularity.json").read_text(encoding="utf-8")))
+    sparse, share, difference = zeros(results)
+    best, norms = best_norm(docs / "data/best_norm.json")
+    study = "[The study of 7 small tasks](results.md)"
+    return f"""# What we found
+
+Each question of the papers behind normopt, with our verdict. All verdicts and numbers here are computed from committed
+runs when this site is built. The tasks are small and run on a CPU; [Run an ablation](ablations.md) takes your own.
+
+| question | the paper says | small tasks | the paper's recipe |
+|:--|:--|:--|:--|
+| [Does annealing p help?](#annealing-p) | yes | {verdict(annealed)} | {short("paper-lpsgdm")} |
+| [Does AGR help?](#agr) | yes | {verdict(*agr.values())} | {short("paper-agr")} |
+| [Does ℓp decay make zeros for free?](#lp-decay) | 83.6 % | {share} at {difference} | {short("paper-pwd")} |
+| [Do regular trajectories go with success?](#trajectories) | yes | {regular} | {short("paper-trajectory")} |
+| [Does the best p fall during training?](#best-norm) | it is why p anneals | {best} | |
+
+“Better” and “worse” are significant differences of test scores on the same seeds, corrected for the number of tests.
+
+## Does annealing p help? {{#annealing-p}}
+
+{study}: LPSGDM, whose p falls from 8 to 2, against the same with p constant at 8. It is {annealed}.
+
+{recipe("paper-lpsgdm")}
+
+[LPSGDM](optimizers/lpsgdm.md) · [arXiv:2606.02078](https://arxiv.org/abs/2606.02078)
+
+## Does AGR help? {{#agr}}
+
+{study}, each optimizer with AGR against itself without:
+
+- LPSGDM + AGR is {agr["LPSGDM"]}.
+- AdamW + AGR is {agr["AdamW"]}.
+
+{recipe("paper-agr")}
+
+[AGR](theory/decay-and-agr.md#agr) · [arXiv:2407.16944](https://arxiv.org/abs/2407.16944)
+
+## Does ℓp decay make zeros for free? {{#lp-decay}}
+
+{study}. On digits-noise {sparse} + ℓ0.8 decay makes {share} of the weights exactly zero, at {difference} of test
+accuracy from {sparse}'s. Over all tasks, tuned for the loss and not for zeros:
+
+- LPSGDM + ℓ0.8 decay is {decay["LPSGDM"]}.
+- AdamW + ℓ0.8 decay is {decay["AdamW"]}.
+
+{recipe("paper-pwd")}
+
+[ℓp decay](theory/decay-and-agr.md#lp-decay) · [arXiv:2404.10824](https://arxiv.org/abs/2404.10824)
+
+## Do regular trajectories go with success? {{#trajectories}}
+
+[A study of 60 networks and optimizers on the digits](tutorials/reading_a_trajectory.md). The claim is a negative
+correlation between the median cosine, of each step with the direction to the final weights, and the final training
+loss, over the 12 networks of an optimizer.
+
+{regularity}
+
+{recipe("paper-trajectory")}
+
+[TrajectoryMonitor](api/diagnostics.md) · [arXiv:2011.06702](https://arxiv.org/abs/2011.06702)
+
+## Does the best p fall during training? {{#best-norm}}
+
+At several times of a training by AdamW, a line search finds the ℓp norm along whose steepest direction the held-out
+loss decreases most. If p should be annealed, 1/p of that norm is larger late in training than early.
+
+{norms}
+
+[Why p anneals](theory/annealing-p.md)
+"""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the page; nothing is written into docs/."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, PAGE, content=page(Path(config.docs_dir))))
+    return files
