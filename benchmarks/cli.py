@@ -40,7 +40,10 @@ app = typer.Typer(help="Programs that measure normopt.", no_args_is_help=True, p
 console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
 
 RESULTS = Path("results")
-Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU; if a task uses a GPU, one a GPU."),
+]
 Cluster = Annotated[str | None, typer.Option(help="dask://HOST:PORT: run on the workers of that Dask scheduler.")]
 Timeout = Annotated[
     float | None, typer.Option(min=0.1, help="Seconds that a run may take; one that takes longer is a failure.")
@@ -100,13 +103,14 @@ def run(
     baseline: Annotated[str | None, typer.Option(help="The name of the arm that the others are compared with.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Of every task, instead of each task's own.")] = None,
     tuning_seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each setting that tuning tries.")] = None,
+    amp: Annotated[bool, typer.Option("--amp", help="Make forward passes under bfloat16 autocast.")] = False,
 ) -> None:
     """Run a study and write its report. Killed and started again, it goes on where it was."""
-    study = flags.study(what, task or (), arm or (), trials, seeds, budget, baseline, batch_size, tuning_seeds)
+    study = flags.study(what, task or (), arm or (), trials, seeds, budget, baseline, batch_size, tuning_seeds, amp)
     folder = out or RESULTS / study.name
     if dry_run:
         rehearse(study)
-        listing.estimated(console, estimate(study, _open(folder)), workers or os.cpu_count() or 1)
+        listing.estimated(console, estimate(study, _open(folder)), workers or _processes(study))
         return
     _run(study, folder, workers, cluster, timeout)
 
@@ -381,7 +385,7 @@ def _run(
     if cluster is None:
         for name in study.tasks:
             TASKS[name].load()  # data that are not here are missed now, and not in every run
-    workers = connect(cluster, processes or os.cpu_count() or 1)
+    workers = connect(cluster, processes or _processes(study))
     try:
         with stopping() as stop, dashboard(console) as watch:
             execute(study, store, workers, watch, stop=stop, timeout=timeout)
@@ -396,6 +400,15 @@ def _run(
     if store.failures:
         listing.failures(errors, store)
         raise typer.Exit(FAILED)
+
+
+def _processes(study: Study) -> int:
+    """One a CPU, or one a GPU if a task is trained on one: a model that needs a GPU needs it for itself."""
+    gpus = torch.cuda.device_count()
+    with contextlib.suppress(OSError, ImportError):  # data that are missing are told elsewhere
+        if gpus and any(TASKS[task].load().device == "cuda" for task in study.tasks):
+            return gpus
+    return os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import re
@@ -15,9 +16,12 @@ from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, Thre
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 Result = TypeVar("Result")
 SCHEME = "dask://"
 PATIENCE = "10s"  # for a scheduler to answer
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class NoCluster(ValueError):
@@ -53,7 +57,10 @@ class Workers(Protocol):
 
 
 class Local(ThreadPoolExecutor):
-    """Processes on this machine, each with a thread here that waits for it: one that dies costs its own call alone."""
+    """Processes on this machine, each with a thread here that waits for it: one that dies costs its own call alone.
+
+    Each sees one of this program's CUDA devices, in turn, if there are any; one that replaces another, the same.
+    """
 
     deaths = (Died,)
     attempts = 3
@@ -62,6 +69,8 @@ class Local(ThreadPoolExecutor):
         super().__init__(processes)
         self.processes = processes
         self._mine = threading.local()
+        self._numbers = itertools.count()
+        self._devices = devices()
         self._pids: set[int] = set()
         self._closed = False
         self._context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -87,8 +96,11 @@ class Local(ThreadPoolExecutor):
 
     def _call(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
         mine, began = self._mine, time.monotonic()
+        if not hasattr(mine, "number"):
+            mine.number = next(self._numbers)
         if not hasattr(mine, "pool"):
-            mine.pool, mine.pid = ProcessPoolExecutor(1, self._context, _be_a_worker, ({**os.environ},)), 0
+            own = {VISIBLE: self._devices[mine.number % len(self._devices)]} if self._devices else {}
+            mine.pool, mine.pid = ProcessPoolExecutor(1, self._context, _be_a_worker, ({**os.environ} | own,)), 0
         try:
             if not mine.pid:
                 mine.pid = mine.pool.submit(os.getpid).result()
@@ -168,6 +180,12 @@ def connect(cluster: str | None, processes: int) -> Local | Dask:
         NoCluster, ModuleNotFoundError: as `Dask` does.
     """
     return Local(processes) if cluster is None else Dask(cluster)
+
+
+def devices() -> list[str]:
+    """This program's CUDA devices, as the variable CUDA_VISIBLE_DEVICES names them."""
+    named, there = os.environ.get(VISIBLE), torch.cuda.device_count()
+    return (named.split(",") if named else [str(i) for i in range(there)])[:there]
 
 
 def _distributed() -> Any:
