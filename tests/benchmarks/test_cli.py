@@ -170,8 +170,10 @@ def test_other_versions_in_one_study_are_said(tmp_path):
     store.note(here(study.tasks).model_copy(update={"torch": "9.9", "normopt": "8.8"}))
     store.close()
     output = said("report", str(tmp_path / "out"))
-    assert f"torch {torch.__version__} and 9.9" in output
-    assert " and 8.8" in output
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for text in (output, page):
+        assert f"torch {torch.__version__} and 9.9" in text
+        assert " and 8.8" in text
 
 
 def test_what_the_disk_refuses_is_a_sentence_and_has_an_exit_code_of_its_own(tmp_path, monkeypatch):
