@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -192,7 +193,7 @@ class _Training:
         """Everything after a step, given the state of the batches' generator after its batch."""
         return {
             "parts": [part.state_dict() for part in self.parts],
-            "curve": [point.model_dump() for point in self.curve],
+            "curve": [asdict(point) for point in self.curve],
             "epoch": (self.order, self.done, self.loss_sum, self.p),
             "draws": draws,
             "random": torch.get_rng_state(),

@@ -19,7 +19,6 @@ import joblib
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from scipy import stats
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -252,6 +251,8 @@ def measure(workers: int, advance: Advance) -> Regularity:
 
 def correlate(points: list[Point]) -> list[Correlation]:
     """For each optimizer, rank correlations over its networks: of the median over the seeds, without diverged runs."""
+    from scipy.stats import spearmanr
+
     found = []
     for optimizer in dict.fromkeys(point.cell.optimizer for point in points):
         for measure_ in MEASURES:
@@ -262,7 +263,7 @@ def correlate(points: list[Point]) -> list[Correlation]:
                     pairs.append((median(getattr(r, measure_) for r in done), median(r.train_loss or 0 for r in done)))
             if len(pairs) < 3 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
                 continue  # there is nothing to rank
-            rho, p_value = stats.spearmanr(*zip(*pairs, strict=True))
+            rho, p_value = spearmanr(*zip(*pairs, strict=True))
             found.append(
                 Correlation(
                     optimizer=optimizer,
