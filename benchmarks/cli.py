@@ -356,19 +356,6 @@ def measure_overhead(
     _keep(result, overhead.lines(result), out)
 
 
-@app.command("small")
-def measure_small(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/small.json"),
-    rounds: Annotated[int | None, typer.Option(min=6, help="Blocks of steps of each entrant. Default: 200.")] = None,
-) -> None:
-    """Measure eager steps of a small network, with lr and p changed before each, relative to torch.optim.SGD's."""
-    from benchmarks.programs import small  # the speed program, which no other command needs
-
-    with dashboard(console) as watch:
-        result = small.measure(rounds or small.ROUNDS, counting(watch, 1))
-    _keep(result, small.lines(result), out)
-
-
 def _keep(result: BaseModel, lines: list[str], out: Path, what: str = "The results") -> None:
     """Write a measurement, and print its lines and where it is."""
     kept.write(result, out)
