@@ -9,19 +9,19 @@ import signal
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from pydantic import BaseModel
 from rich.console import Console
 from rich.text import Text
 
 from benchmarks import doctor as doctors
 from benchmarks import listing, report
 from benchmarks.environment import mixed
-from benchmarks.programs import adaptive, adaptive_norms, kept, radii, regularity, sparsity, transfer
+from benchmarks.programs import adaptive, adaptive_norms, kept, radii
 from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
 from benchmarks.results import Results, collect
@@ -48,6 +48,7 @@ Cluster = Annotated[str | None, typer.Option(help="dask://HOST:PORT: run on the 
 Timeout = Annotated[
     float | None, typer.Option(min=0.1, help="Seconds that a run may take; one that takes longer is a failure.")
 ]
+Out = Annotated[Path, typer.Option(help="The JSON file of the results.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of a study's results.")]
 
 FAILED = 1  # the exit code of a study some of whose runs failed
@@ -195,25 +196,33 @@ def doctor(
 
 
 @app.command("transfer")
-def measure_transfer(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/transfer.json"),
-    workers: Workers = None,
-) -> None:
+def measure_transfer(out: Out = RESULTS / "transfer.json", workers: Workers = None) -> None:
     """Measure whether one learning rate serves models of every width and depth."""
-    with dashboard(console) as watch:
-        result = transfer.measure(workers or os.cpu_count() or 1, counting(watch, transfer.count()))
-    _keep(result, [], out, f"{len(result.points)} points in {result.seconds:.0f} seconds")
+    _measure("transfer", out, workers or os.cpu_count() or 1)
 
 
 @app.command("sparsity")
-def measure_sparsity(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/sparsity.json"),
-    workers: Workers = None,
-) -> None:
+def measure_sparsity(out: Out = RESULTS / "sparsity.json", workers: Workers = None) -> None:
     """Measure accuracy against size under weight decay, and how fast the networks are without their dead units."""
-    with dashboard(console) as watch:
-        result = sparsity.measure(workers or os.cpu_count() or 1, counting(watch, sparsity.count()))
-    _keep(result, sparsity.summary(result), out, f"{len(result.runs)} runs in {result.seconds:.0f} seconds")
+    _measure("sparsity", out, workers or os.cpu_count() or 1)
+
+
+@app.command("regularity")
+def measure_regularity(out: Out = RESULTS / "regularity.json", workers: Workers = None) -> None:
+    """Measure whether trainings that succeed have more regular trajectories."""
+    _measure("regularity", out, workers or os.cpu_count() or 1)
+
+
+@app.command("sharding")
+def measure_sharding(out: Out = RESULTS / "sharding.json") -> None:
+    """Count what 2 and 4 ranks tell each other in a step of sharded tensors, beside what arithmetic says."""
+    _measure("sharding", out)
+
+
+@app.command("overhead")
+def measure_overhead(out: Out = RESULTS / "overhead.json") -> None:
+    """Measure what a GeometryMonitor costs in training steps of the digits MLP."""
+    _measure("overhead", out)
 
 
 @app.command("speed")
@@ -273,21 +282,10 @@ def measure_speed(
     console.print(f"The report: {written.resolve().as_uri()}", soft_wrap=True)
 
 
-@app.command("regularity")
-def measure_regularity(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/regularity.json"),
-    workers: Workers = None,
-) -> None:
-    """Measure whether trainings that succeed have more regular trajectories."""
-    with dashboard(console) as watch:
-        result = regularity.measure(workers or os.cpu_count() or 1, counting(watch, regularity.count()))
-    _keep(result, regularity.words(result), out, f"{len(result.points)} points in {result.seconds:.0f} seconds")
-
-
 @app.command("adaptive-p")
 @plainly
 def measure_adaptive_p(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/adaptive_p.json"),
+    out: Out = RESULTS / "adaptive_p.json",
     folder: Annotated[Path, typer.Option(help="Folder of the study itself.")] = RESULTS / adaptive.STUDY,
     workers: Workers = None,
 ) -> None:
@@ -331,37 +329,15 @@ def measure_radii(
     _say_where("For the documentation", out / "radii.json")
 
 
-@app.command("sharding")
-def measure_sharding(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/sharding.json"),
-) -> None:
-    """Count what 2 and 4 ranks tell each other in a step of sharded tensors, beside what arithmetic says."""
-    from benchmarks.programs import sharding  # torch.distributed, which no other command needs
-
+def _measure(name: str, out: Path, *workers: int) -> None:
+    """Run one of the programs, write what it measured, and print it."""
+    program = import_module(f"benchmarks.programs.{name}")  # some load what no other command needs
     with dashboard(console) as watch:
-        result = sharding.measure(counting(watch, len(sharding.RANKS)), sharding.RANKS)
-    _keep(result, sharding.lines(result), out)
-
-
-@app.command("overhead")
-def measure_overhead(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/overhead.json"),
-    rounds: Annotated[int | None, typer.Option(min=6, help="Blocks of steps of each entrant. Default: 60.")] = None,
-) -> None:
-    """Measure what a GeometryMonitor costs in training steps of the digits MLP."""
-    from benchmarks.programs import overhead  # the speed program, which no other command needs
-
-    with dashboard(console) as watch:
-        result = overhead.measure(rounds or overhead.ROUNDS, counting(watch, len(overhead.MAKERS)))
-    _keep(result, overhead.lines(result), out)
-
-
-def _keep(result: BaseModel, lines: list[str], out: Path, what: str = "The results") -> None:
-    """Write a measurement, and print its lines and where it is."""
+        result = program.measure(*workers, counting(watch, program.count()))
     kept.write(result, out)
-    for line in lines:
+    for line in program.lines(result):
         console.print(line, soft_wrap=True)
-    _say_where(what, out)
+    _say_where("The results", out)
 
 
 def _run(

@@ -6,12 +6,13 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
@@ -180,6 +181,24 @@ def connect(cluster: str | None, processes: int) -> Local | Dask:
         NoCluster, ModuleNotFoundError: as `Dask` does.
     """
     return Local(processes) if cluster is None else Dask(cluster)
+
+
+def each(processes: int, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
+    """What a function gives for each of the calls, in their order, made by so many processes; one is this one."""
+    if processes == 1:
+        yield from itertools.starmap(function, calls)
+        return
+    local = Local(processes)
+    try:
+        for future in [local.submit(_pickled, function, call) for call in calls]:
+            yield pickle.loads(future.result())
+    finally:
+        local.close()
+
+
+def _pickled(function: Callable[..., object], call: tuple[Any, ...]) -> bytes:
+    """As bytes: of tensors in a result, torch would share the memory, with an open file for each."""
+    return pickle.dumps(function(*call))
 
 
 def devices() -> list[str]:

@@ -97,9 +97,10 @@ def test_what_the_documentation_shows_of_the_norms_is_of_this_study(name):
 
 def test_the_overhead_is_measured_in_pairs(monkeypatch, tmp_path):
     monkeypatch.setattr(overhead, "BLOCK", 2)
+    monkeypatch.setattr(overhead, "ROUNDS", 6)
     told = []
-    result = overhead.measure(6, lambda phase, n: told.append(n))
-    assert sum(told) == len(overhead.MAKERS)
+    result = overhead.measure(lambda phase, n: told.append(n))
+    assert sum(told) == len(overhead.MAKERS) == overhead.count()
     assert [(c.optimizer, c.every) for c in result.costs] == [
         (name, every) for name in overhead.MAKERS for every in overhead.EVERY
     ]

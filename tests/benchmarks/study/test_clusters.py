@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.study import clusters
-from benchmarks.study.clusters import Died, Local, devices
+from benchmarks.study.clusters import Died, Local, devices, each
 
 
 def seen(seconds: float) -> tuple[int, str | None]:
@@ -71,3 +71,20 @@ def test_without_devices_the_environment_is_as_it_was(monkeypatch):
         assert local.submit(seen, 0.0).result()[1] is None
     finally:
         local.close()
+
+
+def halved(n: int) -> tuple[int, torch.Tensor]:
+    if n < 0:
+        raise ValueError(f"{n} is negative")
+    time.sleep(0.1 * (n == 0))  # the first is the last to be ready
+    return os.getpid(), torch.full((2,), n / 2)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_call_is_made_once_and_given_in_order(processes):
+    pids, tensors = zip(*each(processes, halved, [(n,) for n in range(6)]), strict=True)
+    assert [tensor.tolist() for tensor in tensors] == [[n / 2, n / 2] for n in range(6)]
+    assert (os.getpid() in pids) == (processes == 1)
+    assert not any(tensor.is_shared() for tensor in tensors)
+    with pytest.raises(ValueError, match="-1 is negative"):
+        [*each(processes, halved, [(1,), (-1,)])]
