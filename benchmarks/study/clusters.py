@@ -219,7 +219,8 @@ def _distributed() -> Any:
 
 def _be_a_worker(environ: dict[str, str]) -> None:
     """Leave Ctrl-C, which reaches every process of a terminal, to the program, and do not outlive it."""
-    os.environ.update(environ)  # the server that forks workers has that of its own beginning
+    os.environ.clear()  # the server that forks workers has that of its own beginning
+    os.environ.update(environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     program = multiprocessing.parent_process()
 
