@@ -86,7 +86,8 @@ def read(path: Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
 def _runs(file: pq.ParquetFile) -> Iterator[dict[str, Any]]:
     with file, _damage():
         for batch in file.iter_batches(AT_ONCE, use_threads=False):
-            rows = batch.drop_columns("curve").to_pylist(maps_as_pydicts="strict")
+            others = [name for name in batch.schema.names if name != "curve"]
+            rows = batch.select(others).to_pylist(maps_as_pydicts="strict")
             yield from map(_record, rows, _curves(batch.column("curve")))
 
 
