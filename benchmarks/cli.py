@@ -9,19 +9,19 @@ import signal
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from pydantic import BaseModel
 from rich.console import Console
 from rich.text import Text
 
 from benchmarks import doctor as doctors
 from benchmarks import listing, report
 from benchmarks.environment import mixed
-from benchmarks.programs import adaptive, adaptive_norms, kept, radii, regularity, sparsity, transfer
+from benchmarks.programs import adaptive, adaptive_norms, kept, radii
 from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
 from benchmarks.results import Results, collect
@@ -40,11 +40,15 @@ app = typer.Typer(help="Programs that measure normopt.", no_args_is_help=True, p
 console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
 
 RESULTS = Path("results")
-Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU; if a task uses a GPU, one a GPU."),
+]
 Cluster = Annotated[str | None, typer.Option(help="dask://HOST:PORT: run on the workers of that Dask scheduler.")]
 Timeout = Annotated[
     float | None, typer.Option(min=0.1, help="Seconds that a run may take; one that takes longer is a failure.")
 ]
+Out = Annotated[Path, typer.Option(help="The JSON file of the results.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of a study's results.")]
 
 FAILED = 1  # the exit code of a study some of whose runs failed
@@ -100,13 +104,14 @@ def run(
     baseline: Annotated[str | None, typer.Option(help="The name of the arm that the others are compared with.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Of every task, instead of each task's own.")] = None,
     tuning_seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each setting that tuning tries.")] = None,
+    amp: Annotated[bool, typer.Option("--amp", help="Make forward passes under bfloat16 autocast.")] = False,
 ) -> None:
     """Run a study and write its report. Killed and started again, it goes on where it was."""
-    study = flags.study(what, task or (), arm or (), trials, seeds, budget, baseline, batch_size, tuning_seeds)
+    study = flags.study(what, task or (), arm or (), trials, seeds, budget, baseline, batch_size, tuning_seeds, amp)
     folder = out or RESULTS / study.name
     if dry_run:
         rehearse(study)
-        listing.estimated(console, estimate(study, _open(folder)), workers or os.cpu_count() or 1)
+        listing.estimated(console, estimate(study, _open(folder)), workers or _processes(study))
         return
     _run(study, folder, workers, cluster, timeout)
 
@@ -191,25 +196,33 @@ def doctor(
 
 
 @app.command("transfer")
-def measure_transfer(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/transfer.json"),
-    workers: Workers = None,
-) -> None:
+def measure_transfer(out: Out = RESULTS / "transfer.json", workers: Workers = None) -> None:
     """Measure whether one learning rate serves models of every width and depth."""
-    with dashboard(console) as watch:
-        result = transfer.measure(workers or os.cpu_count() or 1, counting(watch, transfer.count()))
-    _keep(result, [], out, f"{len(result.points)} points in {result.seconds:.0f} seconds")
+    _measure("transfer", out, workers or os.cpu_count() or 1)
 
 
 @app.command("sparsity")
-def measure_sparsity(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/sparsity.json"),
-    workers: Workers = None,
-) -> None:
+def measure_sparsity(out: Out = RESULTS / "sparsity.json", workers: Workers = None) -> None:
     """Measure accuracy against size under weight decay, and how fast the networks are without their dead units."""
-    with dashboard(console) as watch:
-        result = sparsity.measure(workers or os.cpu_count() or 1, counting(watch, sparsity.count()))
-    _keep(result, sparsity.summary(result), out, f"{len(result.runs)} runs in {result.seconds:.0f} seconds")
+    _measure("sparsity", out, workers or os.cpu_count() or 1)
+
+
+@app.command("regularity")
+def measure_regularity(out: Out = RESULTS / "regularity.json", workers: Workers = None) -> None:
+    """Measure whether trainings that succeed have more regular trajectories."""
+    _measure("regularity", out, workers or os.cpu_count() or 1)
+
+
+@app.command("sharding")
+def measure_sharding(out: Out = RESULTS / "sharding.json") -> None:
+    """Count what 2 and 4 ranks tell each other in a step of sharded tensors, beside what arithmetic says."""
+    _measure("sharding", out)
+
+
+@app.command("overhead")
+def measure_overhead(out: Out = RESULTS / "overhead.json") -> None:
+    """Measure what a GeometryMonitor costs in training steps of the digits MLP."""
+    _measure("overhead", out)
 
 
 @app.command("speed")
@@ -269,21 +282,10 @@ def measure_speed(
     console.print(f"The report: {written.resolve().as_uri()}", soft_wrap=True)
 
 
-@app.command("regularity")
-def measure_regularity(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/regularity.json"),
-    workers: Workers = None,
-) -> None:
-    """Measure whether trainings that succeed have more regular trajectories."""
-    with dashboard(console) as watch:
-        result = regularity.measure(workers or os.cpu_count() or 1, counting(watch, regularity.count()))
-    _keep(result, regularity.words(result), out, f"{len(result.points)} points in {result.seconds:.0f} seconds")
-
-
 @app.command("adaptive-p")
 @plainly
 def measure_adaptive_p(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/adaptive_p.json"),
+    out: Out = RESULTS / "adaptive_p.json",
     folder: Annotated[Path, typer.Option(help="Folder of the study itself.")] = RESULTS / adaptive.STUDY,
     workers: Workers = None,
 ) -> None:
@@ -327,50 +329,15 @@ def measure_radii(
     _say_where("For the documentation", out / "radii.json")
 
 
-@app.command("sharding")
-def measure_sharding(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/sharding.json"),
-) -> None:
-    """Count what 2 and 4 ranks tell each other in a step of sharded tensors, beside what arithmetic says."""
-    from benchmarks.programs import sharding  # torch.distributed, which no other command needs
-
+def _measure(name: str, out: Path, *workers: int) -> None:
+    """Run one of the programs, write what it measured, and print it."""
+    program = import_module(f"benchmarks.programs.{name}")  # some load what no other command needs
     with dashboard(console) as watch:
-        result = sharding.measure(counting(watch, len(sharding.RANKS)), sharding.RANKS)
-    _keep(result, sharding.lines(result), out)
-
-
-@app.command("overhead")
-def measure_overhead(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/overhead.json"),
-    rounds: Annotated[int | None, typer.Option(min=6, help="Blocks of steps of each entrant. Default: 60.")] = None,
-) -> None:
-    """Measure what a GeometryMonitor costs in training steps of the digits MLP."""
-    from benchmarks.programs import overhead  # the speed program, which no other command needs
-
-    with dashboard(console) as watch:
-        result = overhead.measure(rounds or overhead.ROUNDS, counting(watch, len(overhead.MAKERS)))
-    _keep(result, overhead.lines(result), out)
-
-
-@app.command("small")
-def measure_small(
-    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/small.json"),
-    rounds: Annotated[int | None, typer.Option(min=6, help="Blocks of steps of each entrant. Default: 200.")] = None,
-) -> None:
-    """Measure eager steps of a small network, with lr and p changed before each, relative to torch.optim.SGD's."""
-    from benchmarks.programs import small  # the speed program, which no other command needs
-
-    with dashboard(console) as watch:
-        result = small.measure(rounds or small.ROUNDS, counting(watch, 1))
-    _keep(result, small.lines(result), out)
-
-
-def _keep(result: BaseModel, lines: list[str], out: Path, what: str = "The results") -> None:
-    """Write a measurement, and print its lines and where it is."""
+        result = program.measure(*workers, counting(watch, program.count()))
     kept.write(result, out)
-    for line in lines:
+    for line in program.lines(result):
         console.print(line, soft_wrap=True)
-    _say_where(what, out)
+    _say_where("The results", out)
 
 
 def _run(
@@ -381,7 +348,7 @@ def _run(
     if cluster is None:
         for name in study.tasks:
             TASKS[name].load()  # data that are not here are missed now, and not in every run
-    workers = connect(cluster, processes or os.cpu_count() or 1)
+    workers = connect(cluster, processes or _processes(study))
     try:
         with stopping() as stop, dashboard(console) as watch:
             execute(study, store, workers, watch, stop=stop, timeout=timeout)
@@ -396,6 +363,15 @@ def _run(
     if store.failures:
         listing.failures(errors, store)
         raise typer.Exit(FAILED)
+
+
+def _processes(study: Study) -> int:
+    """One a CPU, or one a GPU if a task is trained on one: a model that needs a GPU needs it for itself."""
+    gpus = torch.cuda.device_count()
+    with contextlib.suppress(OSError, ImportError):  # data that are missing are told elsewhere
+        if gpus and any(TASKS[task].load().device == "cuda" for task in study.tasks):
+            return gpus
+    return os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.environment import here
-from benchmarks.study.clusters import Dask, NoCluster
+from benchmarks.study.clusters import Dask, NoCluster, devices
 from benchmarks.tasks import TASKS
 
-PACKAGES = ("torch", "normopt", "numpy", "scikit-learn", "scipy", "optuna", "pyarrow", "joblib", "jinja2", "pydantic")
+PACKAGES = ("torch", "normopt", "numpy", "scikit-learn", "scipy", "optuna", "pyarrow", "jinja2", "pydantic")
 ROOM = 200e6  # bytes; a large study's results are some tens of megabytes
 
 
@@ -56,6 +56,7 @@ def _machine() -> Check:
     # Of a container, the share of the machine that it may use.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     text = f"{here(()).system}, {os.cpu_count()} CPUs, {allowed} of them for this process"
+    text += f", CUDA devices {', '.join(gpus)}" if (gpus := devices()) else ""
     if hasattr(os, "getloadavg"):
         text += f", load {os.getloadavg()[0]:.1f}"
     return Check("machine", text)

@@ -29,6 +29,7 @@ class Environment(BaseModel):
     Attributes:
         python, torch, normopt, numpy, sklearn: versions.
         system, cpus: the machine.
+        gpu: the device's name, if a task is trained on one.
         commit: of normopt's repository, with a plus sign where files differ from it; None outside one.
         data: a task → the sha256 of its data, for tasks whose data another machine may have in another version.
         code: an optimizer that is the user's own → the sha256 of its module and of those that it imports beside it.
@@ -43,6 +44,7 @@ class Environment(BaseModel):
     normopt: str
     numpy: str
     sklearn: str
+    gpu: str | None = None
     commit: str | None = None
     data: dict[str, str] = {}
     code: dict[str, str] = {}
@@ -62,6 +64,7 @@ def here(tasks: tuple[str, ...], optimizers: tuple[str, ...] = ()) -> Environmen
         normopt=normopt.__version__,
         numpy=numpy.__version__,
         sklearn=version("scikit-learn"),
+        gpu=_gpu(tasks),
         commit=_commit(),
         data=_fingerprints(tasks),
         code={name: _code(name.partition(":")[0]) for name in optimizers},
@@ -77,7 +80,7 @@ def mixed(environments: Sequence[Environment]) -> list[str]:
     """In which versions of what computes them the runs of a study differ: "torch 2.12 and 2.13" …"""
     found = {
         name: list(dict.fromkeys(str(getattr(environment, name)) for environment in environments))
-        for name in ("torch", "normopt", "commit", "numpy", "python")
+        for name in ("torch", "normopt", "commit", "numpy", "python", "gpu")
     }
     return [f"{name} {' and '.join(versions)}" for name, versions in found.items() if len(versions) > 1]
 
@@ -104,6 +107,13 @@ def _fingerprints(tasks: Iterable[str]) -> dict[str, str]:
     return {task: print_ for task, print_ in found.items() if print_ is not None}
 
 
+def _gpu(tasks: Iterable[str]) -> str | None:
+    # Asked only where it is used: the answer takes half a gigabyte of the device's memory.
+    used = torch.cuda.is_available() and any(TASKS[task].load().device == "cuda" for task in tasks)
+    return torch.cuda.get_device_name() if used else None
+
+
+@cache
 def _commit() -> str | None:
     # The directory of the package, since another repository may be the current one; its own may be site-packages.
     root = Path(normopt.__file__).parent

@@ -209,7 +209,7 @@ def make_optimizer(spec: RunSpec, model: nn.Module, task: Task) -> tuple[Optimiz
     return optimizer, _schedule(spec, optimizer)
 
 
-class _Pruning:
+class Pruning:
     """A hook after each step that keeps a rising share of the weights, those of the smallest |w|, at exactly zero.
 
     The share rises as 1 − (1 − t)³ (arXiv:1710.01878) over the first three quarters of the steps; it is over all
@@ -224,6 +224,12 @@ class _Pruning:
         self.weights = [p for p in model.parameters() if p.dim() >= 2]
         self.kept: list[torch.Tensor] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "kept": self.kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.kept = state["step"], state["kept"]
+
     @torch.no_grad()
     def __call__(self, *_: object) -> None:
         self.step += 1
@@ -235,10 +241,13 @@ class _Pruning:
             self.kept = [weight != 0 for weight in self.weights]
 
 
-def prune(spec: RunSpec, optimizer: Optimizer, model: nn.Module, steps: int) -> None:
+def prune(spec: RunSpec, optimizer: Optimizer, model: nn.Module, steps: int) -> Pruning | None:
     """Attach gradual magnitude pruning to an optimizer if the run's settings have a share to ``prune``."""
-    if "prune" in spec.settings:
-        optimizer.register_step_post_hook(_Pruning(model, float(spec.settings["prune"] or 0), steps))
+    if "prune" not in spec.settings:
+        return None
+    pruning = Pruning(model, float(spec.settings["prune"] or 0), steps)
+    optimizer.register_step_post_hook(pruning)
+    return pruning
 
 
 def _ours(entry: Entry, settings: dict[str, Any], model: nn.Module, task: Task) -> Optimizer:

@@ -19,6 +19,7 @@ import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from io import FileIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from benchmarks.study.record import RunRecord
 from benchmarks.study.spec import RunSpec, Study
 
 LINES = "runs-*.jsonl"
+PLURALS = {"environments": "environment", "trials": "trial", "failures": "failure"}
 PARQUET = "runs.parquet"
 SEAL = len(',"crc":"00000000"}\n')
 
@@ -360,11 +362,16 @@ class Store:
             return
         if self._parquet != (stat.st_ino, stat.st_mtime_ns):
             try:
-                lines = list(parquet.read(path))
+                others, runs = parquet.read(path)
+                if others["study"] is not None:
+                    self._take({"study": others["study"]})
+                for plural, kind in PLURALS.items():
+                    for content in others[plural]:
+                        self._take({kind: content})
+                for run in runs:
+                    self._take({"run": run})
             except (parquet.NoRuns, OSError) as error:
                 raise (UnfitStore if isinstance(error, parquet.NoRuns) else Damaged)(f"{path}: {error}") from None
-            for line in lines:
-                self._take(line)
             self._parquet = stat.st_ino, stat.st_mtime_ns
 
     def _write_parquet(self, path: Path) -> None:
@@ -374,10 +381,10 @@ class Store:
                 parquet.write(file, self.runs.values(), self._others())
                 file.flush()
                 os.fsync(file.fileno())
-            again = Store(path.parent, only=Path(temporary))
-            if again._others() != self._others() or list(map(repr, again.runs.values())) != list(
-                map(repr, self.runs.values())
-            ):
+            others, runs = parquet.read(Path(temporary))
+            again = (RunRecord.model_validate(run).model_dump_json() for run in runs)
+            mine = (run.model_dump_json() for run in self.runs.values())
+            if others != self._others() or any(one != other for one, other in zip_longest(mine, again)):
                 raise OSError(f"{path} could not be written: what was read back is not what was to be stored")
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.environment import Environment
 from benchmarks.optimizers import find
-from benchmarks.results import Results, Row, test_score
+from benchmarks.results import Comparison, Results, Row, test_score
 
 STUDY = "adaptive-p"
 TWINS = ("SGD-EMA", "Signum")  # p = 2 and p = ∞
@@ -41,6 +42,18 @@ class Against(BaseModel):
     high: float
     p_value: float
 
+    @classmethod
+    def of(cls, c: Comparison, **more: Any) -> Self:
+        """Return what is kept of a comparison."""
+        i = c.difference.interval
+        names = {"this": c.row.name, "that": c.against.name}
+        return cls(**names, mean=i.mean, low=i.low, high=i.high, p_value=c.adjusted, **more)
+
+
+def rounded(values: Iterable[float | None]) -> list[float]:
+    """Return those that are there, to six digits."""
+    return [round(value, 6) for value in values if value is not None]
+
 
 class AdaptiveStudy(BaseModel):
     """The whole result."""
@@ -70,17 +83,7 @@ def family(arms: Sequence[str]) -> list[tuple[str, str]]:
 def condensed(results: Results) -> AdaptiveStudy:
     """What the documentation needs of a finished study."""
     (found,) = results.tasks.values()
-    comparisons = [
-        Against(
-            this=c.row.name,
-            that=c.against.name,
-            mean=c.difference.interval.mean,
-            low=c.difference.interval.low,
-            high=c.difference.interval.high,
-            p_value=c.adjusted,
-        )
-        for c in found.compare(family([row.name for row in found.rows]), test_score)
-    ]
+    comparisons = [Against.of(c) for c in found.compare(family([row.name for row in found.rows]), test_score)]
     study = results.study
     return AdaptiveStudy(
         environments=list(results.environments),
@@ -103,7 +106,7 @@ def _found(row: Row) -> Found:
         lr=row.lr or 0.0,
         at_edge=bool(row.at_edge),
         diverged=row.diverged,
-        accuracies=[round(run.test_score, 6) for run in whole if run.test_score is not None],
+        accuracies=rounded(map(test_score, whole)),
         losses=[round(sum(epoch.validation_loss for epoch in same) / len(same), 5) for same in epochs],
         p=[None if None in same else round(sum(p for p in same if p is not None) / len(same), 4) for same in ps],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.environment import Environment
-from benchmarks.programs.adaptive import Against
+from benchmarks.programs.adaptive import Against, rounded
 from benchmarks.results import Results, Row, test_loss, test_score
 from benchmarks.study.spec import Value
 
@@ -57,16 +57,7 @@ def condensed(results: Results) -> AdaptiveNorms:
     """Return what the documentation needs of a finished study."""
     base, arms = results.study.baseline, results.study.arms
     comparisons = [
-        Held(
-            task=name,
-            by=by,
-            this=c.row.name,
-            that=c.against.name,
-            mean=c.difference.interval.mean,
-            low=c.difference.interval.low,
-            high=c.difference.interval.high,
-            p_value=c.adjusted,
-        )
+        Held.of(c, task=name, by=by)
         for name, task in results.tasks.items()
         for by, of in MEASURES.items()
         for taken in (False, True)
@@ -95,6 +86,6 @@ def _found(row: Row) -> Found:
         at_edge=bool(row.at_edge),
         diverged=row.diverged,
         tried=[(t.settings["lr"], round(t.loss, 5) if t.loss < float("inf") else None) for t in row.trials],
-        score=[round(run.test_score, 6) for run in whole if run.test_score is not None],
-        loss=[round(run.test_loss, 6) for run in whole if run.test_loss is not None],
+        score=rounded(map(test_score, whole)),
+        loss=rounded(map(test_loss, whole)),
     )

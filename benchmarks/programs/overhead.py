@@ -82,7 +82,12 @@ def busy(step: Step) -> float:
     return time.process_time() - began
 
 
-def measure(rounds: int, advance: Advance) -> Overhead:
+def count() -> int:
+    """How many optimizers there are."""
+    return len(MAKERS)
+
+
+def measure(advance: Advance) -> Overhead:
     """Time everything, on one thread; ``advance`` is told of each optimizer."""
     costs = []
     with threads_set(1):
@@ -90,7 +95,7 @@ def measure(rounds: int, advance: Advance) -> Overhead:
             entrants = [Entrant(name, str(every), step_of(make, every), 0, 0.0, BLOCK) for every in (None, *EVERY)]
             for entrant in entrants:
                 repeat(entrant.step, BLOCK)
-            take_turns(entrants, rounds, busy)
+            take_turns(entrants, ROUNDS, busy)
             bare = entrants[0].entry()
             for every, entrant in zip(EVERY, entrants[1:], strict=True):
                 found = ratio(entrant.entry(), bare)
@@ -107,7 +112,7 @@ def measure(rounds: int, advance: Advance) -> Overhead:
                 )
             advance("overhead", 1)
     here = machine(torch.device("cpu"), (), None)
-    return Overhead(machine=here, rounds=rounds, block=BLOCK, batch=BATCH, default=DEFAULT_EVERY, costs=costs)
+    return Overhead(machine=here, rounds=ROUNDS, block=BLOCK, batch=BATCH, default=DEFAULT_EVERY, costs=costs)
 
 
 def lines(result: Overhead) -> list[str]:

@@ -7,21 +7,22 @@ those of the protocol that was declared before.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 
 from scipy import stats
 
+from benchmarks.report.tables import Grid
+from benchmarks.report.text import filled, number, p_value, percent, signed, unit
 from benchmarks.results import Comparison, Results, Row, TaskResults, collect, measure, test_score
-from benchmarks.stats import Interval, holm, interval, paired
+from benchmarks.stats import ALPHA, Interval, holm, interval, paired
 from benchmarks.store import Store
 from benchmarks.study import papers
 from benchmarks.study.papers import Protocol
 from benchmarks.study.record import RunRecord
+from benchmarks.tasks import TASKS
 from benchmarks.tasks.fashion import DEEP, FashionDeep
 
-LEVEL = 0.05
 MARGIN = 0.005  # of accuracy: equal is above −0.5 points
 MANY_ZEROS = 0.8
 NOT_YET = "No runs are stored yet: the page shows what was declared."
@@ -57,7 +58,7 @@ def page(protocol: Protocol, results: Results | None) -> str:
         "which the stored runs carry. Every number on this page is computed from "
         + (f"[the stored runs](../data/{name}.parquet)." if results else "them."),
     ]
-    return "\n\n".join(map(_wrapped, parts)).replace(".\n\n- ", ".\n- ") + "\n"
+    return "\n\n".join(map(filled, parts)).replace(".\n\n- ", ".\n- ") + "\n"
 
 
 def read(name: str) -> Results | None:
@@ -110,10 +111,10 @@ def _pwd(results: Results) -> str:
 def _lpsgdm(results: Results) -> str:
     (task,) = results.tasks.values()
     others = [c for c in task.comparisons if c.row.name.removesuffix(" tuned") in ("SGD", "AdamW", "Lion")]
-    beaten = [c for c in others if _significant(c) and c.gain < 0]
+    beaten = [c for c in others if c.verdict < 0]
     cases = {c.row.name: c for c in task.comparisons}
     length, constant = cases["SGD at LPSGDM's length"], cases["p = 6 tuned"]
-    lost = [c for c in others if _significant(c) and c.gain > 0]
+    lost = [c for c in others if c.verdict > 0]
     rest = len(others) - len(beaten) - len(lost)
     return (
         f"the claim {'holds' if len(beaten) == len(others) else 'does not hold'}: of {len(others)} comparisons with "
@@ -127,9 +128,7 @@ def _lpsgdm(results: Results) -> str:
 
 def _of(c: Comparison, claim: str) -> str:
     """Return the claim if the arm held against LPSGDM is significantly worse, else that it is not shown."""
-    if _significant(c) and c.gain < 0:
-        return claim
-    return f"{claim.replace('helps', 'hurts')}" if _significant(c) else f"that {claim} is not shown"
+    return {-1: claim, 1: claim.replace("helps", "hurts"), 0: f"that {claim} is not shown"}[c.verdict]
 
 
 def _agr(results: Results) -> str:
@@ -137,7 +136,7 @@ def _agr(results: Results) -> str:
     cases = {c.row.name: c for c in task.comparisons}
     twins = [cases["AdamW + AGR"], cases["Adan + AGR"]]
     hooks = cases["torch's AdamW + AGR on hooks"]
-    holds = all(_significant(c) and c.gain > 0 for c in twins)
+    holds = all(c.verdict > 0 for c in twins)
     within = max(-hooks.difference.interval.low, hooks.difference.interval.high) < MARGIN
     return (
         f"the claim {'holds' if holds else 'does not hold'}: "
@@ -173,7 +172,7 @@ class _Effect:
 
     @property
     def better(self) -> bool:
-        return self.difference is not None and self.adjusted < LEVEL and self.sign * self.difference.interval.mean > 0
+        return self.difference is not None and self.adjusted < ALPHA and self.sign * self.difference.interval.mean > 0
 
 
 def effects(results: Results) -> list[_Effect]:
@@ -228,7 +227,8 @@ def _arms(results: Results) -> list[str]:
 
 def _differences(task: TaskResults) -> str:
     rows = [
-        (c.row.name, c.against.name, _ends(c.difference.interval), _p(c.adjusted), _word(c)) for c in task.comparisons
+        (c.row.name, c.against.name, _ends(c.difference.interval), p_value(c.adjusted, name=False), _word(c))
+        for c in task.comparisons
     ]
     return _table(("arm", "minus", "points of test accuracy", "P-value (Holm)", "it is"), rows)
 
@@ -236,7 +236,14 @@ def _differences(task: TaskResults) -> str:
 def _networks(results: Results) -> list[str]:
     """Return the tables of effects and of networks, and the rank correlation over the networks."""
     rows = [
-        (e.arm, e.aid, e.name, _ends(e.difference.interval, 1, 3), _p(e.adjusted), "yes" if e.better else "no")
+        (
+            e.arm,
+            e.aid,
+            e.name,
+            _ends(e.difference.interval, 1, 3),
+            p_value(e.adjusted, name=False),
+            "yes" if e.better else "no",
+        )
         for e in effects(results)
         if e.difference is not None
     ]
@@ -288,66 +295,33 @@ def _mean(row: Row, name: str) -> float:
     return mean(row.values(measure(name)))
 
 
-def _significant(c: Comparison) -> bool:
-    return c.adjusted < LEVEL
-
-
 def _word(c: Comparison) -> str:
-    if not _significant(c):
-        return "no significant difference"
-    return "significantly better" if c.gain > 0 else "significantly worse"
+    return {0: "no significant difference", 1: "significantly better", -1: "significantly worse"}[c.verdict]
 
 
 def _difference(c: Comparison) -> str:
-    i = c.difference.interval
-    ends = f"95 % interval {_signed(100 * i.low)} to {_signed(100 * i.high)}"
-    return f"{_signed(100 * i.mean)} points ({ends}, P-value {_p(c.adjusted)})"
+    return unit(TASKS[c.row.task]).difference(c.difference.interval, p_value(c.adjusted))
 
 
 def _ends(i: Interval, factor: float = 100, digits: int = 2) -> str:
-    low, high = (_signed(factor * x, digits) for x in (i.low, i.high))
-    return f"{_signed(factor * i.mean, digits)} ({low} to {high})"
-
-
-def _signed(value: float, digits: int = 2) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    low, high = (signed(factor * x, digits) for x in (i.low, i.high))
+    return f"{signed(factor * i.mean, digits)} ({low} to {high})"
 
 
 def _percent(values: Sequence[float]) -> str:
-    i = interval(values)
-    return f"{100 * i.mean:.2f} %" + ("" if math.isnan(i.half) else f" ± {100 * i.half:.2f}")
+    return percent(interval(values), 2) if values else "–"
 
 
 def _plain(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    i = interval(values)
-    return f"{i.mean:.3f}" + ("" if math.isnan(i.half) else f" ± {i.half:.3f}")
+    return number(interval(values)) if values else "–"
 
 
 def _share(row: Row) -> str:
-    values = row.values(measure("zeros"))
-    return "–" if not values else "0" if not any(values) else _percent(values)
+    return _percent(row.values(measure("zeros")))
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, [":--"] + ["--:"] * (len(heads) - 1), *rows]
-    return (
-        "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        .replace("| :-- |", "|:--|")
-        .replace(" --: |", "--:|")
-    )
-
-
-def _wrapped(part: str) -> str:
-    if part.startswith(("|", "#")):
-        return part
-    indent = "  " if part.startswith("- ") else ""
-    return textwrap.fill(part, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return Grid([*heads], [True, *[False] * (len(heads) - 1)], [[*row] for row in rows]).markdown
 
 
 def _ours_of_pwd(results: Results) -> dict[str, str]:

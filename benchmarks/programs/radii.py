@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.environment import Environment
-from benchmarks.programs.adaptive import Against
+from benchmarks.programs.adaptive import Against, rounded
 from benchmarks.results import Results, Row, test_loss, test_score, validation_loss
 from benchmarks.study.spec import Arm, Study, Tuning, Value
 from benchmarks.tasks import TASKS
@@ -242,8 +242,8 @@ def _found(length: str, row: Row) -> Found:
         task=row.task,
         arm=row.name,
         settings=dict(row.arm.settings),
-        score=[round(run.test_score, 6) for run in whole if run.test_score is not None],
-        loss=[round(run.test_loss, 6) for run in whole if run.test_loss is not None],
+        score=rounded(map(test_score, whole)),
+        loss=rounded(map(test_loss, whole)),
     )
 
 
@@ -261,19 +261,7 @@ def _held(length: str, results: Results) -> list[Held]:
             *([(name, PRESETS[1]) for name in extras if name.startswith(word)] for word in ("qkv", "match")),
         ]
         found += [
-            Held(
-                length=length,
-                task=task.name,
-                by=by,
-                this=c.row.name,
-                that=c.against.name,
-                mean=c.difference.interval.mean,
-                low=c.difference.interval.low,
-                high=c.difference.interval.high,
-                p_value=c.adjusted,
-            )
-            for family in families
-            for c in task.compare(family, of)
+            Held.of(c, length=length, task=task.name, by=by) for family in families for c in task.compare(family, of)
         ]
     return found
 

@@ -15,17 +15,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import joblib
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from scipy import stats
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import normopt
 from benchmarks.progress import Advance
+from benchmarks.study.clusters import each
 from benchmarks.study.spec import Frozen
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.common import Deep
@@ -219,25 +218,18 @@ def measure(workers: int, advance: Advance) -> Regularity:
     """Tune every cell's rate, train it with the other seeds, and correlate; ``advance`` is told of each run."""
     began = time.perf_counter()
     cells, setting = plan(), SETTING
-    parallel = joblib.Parallel(n_jobs=workers, batch_size=1, return_as="generator")
     grid = {cell: [LOWEST[cell.optimizer] * 4**i for i in range(RATES)] for cell in cells}
     trials = [(cell, lr) for cell in cells for lr in grid[cell]]
     losses: dict[tuple[Cell, float], float] = {}
-    for trial, (validation, _) in zip(
-        trials,
-        parallel(joblib.delayed(train)(cell, setting, lr, setting.tuning_seed, False) for cell, lr in trials),
-        strict=True,
-    ):
+    made = each(workers, train, [(cell, setting, lr, setting.tuning_seed, False) for cell, lr in trials])
+    for trial, (validation, _) in zip(trials, made, strict=True):
         losses[trial] = validation
         advance("tuning", 1)
     best = {cell: min(grid[cell], key=lambda lr: losses[cell, lr]) for cell in cells}
     points = [Point(cell=c, lr=best[c], edge=best[c] in (grid[c][0], grid[c][-1]), runs=[]) for c in cells]
     runs = [(point, seed) for point in points for seed in setting.seeds]
-    for (point, _), (_, run) in zip(
-        runs,
-        parallel(joblib.delayed(train)(point.cell, setting, point.lr, seed, True) for point, seed in runs),
-        strict=True,
-    ):
+    made = each(workers, train, [(point.cell, setting, point.lr, seed, True) for point, seed in runs])
+    for (point, _), (_, run) in zip(runs, made, strict=True):
         point.runs.append(run)
         advance("measuring", 1)
     return Regularity(
@@ -252,6 +244,8 @@ def measure(workers: int, advance: Advance) -> Regularity:
 
 def correlate(points: list[Point]) -> list[Correlation]:
     """For each optimizer, rank correlations over its networks: of the median over the seeds, without diverged runs."""
+    from scipy.stats import spearmanr
+
     found = []
     for optimizer in dict.fromkeys(point.cell.optimizer for point in points):
         for measure_ in MEASURES:
@@ -262,7 +256,7 @@ def correlate(points: list[Point]) -> list[Correlation]:
                     pairs.append((median(getattr(r, measure_) for r in done), median(r.train_loss or 0 for r in done)))
             if len(pairs) < 3 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
                 continue  # there is nothing to rank
-            rho, p_value = stats.spearmanr(*zip(*pairs, strict=True))
+            rho, p_value = spearmanr(*zip(*pairs, strict=True))
             found.append(
                 Correlation(
                     optimizer=optimizer,
@@ -275,11 +269,11 @@ def correlate(points: list[Point]) -> list[Correlation]:
     return found
 
 
-def words(result: Regularity) -> list[str]:
+def lines(result: Regularity) -> list[str]:
     """What came out, and what to beware of: a line each."""
-    lines = [
+    found = [
         f"{c.optimizer}: rank correlation of {MEASURES[c.measure]} with the final training loss "
         f"{c.rho:+.2f} over {c.networks} networks (p = {c.p_value:.2g})"
         for c in result.correlations
     ]
-    return [*lines, *result.traps]
+    return [*found, *result.traps]

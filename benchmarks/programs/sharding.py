@@ -131,14 +131,19 @@ def of_fsdp(parameters: int, ranks: int, entry: int = 4) -> float:
     return 3.0 * entry * parameters * (ranks - 1) / ranks
 
 
-def measure(advance: Advance, ranks: Sequence[int] = RANKS, widths: Sequence[int] = WIDTHS) -> Sharding:
+def count() -> int:
+    """How many numbers of ranks there are."""
+    return len(RANKS)
+
+
+def measure(advance: Advance) -> Sharding:
     """Count in processes of their own; ``advance`` is told of each number of ranks."""
     cases = []
-    for k in ranks:
+    for k in RANKS:
         with tempfile.TemporaryDirectory() as folder:
-            spawn(_rank, (k, folder, list(widths)), nprocs=k)  # type: ignore[no-untyped-call]
+            spawn(_rank, (k, folder, list(WIDTHS)), nprocs=k)  # type: ignore[no-untyped-call]
             found = [json.loads((Path(folder) / f"{r}.json").read_text(encoding="utf-8")) for r in range(k)]
-        for i, (name, width) in enumerate((name, width) for name in METHODS for width in widths):
+        for i, (name, width) in enumerate((name, width) for name in METHODS for width in WIDTHS):
             shapes = shapes_of(METHODS[name], width)
             counted = [rank[i] for rank in found]
             assert len({c for c, _ in counted}) == 1

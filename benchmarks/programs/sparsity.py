@@ -11,13 +11,13 @@ from functools import partial
 from statistics import mean
 from typing import Literal
 
-import joblib
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks.progress import Advance
+from benchmarks.study.clusters import each
 from benchmarks.study.spec import Frozen
 from benchmarks.tasks.base import Task
 from benchmarks.tasks.digits import Digits
@@ -224,11 +224,9 @@ def measure(workers: int, advance: Advance) -> Sparsity:
     from benchmarks.speed.records import machine
 
     began = time.perf_counter()
-    todo = cells()
-    parallel = joblib.Parallel(n_jobs=workers, batch_size=1, return_as="generator")
     runs: list[Run] = []
     nets: dict[tuple[str, str, float, int], tuple[nn.Module, nn.Module]] = {}
-    for run, full, shrunk in parallel(joblib.delayed(train)(*cell) for cell in todo):
+    for run, full, shrunk in each(workers, train, cells()):
         runs.append(run)
         nets[run.task, run.arm, run.weight_decay, run.seed] = full, shrunk
         advance("training", 1)
@@ -297,17 +295,17 @@ def sparse_layer(units: int, zeros: float) -> list[Timing]:
     return [versus(dense, sparsity.to_sparse(dense), inputs[:batch]) for batch in BATCHES]
 
 
-def summary(result: Sparsity) -> list[str]:
+def lines(result: Sparsity) -> list[str]:
     """A line for each task and arm: what was chosen, its test accuracy, its size and its speed."""
-    lines = []
+    found = []
     for choice in result.chosen:
         runs = [
             r for r in result.runs if (r.task, r.arm, r.weight_decay) == (choice.task, choice.arm, choice.weight_decay)
         ]
         fast = [t.speedup for t in result.networks if (t.task, t.arm, t.batch) == (choice.task, choice.arm, BATCHES[0])]
-        lines.append(
+        found.append(
             f"{choice.task:10}  {choice.arm:15}  λ {choice.weight_decay:<5g} test {mean(r.test for r in runs):.1%}  "
             f"zeros {mean(r.zeros for r in runs):5.1%}  size {mean(r.shrunk / r.parameters for r in runs):6.1%}  "
             f"speed × {mean(fast):.2f}{'' if choice.keeps else '  (loses accuracy)'}"
         )
-    return lines
+    return found

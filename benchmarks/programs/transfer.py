@@ -11,7 +11,6 @@ import time
 from itertools import pairwise
 from typing import Any
 
-import joblib
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -20,6 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import normopt
 from benchmarks.progress import Advance
+from benchmarks.study.clusters import each
 from benchmarks.study.spec import Frozen
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.bytes import GPT
@@ -134,10 +134,15 @@ def measure(workers: int, advance: Advance) -> Transfer:
     runs = [(i, seed) for i, (size, _, _) in enumerate(cells) for seed in range(SETTINGS[size.model]["seeds"])]
     # The largest models first, so that no worker is left with one at the end.
     runs.sort(key=lambda run: -cells[run[0]][0].width * cells[run[0]][0].depth)
-    parallel = joblib.Parallel(n_jobs=workers, batch_size=1, return_as="generator")
     losses: dict[int, list[float | None]] = {i: [] for i in range(len(cells))}
-    for (i, _), loss in zip(runs, parallel(joblib.delayed(train)(*cells[i], seed) for i, seed in runs), strict=True):
+    made = each(workers, train, [(*cells[i], seed) for i, seed in runs])
+    for (i, _), loss in zip(runs, made, strict=True):
         losses[i].append(loss)
         advance("transfer", 1)
     points = [Point(size=s, optimizer=n, lr=lr, losses=losses[i]) for i, (s, n, lr) in enumerate(cells)]
     return Transfer(torch=torch.__version__, seconds=time.perf_counter() - began, settings=SETTINGS, points=points)
+
+
+def lines(result: Transfer) -> list[str]:
+    """How much there is."""
+    return [f"{len(result.points)} points in {result.seconds:.0f} seconds"]

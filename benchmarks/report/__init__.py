@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import data, forest, tables
 from benchmarks.report.comparison import compare
 from benchmarks.report.layers import WORDS, layers
-from benchmarks.report.text import share
+from benchmarks.report.text import filled, share
 from benchmarks.report.words import ENGINE, command, findings, settings
 from benchmarks.results import Results
 from benchmarks.stats import LEVEL
@@ -51,7 +50,7 @@ def write_page(results: Results, path: Path) -> Path:
     """Write the page of the docs that shows a study; where it is."""
     stored = f"data/{results.study.name}.parquet"
     text = ENGINE.get_template("report.md.j2").render(**_view(results), heading="Results", stored=stored)
-    path.write_text("\n".join(map(_filled, text.splitlines())) + "\n", encoding="utf-8")
+    path.write_text("\n".join(map(filled, text.splitlines())) + "\n", encoding="utf-8")
     return path
 
 
@@ -86,14 +85,6 @@ def _view(results: Results) -> dict[str, Any]:
         "about_layers": WORDS,
         "settings": settings(results),
     }
-
-
-def _filled(line: str) -> str:
-    """Sentences in lines of 120 characters, so that what changes can be seen; tables and HTML as they are."""
-    if line.startswith(("|", "#", "<", ".", "@", " ", "}")):
-        return line
-    indent = "  " if line.startswith("- ") else ""
-    return textwrap.fill(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 __all__ = ["compare", "findings", "html", "write", "write_page"]

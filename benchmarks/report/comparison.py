@@ -100,7 +100,7 @@ def _count(name: str, first: str, cases: Sequence[Case]) -> str:
 def _changes(named: Mapping[str, Results], first: str, name: str) -> str:
     a, b = named[first], named[name]
     said = []
-    for field in ("name", "tasks", "baseline", "tuning", "seeds", "budget"):
+    for field in ("name", "tasks", "baseline", "tuning", "seeds", "budget", "batch_size", "amp"):
         old, new = getattr(a.study, field), getattr(b.study, field)
         if old != new:
             said.append(f"{field} {_short(new)} instead of {_short(old)}")

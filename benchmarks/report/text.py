@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,11 +75,11 @@ def unit(task: Task) -> Unit:
     return Unit(1, "", task.score_name, "")
 
 
-def percent(interval: Interval) -> str:
+def percent(interval: Interval, digits: int = 1) -> str:
     """A fraction and its interval in per cent: 97.2 % ± 0.5; what is always exactly 0 is just 0."""
     if interval.mean == 0 and not interval.half > 0:
         return "0"
-    return _with_interval(interval.times(100), 1, f"{NBSP}%")
+    return _with_interval(interval.times(100), digits, f"{NBSP}%")
 
 
 def ratio(interval: Interval) -> str:
@@ -128,6 +129,14 @@ def p_value(p: float, name: bool = True) -> str:
     """P-value 0.042, or 0.042 alone. Never "p = 0.042": p is the norm's."""
     number = f"<{NBSP}0.001" if p < 0.001 else f"{p:.3f}"
     return f"P-value{NBSP}{number}" if name else number
+
+
+def filled(line: str) -> str:
+    """Sentences in lines of 120 characters, so that what changes can be seen; tables and HTML as they are."""
+    if line.startswith(("|", "#", "<", ".", "@", " ", "}")):
+        return line
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def listed(items: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks import stats
+from benchmarks.environment import mixed
 from benchmarks.optimizers import described
 from benchmarks.questions import DECAYED, LENGTHS, REGULARIZED, STAYS
 from benchmarks.report import data, text
@@ -18,6 +19,7 @@ from benchmarks.report.tables import state
 from benchmarks.results import Answer, Comparison, Results, Row, TaskResults, measure, validation_score
 from benchmarks.stats import Interval
 from benchmarks.study.presets import PRESETS
+from benchmarks.study.spec import LRSchedule
 
 ENGINE = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -30,6 +32,7 @@ ENGINE.globals |= {
     name: getattr(text, name) for name in ("counted", "listed", "of", "p_value", "percent", "share", "signed", "unit")
 }
 ENGINE.globals |= {"NBSP": text.NBSP, "inf": float("inf"), "state": state, "stats": stats, "described": described}
+ENGINE.globals |= {"mixed": mixed}
 ENGINE.globals |= {"STAYS": STAYS, "LENGTHS": LENGTHS, "REGULARIZED": REGULARIZED}
 
 MANY = 8  # pairs: the answers to more are counted, not told one by one
@@ -63,7 +66,11 @@ def findings(results: Results) -> list[Finding]:
 
 def settings(results: Results) -> list[str]:
     """How the study was made, a point each."""
-    return [point for line in _rendered("settings", results).split("\n") if (point := _flat(line))]
+    schedules: dict[LRSchedule, list[str]] = {}
+    for arm in results.study.arms:
+        schedules.setdefault(arm.lr_schedule, []).append(arm.name)
+    lines = _rendered("settings", results, schedules=[*schedules.items()]).split("\n")
+    return [point for line in lines if (point := _flat(line))]
 
 
 def command(results: Results) -> str | None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 Result = TypeVar("Result")
 SCHEME = "dask://"
 PATIENCE = "10s"  # for a scheduler to answer
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class NoCluster(ValueError):
@@ -53,7 +58,10 @@ class Workers(Protocol):
 
 
 class Local(ThreadPoolExecutor):
-    """Processes on this machine, each with a thread here that waits for it: one that dies costs its own call alone."""
+    """Processes on this machine, each with a thread here that waits for it: one that dies costs its own call alone.
+
+    Each sees one of this program's CUDA devices, in turn, if there are any; one that replaces another, the same.
+    """
 
     deaths = (Died,)
     attempts = 3
@@ -62,6 +70,8 @@ class Local(ThreadPoolExecutor):
         super().__init__(processes)
         self.processes = processes
         self._mine = threading.local()
+        self._numbers = itertools.count()
+        self._devices = devices()
         self._pids: set[int] = set()
         self._closed = False
         self._context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -87,8 +97,11 @@ class Local(ThreadPoolExecutor):
 
     def _call(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
         mine, began = self._mine, time.monotonic()
+        if not hasattr(mine, "number"):
+            mine.number = next(self._numbers)
         if not hasattr(mine, "pool"):
-            mine.pool, mine.pid = ProcessPoolExecutor(1, self._context, _be_a_worker, ({**os.environ},)), 0
+            own = {VISIBLE: self._devices[mine.number % len(self._devices)]} if self._devices else {}
+            mine.pool, mine.pid = ProcessPoolExecutor(1, self._context, _be_a_worker, ({**os.environ} | own,)), 0
         try:
             if not mine.pid:
                 mine.pid = mine.pool.submit(os.getpid).result()
@@ -170,6 +183,30 @@ def connect(cluster: str | None, processes: int) -> Local | Dask:
     return Local(processes) if cluster is None else Dask(cluster)
 
 
+def each(processes: int, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
+    """What a function gives for each of the calls, in their order, made by so many processes; one is this one."""
+    if processes == 1:
+        yield from itertools.starmap(function, calls)
+        return
+    local = Local(processes)
+    try:
+        for future in [local.submit(_pickled, function, call) for call in calls]:
+            yield pickle.loads(future.result())
+    finally:
+        local.close()
+
+
+def _pickled(function: Callable[..., object], call: tuple[Any, ...]) -> bytes:
+    """As bytes: of tensors in a result, torch would share the memory, with an open file for each."""
+    return pickle.dumps(function(*call))
+
+
+def devices() -> list[str]:
+    """This program's CUDA devices, as the variable CUDA_VISIBLE_DEVICES names them."""
+    named, there = os.environ.get(VISIBLE), torch.cuda.device_count()
+    return (named.split(",") if named else [str(i) for i in range(there)])[:there]
+
+
 def _distributed() -> Any:
     try:
         import distributed
@@ -182,7 +219,8 @@ def _distributed() -> Any:
 
 def _be_a_worker(environ: dict[str, str]) -> None:
     """Leave Ctrl-C, which reaches every process of a terminal, to the program, and do not outlive it."""
-    os.environ.update(environ)  # the server that forks workers has that of its own beginning
+    os.environ.clear()  # the server that forks workers has that of its own beginning
+    os.environ.update(environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     program = multiprocessing.parent_process()
 

@@ -9,8 +9,10 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from itertools import islice
 
+from benchmarks import checkpoint
 from benchmarks.environment import here, own_optimizers
 from benchmarks.store import Failure, Store
 from benchmarks.study.clusters import NoCluster, Workers
@@ -30,22 +32,23 @@ def execute(
     store: Store,
     workers: Workers,
     watch: Watch = lambda _: None,
-    run: Run = train,
+    run: Run | None = None,
     stop: Callable[[], bool] = lambda: False,
     timeout: float | None = None,
 ) -> None:
     """Make every run of the study that the store does not hold yet.
 
-    A run that raises, takes too long, or whose workers die again and again, is stored as a failure, and the study goes
-    on. An arm of which a run has killed its workers as often as ``workers.attempts`` says is given up: its other runs
-    fail without being tried.
+    The state of a run is kept in the store's folder every few minutes, until the run is stored. A run that raises,
+    takes too long, or whose workers die again and again, is stored as a failure, and the study goes on. An arm of which
+    a run has killed its workers as often as ``workers.attempts`` says is given up: its other runs fail without being
+    tried.
 
     Args:
         study: what to run.
         store: where results go, each as soon as it is there; other programs may write to it too.
         workers: who makes the runs.
         watch: told how far the study is, up to ten times a second and at least about once.
-        run: a spec → its record.
+        run: a spec → its record; None: `benchmarks.training.run`.
         stop: asked about every second whether to stop.
         timeout: how many seconds a run may take; None: as long as it takes.
 
@@ -56,7 +59,8 @@ def execute(
     """
     store.begin(study, here(study.tasks, own_optimizers(study)))
     try:
-        _Loop(study, store, workers, watch, run, timeout)(stop)
+        _Loop(study, store, workers, watch, run or partial(train, folder=store.folder.absolute()), timeout)(stop)
+        checkpoint.remove_all(store.folder)
     finally:
         store.close()  # which gives free the runs that it has claimed
 
@@ -209,6 +213,7 @@ class _Loop:
             self.fail(spec, outcome.error, outcome.traceback)
         else:
             self.store.add(outcome.record)
+            checkpoint.remove(self.store.folder, spec.run_id)
             self.pace.add(spec.task, spec.optimizer, outcome.record.seconds)
             self.diverged += outcome.record.diverged
 
@@ -224,6 +229,7 @@ class _Loop:
 
     def fail(self, spec: RunSpec, error: str, traceback: str = "") -> None:
         self.store.add_failure(Failure(id=spec.run_id, spec=spec, error=error, traceback=traceback))
+        checkpoint.remove(self.store.folder, spec.run_id)
 
     def status(self) -> Status:
         totals: dict[str, int] = Counter()

@@ -64,6 +64,7 @@ def study(
     baseline: str | None = None,
     batch_size: int | None = None,
     tuning_seeds: int | None = None,
+    amp: bool = False,
 ) -> Study:
     """The preset, or the study of a file.toml, changed as the flags say; or without one, a study of its own.
 
@@ -84,6 +85,7 @@ def study(
         "budget": budget,
         "baseline": baseline,
         "batch_size": batch_size,
+        "amp": amp,
     }
     changes = {key: value for key, value in changes.items() if value}
     if base is not None and not changes:

@@ -136,6 +136,7 @@ class Lane:
             seed=seed,
             epochs=max(1, round(task.epochs * self.study.budget)),
             batch_size=self.study.batch_size or task.batch_size,
+            amp=self.study.amp,
         )
 
 

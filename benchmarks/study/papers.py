@@ -89,7 +89,7 @@ class Protocol(Frozen):
         """Return the content of the protocol's file."""
         return (
             json.dumps(
-                self.model_dump(mode="json", exclude={"study": {"protocol", "batch_size"}}),
+                self.model_dump(mode="json", exclude={"study": {"protocol", "batch_size", "amp"}}),
                 indent=1,
                 ensure_ascii=False,
             )

@@ -245,41 +245,6 @@ AGR = Study(
     seeds=tuple(range(1, 9)),
 )
 
-# Without AdamW's own decay, so that the sweep begins at none.
-_ADAM = _arm("Adam", "adamw", {"weight_decay": 0.0})
-_SWEEP = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
-
-
-def _sweep(twin: Arm, decay_p: float) -> tuple[Arm, ...]:
-    """ℓp decay from hardly any to too much, at the learning rate of the twin without: so that it is at its best."""
-    kept = {key: value for key, value in twin.settings.items() if key != "weight_decay"}
-    return tuple(
-        Arm(
-            name=f"{twin.name} ℓ{decay_p:g} ηλ={step:g}",
-            optimizer=twin.optimizer,
-            settings=kept | {"decay": "lp", "decay_p": decay_p, "decay_step": step},
-            p_schedule=twin.p_schedule,
-            tuned_as=twin.name,
-            against=twin.name,
-        )
-        for step in _SWEEP
-    )
-
-
-PWD_SPARSITY = Study(
-    name="pwd-sparsity",
-    purpose="How many weights does ℓp decay bring to exactly zero, and what does it cost?",
-    tasks=("digits", "digits-noise", "diabetes-sparse"),
-    arms=(
-        *(LPSGDM, _ADAM),
-        *(arm for twin in (LPSGDM, _ADAM) for decay_p in (0.8, 1.0) for arm in _sweep(twin, decay_p)),
-    ),
-    baseline="Adam",
-    tuning=Tuning(trials=12, startup=8),
-    seeds=tuple(range(1, 9)),
-    budget=1.5,
-)
-
 NORMS_BY_LAYER = Study(
     name="norms-by-layer",
     purpose="Is a norm of its own for each kind of layer better than one norm for all of them?",
@@ -313,7 +278,7 @@ ORDERINGS = Study(
 PRESETS: dict[str, Study] = {
     study.name: study
     for study in (
-        *(SMOKE, QUICK, STANDARD, FULL, P_SCHEDULE, ADAPTIVE_P, ADAPTIVE_NORMS, AGR, PWD_SPARSITY, NORMS_BY_LAYER),
+        *(SMOKE, QUICK, STANDARD, FULL, P_SCHEDULE, ADAPTIVE_P, ADAPTIVE_NORMS, AGR, NORMS_BY_LAYER),
         *(ADAPTIVE_NORMS_NEAR, ORDERINGS),
         *(protocol.study for protocol in papers.DECLARED.values()),
     )

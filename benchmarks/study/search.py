@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 
 import optuna
 from optuna.distributions import FloatDistribution
-from scipy.stats import qmc
 
 from benchmarks.study.spec import Range
 
@@ -32,6 +31,8 @@ def seed(*words: object) -> int:
 
 def quasi_random(search: Mapping[str, Range], n: int, seed: int) -> list[Settings]:
     """The first n scrambled Sobol points, spread over the ranges, by ratios where they say log."""
+    from scipy.stats import qmc  # which a report does not need, and takes long to import
+
     # Drawn to the next power of two, as the balance of Sobol points wants; the first n of them are the same anyhow.
     points = qmc.Sobol(len(search), scramble=True, rng=seed).random_base2(math.ceil(math.log2(n)))[:n]
     return [

@@ -78,6 +78,8 @@ class RunSpec(Frozen):
         lr_schedule: how the learning rate moves.
         seed: of the weights and of the batches.
         epochs, batch_size: the budget; an epoch is what the task says it is.
+        amp: the forward pass is made under bfloat16 autocast; weights, gradients, losses and the optimizer's state stay
+            float32.
     """
 
     task: str
@@ -88,6 +90,7 @@ class RunSpec(Frozen):
     seed: int
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
+    amp: bool = False
 
     @property
     def run_id(self) -> str:
@@ -97,8 +100,9 @@ class RunSpec(Frozen):
         runs keep their names.
         """
         settings = self.model_dump(mode="json")
-        if self.lr_schedule == LRSchedule():
-            del settings["lr_schedule"]
+        for name in ("lr_schedule", "amp"):
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del settings[name]
         canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -168,6 +172,7 @@ class Study(Frozen):
         budget: what the epochs of every task are multiplied by.
         protocol: the sha256 of the file that declared the study before it was run; None if none did.
         batch_size: of every task; None: each task's own.
+        amp: as of `RunSpec`, for every run.
     """
 
     name: str
@@ -180,6 +185,7 @@ class Study(Frozen):
     budget: float = Field(default=1.0, gt=0)
     protocol: str | None = None
     batch_size: int | None = Field(default=None, ge=1)
+    amp: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:

@@ -115,6 +115,7 @@ class StudyTable(Frozen):
     seeds: int | tuple[int, ...] | None = None
     budget: float | None = None
     batch_size: int | None = None
+    amp: bool | None = None
 
     @field_validator("extends")
     @classmethod

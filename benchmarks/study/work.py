@@ -46,7 +46,7 @@ def work(
             with _deadline(timeout):
                 record = run(spec)
             # What cannot be read again, a NaN among the measures say, must not reach the store.
-            RunRecord.model_validate_json(record.model_dump_json())
+            record = RunRecord.model_validate_json(record.model_dump_json())
         except Overdue:
             return Outcome(environment, None, stopped(timeout or 0.0), traceback.format_exc(), overdue=True)
         except Exception as error:

@@ -28,6 +28,7 @@ class Splits:
             are then numbers of files) or differs from epoch to epoch (augmentation). It is given a generator to draw
             from when it is trained on, and None when it is not.
         device: where the model is trained.
+        ahead: so many batches are made ready by a thread while the model is trained on an earlier one.
     """
 
     train: tuple[Tensor, Tensor]
@@ -36,6 +37,7 @@ class Splits:
     per_epoch: int | None = None
     fetch: Fetch = as_they_are
     device: str = "cpu"
+    ahead: int = 0
 
 
 class Task(Protocol):

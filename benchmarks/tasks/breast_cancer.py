@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from sklearn.datasets import load_breast_cancer
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -46,5 +45,7 @@ class BreastCancer(Plain):
 
 @cache
 def _load() -> Splits:
+    from sklearn.datasets import load_breast_cancer  # as in `split`
+
     features, benign = load_breast_cancer(return_X_y=True)
     return standardised(split(features, benign, torch.float32, by_class=True))

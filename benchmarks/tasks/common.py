@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -80,6 +79,8 @@ def split(inputs: object, targets: object, dtype: torch.dtype, by_class: bool) -
         dtype: of the targets.
         by_class: keep the shares of the classes in every part.
     """
+
+    from sklearn.model_selection import train_test_split  # half a second of imports, which a report does not need
 
     def two(x: object, y: object, share: float) -> tuple[object, object, object, object]:
         a, b, c, d = train_test_split(x, y, test_size=share, random_state=SPLIT_SEED, stratify=y if by_class else None)

@@ -7,7 +7,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 
 from benchmarks.tasks.base import Splits
@@ -85,6 +84,8 @@ def coefficients() -> Tensor:
 
 @cache
 def _load() -> Splits:
+    from sklearn.datasets import load_diabetes  # as in `split`
+
     real = load_diabetes(return_X_y=True)[0]
     draws = np.random.default_rng(DESIGN_SEED + 1)
     shuffled = [draws.permutation(real[:, i % REAL]) for i in range(SHUFFLED)]

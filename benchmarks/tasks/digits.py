@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 from benchmarks.tasks.base import Splits
@@ -35,5 +34,7 @@ class Digits(Classification):
 
 @cache
 def _load() -> Splits:
+    from sklearn.datasets import load_digits  # as in `split`
+
     pixels, classes = load_digits(return_X_y=True)
     return split(pixels / 16, classes, torch.int64, by_class=True)  # pixels are 0 … 16

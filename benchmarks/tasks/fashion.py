@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
+import zlib
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -169,6 +171,7 @@ def _place() -> Path:
             "Fashion-MNIST",
             f"FashionMNIST/raw/ with the files {files}, as they are or with .gz (on Debian and Ubuntu, "
             f"`apt install {PACKAGE}` also serves)",
+            "https://github.com/zalandoresearch/fashion-mnist",
         )
     return found
 
@@ -187,12 +190,12 @@ def _arrays(place: Path) -> tuple[bytes, ...]:
     for name in _FILES:
         path = _file(place, name)
         assert path is not None
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        dims = int(name[-1])
+        data, dims = path.read_bytes(), int(name[-1])
+        with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):  # what stays packed is found below
+            data = gzip.decompress(data) if path.suffix == ".gz" else data
         shape = np.frombuffer(data, ">i4", dims, offset=4) if len(data) >= 4 + 4 * dims else np.zeros(1)
         if data[:4] != bytes((0, 0, 8, dims)) or len(data) != 4 + 4 * dims + int(shape.prod()):
-            raise ValueError(f"{path} is damaged, or no file of Fashion-MNIST: put the original in its place")
+            raise OSError(f"{path} is damaged, or no file of Fashion-MNIST: put the original in its place")
         found.append(data[4 + 4 * dims :])
     return tuple(found)
 

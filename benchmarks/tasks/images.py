@@ -5,8 +5,10 @@ They are looked for in the folder that the environment variable NORMOPT_DATA nam
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ VARIABLE = "NORMOPT_DATA"
 HELD_OUT = 10  # every so many training images, one is for validation
 PADDING = 4
 SIDE = 224  # pixels of ImageNet's crops
+AHEAD = 2  # batches that are made ready while a GPU trains on an earlier one
+READERS = 16  # threads that read images: with more, Python's lock is what they wait for
 
 
 def folder() -> Path:
@@ -133,11 +137,16 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def missing(what: str, expected: str) -> FileNotFoundError:
+def _placed() -> dict[str, Any]:
+    device = _device()
+    return {"device": device, "ahead": 0 if device == "cpu" else AHEAD}
+
+
+def missing(what: str, expected: str, source: str) -> FileNotFoundError:
     """Return the error that a data set is not in the folder of the data."""
     return FileNotFoundError(
-        f"{what} is not in {folder().absolute()}: expected {expected} there; put the data set there, or set "
-        f"{VARIABLE} to the folder that has it (nothing is downloaded)"
+        f"{what} is not in {folder().absolute()}: expected {expected} there; get it from {source}, or set {VARIABLE} "
+        "to the folder that has it (nothing is downloaded)"
     )
 
 
@@ -153,13 +162,18 @@ _IMAGENET_CHANNELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 def _cifar(classes: int, root: Path) -> Splits:
     datasets = _torchvision().datasets
     kind = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
-    if not (root / kind.base_folder).is_dir():
-        files = ", ".join(name for name, _ in [*kind.train_list, *kind.test_list])
-        raise missing(f"CIFAR-{classes}", f"{kind.base_folder}/ with the files {files}")
+    files = [name for name, _ in [*kind.train_list, *kind.test_list, (kind.meta["filename"], "")]]
+    if not all((root / kind.base_folder / name).is_file() for name in files):
+        expected = f"{kind.base_folder}/ with the files {', '.join(files)}"
+        raise missing(f"CIFAR-{classes}", expected, f"{kind.url}, unpacked")
 
     def images(train: bool) -> tuple[Tensor, Tensor]:
-        # torchvision compares the files' checksums with those of the originals.
-        data = kind(str(root), train=train, download=False)
+        try:
+            # torchvision compares the files' checksums with those of the originals.
+            data = kind(str(root), train=train, download=False)
+        except RuntimeError:
+            place = (root / kind.base_folder).absolute()
+            raise OSError(f"a file of CIFAR-{classes} in {place} is damaged: unpack {kind.url} there again") from None
         return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
     x, y = images(train=True)
@@ -170,7 +184,7 @@ def _cifar(classes: int, root: Path) -> Splits:
         validation=(x[held], y[held]),
         test=images(train=False),
         fetch=_cropped(*_CIFAR_CHANNELS[classes]),
-        device=_device(),
+        **_placed(),
     )
 
 
@@ -206,28 +220,43 @@ def _has_imagenet() -> bool:
 
 @cache
 def _imagenet(root: Path) -> Splits:
+    lost = missing(
+        "ImageNet",
+        "imagenet/train/ and imagenet/val/, in either a folder for each class with its images",
+        "https://image-net.org (ILSVRC2012, its validation images sorted into the folders of their classes)",
+    )
     if not _has_imagenet():
-        raise missing(
-            "ImageNet", "imagenet/train/ and imagenet/val/, in either a folder for each class with its images"
-        )
+        raise lost
     torchvision = _torchvision()
-    train, test = (torchvision.datasets.ImageFolder(str(root / "imagenet" / part)) for part in ("train", "val"))
+    try:
+        train, test = (torchvision.datasets.ImageFolder(str(root / "imagenet" / part)) for part in ("train", "val"))
+    except FileNotFoundError:  # a folder without folders, or a class without images
+        raise lost from None
     if train.classes != test.classes:
-        raise ValueError(f"imagenet/train and imagenet/val in {root} have not the same classes: {train.classes[:5]} …")
+        other = sorted({*train.classes} ^ {*test.classes})
+        raise FileNotFoundError(
+            f"imagenet/train and imagenet/val in {root.absolute()} must have a folder for each class, but "
+            f"{len(other)} are in one of them alone: {', '.join(other[:5])}"
+        )
     transforms = torchvision.transforms
-    last = [transforms.ToTensor(), transforms.Normalize(*_IMAGENET_CHANNELS)]
-    augment = transforms.Compose([transforms.RandomResizedCrop(SIDE), transforms.RandomHorizontalFlip(), *last])
-    plain = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(SIDE), *last])
+    whole = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(SIDE)])
+    last = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*_IMAGENET_CHANNELS)])
     files = [*train.samples, *test.samples]
 
+    def read(number: int, seed: int | None) -> Tensor:
+        image = train.loader(files[number][0])
+        return last(whole(image) if seed is None else _cut_out(image, seed))  # type: ignore[no-any-return]
+
+    placed = _placed()
+    readers = min(READERS, os.cpu_count() or 1)
+    # On CPUs each has a worker of its own.
+    over = ThreadPoolExecutor(readers, initializer=_alone).map if placed["ahead"] else map
+
     def fetch(numbers: Tensor, draws: torch.Generator | None) -> Tensor:
-        images = [train.loader(files[int(i)][0]) for i in numbers]
-        if draws is None:
-            return torch.stack([plain(image) for image in images])
-        # torchvision draws from torch's global generator, which the model's own draws must not notice.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=draws)))
-            return torch.stack([augment(image) for image in images])
+        # A seed an image, so that it does not matter which thread reads it, or when.
+        n = len(numbers)
+        seeds = [None] * n if draws is None else torch.randint(2**62, (n,), generator=draws).tolist()
+        return torch.stack([*over(read, numbers.tolist(), seeds)])
 
     classes = torch.tensor([c for _, c in files])
     place = torch.tensor([i - train.targets.index(c) for i, c in enumerate(train.targets)])  # among those of its class
@@ -239,5 +268,35 @@ def _imagenet(root: Path) -> Splits:
         validation=(held, classes[held]),
         test=(tested, classes[tested]),
         fetch=fetch,
-        device=_device(),
+        **placed,
     )
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
+
+
+def _cut_out(image: Any, seed: int) -> Any:
+    """8 to 100 per cent of an image, ¾ to 4/3 as wide as high, scaled to SIDE × SIDE and flipped half the time.
+
+    It is torchvision's RandomResizedCrop and RandomHorizontalFlip, which draw from the generator that all threads
+    share.
+    """
+    functional = _torchvision().transforms.functional
+    draws = torch.Generator().manual_seed(seed)
+
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=draws))
+
+    for _ in range(10):
+        area = between(0.08, 1.0) * image.width * image.height
+        ratio = math.exp(between(-math.log(4 / 3), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= image.width and 0 < h <= image.height:
+            top, left = int(between(0, image.height - h + 1)), int(between(0, image.width - w + 1))
+            break
+    else:  # of a long, narrow image, as much of its middle as the ratio allows
+        w, h = min(image.width, round(image.height * 4 / 3)), min(image.height, round(image.width * 4 / 3))
+        top, left = (image.height - h) // 2, (image.width - w) // 2
+    cut = functional.resized_crop(image, top, left, h, w, [SIDE, SIDE])
+    return functional.hflip(cut) if between(0, 1) < 0.5 else cut

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.programs import adaptive, adaptive_norms, overhead
-from benchmarks.programs import small as small_steps
 from benchmarks.programs.kept import write
 from benchmarks.results import Results, collect
 from benchmarks.store import Store
@@ -98,9 +97,10 @@ def test_what_the_documentation_shows_of_the_norms_is_of_this_study(name):
 
 def test_the_overhead_is_measured_in_pairs(monkeypatch, tmp_path):
     monkeypatch.setattr(overhead, "BLOCK", 2)
+    monkeypatch.setattr(overhead, "ROUNDS", 6)
     told = []
-    result = overhead.measure(6, lambda phase, n: told.append(n))
-    assert sum(told) == len(overhead.MAKERS)
+    result = overhead.measure(lambda phase, n: told.append(n))
+    assert sum(told) == len(overhead.MAKERS) == overhead.count()
     assert [(c.optimizer, c.every) for c in result.costs] == [
         (name, every) for name in overhead.MAKERS for every in overhead.EVERY
     ]
@@ -108,18 +108,6 @@ def test_the_overhead_is_measured_in_pairs(monkeypatch, tmp_path):
     assert len(overhead.lines(result)) == len(result.costs)
     write(result, tmp_path / "overhead.json")
     assert json.loads((tmp_path / "overhead.json").read_text(encoding="utf-8"))["default"] == overhead.DEFAULT_EVERY
-
-
-def test_small_steps_are_measured_in_pairs(monkeypatch, tmp_path):
-    monkeypatch.setattr(small_steps, "BLOCK", 2)
-    result = small_steps.measure(6, lambda phase, n: None)
-    assert [s.optimizer for s in result.steps] == list(small_steps.MAKERS)
-    assert all(s.low <= s.median <= s.high for s in result.steps)
-    assert result.steps[0].median == 1
-    assert len(small_steps.lines(result)) == len(small_steps.MAKERS)
-    write(result, tmp_path / "small.json")
-    kept = small_steps.Small.model_validate_json((DATA / "small.json").read_text(encoding="utf-8"))
-    assert [s.optimizer for s in kept.steps] == list(small_steps.MAKERS)
 
 
 def test_the_overhead_of_the_documentation_is_at_the_default_interval():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ from benchmarks.environment import here
 from benchmarks.store import PARQUET, Store
 from benchmarks.study import toml
 from benchmarks.study.estimate import estimate
+from benchmarks.study.presets import PRESETS
 from benchmarks.study.spec import Arm, Study
-from benchmarks.tasks import TASKS
+from benchmarks.tasks import TASKS, fashion
+from benchmarks.tasks.images import VARIABLE
 from tests.benchmarks.study import mini
 from tests.benchmarks.study.mini import STUDY
 from tests.benchmarks.test_store import filled
@@ -167,8 +170,10 @@ def test_other_versions_in_one_study_are_said(tmp_path):
     store.note(here(study.tasks).model_copy(update={"torch": "9.9", "normopt": "8.8"}))
     store.close()
     output = said("report", str(tmp_path / "out"))
-    assert f"torch {torch.__version__} and 9.9" in output
-    assert " and 8.8" in output
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for text in (output, page):
+        assert f"torch {torch.__version__} and 9.9" in text
+        assert " and 8.8" in text
 
 
 def test_what_the_disk_refuses_is_a_sentence_and_has_an_exit_code_of_its_own(tmp_path, monkeypatch):
@@ -248,6 +253,30 @@ def test_another_study_in_the_folder_is_refused_before_anything_runs(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert "another folder with --out" in said("run", "smoke", "--out", str(tmp_path), code=2)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_data_that_are_damaged_are_said_in_a_sentence_with_the_disks_exit_code(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    for file in fashion._FILES:
+        path = tmp_path / "FashionMNIST/raw" / f"{file}-ubyte"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"cut off")
+    output = said("run", "--task", "fashion-cnn", "--arm", "sgd", "--out", str(tmp_path / "out"), code=3)
+    assert len(output.splitlines()) == 1
+    assert "train-images-idx3-ubyte is damaged" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_there_are_as_many_workers_as_gpus_if_a_task_uses_one_and_else_as_cpus(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    study = PRESETS["smoke"]
+    task = TASKS[study.tasks[1]]
+    on_gpu = replace(task.load(), device="cuda")
+    assert cli._processes(study) == 16
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert cli._processes(study) == 16
+    monkeypatch.setattr(task, "load", lambda: on_gpu, raising=False)
+    assert cli._processes(study) == 3
 
 
 def test_the_names_of_everything_are_listed():

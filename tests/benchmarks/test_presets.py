@@ -11,7 +11,7 @@ ARMS = {(study.name, arm.name): arm for study in PRESETS.values() for arm in stu
 
 
 def test_the_studies_that_are_promised_are_there():
-    wanted = {"smoke", "quick", "standard", "full", "p-schedule", "agr", "pwd-sparsity", "norms-by-layer"}
+    wanted = {"smoke", "quick", "standard", "full", "p-schedule", "agr", "norms-by-layer"}
     assert wanted <= set(PRESETS)
     assert all(name == study.name and study.purpose for name, study in PRESETS.items())
 
@@ -63,12 +63,3 @@ def test_the_controls_of_lpsgdm_are_in_the_studies_that_speak_of_it():
             ("lpsgdm-lr-matched", None, False),
         }
         assert wanted <= optimizers, name
-
-
-def test_a_sweep_over_the_decay_keeps_the_learning_rate_of_its_twin():
-    study = PRESETS["pwd-sparsity"]
-    swept = [arm for arm in study.arms if arm.tuned_as]
-    assert all(arm.settings["decay"] == "lp" and arm.tuned_as == arm.against for arm in swept)
-    assert {arm.settings["decay_p"] for arm in swept} == {0.8, 1.0}
-    twins = [arm for arm in study.arms if not arm.tuned_as]
-    assert all("decay" not in arm.settings for arm in twins)

@@ -89,8 +89,9 @@ def test_twins_and_controls_are_found_in_the_presets():
         "LPSGDM + ℓ0.8 decay",
         "AdamW + ℓ0.8 decay",
     ]
-    sparse = PRESETS["pwd-sparsity"]
-    assert {control for _, control in names(questions.twins(sparse, questions.DECAY))} == {"LPSGDM", "Adam"}
+    sparse = names(questions.twins(PRESETS["paper-pwd"], questions.DECAY))
+    assert {control for _, control in sparse} == {"AdamW", "AdamW, lr 0.001, λ 0.01"}
+    assert len(sparse) == 7
     assert (
         questions.annealing(PRESETS["norms-by-layer"])
         == questions.twins(PRESETS["norms-by-layer"], questions.AGR)

@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import report
+from benchmarks.environment import Environment
 from benchmarks.questions import REGULARIZED
 from benchmarks.report import findings, forest, tables
 from benchmarks.report.layers import layers
@@ -24,8 +26,8 @@ from benchmarks.results import Results, collect
 from benchmarks.stats import Interval
 from benchmarks.store import Store
 from benchmarks.study.presets import PRESETS
-from benchmarks.study.spec import Arm, Study
-from tests.benchmarks.synthetic import DOWN, LR, STUDY, TRUTHS, UP, Truth, fill
+from benchmarks.study.spec import Arm, LRSchedule, Study
+from tests.benchmarks.synthetic import DOWN, ENVIRONMENT, LR, STUDY, TRUTHS, UP, Truth, fill
 
 ROOT = Path(__file__).parents[2]
 ALONE = STUDY.model_copy(update={"name": "alone", "tasks": (UP.name,)})
@@ -222,6 +224,44 @@ def test_words_follow_the_data(results, tmp_path):
     assert "AdamW against SGD: worse on toy-up" in swapped
     assert "LPSGDM against SGD: better on toy-up" in swapped
     assert "The noise floor is 0.1" in words(results)["Task toy-up"]
+
+
+def test_how_learning_rates_move_is_said_of_every_arm(results, tmp_path):
+    def said(*schedules: LRSchedule) -> str:
+        arms = [arm.model_copy(update={"lr_schedule": plan}) for arm, plan in zip(STUDY.arms, schedules, strict=False)]
+        study = STUDY.model_copy(update={"arms": (*arms, *STUDY.arms[len(arms) :])})
+        (found,) = [p for p in settings(replace(results, study=study)) if p.startswith("Learning rates")]
+        return found.replace("\u00a0", " ")
+
+    assert said() == "Learning rates: they fall to 0 along half a cosine."
+    warm, constant = LRSchedule(warmup=0.05), LRSchedule(kind="constant")
+    assert said(*[constant] * len(STUDY.arms)) == "Learning rates: they stay as they are."
+    text = said(warm, constant, warm, LRSchedule(kind="wsd", warmup=0.1, cooldown=0.25))
+    assert text == (
+        "Learning rates: they warm up over 5 % of the steps, then fall to 0 along half a cosine (SGD, LPSGDM); stay as "
+        "they are (AdamW); warm up over 10 % of the steps, then stay as they are until they fall to 0 in a straight "
+        "line over the last 25 % of the steps (LPSGDM constant p); fall to 0 along half a cosine (Lengths, LPSGDM + "
+        "AGR, LPSGDM + decay)."
+    )
+
+
+def test_autocast_and_a_batch_size_of_the_study_are_said(results):
+    changed = replace(results, study=STUDY.model_copy(update={"amp": True, "batch_size": 32}))
+    (plain,), (said,) = ([p for p in settings(r) if p.startswith("Training")] for r in (results, changed))
+    assert "bfloat16 autocast. Batches have 32 examples." in said
+    assert "bfloat16" not in plain
+    assert "Batches have" not in plain
+
+
+def test_versions_of_which_there_is_more_than_one_are_said(results):
+    def trust(*environments: Environment) -> str:
+        return words(replace(results, environments=environments))["How far to trust this"]
+
+    other = ENVIRONMENT.model_copy(update={"torch": "2.14", "normopt": "0.2"})
+    moved = ENVIRONMENT.model_copy(update={"cpus": 64})
+    assert "more than one version: torch 2.13 and 2.14; normopt 0.1 and 0.2." in trust(ENVIRONMENT, other)
+    assert "made in 2 environments" in trust(ENVIRONMENT, moved)
+    assert "environments" not in trust(ENVIRONMENT)
 
 
 def test_what_was_lost_is_named(tmp_path):

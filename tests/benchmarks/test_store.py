@@ -6,6 +6,7 @@ import json
 import math
 import threading
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -283,7 +284,7 @@ def test_the_parquet_file_can_be_asked_by_its_columns(tmp_path):
     assert [json.loads(row["settings"]) for row in rows] == [record.spec.settings for record in expected]
     assert [row["validation_loss"] for row in rows] == [record.last_loss for record in expected]
     assert [row["measures"] for row in rows] == [record.measures for record in expected]
-    assert rows[0]["curve"][0] == expected[0].curve[0].model_dump()
+    assert rows[0]["curve"][0] == asdict(expected[0].curve[0])
     schema = {field.name: str(field.type) for field in table.schema}
     assert schema["measures"].startswith("map<string, double")
     assert schema["curve"].startswith("list<element: struct<steps: int64, train_loss: double")
@@ -345,6 +346,22 @@ def test_the_lines_are_kept_until_the_parquet_file_has_been_read_back(tmp_path, 
     store.compact()
     assert files(tmp_path) == []
     assert content(Store(tmp_path)) == before
+
+
+def test_runs_are_written_and_read_some_at_a_time(tmp_path, monkeypatch):
+    pq = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(parquet, "AT_ONCE", 2)
+    path = filled(tmp_path, 5).compact()
+    assert pq.ParquetFile(path).num_row_groups == 3
+    chunks: list[int] = []
+    curves = parquet._curves
+    monkeypatch.setattr(parquet, "_curves", lambda column: (chunks.append(len(column)), curves(column))[1])
+    _, runs = parquet.read(path)
+    found = [next(runs)]
+    assert chunks == [2]
+    found += runs
+    assert chunks == [2, 2, 1]
+    assert [RunRecord.model_validate(run) for run in found] == records(5)
 
 
 def test_a_damaged_parquet_file_is_said_to_be_one(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 
 import normopt
+from benchmarks import training
 from benchmarks.optimizers import make_optimizer
 from benchmarks.store import Store
 from benchmarks.study.record import RunRecord
 from benchmarks.study.spec import LRSchedule, PSchedule, RunSpec
 from benchmarks.tasks import TASKS
-from benchmarks.training import AT_ONCE, evaluate, make_lr_schedule, run, zero_fraction
+from benchmarks.training import AT_ONCE, ahead, evaluate, make_lr_schedule, placed, run, zero_fraction
 
 DATA = Path(__file__).parents[2] / "docs/data"
 LP = {"decay": "lp", "decay_p": 0.8}
@@ -199,6 +201,7 @@ def test_the_run_id_is_a_hash_of_every_setting():
         seed=4,
         epochs=3,
         batch_size=32,
+        amp=True,
     )
     ids = {spec().run_id} | {spec(**{key: value}).run_id for key, value in changes.items()}
     assert len(ids) == len(changes) + 1
@@ -269,6 +272,77 @@ def test_agr_of_an_optimizer_and_on_hooks_are_the_same():
 
     assert loss("adamw", agr=True) == pytest.approx(loss("adamw-normopt", agr=True), rel=1e-5)
     assert loss("adamw", agr=True) != loss("adamw")
+
+
+def test_autocast_is_of_the_forward_pass_alone(monkeypatch):
+    task, seen = TASKS["digits"], {}
+
+    def watched(build=task.build):
+        model = build()
+        model[2].register_forward_hook(lambda _, inputs, output: seen.update(inside=output.dtype))
+        seen["model"] = model
+        return model
+
+    def loss(outputs, targets, of=task.loss):
+        seen["outputs"] = outputs.dtype
+        return of(outputs, targets)
+
+    monkeypatch.setattr(task, "build", watched, raising=False)
+    monkeypatch.setattr(task, "loss", loss, raising=False)
+    plain = run(spec(epochs=6))
+    assert (seen["inside"], seen["outputs"]) == (torch.float32, torch.float32)
+    half = run(spec(epochs=6, amp=True))
+    assert (seen["inside"], seen["outputs"]) == (torch.bfloat16, torch.float32)
+    assert {p.dtype for p in seen["model"].parameters()} == {torch.float32}
+    assert half.state_bytes == plain.state_bytes
+    assert half.curve != plain.curve
+    assert half.test_score == pytest.approx(plain.test_score, abs=0.03)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lpsgdm", "muon", "adamw", "adan", "lamb", "normuon", "scion"])
+def test_with_the_channels_last_convolutions_are_the_same_up_to_rounding(monkeypatch, optimizer):
+    task, seen = TASKS["digits-cnn"], []
+    few = replace(task.load(), per_epoch=128)
+    build = task.build
+
+    def watched():
+        seen.append(build())
+        return seen[-1]
+
+    monkeypatch.setattr(task, "load", lambda: few, raising=False)
+    monkeypatch.setattr(task, "build", watched, raising=False)
+    s = spec(task="digits-cnn", optimizer=optimizer, settings={"lr": 1e-4}, p_schedule=None)
+    plain = run(s)
+    monkeypatch.setattr(training, "LAST", {"cpu"})
+    last = run(s)
+    kernels = [p for p in seen[-1].parameters() if p.dim() == 4]
+    assert kernels
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    assert placed(torch.ones(2, 3, 4, 4), "cpu").is_contiguous(memory_format=torch.channels_last)
+    assert last.test_loss == pytest.approx(plain.test_loss, rel=1e-3)
+
+
+def test_items_are_made_ahead_in_their_order_and_no_more_than_asked_for():
+    made: list[int] = []
+
+    def items(n: int):
+        for i in range(n):
+            made.append(i)
+            yield i
+        raise RuntimeError("after the last")
+
+    for n in (0, 1, 3, 10):
+        made.clear()
+        found: list[int] = []
+        with pytest.raises(RuntimeError, match="after the last"):
+            found.extend(ahead(items(5), n))
+        assert found == made == [0, 1, 2, 3, 4]
+        assert list(ahead(iter("abc"), n)) == ["a", "b", "c"]
+    made.clear()
+    stopped = ahead(items(100), 3)
+    assert next(stopped) == 0
+    stopped.close()
+    assert len(made) <= 5
 
 
 def test_an_unknown_task_lists_the_near_ones():

@@ -209,6 +209,19 @@ def test_flags_change_a_file(tmp_path):
     }  # fmt: skip
 
 
+def test_autocast_is_of_the_whole_study_and_makes_other_runs(tmp_path):
+    half = flags.study("smoke", amp=True)
+    assert half.amp
+    path = tmp_path / "smoke.toml"
+    path.write_text('extends = "smoke"\namp = true\n')
+    assert read(path).amp
+    ids, others = (
+        {k for lane in lanes(study).values() for k in lane.tuning_specs()} for study in (half, PRESETS["smoke"])
+    )
+    assert ids
+    assert not ids & others
+
+
 def test_flags_change_a_preset():
     assert flags.study("smoke") is PRESETS["smoke"]
     study = flags.study("smoke", arms=["torch.optim:RMSprop alpha=0.9"])

@@ -68,12 +68,23 @@ def test_missing_files_are_named_with_the_ways_to_get_them(root):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("end", ["", ".gz"])
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"cut", lambda data: b"\1" + data[1:]])
-def test_damaged_files_are_refused(root, damage):
-    write(root / "FashionMNIST/raw", "")
-    file = root / "FashionMNIST/raw/train-labels-idx1-ubyte"
+def test_damaged_files_are_refused(root, damage, end):
+    write(root / "FashionMNIST/raw", end)
+    file = root / f"FashionMNIST/raw/train-labels-idx1-ubyte{end}"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match="labels-idx1-ubyte is damaged"):
+    with pytest.raises(OSError, match=f"labels-idx1-ubyte{end} is damaged"):
+        TASK.load()
+
+
+def test_a_packed_file_whose_middle_is_damaged_is_refused(root):
+    write(root / "FashionMNIST/raw", ".gz")
+    file = root / "FashionMNIST/raw/train-images-idx3-ubyte.gz"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 50] = bytes(50)
+    file.write_bytes(bytes(data))
+    with pytest.raises(OSError, match="is damaged"):
         TASK.load()
 
 

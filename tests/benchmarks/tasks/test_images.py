@@ -80,12 +80,59 @@ def test_cifar_is_read_from_its_own_files(tmp_path, monkeypatch, name, kind):
     assert record.curve[0].steps == 2
 
 
-def test_a_file_that_is_not_the_original_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["data_batch_1", "batches.meta"])
+def test_a_file_that_is_not_the_original_is_refused_and_one_that_is_not_there_is_named(tmp_path, monkeypatch, name):
     kind = torchvision.datasets.CIFAR10
     write_cifar(tmp_path, kind, monkeypatch)
-    (tmp_path / kind.base_folder / "data_batch_1").write_bytes(b"cut off")
-    with pytest.raises(RuntimeError, match="corrupted"):
+    file = tmp_path / kind.base_folder / name
+    file.write_bytes(b"cut off")
+    with pytest.raises(OSError, match=f"a file of CIFAR-10 in {file.parent} is damaged: unpack {kind.url}") as error:
         TASKS["cifar10-resnet18"].load()
+    assert not isinstance(error.value, FileNotFoundError)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"expected cifar-10-batches-py/ with the files .*{name}"):
+        TASKS["cifar10-resnet18"].load()
+
+
+def test_batches_drawn_ahead_by_many_threads_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SIDE", 32)
+    write_imagenet(tmp_path)
+    write_cifar(tmp_path, torchvision.datasets.CIFAR10, monkeypatch)
+    for name in ("imagenet-resnet18", "cifar10-vgg11"):
+        of = RunSpec(task=name, optimizer="sgd", settings={"lr": 0.01}, seed=1, epochs=2, batch_size=5)
+        plain = run(of)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_placed", lambda: {"ahead": 2})
+            module._cifar.cache_clear()
+            module._imagenet.cache_clear()
+            found = run(of)
+        assert found.curve == plain.curve
+        assert found.test_loss == plain.test_loss
+
+
+def test_crops_are_drawn_as_torchvision_draws_them(monkeypatch):
+    from PIL import Image
+    from scipy.stats import ks_2samp
+
+    found: list[tuple[int, ...]] = []
+    functional = torchvision.transforms.functional
+    monkeypatch.setattr(functional, "resized_crop", lambda image, *place: (found.append(place[:4]), image)[1])
+    flips: list[int] = []
+    monkeypatch.setattr(functional, "hflip", lambda image: (flips.append(1), image)[1])
+    kind = torchvision.transforms.RandomResizedCrop
+    image = Image.new("RGB", (300, 200))
+    for seed in range(1000):
+        module._cut_out(image, seed)
+    assert 420 < len(flips) < 580
+    torch.manual_seed(0)
+    theirs = [kind.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(1000)]
+    for mine, other in zip(zip(*found, strict=True), zip(*theirs, strict=True), strict=True):
+        assert ks_2samp(mine, other).pvalue > 1e-3
+    for size in ((1000, 10), (10, 1000)):
+        found.clear()
+        narrow = Image.new("RGB", size)
+        module._cut_out(narrow, 0)
+        assert found == [kind.get_params(narrow, (0.08, 1.0), (3 / 4, 4 / 3))]
 
 
 def test_augmentation_shifts_and_flips_whole_images():
@@ -155,6 +202,22 @@ def test_missing_files_are_named_with_where_they_are_expected(tmp_path, name):
     assert module.VARIABLE in words
     expected = {"cifar10-": "data_batch_5", "cifar100": "cifar-100-python/", "imagenet": "imagenet/val/"}
     assert expected[name[:8]] in words
+    sources = {"cifar10-": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz", "imagenet": "ILSVRC2012"}
+    assert sources[name[:8]] in words
+    assert "\n" not in words
+
+
+def test_folders_that_are_no_imagenet_are_refused_in_a_line(tmp_path):
+    write_imagenet(tmp_path)
+    task, val = TASKS["imagenet-resnet18"], tmp_path / "imagenet/val"
+    (val / "n01443537").rename(val / "n01440765")
+    with pytest.raises(FileNotFoundError, match="2 are in one of them alone: n01440765, n01443537"):
+        task.load()
+    for file in (val / "n01440765").iterdir():
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="in either a folder for each class with its images") as error:
+        task.load()
+    assert "\n" not in str(error.value)
 
 
 def test_without_torchvision_the_error_says_what_to_install(monkeypatch):
