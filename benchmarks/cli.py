@@ -306,6 +306,29 @@ def measure_radii(
     _say_where("For the documentation", out / "radii.json")
 
 
+@app.command("best-norm")
+@plainly
+def measure_best_norm(
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/best_norm.json"),
+    folder: Annotated[Path, typer.Option(help="Folder of the parts, from which it goes on.")] = RESULTS / "best-norm",
+    task: Annotated[list[str] | None, typer.Option(help="A task; repeatable. Instead of all.")] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="Trainings of each task.")] = 8,
+    workers: Workers = None,
+) -> None:
+    """Measure which norm's direction decreases the loss most, at checkpoints along trainings."""
+    from benchmarks.programs import best_norm
+
+    for name in task or ():
+        if name not in TASKS:
+            raise BadStudy(f"the task is one of {', '.join(TASKS)}, not {name!r}")
+    asked: dict[str, Any] = {"tasks": tuple(task)} if task else {}
+    setting = best_norm.Setting(seeds=tuple(range(1, seeds + 1)), **asked)
+    count = len(setting.tasks) * seeds
+    with dashboard(console) as watch:
+        result = best_norm.measure(folder, workers or os.cpu_count() or 1, setting, counting(watch, count))
+    _keep(result, best_norm.lines(result), out, f"{count} trainings in {result.seconds:.0f} seconds")
+
+
 @app.command("sharding")
 def measure_sharding(
     out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path("results/sharding.json"),

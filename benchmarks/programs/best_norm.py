@@ -16,17 +16,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
 import joblib
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import normopt
 from benchmarks.progress import Advance
+from benchmarks.stats import holm, interval
 from benchmarks.tasks import TASKS, Task
 from normopt.diagnostics import hessian_spectrum
 
@@ -355,3 +359,91 @@ def measure(folder: Path, workers: int, setting: Setting, advance: Advance) -> B
     checkpoints = [checkpoint for part in parts for checkpoint in part.checkpoints]
     seconds = round(time.perf_counter() - began, 1)
     return BestNorm(torch=torch.__version__, seconds=seconds, setting=setting, checkpoints=checkpoints)
+
+
+def best_inverse(checkpoint: Checkpoint, gradient: str, adaptive: bool, by: str = "best") -> float:
+    """Return 1/p of the ℓp norm with the largest decrease, 0 for ℓ∞."""
+    rows = {
+        row.norm: getattr(row, by) for row in checkpoint.found if (row.gradient, row.adaptive) == (gradient, adaptive)
+    }
+    decreases = [rows.get(name, 0.0) for name in NORMS[: len(PS)]]
+    return 1 / PS[max(range(len(PS)), key=lambda i: decreases[i])]
+
+
+def ratio(checkpoint: Checkpoint, norm: str, gradient: str, adaptive: bool, by: str = "best") -> float:
+    """Return the log₂ of a norm's decrease relative to ℓ2's in the same coordinates; NaN where one of them is 0."""
+    rows = {
+        row.norm: getattr(row, by) for row in checkpoint.found if (row.gradient, row.adaptive) == (gradient, adaptive)
+    }
+    mine, two = rows.get(norm, 0.0), rows.get("ℓ2", 0.0)
+    return math.log2(mine / two) if mine > 0 and two > 0 else math.nan
+
+
+class Change(BaseModel):
+    """How the best 1/p changes from the first checkpoint to the last of a training, over seeds, with 95 % intervals.
+
+    Attributes:
+        first, last: 1/p of the best ℓp norm: mean, low, high.
+        p_value: of the paired sign-flip test of a change, Holm-corrected over all that are listed together.
+        correlation: Spearman's, of the best 1/p with the log of the anisotropy over the checkpoints of a training;
+            the mean over seeds, low, high. The claim that anisotropy calls for a large p is a negative one.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str
+    gradient: str
+    adaptive: bool
+    first: tuple[float, float, float]
+    last: tuple[float, float, float]
+    p_value: float
+    correlation: tuple[float, float, float]
+
+
+def changes(result: BestNorm) -> list[Change]:
+    """Return the changes of every task, gradient and coordinates."""
+    by_seed: dict[tuple[str, int], list[Checkpoint]] = {}
+    for checkpoint in result.checkpoints:
+        by_seed.setdefault((checkpoint.task, checkpoint.seed), []).append(checkpoint)
+    found, p_values = [], []
+    for task, gradient, adaptive in product(result.setting.tasks, ("batch", "large"), (False, True)):
+        trainings = [sorted(cs, key=lambda c: c.time) for (name, _), cs in by_seed.items() if name == task]
+        best = [[best_inverse(c, gradient, adaptive) for c in cs] for cs in trainings]
+        rho = [
+            float(stats.spearmanr(row, [math.log(c.anisotropy) for c in cs]).statistic) if len(set(row)) > 1 else 0.0
+            for row, cs in zip(best, trainings, strict=True)
+        ]
+        first, last = [row[0] for row in best], [row[-1] for row in best]
+        p_values.append(_sign_flips([b - a for a, b in zip(first, last, strict=True)]))
+        means = {"first": first, "last": last, "correlation": rho}
+        intervals = {name: _three(values) for name, values in means.items()}
+        found.append(Change(task=task, gradient=gradient, adaptive=adaptive, p_value=1.0, **intervals))
+    adjusted = holm(p_values)
+    return [change.model_copy(update={"p_value": p}) for change, p in zip(found, adjusted, strict=True)]
+
+
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
+    x = interval(values)
+    return x.mean, x.low, x.high
+
+
+def _sign_flips(differences: Sequence[float]) -> float:
+    """Return the P-value of the exact two-sided sign-flip test that the mean is 0."""
+    d = np.asarray(differences)
+    if not d.any():
+        return 1.0
+    signs = np.array(list(product((-1, 1), repeat=len(d))))
+    return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-12).mean())
+
+
+def lines(result: BestNorm) -> list[str]:
+    """Return a line for each task, gradient and coordinates."""
+
+    def told(x: tuple[float, float, float]) -> str:
+        return f"{x[0]:.2f} ({x[1]:.2f} to {x[2]:.2f})"
+
+    return [
+        f"{c.task}, {c.gradient} gradient{', adaptive' if c.adaptive else ''}: best 1/p {told(c.first)} at first, "
+        f"{told(c.last)} at last, p = {c.p_value:.2g}; rank correlation with the anisotropy {told(c.correlation)}"
+        for c in changes(result)
+    ]
