@@ -42,6 +42,7 @@ EPS = 1e-8
 GRID = tuple(2.0**e for e in range(-16, 3))
 FINER = tuple(2.0**e for e in (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75))
 Loss = Callable[[], float]
+Kind = Literal["batch", "large"]
 
 
 class Setting(BaseModel):
@@ -78,7 +79,7 @@ class Decrease(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    gradient: Literal["batch", "large"]
+    gradient: Kind
     norm: str
     adaptive: bool
     best: float
@@ -155,18 +156,21 @@ def _spectral(x: Tensor) -> Tensor:
     if x.dim() < 2:
         return _unit(x)
     u, _, vt = torch.linalg.svd(x.flatten(1).double(), full_matrices=False)
-    return (u @ vt).to(x.dtype).view_as(x)
+    found: Tensor = (u @ vt).to(x.dtype).view_as(x)
+    return found
 
 
 def _rows(x: Tensor) -> Tensor:
     if x.dim() < 2:
         return _unit(x)
     rows = x.flatten(1)
-    return (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)).view_as(x)
+    found: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    return found.view_as(x)
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / x.norm().clamp(min=1e-30)
+    found: Tensor = x / x.norm().clamp(min=1e-30)
+    return found
 
 
 class Line:
@@ -230,7 +234,8 @@ def watch(task_name: str, seed: int, setting: Setting) -> list[Checkpoint]:
             length = float((new - old).norm() / old.norm())
             roots = _roots(optimizer)
             model.eval()
-            gradients = [("large", large), *(("batch", batch(task.batch_size)) for _ in range(setting.batches))]
+            gradients: list[tuple[Kind, tuple[Tensor, Tensor]]] = [("large", large)]
+            gradients += [("batch", batch(task.batch_size)) for _ in range(setting.batches)]
             each = [row for kind, data in gradients for row in _try(task, model, kind, data, held, roots, length)]
             found.append(
                 Checkpoint(
@@ -264,7 +269,7 @@ def _roots(optimizer: normopt.AdamW) -> list[Tensor]:
 def _try(
     task: Task,
     model: nn.Module,
-    kind: Literal["batch", "large"],
+    kind: Kind,
     data: tuple[Tensor, Tensor],
     held: tuple[Tensor, Tensor],
     roots: Sequence[Tensor],
@@ -359,6 +364,11 @@ def measure(folder: Path, workers: int, setting: Setting, advance: Advance) -> B
     checkpoints = [checkpoint for part in parts for checkpoint in part.checkpoints]
     seconds = round(time.perf_counter() - began, 1)
     return BestNorm(torch=torch.__version__, seconds=seconds, setting=setting, checkpoints=checkpoints)
+
+
+def _of(checkpoint: Checkpoint, gradient: str, adaptive: bool, by: str) -> dict[str, float]:
+    these = (row for row in checkpoint.found if (row.gradient, row.adaptive) == (gradient, adaptive))
+    return {row.norm: getattr(row, by) for row in these}
 
 
 def best_inverse(checkpoint: Checkpoint, gradient: str, adaptive: bool, by: str = "best") -> float:
