@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all conformance fuzz generate lint types docs docs-serve clean
+.PHONY: help demo test test-all conformance trainers fuzz generate lint types docs docs-serve clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -32,6 +32,9 @@ test-all: $(READY) ## Run every case of every test
 
 conformance: $(READY) ## Ask PyTorch's questions of every optimizer; writes docs/conformance.md
 	$(BIN)/python -m pytest tests/conformance -n 2 --all --conformance-table docs/conformance.md
+
+trainers: $(READY) ## Train every kind of optimizer in every trainer; writes docs/data/trainers.json
+	$(BIN)/python -m pytest tests/frameworks -n 0 --all --trainers-table docs/data/trainers.json
 
 fuzz: $(READY) ## The nightly fuzz tests: 5,000 random lives of an optimizer, and of its memory
 	NORMOPT_FUZZ=5000 $(BIN)/python -m pytest tests/test_fuzz.py tests/kernels/test_memory.py::TestHandled

@@ -10,7 +10,7 @@ Nothing imports upward, and normopt imports nothing from here.
 
 from importlib.util import find_spec
 
-REQUIRED = ("joblib", "optuna", "plotly", "pyarrow", "pydantic", "rich", "scipy", "sklearn", "typer")
+REQUIRED = ("jinja2", "joblib", "optuna", "pyarrow", "pydantic", "rich", "scipy", "sklearn", "typer")
 
 
 def require() -> None:

@@ -20,13 +20,13 @@ from rich.text import Text
 
 from benchmarks import doctor as doctors
 from benchmarks import listing, report
+from benchmarks.environment import mixed
 from benchmarks.programs import adaptive, adaptive_norms, kept, radii, regularity, sparsity, transfer
 from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
-from benchmarks.report.words import findings
 from benchmarks.results import Results, collect
 from benchmarks.store import PARQUET, Store, UnfitStore
-from benchmarks.study import flags, journal, toml
+from benchmarks.study import flags, journal
 from benchmarks.study.clusters import NoCluster, connect
 from benchmarks.study.estimate import estimate
 from benchmarks.study.execute import execute
@@ -42,9 +42,13 @@ console, errors = Console(highlight=False), Console(stderr=True, highlight=False
 RESULTS = Path("results")
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes, one thread each. Default: one a CPU.")]
 Cluster = Annotated[str | None, typer.Option(help="dask://HOST:PORT: run on the workers of that Dask scheduler.")]
+Timeout = Annotated[
+    float | None, typer.Option(min=0.1, help="Seconds that a run may take; one that takes longer is a failure.")
+]
 Folder = Annotated[Path, typer.Argument(help="Folder of a study's results.")]
 
 FAILED = 1  # the exit code of a study some of whose runs failed
+DISK = 3  # of one that could not read or write: a full disk, a folder that is not to be written to, a damaged file
 INTERRUPTED = 130
 
 
@@ -55,9 +59,11 @@ def plainly(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (BadStudy, UnfitStore, NoCluster, FileNotFoundError, ModuleNotFoundError, PermissionError) as error:
+        except (BadStudy, UnfitStore, NoCluster, ModuleNotFoundError, OSError) as error:
+            # A file that is not there is what was given; the others are what the disk or the system refuses.
+            code = DISK if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else 2
             errors.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(code) from None
 
     return wrapped
 
@@ -72,6 +78,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: results/NAME.")] = None,
     workers: Workers = None,
     cluster: Cluster = None,
+    timeout: Timeout = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say how many runs there are and about how long they take; run nothing.")
     ] = False,
@@ -82,7 +89,7 @@ def run(
             "--arm",
             "--optimizer",
             help='An optimizer and its settings, "lpsgdm p=8 agr=true lr=1e-3..1", or one of your own, '
-            "my_module:MyOptimizer; repeatable. Beside the preset's.",
+            'my_module:MyOptimizer; repeatable. Beside the preset\'s. A name with blanks: name="no decay".',
         ),
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Settings that tuning tries for each arm.")] = None,
@@ -90,28 +97,25 @@ def run(
     budget: Annotated[
         float | None, typer.Option(min=0.001, help="What the epochs of every task are multiplied by.")
     ] = None,
+    baseline: Annotated[str | None, typer.Option(help="The name of the arm that the others are compared with.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Of every task, instead of each task's own.")] = None,
+    tuning_seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each setting that tuning tries.")] = None,
 ) -> None:
     """Run a study and write its report. Killed and started again, it goes on where it was."""
-    changes = (task or (), arm or (), trials, seeds, budget)
-    if what is not None and what.endswith(".toml"):
-        if any(changes):
-            raise BadStudy("flags change a preset, not a file: write what you want in the file")
-        study = toml.read(Path(what))
-    else:
-        study = flags.study(what, *changes)
+    study = flags.study(what, task or (), arm or (), trials, seeds, budget, baseline, batch_size, tuning_seeds)
     folder = out or RESULTS / study.name
     if dry_run:
         rehearse(study)
         listing.estimated(console, estimate(study, _open(folder)), workers or os.cpu_count() or 1)
         return
-    _run(study, folder, workers, cluster)
+    _run(study, folder, workers, cluster, timeout)
 
 
 @app.command()
 @plainly
-def resume(folder: Folder, workers: Workers = None, cluster: Cluster = None) -> None:
+def resume(folder: Folder, workers: Workers = None, cluster: Cluster = None, timeout: Timeout = None) -> None:
     """Go on with a study that was stopped or killed."""
-    _run(_study(_open(folder)), folder, workers, cluster)
+    _run(_study(_open(folder)), folder, workers, cluster, timeout)
 
 
 @app.command("list")
@@ -131,7 +135,7 @@ def list_(
 def again(
     folder: Annotated[Path, typer.Argument(help="Folder of a study's results, or a Parquet file of runs.")],
     page: Annotated[
-        Path | None, typer.Option(help="Write a page of the docs, Markdown with figures, instead of the report.")
+        Path | None, typer.Option(help="Write a page of the docs, Markdown, instead of the report.")
     ] = None,
 ) -> None:
     """Make the report again from stored results, of an unfinished study too."""
@@ -139,9 +143,7 @@ def again(
     if page is None:
         _report(store, store.folder)
         return
-    from benchmarks.report import docs  # matplotlib, which no other command needs
-
-    _say_where("The page", docs.write(collect(store), page))
+    _say_where("The page", report.write_page(collect(store), page))
 
 
 @app.command()
@@ -149,11 +151,30 @@ def again(
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders of results, or Parquet files of runs: two or more.")],
     out: Annotated[Path, typer.Option(help="Folder of the comparison.")] = RESULTS / "compared",
+    rename: Annotated[
+        list[str] | None, typer.Option(help="OLD=NEW: an arm's name, wherever a study has it; repeatable.")
+    ] = None,
 ) -> None:
     """Hold studies side by side, where their tasks and arms have the same names."""
     if len(folders) < 2:
         raise UnfitStore("a comparison needs two folders or more")
-    _say_where("The comparison", report.compare([collect(_open(folder)) for folder in folders], out))
+    stores = [_open(folder) for folder in folders]
+    names = dict(_renaming(text, {arm.name for store in stores for arm in _study(store).arms}) for text in rename or ())
+    for store in stores:
+        store.rename(names)
+    _say_where("The comparison", report.compare([collect(store) for store in stores], out))
+
+
+def _renaming(text: str, arms: set[str]) -> tuple[str, str]:
+    """OLD and NEW, both of which may hold an equals sign."""
+    parts = text.split("=")
+    for i in range(1, len(parts)):
+        old, new = "=".join(parts[:i]), "=".join(parts[i:])
+        if old in arms and new:
+            return old, new
+    raise BadStudy(
+        f"--rename is OLD=NEW, of which no study has an arm OLD in {text!r} (arms: {', '.join(sorted(arms))})"
+    )
 
 
 @app.command()
@@ -267,7 +288,7 @@ def measure_adaptive_p(
     workers: Workers = None,
 ) -> None:
     """Run the study of adaptive p, and keep of it what the documentation shows."""
-    _run(PRESETS[adaptive.STUDY], folder, workers, None)
+    _run(PRESETS[adaptive.STUDY], folder, workers)
     kept.write(adaptive.condensed(collect(_open(folder))), out)
     _say_where("For the documentation", out)
 
@@ -280,7 +301,7 @@ def measure_adaptive_norms(
 ) -> None:
     """Run the two studies of ℓp directions in adaptive coordinates, and keep of them what the documentation shows."""
     for study in adaptive_norms.STUDIES:
-        _run(PRESETS[study], out / study, workers, None)
+        _run(PRESETS[study], out / study, workers)
         kept.write(adaptive_norms.condensed(collect(_open(out / study))), out / f"{study.replace('-', '_')}.json")
     _say_where("For the documentation", out)
 
@@ -294,7 +315,7 @@ def measure_radii(
     """Measure which radius and ratio of learning rates Muon's presets need, and hold them against AdamW."""
 
     def made(study: Study) -> Results:
-        _run(study, out / study.name, workers, None)
+        _run(study, out / study.name, workers)
         return collect(_open(out / study.name))
 
     grids = {(length, task): made(radii.grid(length, task)) for length, task in radii.CELLS}
@@ -375,7 +396,9 @@ def _keep(result: BaseModel, lines: list[str], out: Path, what: str = "The resul
     _say_where(what, out)
 
 
-def _run(study: Study, folder: Path, processes: int | None, cluster: str | None) -> None:
+def _run(
+    study: Study, folder: Path, processes: int | None, cluster: str | None = None, timeout: float | None = None
+) -> None:
     store = _open(folder)
     rehearse(study)
     if cluster is None:
@@ -384,7 +407,7 @@ def _run(study: Study, folder: Path, processes: int | None, cluster: str | None)
     workers = connect(cluster, processes or os.cpu_count() or 1)
     try:
         with stopping() as stop, dashboard(console) as watch:
-            execute(study, store, workers, watch, stop=stop)
+            execute(study, store, workers, watch, stop=stop, timeout=timeout)
     except KeyboardInterrupt:
         errors.print(f"Stopped with {len(store.runs)} runs stored; `python -m benchmarks resume {folder}` goes on.")
         raise typer.Exit(INTERRUPTED) from None
@@ -424,8 +447,12 @@ def _open(path: Path) -> Store:
         warnings.simplefilter("always")
         store = Store.from_parquet(path) if path.suffix == Path(PARQUET).suffix else Store(path)
     for warning in caught:
-        errors.print(Text.assemble(("Warning: ", "yellow"), str(warning.message)), soft_wrap=True)
+        _warn(str(warning.message))
     return store
+
+
+def _warn(text: str) -> None:
+    errors.print(Text.assemble(("Warning: ", "yellow"), text), soft_wrap=True)
 
 
 def _study(store: Store) -> Study:
@@ -441,13 +468,15 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _report(store: Store, folder: Path) -> None:
+    for versions in mixed(store.environments):
+        _warn(f"the runs of {folder} were made with more than one version: {versions}")
     results = collect(store)
     path = report.write(results, folder)
     console.print()
     _say(f"Study {results.study.name}", results.study.purpose)
     for table in terminal(results, console.width):
         console.print(table)
-    for finding in findings(results):
+    for finding in report.findings(results):
         console.print()
         _say(finding.title, finding.text)
     console.print()

@@ -19,7 +19,7 @@ class LengthOfLPSGDM(Optimizer):
     ::
 
         m ← μm + (1−μ)g  (first m = 0)
-        w ← w − η_t·m,   η_t = η·RMS(u)/RMS(m),   u = sign(m)·|m|^(1/(p−1))          for each tensor; 0 where m = 0
+        w ← (1 − ηλ)w − η_t·m,   η_t = η·RMS(u)/RMS(m) for each tensor, 0 where m = 0,   u = sign(m)·|m|^(1/(p−1))
 
     u is the step that LPSGDM with ε = 0 would take from here. Annealing p makes LPSGDM's step change by orders of
     magnitude, which is a learning-rate schedule: what is better than SGD in this control is due to that schedule, and
@@ -30,6 +30,7 @@ class LengthOfLPSGDM(Optimizer):
         lr: η.
         p: 1 < p ≤ ∞, which a schedule of p may set. Default 8, as LPSGDM's.
         momentum: μ. Default 0.9, as LPSGDM's.
+        weight_decay: λ. Default 0.
 
     State: one buffer per parameter.
 
@@ -37,11 +38,14 @@ class LengthOfLPSGDM(Optimizer):
         TypeError, ValueError: a setting that is no number, or out of range.
     """
 
-    def __init__(self, params: ParamsT, lr: float = 1e-2, p: float = 8.0, momentum: float = 0.9) -> None:
+    def __init__(
+        self, params: ParamsT, lr: float = 1e-2, p: float = 8.0, momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
         check_number("lr", lr, low=0, open_high=True)
         check_number("p", p, low=1, open_low=True)
         check_number("momentum", momentum, low=0, high=1, open_high=True)
-        super().__init__(params, dict(lr=lr, p=p, momentum=momentum))
+        check_number("weight_decay", weight_decay, low=0)
+        super().__init__(params, dict(lr=lr, p=p, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -65,4 +69,5 @@ class LengthOfLPSGDM(Optimizer):
         # In units of the largest entry, so that no square underflows.
         share = size / longest
         ratio = share.pow(1 / (group["p"] - 1)).mul_(m != 0).norm() / share.norm() * longest.pow(1 / (group["p"] - 1))
+        w.mul_(1 - group["lr"] * group["weight_decay"])
         w.addcmul_(torch.where(longest == 0, 0, ratio / longest), m, value=-group["lr"])

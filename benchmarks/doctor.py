@@ -13,7 +13,7 @@ from benchmarks.environment import here
 from benchmarks.study.clusters import Dask, NoCluster
 from benchmarks.tasks import TASKS
 
-PACKAGES = ("torch", "normopt", "numpy", "scikit-learn", "scipy", "optuna", "pyarrow", "joblib", "plotly", "pydantic")
+PACKAGES = ("torch", "normopt", "numpy", "scikit-learn", "scipy", "optuna", "pyarrow", "joblib", "jinja2", "pydantic")
 ROOM = 200e6  # bytes; a large study's results are some tens of megabytes
 
 

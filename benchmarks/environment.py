@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.util
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import version
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import numpy
@@ -15,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 import normopt
+from benchmarks.study.spec import Study
 from benchmarks.tasks import TASKS
 
 
@@ -26,6 +31,7 @@ class Environment(BaseModel):
         system, cpus: the machine.
         commit: of normopt's repository, with a plus sign where files differ from it; None outside one.
         data: a task → the sha256 of its data, for tasks whose data another machine may have in another version.
+        code: an optimizer that is the user's own → the sha256 of its module and of those that it imports beside it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -39,11 +45,15 @@ class Environment(BaseModel):
     sklearn: str
     commit: str | None = None
     data: dict[str, str] = {}
+    code: dict[str, str] = {}
 
 
 @cache
-def here(tasks: tuple[str, ...]) -> Environment:
-    """Where this process runs, and the data that these tasks find there; looked up once a process."""
+def here(tasks: tuple[str, ...], optimizers: tuple[str, ...] = ()) -> Environment:
+    """Return this process's environment, with fingerprints of the tasks' data and of the code of user optimizers.
+
+    It is computed once a process.
+    """
     return Environment(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
@@ -54,7 +64,39 @@ def here(tasks: tuple[str, ...]) -> Environment:
         sklearn=version("scikit-learn"),
         commit=_commit(),
         data=_fingerprints(tasks),
+        code={name: _code(name.partition(":")[0]) for name in optimizers},
     )
+
+
+def own_optimizers(study: Study) -> tuple[str, ...]:
+    """The optimizers of a study that are the user's own: MODULE:CLASS."""
+    return tuple(dict.fromkeys(arm.optimizer for arm in study.arms if ":" in arm.optimizer))
+
+
+def mixed(environments: Sequence[Environment]) -> list[str]:
+    """In which versions of what computes them the runs of a study differ: "torch 2.12 and 2.13" …"""
+    found = {
+        name: list(dict.fromkeys(str(getattr(environment, name)) for environment in environments))
+        for name in ("torch", "normopt", "commit", "numpy", "python")
+    }
+    return [f"{name} {' and '.join(versions)}" for name, versions in found.items() if len(versions) > 1]
+
+
+def _code(module: str) -> str:
+    """The sha256 of a module's source; where it is installed, of the one file, else with all that it imports nearby."""
+    top, spec = importlib.util.find_spec(module.partition(".")[0]), importlib.util.find_spec(module)
+    if top is None or spec is None or spec.origin is None or not os.path.exists(spec.origin):
+        return ""  # built in
+    files = {spec.origin}
+    if not {"site-packages", "dist-packages"} & set(Path(spec.origin).parts):
+        inside = top.submodule_search_locations
+        root = Path(next(iter(inside))).parent if inside else Path(spec.origin).parent
+        # normopt has its version, and is said to be another, not refused.
+        finder = ModuleFinder([str(root)], excludes=["benchmarks", "normopt"])
+        with contextlib.suppress(ImportError, SyntaxError):
+            finder.import_hook(module)
+        files |= {file for found in finder.modules.values() if (file := getattr(found, "__file__", None))}
+    return hashlib.sha256(b"\0".join(sorted(Path(file).read_bytes() for file in files))).hexdigest()
 
 
 def _fingerprints(tasks: Iterable[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from normopt.groups.presets import PRESETS as LAYER_PRESETS
 from normopt.schedules import AdaptiveP, CosineP, LinearP, PSchedule
 
 # What every optimizer takes: those that have them not, from normopt's add-ons.
-REGULARIZERS = ("agr", "decay", "decay_p", "weight_decay", "decay_step")
+REGULARIZERS = ("agr", "decay", "decay_p", "weight_decay", "decay_step", "prune")
 _OF_PRESETS = ("ratio", "qkv_blocks")
 
 
@@ -62,15 +62,17 @@ class Entry:
         return frozenset((own | set(REGULARIZERS)) - set(self.fixed))
 
 
-_ZOO = {
+# Of the stored runs, which were made before normopt's defaults were the paper's.
+_POWER: dict[str, Any] = {"p": 8.0, "eps": 0.0}
+_ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("ℓ2, heavy-ball momentum 0.9", {"momentum": 0.9}),
     "normalizedsgd": ("the gradient's momentum 0.9 at ℓ2 length 1 in every tensor", {"momentum": 0.9}),
     "signsgd": ("the sign of the gradient, no momentum", {}),
     "signum": ("the sign of the averaged momentum 0.9", {}),
     "lion": ("the sign of a momentum that is read at 0.9 and stored at 0.99", {}),
     "powerstep": ("the power 0.1 of the summed momentum 0.9: the power map at p = 11", {}),
-    "lpsgd": ("the power map of the gradient, p = 8 unless a schedule moves it", {}),
-    "lpsgdm": ("the power map of the averaged momentum 0.9, p = 8 unless a schedule moves it", {}),
+    "lpsgd": ("the power map of the gradient, p = 8 unless a schedule moves it", _POWER),
+    "lpsgdm": ("the power map of the averaged momentum 0.9, p = 8 unless a schedule moves it", _POWER),
     "spectralsgd": ("the momentum 0.9 with all singular values their sum, in every matrix", {"momentum": 0.9}),
     "nucgd": ("the leading singular pair of the momentum", {}),
     "freon": ("the momentum with its singular values raised to a power", {}),
@@ -182,6 +184,8 @@ def make_optimizer(spec: RunSpec, model: nn.Module, task: Task) -> tuple[Optimiz
     - ``decay_step`` is ηλ, the decay of one step at the peak of the learning rate: λ = decay_step/η. Learning rates
       differ by factors of a thousand between optimizers, so that one λ for all would erase one's weights and leave
       another's alone.
+    - ``prune`` is the share of the weights that gradual magnitude pruning sets to zero; it belongs to training
+      (`prune`), not to the optimizer.
     - ``beta1`` and ``beta2`` are the ``betas`` of Adam and its kin.
 
     AGR and ℓp decay are normopt's add-ons where the optimizer is not normopt's own; ``weight_decay`` then is the
@@ -192,13 +196,48 @@ def make_optimizer(spec: RunSpec, model: nn.Module, task: Task) -> tuple[Optimiz
     """
     check(spec.optimizer, spec.settings)
     entry = find(spec.optimizer)
-    settings = {**entry.defaults, **{k: math.inf if v == "inf" else v for k, v in spec.settings.items()}}
+    given = {k: math.inf if v == "inf" else v for k, v in spec.settings.items() if k != "prune"}
+    settings = {**entry.defaults, **given}
+    if "eps" not in given and (settings.get("scale", "power") != "power" or settings.get("p") == 2):
+        settings.pop("eps", None)  # there it does nothing, and is refused
     if "decay_step" in settings:
         if "weight_decay" in spec.settings:
             raise ValueError("decay_step is weight_decay times lr: set one of the two")
         settings["weight_decay"] = settings.pop("decay_step") / settings["lr"]
     optimizer = _ours(entry, settings, model, task) if entry.ours else _theirs(entry, settings, model)
     return optimizer, _schedule(spec, optimizer)
+
+
+class _Pruning:
+    """A hook after each step that keeps a rising share of the weights, those of the smallest |w|, at exactly zero.
+
+    The share rises as 1 − (1 − t)³ (arXiv:1710.01878) over the first three quarters of the steps; it is over all
+    tensors of two dims or more together, and what is pruned stays so.
+    """
+
+    EVERY = 20  # steps
+
+    def __init__(self, model: nn.Module, share: float, steps: int) -> None:
+        self.model, self.share = model, share
+        self.step, self.ramp = 0, max(1, round(0.75 * steps))
+        self.weights = [p for p in model.parameters() if p.dim() >= 2]
+        self.kept: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, *_: object) -> None:
+        self.step += 1
+        if self.kept:
+            for weight, kept in zip(self.weights, self.kept, strict=True):
+                weight.mul_(kept)
+        if self.step <= self.ramp and (self.step % self.EVERY == 0 or self.step == self.ramp):
+            normopt.sparsity.prune_(self.model, fraction=self.share * (1 - (1 - self.step / self.ramp) ** 3))
+            self.kept = [weight != 0 for weight in self.weights]
+
+
+def prune(spec: RunSpec, optimizer: Optimizer, model: nn.Module, steps: int) -> None:
+    """Attach gradual magnitude pruning to an optimizer if the run's settings have a share to ``prune``."""
+    if "prune" in spec.settings:
+        optimizer.register_step_post_hook(_Pruning(model, float(spec.settings["prune"] or 0), steps))
 
 
 def _ours(entry: Entry, settings: dict[str, Any], model: nn.Module, task: Task) -> Optimizer:

@@ -1,21 +1,14 @@
 """Runs as one Parquet file: a row a run, with columns that pandas, polars or DuckDB can ask about.
 
-| column | type |
-|---|---|
-| id, task, optimizer | string |
-| settings, p_schedule | string: JSON |
-| seed, epochs, batch_size, state_bytes | int64 |
-| diverged | bool |
-| validation_loss, test_loss, test_score, ms_per_step, seconds | double |
-| measures | map of string to double |
-| curve | list of structs: steps, train_loss, validation_loss, score, p |
-
-What belongs to the study and not to a run (its settings, environments, trials, failures) is JSON in the file's metadata
-under the key "normopt".
+The columns are the fields of `RunRecord` and `RunSpec` by their names, and validation_loss: text, numbers and truth
+values as such, ``measures`` as a map, ``curve`` as a list of structs, and settings and schedules as JSON. A field that
+a file is older than has its default. What belongs to the study and not to a run (its settings, environments, trials,
+failures) is JSON in the file's metadata under the key "normopt". Pages and metadata have checksums.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -24,88 +17,92 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
-from benchmarks.study.record import RunRecord
+from benchmarks.study.record import Point, RunRecord
+from benchmarks.study.spec import RunSpec
 
-KEY = b"normopt"
+KEY, SUM = b"normopt", b"normopt-sha256"
 KINDS = {"environments": "environment", "trials": "trial", "failures": "failure"}
 
-_POINT = pa.struct(
-    [
-        ("steps", pa.int64()),
-        ("train_loss", pa.float64()),
-        ("validation_loss", pa.float64()),
-        ("score", pa.float64()),
-        ("p", pa.float64()),
-    ]
-)
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("task", pa.string()),
-        ("optimizer", pa.string()),
-        ("settings", pa.string()),
-        ("p_schedule", pa.string()),
-        ("seed", pa.int64()),
-        ("epochs", pa.int64()),
-        ("batch_size", pa.int64()),
-        ("diverged", pa.bool_()),
-        ("validation_loss", pa.float64()),
-        ("test_loss", pa.float64()),
-        ("test_score", pa.float64()),
-        ("measures", pa.map_(pa.string(), pa.float64())),
-        ("state_bytes", pa.int64()),
-        ("ms_per_step", pa.float64()),
-        ("seconds", pa.float64()),
-        ("curve", pa.list_(_POINT)),
-    ]
-)
+_PLAIN: dict[Any, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int64(),
+    bool: pa.bool_(),
+    float: pa.float64(),
+    float | None: pa.float64(),
+}
 
 
-class Unreadable(ValueError):
-    """A file that is no store of runs."""
+def _types(model: type[BaseModel]) -> dict[str, pa.DataType]:
+    """The fields that columns hold as they are."""
+    return {name: _PLAIN[kind] for name, field in model.model_fields.items() if (kind := field.annotation) in _PLAIN}
+
+
+_AS_IT_IS = _types(RunSpec)
+_COLUMNS = {
+    **_types(RunRecord),
+    **dict.fromkeys(RunSpec.model_fields, pa.string()),
+    **_AS_IT_IS,
+    "validation_loss": pa.float64(),
+    "measures": pa.map_(pa.string(), pa.float64()),
+    "curve": pa.list_(pa.struct(_types(Point).items())),
+}
+_NEEDED = {n for model in (RunRecord, RunSpec) for n, f in model.model_fields.items() if f.is_required()} - {"spec"}
+
+
+class NoRuns(ValueError):
+    """A Parquet file that holds no runs."""
 
 
 def write(file: IO[bytes], records: Iterable[RunRecord], others: dict[str, Any]) -> None:
     """Write runs, and what belongs to their study: under "study", "environments", "trials" and "failures"."""
-    table = pa.Table.from_pylist([_row(record) for record in records], schema=_SCHEMA)
-    pq.write_table(table.replace_schema_metadata({KEY: json.dumps(others)}), file, compression="zstd")
+    table = pa.Table.from_pylist([_row(record) for record in records], schema=pa.schema(_COLUMNS.items()))
+    text = json.dumps(others)
+    table = table.replace_schema_metadata({KEY: text, SUM: _sum(text.encode())})
+    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """What the file holds, as the lines of a store would have it.
 
     Raises:
-        Unreadable: the file is none that `write` wrote.
+        NoRuns: it is no file that `write` wrote.
+        OSError: it cannot be read, or is damaged.
     """
     try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise Unreadable(f"this is no Parquet file: {error}") from None
+        table = pq.read_table(path, page_checksum_verification=True)
+        rows = table.to_pylist(maps_as_pydicts="strict")
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise OSError(f"this is no Parquet file, or a damaged one: {str(error).splitlines()[0]}") from None
     metadata = table.schema.metadata or {}
-    if KEY not in metadata or set(_SCHEMA.names) - set(table.schema.names):
-        raise Unreadable("this Parquet file holds no runs: it is none that `python -m benchmarks` wrote")
+    if KEY not in metadata or _NEEDED - set(table.schema.names):
+        raise NoRuns("this Parquet file holds no runs: it is none that `python -m benchmarks` wrote")
+    if metadata.get(SUM, b"") not in (b"", _sum(metadata[KEY])):
+        raise OSError("this Parquet file is damaged: the checksum of what it says of the study is another")
     others = json.loads(metadata[KEY])
     if others["study"] is not None:
         yield {"study": others["study"]}
     for plural, kind in KINDS.items():
         yield from ({kind: content} for content in others[plural])
-    yield from ({"run": _record(row)} for row in table.to_pylist(maps_as_pydicts="strict"))
+    yield from ({"run": _record(row)} for row in rows)
+
+
+def _sum(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
 
 
 def _row(record: RunRecord) -> dict[str, Any]:
-    row = record.model_dump(exclude={"spec"}) | record.spec.model_dump()
-    row["settings"] = json.dumps(row["settings"])
-    row["p_schedule"] = None if row["p_schedule"] is None else json.dumps(row["p_schedule"])
+    spec = record.spec.model_dump()
+    told = {name: value if name in _AS_IT_IS or value is None else json.dumps(value) for name, value in spec.items()}
     # Derived, for people: a curve is awkward to ask.
-    row["validation_loss"] = None if math.isinf(record.last_loss) else record.last_loss
-    return row
+    loss = None if math.isinf(record.last_loss) else record.last_loss
+    return record.model_dump(exclude={"spec"}) | told | {"validation_loss": loss}
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
-    spec = {name: row.pop(name) for name in ("task", "optimizer", "seed", "epochs", "batch_size")}
-    schedule = row.pop("p_schedule")
-    spec["settings"] = json.loads(row.pop("settings"))
-    spec["p_schedule"] = None if schedule is None else json.loads(schedule)
     del row["validation_loss"]
-    return row | {"spec": spec}
+    spec = {name: row.pop(name) for name in RunSpec.model_fields if name in row}
+    return row | {"spec": {n: v if n in _AS_IT_IS or v is None else json.loads(v) for n, v in spec.items()}}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from benchmarks.study.pace import Status
@@ -25,11 +23,8 @@ def dashboard(console: Console) -> Iterator[Watch]:
     if not console.is_terminal:
         yield Log(console)
         return
-    shown = _Shown()
-    # Twice a second, as the time that is left is shown in seconds; what the loop tells comes once a second or less.
-    with Live(get_renderable=shown.render, console=console, refresh_per_second=2) as live:
+    with _Shown(console) as shown:
         yield shown.take
-        live.refresh()
 
 
 def counting(watch: Watch, total: int, clock: Callable[[], float] = time.monotonic) -> Advance:
@@ -64,49 +59,45 @@ class Log:
         self.console.print(text + _troubles(status), soft_wrap=True)
 
 
-class _Shown:
+class _Shown(Progress):
     """The dashboard: a bar a task, a bar for all, and what goes on."""
 
-    def __init__(self) -> None:
-        self.status: Status | None = None
+    status: Status | None = None
+
+    def __init__(self, console: Console | None = None) -> None:
+        bars = TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()
+        # Twice a second, as the time that is left is shown in seconds; what the loop tells comes more often.
+        super().__init__(*bars, console=console, expand=True, refresh_per_second=2)
+        self.bars: dict[str, TaskID] = {}
         self.told = self.began = time.monotonic()
 
     def take(self, status: Status) -> None:
-        self.status = status
-        self.told = time.monotonic()
+        self.status, self.told = status, time.monotonic()
+        rows = status.tasks | ({"all": (status.done, status.total)} if len(status.tasks) > 1 else {})
+        for name, (done, total) in rows.items():
+            if name not in self.bars:
+                self.bars[name] = self.add_task(name, total=total)
+            self.update(self.bars[name], completed=done, total=total)
 
-    def render(self) -> RenderableType:
+    def get_renderables(self) -> Iterable[RenderableType]:
         status = self.status
         if status is None:
-            return Text("Starting …", style="dim")
-        bars = Table.grid(padding=(0, 2))
-        bars.add_column(no_wrap=True)
-        bars.add_column(ratio=1)
-        bars.add_column(justify="right", no_wrap=True)
-        bars.expand = True
-        rows = [*status.tasks.items()]
-        if len(rows) > 1:
-            rows.append(("all", (status.done, status.total)))
-        for name, (done, total) in rows:
-            bars.add_row(
-                Text(name, style="bold" if name == "all" else ""),
-                ProgressBar(total=max(total, 1), completed=done),
-                f"{done}/{total}",
-            )
+            yield Text("Starting …", style="dim")
+            return
+        yield from super().get_renderables()
         now = time.monotonic()
         line = Text(f"{clock_time(now - self.began)} gone")
         if status.left is not None:
             line.append(f", about {clock_time(max(status.left - (now - self.told), 0))} left", style="bold")
         line.append(_troubles(status), style="yellow" if status.failed else "")
-        parts: list[RenderableType] = [bars, line]
+        yield line
         if status.running:
             counted = Counter(status.running)
             running = ", ".join(name if n == 1 else f"{n} × {name}" for name, n in counted.items())
             words = f"{status.workers} worker{'s' if status.workers != 1 else ''}: {running}"
-            parts.append(Text(words, style="dim", no_wrap=True, overflow="ellipsis"))
+            yield Text(words, style="dim", no_wrap=True, overflow="ellipsis")
         elif not status.workers and status.done < status.total:
-            parts.append(Text("Waiting for workers to join.", style="yellow"))
-        return Group(*parts)
+            yield Text("Waiting for workers to join.", style="yellow")
 
 
 def clock_time(seconds: float) -> str:

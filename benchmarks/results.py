@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
+import numpy as np
+
+from benchmarks import stats
 from benchmarks.environment import Environment
-from benchmarks.stats import Difference, Profile, holm, normalised, paired, performance_profiles, ranks
+from benchmarks.questions import Pair, Question, questions
+from benchmarks.stats import ALPHA, Difference, Draws, Interval, Profile, holm, paired
 from benchmarks.store import Failure, Store, UnfitStore
 from benchmarks.study.lanes import Choice, Key, Trial, choices, final_specs
 from benchmarks.study.record import RunRecord
@@ -116,28 +121,67 @@ def measure(name: str) -> Callable[[RunRecord], float | None]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The paired difference of two arms in a score, this − that; adjusted is Holm's P-value within its family."""
+    """The paired difference of two arms in a score, this − that, tested as one of a family.
+
+    Attributes:
+        row, against: this and that.
+        difference: with the P-values of the test by itself.
+        adjusted, exact: Holm's P-values within the family, of the t test and of the exact one; None where one is not.
+        higher_is_better: of the score.
+    """
 
     row: Row
     against: Row
     difference: Difference
     adjusted: float
+    exact: float | None
     higher_is_better: bool
 
     @property
     def gain(self) -> float:
-        """The mean difference, positive where the row is the better one."""
-        return self.difference.interval.mean if self.higher_is_better else -self.difference.interval.mean
+        """The mean difference, positive where the row is the better one; ±∞ where runs diverged."""
+        mean = self.difference.interval.mean
+        if not math.isfinite(mean):
+            ahead = self.difference.wins - self.difference.losses
+            mean = math.copysign(math.inf, ahead) if ahead else 0.0
+        return mean if self.higher_is_better else -mean
+
+    @property
+    def verdict(self) -> int:
+        """1 if the row is significantly better, −1 if worse, 0 for a tie: every page and table takes it from here."""
+        return 0 if self.adjusted >= ALPHA else 1 if self.gain > 0 else -1
+
+    @property
+    def confirmed(self) -> bool:
+        """The exact test rejects too."""
+        return self.verdict != 0 and self.exact is not None and self.exact < ALPHA
+
+    @property
+    def flipped(self) -> Comparison:
+        """That − this: another sign, the same P-values."""
+        d = self.difference
+        turned = replace(d, interval=d.interval.times(-1), wins=d.losses, losses=d.wins)
+        return replace(self, row=self.against, against=self.row, difference=turned)
 
 
 @dataclass(frozen=True)
 class TaskResults:
-    """A task's rows in the order of the arms, and every arm held against its own; one family of tests."""
+    """A task's rows in the order of the arms, and its comparisons of all questions.
+
+    Attributes:
+        name, task: which.
+        rows, comparisons: what was found.
+        target: the validation score to which steps and seconds are counted: the median of the baseline's final ones,
+            or the task's own target where the baseline has none.
+        noise: the A/A difference in test score that equal arms stay below with 95 %; None from too few runs.
+    """
 
     name: str
     task: Task
     rows: tuple[Row, ...]
     comparisons: tuple[Comparison, ...]
+    target: float
+    noise: float | None
 
     def row(self, arm: str) -> Row:
         """The row of this arm."""
@@ -148,41 +192,89 @@ class TaskResults:
         """No run is yet to be made."""
         return not any(row.missing for row in self.rows)
 
+    @property
+    def sign(self) -> int:
+        """1 where a higher score is better, −1 where a lower one is."""
+        return 1 if self.task.higher_is_better else -1
+
+    def comparison(self, arm: str, against: str) -> Comparison | None:
+        """Return the comparison of two arms, in either order; None if no question of the study has this pair."""
+        for c in self.comparisons:
+            if (c.row.name, c.against.name) == (arm, against):
+                return c
+            if (c.row.name, c.against.name) == (against, arm):
+                return c.flipped
+        return None
+
     def compare(self, pairs: Iterable[tuple[str, str]], of: Callable[[RunRecord], float | None]) -> list[Comparison]:
-        """One family of paired tests, of arms over the seeds that both have; pairs that cannot be tested drop out."""
-        family = []
-        for this, that in pairs:
-            row, against = self.row(this), self.row(that)
-            if not (row.sound and against.sound):
-                continue
-            a, b = ({run.spec.seed: of(run) for run in r.runs} for r in (row, against))
-            both = [(x, y) for seed in a if (x := a[seed]) is not None and (y := b.get(seed)) is not None]
-            if len(both) > 1:
-                family.append((row, against, paired([x for x, _ in both], [y for _, y in both])))
-        adjusted = holm([difference.p_value for *_, difference in family])
-        return [Comparison(*case, p, self.task.higher_is_better) for case, p in zip(family, adjusted, strict=True)]
+        """A family of its own, of sound arms in any measure over the seeds that both have."""
+        named = ((self.row(this), self.row(that)) for this, that in pairs)
+        return family((self, row, against, of) for row, against in named if row.sound and against.sound)
 
     def steps_to_target(self, run: RunRecord) -> int | None:
-        """The steps at the first evaluation that reached the task's target, diverged later or not; None if none did."""
-        sign = 1 if self.task.higher_is_better else -1
-        return next((point.steps for point in run.curve if sign * point.score >= sign * self.task.target), None)
+        """The steps at the first evaluation that reached the target, diverged later or not; None if none did."""
+        return next((point.steps for point in run.curve if self.sign * point.score >= self.sign * self.target), None)
+
+    def seconds_to_target(self, run: RunRecord) -> float | None:
+        """The processor's seconds of the training steps to the target."""
+        steps = self.steps_to_target(run)
+        return None if steps is None else steps * run.ms_per_step / 1000
+
+    def score(self, run: RunRecord) -> float:
+        """The test score, or the worst there is if the run diverged."""
+        return -self.sign * math.inf if run.test_score is None else run.test_score
+
+
+Case = tuple[TaskResults, Row, Row, Callable[[RunRecord], float | None]]
+
+
+def family(cases: Iterable[Case]) -> list[Comparison]:
+    """Paired tests over the seeds that both have, corrected once; pairs of fewer than two seeds drop out."""
+    tested = []
+    for task, row, against, of in cases:
+        a, b = ({run.spec.seed: of(run) for run in r.runs} for r in (row, against))
+        both = [(x, y) for seed in a if (x := a[seed]) is not None and (y := b.get(seed)) is not None]
+        if len(both) > 1:
+            tested.append((task, row, against, paired(*zip(*both, strict=True))))
+    adjusted = holm([difference.p_value for *_, difference in tested])
+    known = [difference.exact for *_, difference in tested if difference.exact is not None]
+    exact = holm(known) if len(known) == len(tested) else [None] * len(tested)
+    return [
+        Comparison(row, against, difference, p, e, task.task.higher_is_better)
+        for (task, row, against, difference), p, e in zip(tested, adjusted, exact, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question with its comparisons on all tasks: one family, corrected once."""
+
+    question: Question
+    comparisons: tuple[Comparison, ...]
+
+    def counts(self, arm: str = "", against: str = "") -> tuple[int, int, int]:
+        """(better, worse, ties), of all pairs or of one."""
+        cases = [c for c in self.comparisons if not arm or (c.row.name, c.against.name) == (arm, against)]
+        verdicts = [c.verdict for c in cases]
+        return verdicts.count(1), verdicts.count(-1), verdicts.count(0)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How an arm stands over all tasks that are whole.
+    """How an arm stands over all tasks that are whole; a run that diverged or failed is the worst of its seed.
 
     Attributes:
         arm: which.
-        profile: of its steps to target, a problem being a task and a seed.
-        rank: the mean of its ranks by mean test score.
-        score: the mean of its normalised scores: 1 is the best arm of a task, 0 the median.
+        iqm: the interquartile mean of its normalised scores.
+        rank: the mean of its ranks over tasks and seeds.
+        steps, seconds: profiles of its steps and seconds to the target, a problem being a task and a seed.
     """
 
     arm: str
-    profile: Profile
+    iqm: Interval
     rank: float
-    score: float
+    steps: Profile
+    seconds: Profile
 
 
 @dataclass(frozen=True)
@@ -193,7 +285,10 @@ class Results:
         folder: where its store is.
         study, environments: what was asked, and where it ran.
         tasks: by task, in the study's order.
+        answers: the study's questions with their comparisons.
         standings: the arms over the tasks; empty unless at least two tasks are whole.
+        improvements: (arm, other) → the probability that the arm is better, over the same tasks, of every question's
+            pairs; empty as standings are.
         done, wanted: how many runs count so far, those of whole trials and final ones, and how many the study has.
         failures: runs that raised an error, and why, by id.
         seconds: of all runs together.
@@ -203,7 +298,9 @@ class Results:
     study: Study
     environments: Sequence[Environment]
     tasks: Mapping[str, TaskResults]
+    answers: Sequence[Answer]
     standings: Sequence[Standing]
+    improvements: Mapping[tuple[str, str], Interval]
     done: int
     wanted: int
     failures: Mapping[str, Failure]
@@ -231,9 +328,16 @@ def collect(store: Store) -> Results:
     unknown = [task for task in study.tasks if task not in TASKS]
     if unknown:
         raise UnfitStore(f"the study has the tasks {', '.join(unknown)}, which this version of the program has not")
-    found = choices(study, store.trials)
+    trials = store.trials
+    found = choices(study, trials)
     ids = {key: [spec.run_id for spec in specs] for key, specs in final_specs(study, found).items()}
-    tasks = {task: _task(study, task, store, found, ids) for task in study.tasks}
+    tasks = {task: _task(study, task, store, trials, found, ids) for task in study.tasks}
+    asked = questions(study)
+    answers = [_answer(question, tasks) for question in asked]
+    for name, task in tasks.items():
+        mine = tuple(c for answer in answers for c in answer.comparisons if c.row.task == name)
+        tasks[name] = replace(task, comparisons=mine)
+    standings, improvements = _over_tasks(study, asked, [task for task in tasks.values() if task.whole])
     rows = [row for task in tasks.values() for row in task.rows]
     seeds = len(study.tuning.seeds)
     tried = sum(study.tuning.trials * seeds for arm in study.arms if arm.search)
@@ -242,7 +346,9 @@ def collect(store: Store) -> Results:
         study=study,
         environments=store.environments,
         tasks=tasks,
-        standings=_standings([task for task in tasks.values() if task.whole]),
+        answers=answers,
+        standings=standings,
+        improvements=improvements,
         done=sum(len(row.trials) * seeds + len(row.runs) + row.failed for row in rows),
         wanted=len(study.tasks) * (tried + len(study.arms) * len(study.seeds)),
         failures=store.failures,
@@ -251,7 +357,12 @@ def collect(store: Store) -> Results:
 
 
 def _task(
-    study: Study, task: str, store: Store, found: Mapping[Key, Choice], final: Mapping[Key, Sequence[str]]
+    study: Study,
+    task: str,
+    store: Store,
+    trials: Mapping[Key, Sequence[Trial]],
+    found: Mapping[Key, Choice],
+    final: Mapping[Key, Sequence[str]],
 ) -> TaskResults:
     rows = []
     for arm in study.arms:
@@ -262,41 +373,64 @@ def _task(
             Row(
                 task=task,
                 arm=arm,
-                trials=tuple(store.trials.get((task, arm.name), ())),
+                trials=tuple(trials.get((task, arm.name), ())),
                 choice=found.get((task, arm.name)),
                 runs=runs,
                 failed=failed,
                 missing=len(study.seeds) - len(runs) - failed,
             )
         )
-    alone = TaskResults(task, TASKS[task], tuple(rows), ())
-    pairs = [(arm.name, other) for arm in study.arms if (other := study.against(arm.name))]
-    return TaskResults(task, TASKS[task], tuple(rows), tuple(alone.compare(pairs, test_score)))
+    base = next(row for row in rows if row.name == study.baseline)
+    own, higher = TASKS[task].target, TASKS[task].higher_is_better
+    # A baseline that diverged on most seeds sets no target.
+    worst = -math.inf if higher else math.inf
+    finals = [worst if (score := validation_score(run)) is None else score for run in base.runs]
+    target = median(finals) if finals else worst
+    alone = TaskResults(task, TASKS[task], tuple(rows), (), target if math.isfinite(target) else own, None)
+    sound = [row.values(test_score) for row in rows if row.sound and not row.missing]
+    return replace(alone, noise=stats.noise_floor(np.array(sound)) if sound else None)
 
 
-def _standings(tasks: Sequence[TaskResults]) -> list[Standing]:
-    if len(tasks) < 2:
-        return []
-    arms = [row.name for row in tasks[0].rows]
-    costs: dict[str, list[float | None]] = {arm: [] for arm in arms}
-    placed: dict[str, list[float]] = {arm: [] for arm in arms}
-    scored: dict[str, list[float]] = {arm: [] for arm in arms}
-    for task in tasks:
-        means = {row.name: _mean(row.values(test_score)) for row in task.rows}
-        for arm, rank in ranks(means, task.task.higher_is_better).items():
-            placed[arm].append(rank)
-        for arm, score in normalised(means, task.task.higher_is_better).items():
-            scored[arm].append(score)
-        seeds = sorted({run.spec.seed for row in task.rows for run in row.runs})
-        for row in task.rows:
-            reached = {run.spec.seed: task.steps_to_target(run) for run in row.runs}
-            costs[row.name] += [reached.get(seed) for seed in seeds]
-    profiles = performance_profiles(costs)
-    return [
-        Standing(arm, profiles[arm], rank=sum(placed[arm]) / len(tasks), score=sum(scored[arm]) / len(tasks))
-        for arm in arms
+def _answer(question: Question, tasks: Mapping[str, TaskResults]) -> Answer:
+    cases = [
+        (task, row, against, task.score)
+        for task in tasks.values()
+        for pair in question.pairs
+        if not ((row := task.row(pair.arm)).failed or (against := task.row(pair.control)).failed)
     ]
+    return Answer(question, tuple(family(cases)))
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _over_tasks(
+    study: Study, asked: Sequence[Question], tasks: Sequence[TaskResults]
+) -> tuple[list[Standing], dict[tuple[str, str], Interval]]:
+    if len(tasks) < 2:
+        return [], {}
+    arms = [arm.name for arm in study.arms]
+    scores = np.array([[_scores(task, task.row(arm), study.seeds) for task in tasks] for arm in arms])
+    draws = Draws.of(*scores.shape[1:])
+    scaled, ranks = stats.normalised(scores), stats.mean_ranks(scores)
+    steps = {arm: [c for t in tasks for c in _costs(t.row(arm), t.steps_to_target, study.seeds)] for arm in arms}
+    seconds = {arm: [c for t in tasks for c in _costs(t.row(arm), t.seconds_to_target, study.seeds)] for arm in arms}
+    steps_profiles, seconds_profiles = map(stats.performance_profiles, (steps, seconds))
+    standings = [
+        Standing(arm, stats.iqm(scaled[i], draws), float(ranks[i]), steps_profiles[arm], seconds_profiles[arm])
+        for i, arm in enumerate(arms)
+    ]
+    held = [Pair(arm, other) for arm in arms if (other := study.against(arm))]
+    pairs = [(pair.arm, pair.control) for pair in [*(p for question in asked for p in question.pairs), *held]]
+    by_name = dict(zip(arms, scores, strict=True))
+    return standings, {
+        pair: stats.improvement(by_name[pair[0]], by_name[pair[1]], draws) for pair in dict.fromkeys(pairs)
+    }
+
+
+def _scores(task: TaskResults, row: Row, seeds: Sequence[int]) -> list[float]:
+    """Higher is better, and −∞ where there is no score."""
+    found = {run.spec.seed: task.sign * task.score(run) for run in row.runs}
+    return [found.get(seed, -math.inf) for seed in seeds]
+
+
+def _costs(row: Row, of: Callable[[RunRecord], float | None], seeds: Sequence[int]) -> list[float | None]:
+    found = {run.spec.seed: of(run) for run in row.runs}
+    return [found.get(seed) for seed in seeds]

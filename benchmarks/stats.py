@@ -1,23 +1,29 @@
-"""The statistics of the report: intervals, paired differences, many tests, censored times, profiles, best of n, ranks.
+"""The statistics of the report: intervals, paired tests, corrections, ranks, profiles and bootstrapped aggregates.
 
-Nothing here knows of studies or runs: numbers go in, numbers come out.
+Nothing here knows of studies or runs: numbers go in, numbers come out. In scores, −∞ stands for a run that diverged.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
-from scipy import stats
+from numpy.typing import NDArray
+from scipy import special, stats
 
 LEVEL = 0.95
-BOOTSTRAP_FROM = 20  # values: with fewer, the resamples of a bootstrap differ too little, and its intervals are short
-RESAMPLES = 9999
+ALPHA = 0.05  # of a family of tests
+EXACT_UP_TO = 14  # pairs: 2¹⁴ sign flips are enumerated in a millisecond
+RESAMPLES = 1000
 WITHIN = 4.0  # the largest factor of a performance profile, AlgoPerf's
 
-ROUNDING = 1e-6  # of the values: what two equal methods may differ by
+ROUNDING = 1e-6  # relative: the difference that two equal methods may have
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -31,26 +37,17 @@ class Interval:
 
     @property
     def half(self) -> float:
-        """Half its width, which of a t interval is the ± of it."""
+        """Half the width: the ± of a symmetric interval."""
         return (self.high - self.low) / 2
 
-    @property
-    def symmetric(self) -> bool:
-        """A t interval: mean ± half says it all."""
-        return self.n < BOOTSTRAP_FROM
-
     def times(self, factor: float) -> Interval:
-        """The interval in another unit: a positive factor."""
-        return Interval(self.mean * factor, self.low * factor, self.high * factor, self.n)
+        """The interval in another unit; a negative factor swaps the ends."""
+        low, high = sorted((self.low * factor, self.high * factor))
+        return Interval(self.mean * factor, low, high, self.n)
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean of at least one value, with its 95 % interval.
-
-    ::
-
-        n < 20    mean ± t(n − 1)·s/√n
-        n ≥ 20    the bootstrap's: 9,999 resamples from a fixed seed, bias-corrected and accelerated (BCa)
+    """The mean of at least one value with Student's 95 % interval, mean ± t(n − 1)·s/√n.
 
     Values that are all equal give an interval without width.
     """
@@ -60,41 +57,62 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(mean, math.nan, math.nan, n)
     if _equal(values):
         return Interval(mean, mean, mean, n)
-    if n < BOOTSTRAP_FROM:
-        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-        return Interval(mean, mean - half, mean + half, n)
-    found = stats.bootstrap(
-        (np.asarray(values),),
-        np.mean,
-        confidence_level=LEVEL,
-        n_resamples=RESAMPLES,
-        method="BCa",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Interval(mean, float(found.low), float(found.high), n)
+    half = _quantile(n) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+@cache
+def _quantile(n: int) -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference and the P-value of the paired t test that it is zero."""
+    """A paired difference with two P-values of the hypothesis that it is zero.
+
+    Attributes:
+        interval: of the mean difference; its mean is ±∞ or NaN, and it has no ends, where a run diverged.
+        p_value: of the paired t test; of the exact sign test where a run diverged, for then there is no mean.
+        exact: of the exact sign-flip permutation test; None for more than 14 pairs, where t serves.
+        wins, losses: pairs with a positive and with a negative difference.
+    """
 
     interval: Interval
     p_value: float
+    exact: float | None
+    wins: int
+    losses: int
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
     """a − b, value by value; at least two of each.
 
+    An infinite value, of a run that diverged, is worse or better than any finite one, and two of them are equal.
     Differences that are all equal leave nothing to estimate a spread from: no test is made, and the P-value is 1,
-    whatever their size. Nor is one made of what is only rounding, a millionth of the values or less.
+    whatever their size. Nor is one made of rounding, a millionth of the values or less.
     """
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    if len(differences) < 2:
-        raise ValueError(f"a paired difference needs at least 2 pairs, but there is {len(differences)}")
-    largest = max(map(abs, [*a, *b]))
-    rounding = max(map(abs, differences)) <= ROUNDING * largest
+    pairs = list(zip(a, b, strict=True))
+    if len(pairs) < 2:
+        raise ValueError(f"a paired difference needs at least 2 pairs, but there is {len(pairs)}")
+    differences = [0.0 if x == y else x - y for x, y in pairs]
+    wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    if not all(map(math.isfinite, [*a, *b])):
+        p = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+        signs = {d for d in differences if math.isinf(d)}
+        mean = signs.pop() if len(signs) == 1 else math.nan
+        return Difference(Interval(mean, math.nan, math.nan, len(pairs)), p, p, wins, losses)
+    rounding = max(map(abs, differences)) <= ROUNDING * max(map(abs, [*a, *b]))
     untold = rounding or _equal(differences)
-    return Difference(interval(differences), 1.0 if untold else float(stats.ttest_1samp(differences, 0).pvalue))
+    p = 1.0 if untold else _t_test(differences)
+    exact = 1.0 if rounding else sign_flip(differences)
+    return Difference(interval(differences), p, exact, wins, losses)
+
+
+def _t_test(differences: Sequence[float]) -> float:
+    """Student's, of a mean of zero; scipy's own function takes fifty times as long."""
+    n = len(differences)
+    t = float(np.mean(differences)) / (float(np.std(differences, ddof=1)) / math.sqrt(n))
+    return 2 * float(special.stdtr(n - 1, -abs(t)))
 
 
 def _equal(values: Sequence[float]) -> bool:
@@ -102,28 +120,51 @@ def _equal(values: Sequence[float]) -> bool:
     return bool(np.ptp(values) <= 1e-12 * max(1.0, float(np.max(np.abs(values)))))
 
 
+def sign_flip(differences: Sequence[float]) -> float | None:
+    """The exact two-sided P-value of the mean under all 2ⁿ flips of the signs; None for more than 14 differences.
+
+    It assumes no distribution, only that each difference is as likely to be d as −d. It cannot be below 2/2ⁿ.
+    """
+    if len(differences) > EXACT_UP_TO:
+        return None
+    sums = np.abs(_flips(len(differences)) @ np.asarray(differences, dtype=float))
+    # Sums of the same numbers in another order may differ in their last bits.
+    return float(np.mean(sums >= abs(math.fsum(differences)) - 1e-12 * np.abs(differences).sum()))
+
+
+@cache
+def _flips(n: int) -> Array:
+    return np.array(list(itertools.product((1.0, -1.0), repeat=n)))
+
+
+def least_exact(n: int) -> float:
+    """The least P-value that the exact sign-flip test of n pairs can give."""
+    return 2.0 ** (1 - n)
+
+
+def pairs_needed(tests: int) -> int:
+    """The fewest pairs with which the exact test can reject one of so many hypotheses after Holm's correction."""
+    return next(n for n in itertools.count(2) if tests * least_exact(n) < ALPHA)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment: P-values that hold for the whole family at once, in the order given."""
-    n = len(p_values)
-    adjusted = [0.0] * n
-    highest = 0.0
-    for rank, i in enumerate(sorted(range(n), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (n - rank) * p_values[i]))
-        adjusted[i] = highest
-    return adjusted
+    order = np.argsort(p_values, kind="stable")
+    steps = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return [float(p) for p in adjusted]
 
 
-def censored_median(values: Sequence[int | None]) -> float | None:
+def censored_median(values: Sequence[float | None]) -> float | None:
     """The median, None standing for "later than was looked": None if the median itself is."""
-    ordered = sorted(math.inf if v is None else float(v) for v in values)
-    middle = len(ordered) // 2
-    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    return None if math.isinf(median) else median
+    median = float(np.median([math.inf if v is None else v for v in values]))
+    return median if math.isfinite(median) else None
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How far an arm is from the fastest: its cost on each problem over the lowest cost there, sorted; ∞ is never."""
+    """An arm's cost on each problem over the lowest cost there, sorted; ∞ for a problem that it did not solve."""
 
     ratios: tuple[float, ...]
 
@@ -135,12 +176,6 @@ class Profile:
     def area(self) -> float:
         """The mean of `share` over the factors from 1 to 4: between 0 and 1, AlgoPerf's score of an arm."""
         return sum(max(0.0, WITHIN - ratio) for ratio in self.ratios) / (len(self.ratios) * (WITHIN - 1))
-
-    @property
-    def steps(self) -> list[tuple[float, float]]:
-        """The corners (factor, share) of the curve from 1 to 4, for a line that rises in steps."""
-        inner = sorted({ratio for ratio in self.ratios if 1 < ratio <= WITHIN})
-        return [(factor, self.share(factor)) for factor in dict.fromkeys([1.0, *inner, WITHIN])]
 
 
 def performance_profiles(costs: Mapping[str, Sequence[float | None]]) -> dict[str, Profile]:
@@ -157,53 +192,88 @@ def performance_profiles(costs: Mapping[str, Sequence[float | None]]) -> dict[st
     return {arm: Profile(tuple(sorted(map(float, row)))) for arm, row in zip(costs, ratios, strict=True)}
 
 
-def expected_best(losses: Sequence[float]) -> list[float]:
-    """The expected lowest of n of these losses, for n = 1 … N: what a tuning budget of n trials would have found.
+@dataclass(frozen=True)
+class Draws:
+    """The resamples of a bootstrap over tasks and, within each drawn task, over its seeds.
 
-    The quantity is Dodge et al.'s (arXiv 1909.03004), the estimate Tang et al.'s (arXiv 2004.13705), which has no
-    bias: the mean over all sets of n different trials, where Dodge et al. draw with replacement. With the losses
-    sorted, v₁ ≤ … ≤ v_N, it is ::
+    All arms share the draws of seeds, as they share the seeds: what pairing takes away stays away.
 
-        E[best of n] = Σᵢ vᵢ·C(N − i, n − 1)/C(N, n)
-
-    It holds for settings that were drawn independently of each other's results: at random or quasi-random, not by
-    TPE. It is ∞ where a set of n may consist of diverged trials only.
+    Attributes:
+        tasks: the drawn tasks, (resamples, tasks).
+        seeds: the seeds drawn for each of them, (resamples, tasks, seeds).
     """
-    ordered, total = sorted(losses), len(losses)
-    found = []
-    for n in range(1, total + 1):
-        weights = [math.comb(total - i, n - 1) / math.comb(total, n) for i in range(1, total + 1)]
-        # 0·∞ would be NaN: a loss that cannot be the best of n takes no part.
-        found.append(sum(w * v for w, v in zip(weights, ordered, strict=True) if w))
-    return found
+
+    tasks: NDArray[np.int64]
+    seeds: NDArray[np.int64]
+
+    @staticmethod
+    def of(tasks: int, seeds: int) -> Draws:
+        """1,000 resamples from a fixed seed."""
+        rng = np.random.default_rng(0)
+        return Draws(rng.integers(tasks, size=(RESAMPLES, tasks)), rng.integers(seeds, size=(RESAMPLES, tasks, seeds)))
+
+    def drawn(self, values: Array) -> Array:
+        """The resamples of values, (tasks, seeds), a row each."""
+        return values[self.tasks[:, :, None], self.seeds].reshape(len(self.tasks), -1)
+
+    def interval(self, estimate: float, resampled: Array) -> Interval:
+        """The estimate with the bootstrap's percentile interval."""
+        low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return Interval(estimate, float(low), float(high), self.seeds[0].size)
 
 
-def ranks(scores: Mapping[str, float | None], higher_is_better: bool) -> dict[str, float]:
-    """1 for the best; ties share the mean of their ranks, and so do all those without a score, at the end."""
-    worst = -math.inf if higher_is_better else math.inf
-    known = [worst if score is None else score for score in scores.values()]
-    found = stats.rankdata([-v for v in known] if higher_is_better else known)
-    return {name: float(rank) for name, rank in zip(scores, found, strict=True)}
+def iqm(values: Array, draws: Draws) -> Interval:
+    """The interquartile mean of an arm's values, (tasks, seeds): of the middle half of all runs (arXiv 2108.13264)."""
+    return draws.interval(
+        float(stats.trim_mean(values.ravel(), 0.25)), stats.trim_mean(draws.drawn(values), 0.25, axis=1)
+    )
 
 
-def normalised(scores: Mapping[str, float | None], higher_is_better: bool) -> dict[str, float]:
-    """Scores of one task on a scale that tasks share: 1 for the best arm, 0 for the median, never below −1.
+def improvement(a: Array, b: Array, draws: Draws) -> Interval:
+    """The probability that a run of a scores higher than b's on the same seed, ties half; both are (tasks, seeds).
 
-    None, for an arm that has no score because it diverged, is −1, and takes no part in best and median. Where the
-    best is no better than the median, those at it are 0, and any below it −1.
+    It is that of arXiv 2108.13264 for paired seeds, averaged over the tasks: ½ means no difference.
     """
-    sign = 1.0 if higher_is_better else -1.0
-    known = [sign * score for score in scores.values() if score is not None]
-    if not known:
-        return dict.fromkeys(scores, -1.0)
-    best, median = max(known), float(np.median(known))
+    wins = (a > b) + 0.5 * (a == b)
+    return draws.interval(float(wins.mean()), draws.drawn(wins).mean(axis=1))
 
-    def place(score: float | None) -> float:
-        if score is None:
-            return -1.0
-        above = sign * score - median
-        if above == 0:
-            return 0.0
-        return max(-1.0, above / (best - median)) if best > median else -1.0
 
-    return {name: place(score) for name, score in scores.items()}
+def mean_ranks(scores: Array) -> Array:
+    """Each arm's mean rank over tasks and seeds; scores are (arms, tasks, seeds), higher is better, 1 is the best.
+
+    Ties share the mean of their ranks; so do all runs that diverged, at the end.
+    """
+    return np.asarray(stats.rankdata(-scores, axis=0).mean(axis=(1, 2)))
+
+
+def normalised(scores: Array) -> Array:
+    """Scores on a scale that tasks share: 1 for the median run of the best arm, 0 for that of the median arm.
+
+    Scores are (arms, tasks, seeds), higher is better. Nothing is below −1, which a run that diverged has. Where the
+    best arm is no better than the median one, runs at or above it are 0 and the others −1.
+    """
+    medians = np.median(scores, axis=2)
+    middle = np.median(medians, axis=0)[:, None]
+    with np.errstate(invalid="ignore"):  # ∞ − ∞
+        span = medians.max(axis=0)[:, None] - middle
+        above = np.where(np.isfinite(scores), scores - middle, -math.inf)
+    known = np.isfinite(span) & (span > 0)
+    scaled = np.where(known, above / np.where(known, span, 1.0), np.where(above < 0, -1.0, 0.0))
+    return np.maximum(scaled, -1.0)
+
+
+def noise_floor(scores: Array) -> float | None:
+    """How far apart an arm's runs put it from itself: the A/A difference that 95 % of halvings stay below.
+
+    Scores are (arms, seeds), all finite. What all arms share on a seed is taken away first, as pairing does. Then the
+    seeds of each arm are halved in 200 random ways; the difference of the halves' means, scaled from n/2 seeds to n,
+    is spread as the difference of two equal arms. None for fewer than 2 arms or 4 seeds.
+    """
+    arms, seeds = scores.shape
+    if arms < 2 or seeds < 4:
+        return None
+    own = (scores - scores.mean(axis=0)) * math.sqrt(arms / (arms - 1))
+    rng, half = np.random.default_rng(0), seeds // 2
+    order = rng.permuted(np.tile(np.arange(seeds), (200, 1)), axis=1)
+    apart = own[:, order[:, :half]].mean(axis=2) - own[:, order[:, half : 2 * half]].mean(axis=2)
+    return float(np.quantile(np.abs(apart), LEVEL) * math.sqrt(half / seeds))

@@ -16,11 +16,13 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks import parquet
 from benchmarks.environment import Environment
@@ -31,10 +33,15 @@ from benchmarks.study.spec import RunSpec, Study
 
 LINES = "runs-*.jsonl"
 PARQUET = "runs.parquet"
+SEAL = len(',"crc":"00000000"}\n')
 
 
 class UnfitStore(ValueError):
     """A folder of results that does not serve what is asked of it; the message says why and what to do."""
+
+
+class Damaged(UnfitStore, OSError):
+    """A file of results that cannot be read."""
 
 
 class Failure(BaseModel):
@@ -68,8 +75,9 @@ class Store:
     """The results in a folder: the study they belong to, where they were made, trials, runs and failures so far.
 
     Opening reads and changes nothing, and the folder need not exist. Each line is one JSON object with the key
-    "study", "environment", "trial", "run", "failure", or "claim" for a run that was begun. A line that cannot be read
-    is skipped with a warning: the run that it held is simply made again. What two programs made twice is kept once.
+    "study", "environment", "trial", "run", "failure", or "claim" for a run that was begun, and a checksum of the rest.
+    A line that cannot be read is skipped with a warning: the run that it held is simply made again. What two programs
+    made twice is kept once.
 
     Attributes:
         folder: where.
@@ -78,6 +86,7 @@ class Store:
         runs: run id → its record.
         failures: run id → what went wrong; no run of ``runs``.
         losses: run id → what the run came to, ∞ if it diverged or failed.
+        fresh: the ids of what was stored, or read, since someone last emptied this list.
     """
 
     def __init__(self, folder: Path, *, only: Path | None = None) -> None:
@@ -87,8 +96,9 @@ class Store:
         self.runs: dict[str, RunRecord] = {}
         self.failures: dict[str, Failure] = {}
         self.losses: dict[str, float] = {}
+        self.fresh: list[str] = []
         self._trials: dict[Key, dict[int, Trial]] = {}
-        self._own: IO[bytes] | None = None
+        self._own: FileIO | None = None
         self._read: dict[str, int] = {}  # file → bytes up to the end of the last whole line that was read
         self._lines: dict[str, int] = {}  # file → how many lines that are
         self._claims: dict[str, list[str]] = {}  # file → the runs that its program has begun
@@ -138,7 +148,7 @@ class Store:
                 f"{self.folder} holds a study with other settings (its name is {self.study.name!r}), and results of "
                 "two studies do not mix: choose another folder with --out, or remove that one"
             )
-        self._check_data(environment)
+        self._check(environment)
         if self.study is None:
             self._append("study", study)
             self.study = study
@@ -150,8 +160,8 @@ class Store:
         Raises:
             UnfitStore: the data of a task are others there.
         """
-        self._check_data(environment)
         if environment not in self.environments:
+            self._check(environment)
             self._append("environment", environment)
             self.environments.append(environment)
 
@@ -173,6 +183,23 @@ class Store:
             told = Told(task=task, arm=arm, trial=trial)
             self._append("trial", told)
             self._take({"trial": told})
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give arms other names, here and not in the folder: for a comparison; nothing can be stored from then on.
+
+        Raises:
+            UnfitStore: two arms would have the same name.
+        """
+        assert self.study is not None, "there is a study"
+        study = self.study.model_dump()
+        study["baseline"] = names.get(self.study.baseline, self.study.baseline)
+        for arm in study["arms"]:
+            arm |= {key: names.get(arm[key], arm[key]) for key in ("name", "tuned_as", "against")}
+        try:
+            self.study = Study.model_validate(study)
+        except ValidationError as error:
+            raise UnfitStore(f"{self.folder}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        self._trials = {(task, names.get(arm, arm)): trials for (task, arm), trials in self._trials.items()}
 
     def claim(self, run_id: str) -> None:
         """Tell other programs that this one begins a run: they leave it alone as long as this one lives."""
@@ -213,33 +240,41 @@ class Store:
             self._own.close()
             self._own = None
 
-    def _check_data(self, environment: Environment) -> None:
+    def _check(self, environment: Environment) -> None:
         for old in self.environments:
-            for task in sorted(old.data.keys() & environment.data.keys()):
-                if old.data[task] != environment.data[task]:
-                    raise UnfitStore(
-                        f"{self.folder} holds runs on other data than the task {task!r} has on this machine, Python "
-                        f"{environment.python}: choose another folder with --out, or go on with the data that began it"
-                    )
+            for what, before, now in (
+                ("other data than the task", old.data, environment.data),
+                ("other code than the optimizer", old.code, environment.code),
+            ):
+                for name in sorted(before.keys() & now.keys()):
+                    if before[name] != now[name]:
+                        raise UnfitStore(
+                            f"{self.folder} holds runs on {what} {name!r} has on this machine now, Python "
+                            f"{environment.python}: choose another folder with --out, or go on with what began it"
+                        )
 
     def _append(self, kind: str, content: BaseModel | dict[str, str], safely: bool = True) -> None:
         if self._own is None:
             self._own = self._begin_file()
         text = json.dumps(content) if isinstance(content, dict) else content.model_dump_json()
-        line = f'{{"{kind}":{text}}}\n'.encode()
-        self._own.write(line)
-        self._own.flush()
-        if safely:
-            os.fsync(self._own.fileno())
+        line = _sealed(f'{{"{kind}":{text}'.encode())
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._own.write(rest) :]
+            if safely:
+                os.fsync(self._own.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; what is stored is safe", self._own.name) from error
         name = Path(self._own.name).name
         self._read[name] = self._read.get(name, 0) + len(line)
         self._lines[name] = self._lines.get(name, 0) + 1
 
-    def _begin_file(self) -> IO[bytes]:
+    def _begin_file(self) -> FileIO:
         self.folder.mkdir(parents=True, exist_ok=True)
         host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
         path = self.folder / f"runs-{host}-{os.getpid()}-{time.time_ns()}.jsonl"
-        file = path.open("xb")
+        file = path.open("xb", buffering=0)  # what the disk does not take is an error here, and not at the end
         # For as long as this program lives, whatever ends it.
         lock(file, wait=False)
         # A store that is let go lets go of its file.
@@ -267,7 +302,7 @@ class Store:
             self._read[name] = before = before + len(line)
             self._lines[name] = self._lines.get(name, 0) + 1
             try:
-                content = json.loads(line)
+                content = _opened(line)
                 if "claim" in content:
                     self._claims.setdefault(name, []).append(content["claim"]["id"])
                 else:
@@ -303,7 +338,10 @@ class Store:
                 self._trials.setdefault((of.task, of.arm), {}).setdefault(of.trial.number, of.trial)
             case {"run": run}:
                 record = RunRecord.model_validate(run)
-                self.losses[self.runs.setdefault(record.id, record).id] = record.last_loss
+                if record.id not in self.runs:
+                    self.runs[record.id] = record
+                    self.losses[record.id] = record.last_loss
+                    self.fresh.append(record.id)
                 # Another program's workers lived longer.
                 self.failures.pop(record.id, None)
             case {"failure": failure}:
@@ -311,6 +349,7 @@ class Store:
                 if failed.id not in self.runs:
                     self.failures.setdefault(failed.id, failed)
                     self.losses[failed.id] = math.inf
+                    self.fresh.append(failed.id)
             case _:
                 raise ValueError("neither a study, an environment, a trial, a run nor a failure")
 
@@ -322,29 +361,24 @@ class Store:
         if self._parquet != (stat.st_ino, stat.st_mtime_ns):
             try:
                 lines = list(parquet.read(path))
-            except parquet.Unreadable as error:
-                raise UnfitStore(f"{path}: {error}") from None
+            except (parquet.NoRuns, OSError) as error:
+                raise (UnfitStore if isinstance(error, parquet.NoRuns) else Damaged)(f"{path}: {error}") from None
             for line in lines:
                 self._take(line)
             self._parquet = stat.st_ino, stat.st_mtime_ns
 
     def _write_parquet(self, path: Path) -> None:
-        others: dict[str, Any] = {
-            "study": None if self.study is None else self.study.model_dump(mode="json"),
-            "environments": [environment.model_dump(mode="json") for environment in self.environments],
-            "trials": [
-                Told(task=task, arm=arm, trial=trial).model_dump(mode="json")
-                for (task, arm), trials in self._trials.items()
-                for _, trial in sorted(trials.items())
-            ],
-            "failures": [failure.model_dump(mode="json") for failure in self.failures.values()],
-        }
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         try:
             with os.fdopen(handle, "wb") as file:
-                parquet.write(file, self.runs.values(), others)
+                parquet.write(file, self.runs.values(), self._others())
                 file.flush()
                 os.fsync(file.fileno())
+            again = Store(path.parent, only=Path(temporary))
+            if again._others() != self._others() or list(map(repr, again.runs.values())) != list(
+                map(repr, self.runs.values())
+            ):
+                raise OSError(f"{path} could not be written: what was read back is not what was to be stored")
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
@@ -354,6 +388,19 @@ class Store:
         stat = path.stat()
         self._parquet = stat.st_ino, stat.st_mtime_ns
 
+    def _others(self) -> dict[str, Any]:
+        """Return the data of the study, as opposed to those of its runs."""
+        return {
+            "study": None if self.study is None else self.study.model_dump(mode="json"),
+            "environments": [environment.model_dump(mode="json") for environment in self.environments],
+            "trials": [
+                Told(task=task, arm=arm, trial=trial).model_dump(mode="json")
+                for (task, arm), trials in self._trials.items()
+                for _, trial in sorted(trials.items())
+            ],
+            "failures": [failure.model_dump(mode="json") for failure in self.failures.values()],
+        }
+
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Two programs that compact at once could each remove what only the other's file holds."""
@@ -361,6 +408,23 @@ class Store:
         with (self.folder / ".lock").open("ab") as file:
             lock(file, wait=True)
             yield
+
+
+def _sealed(begun: bytes) -> bytes:
+    """A whole line of an object that lacks its end, with a checksum of what was given."""
+    return begun + b',"crc":"%08x"}\n' % zlib.crc32(begun)
+
+
+def _opened(line: bytes) -> Any:
+    """Parse a line and verify its checksum. Lines of older versions have none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    content = json.loads(line)
+    if isinstance(content, dict) and "crc" in content and _sealed(line[:-SEAL]) != line:
+        raise ValueError("its checksum is another")
+    return content
 
 
 def _run_of(numbers: dict[int, Trial]) -> int:

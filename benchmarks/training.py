@@ -7,19 +7,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
-from benchmarks.optimizers import make_optimizer
+from benchmarks.optimizers import make_optimizer, prune
 from benchmarks.study.record import Point, RunRecord
-from benchmarks.study.spec import RunSpec
+from benchmarks.study.spec import LRSchedule, RunSpec
 from benchmarks.tasks import TASKS, Splits, Task
 from normopt._checks import near
+from normopt.diagnostics import Trajectory, TrajectoryMonitor
 from normopt.schedules import PSchedule
 
-ZERO = 1e-13  # the count of exact zeros of arXiv:2404.10824
 AT_ONCE = 512  # examples that are evaluated together
 
 
@@ -28,7 +29,7 @@ def run(spec: RunSpec) -> RunRecord:
 
     The model is drawn from the seed, and the batches from a generator of their own with the same seed, so that runs
     with equal seeds start from the same weights and see the same batches, whatever their optimizer does. The learning
-    rate falls to 0 along half a cosine, step by step; p moves once an epoch, but an adaptive p with every step, as it
+    rate moves with every step; p moves once an epoch, but an adaptive p with every step, as it
     reads the gradient: what is recorded is the p that an epoch begins with. A loss that is not finite ends the run:
     that is a result too.
 
@@ -49,16 +50,19 @@ def run(spec: RunSpec) -> RunRecord:
     optimizer, p_schedule = make_optimizer(spec, model, task)
     drawn = splits.per_epoch or len(splits.train[0])
     per_epoch = math.ceil(drawn / spec.batch_size)
-    lr_schedule = CosineAnnealingLR(optimizer, spec.epochs * per_epoch)
+    total = spec.epochs * per_epoch
+    lr_schedule = make_lr_schedule(spec.lr_schedule, optimizer, total)
+    prune(spec, optimizer, model, total)
     adaptive = spec.p_schedule is not None and spec.p_schedule.kind == "adaptive"
     each_step: list[LRScheduler | PSchedule] = [lr_schedule, *([p_schedule] if p_schedule and adaptive else [])]
 
+    monitor = TrajectoryMonitor(optimizer) if task.trajectory else None
     curve: list[Point] = []
     busy, steps, diverged = 0.0, 0, False
     for _ in range(spec.epochs):
         p = _finite_p(optimizer)
         start = time.process_time()
-        train_loss = _train_epoch(model, task, splits, drawn, spec.batch_size, batches, optimizer, each_step)
+        train_loss = _train_epoch(model, task, splits, drawn, spec.batch_size, batches, optimizer, each_step, monitor)
         busy += time.process_time() - start
         steps += per_epoch
         loss, score = evaluate(model, task, splits, splits.validation)
@@ -68,6 +72,7 @@ def run(spec: RunSpec) -> RunRecord:
         curve.append(Point(steps=steps, train_loss=train_loss, validation_loss=loss, score=score, p=p))
         if p_schedule is not None and not adaptive:
             p_schedule.step()
+    regularity = {} if monitor is None or diverged else regularity_of(monitor.result())
     test_loss, test_score = evaluate(model, task, splits, splits.test)
     diverged = diverged or not (math.isfinite(test_loss) and math.isfinite(test_score))
     return RunRecord(
@@ -77,11 +82,18 @@ def run(spec: RunSpec) -> RunRecord:
         diverged=diverged,
         test_loss=None if diverged else test_loss,
         test_score=None if diverged else test_score,
-        measures={} if diverged else {"zeros": zero_fraction(model), **task.measures(model)},
+        measures={} if diverged else {"zeros": zero_fraction(model), **regularity, **task.measures(model)},
         state_bytes=_state_bytes(optimizer),
         ms_per_step=1000 * busy / steps,
         seconds=time.perf_counter() - began,
     )
+
+
+def make_lr_schedule(plan: LRSchedule, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Return the schedule of a run of so many steps, to be stepped after each of them."""
+    if plan == LRSchedule():
+        return CosineAnnealingLR(optimizer, steps)  # whose rounding is that of the stored runs
+    return LambdaLR(optimizer, lambda step: plan.factor(step, steps))
 
 
 def _train_epoch(
@@ -93,6 +105,7 @@ def _train_epoch(
     batches: torch.Generator,
     optimizer: Optimizer,
     schedules: Sequence[LRScheduler | PSchedule],
+    monitor: TrajectoryMonitor | None,
 ) -> float:
     """One pass over so many of the examples, drawn anew and in a new order; the mean loss over it.
 
@@ -112,6 +125,8 @@ def _train_epoch(
             if _finite(model):
                 raise
             return math.nan
+        if monitor is not None:
+            monitor.record(loss)
         for schedule in schedules:
             schedule.step()
         total += loss.detach() * len(chosen)
@@ -131,9 +146,21 @@ def evaluate(model: nn.Module, task: Task, splits: Splits, data: tuple[Tensor, T
 
 @torch.no_grad()
 def zero_fraction(model: nn.Module) -> float:
-    """The part of the weights that is exactly zero: |w| < 1e-13, over tensors of 2 dims or more."""
+    """Return the share of the weights that is exactly 0, over tensors of 2 dims or more."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    return sum(int((p.abs() < ZERO).sum()) for p in matrices) / sum(p.numel() for p in matrices)
+    return sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
+
+
+def regularity_of(found: Trajectory) -> dict[str, float]:
+    """Return the measures of a trajectory that its page compares, those of them that are finite."""
+    gamma = found.gamma[found.valid]
+    measures = {
+        "median cosine": float(np.nanmedian(found.cosine)),
+        "straightness": found.straightness,
+        "min γ": float(gamma.min()) if gamma.size else math.nan,
+        "negative γ": float((gamma < 0).mean()) if gamma.size else math.nan,
+    }
+    return {name: value for name, value in measures.items() if math.isfinite(value)}
 
 
 def _finite(model: nn.Module) -> bool:

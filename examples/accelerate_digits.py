@@ -6,6 +6,7 @@ python examples/accelerate_digits.py        # or: accelerate launch examples/acc
 
 from __future__ import annotations
 
+import math
 import tempfile
 from typing import Any
 
@@ -30,9 +31,9 @@ def main(epochs: int = 8) -> tuple[float, float]:
     """Train; returns the accuracy on the training set and the share of weights that are exactly zero."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     net, opt, loader = make(epochs)
-    schedule = normopt.schedules.CosineP(opt, total_steps=epochs)  # made on our optimizer, before it is wrapped
-    accelerator.register_for_checkpointing(schedule)
-    net, wrapped, loader = accelerator.prepare(net, opt, loader)
+    steps = epochs * math.ceil(len(loader) / 2)  # of the optimizer: one for two batches
+    schedule = normopt.schedules.CosineP(opt, total_steps=steps)  # made on our optimizer, before it is wrapped
+    net, wrapped, loader, schedule = accelerator.prepare(net, opt, loader, schedule)
     with tempfile.TemporaryDirectory() as folder:
         for epoch in range(epochs):
             for x, y in loader:
@@ -40,7 +41,7 @@ def main(epochs: int = 8) -> tuple[float, float]:
                     wrapped.zero_grad()
                     accelerator.backward(torch.nn.functional.cross_entropy(net(x), y))
                     wrapped.step()
-            schedule.step()
+                    schedule.step()  # prepared, it passes over the batches that only accumulate
             if epoch == epochs // 2:
                 accelerator.save_state(folder)
                 accelerator.load_state(folder)

@@ -27,29 +27,16 @@ class Digits(lightning.LightningModule):
         self.net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
 
     def configure_optimizers(self) -> Any:
-        """Lightning steps the LR scheduler; p has a schedule of its own, stepped below."""
+        """Lightning steps, saves and loads both schedules, of lr and of p."""
         opt = normopt.LPSGDM(self.parameters(), lr=0.02, p=8.0, agr=True)
-        self.p_schedule = normopt.schedules.CosineP(opt, total_steps=self.epochs)
-        return [opt], [torch.optim.lr_scheduler.CosineAnnealingLR(opt, self.epochs)]
+        of_lr = torch.optim.lr_scheduler.CosineAnnealingLR(opt, self.epochs)
+        return [opt], [of_lr, normopt.schedules.CosineP(opt, total_steps=self.epochs)]
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         x, y = batch
         logits = self.net(x)
         self.log("accuracy", (logits.argmax(1) == y).float().mean(), on_step=False, on_epoch=True)
         return torch.nn.functional.cross_entropy(logits, y)
-
-    def on_train_epoch_end(self) -> None:
-        self.p_schedule.step()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["p_schedule"] = self.p_schedule.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.loaded_p_schedule = checkpoint["p_schedule"]
-
-    def on_train_start(self) -> None:
-        if hasattr(self, "loaded_p_schedule"):  # the optimizer exists only now
-            self.p_schedule.load_state_dict(self.loaded_p_schedule)
 
 
 def loader() -> DataLoader[Any]:

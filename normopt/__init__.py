@@ -18,8 +18,16 @@ from normopt.zoo.matrix import SCALE, Freon, Muon, NorMuon, NucGD, RowNormSGD, S
 if TYPE_CHECKING:
     from normopt import diagnostics as diagnostics
     from normopt import groups as groups
+    from normopt import integrations as integrations
     from normopt import schedules, sparsity
-    from normopt.diagnostics import GeometryMonitor, Trajectory, TrajectoryMonitor
+    from normopt.diagnostics import (
+        CurvatureMonitor,
+        GeometryMonitor,
+        Spectrum,
+        Trajectory,
+        TrajectoryMonitor,
+        hessian_spectrum,
+    )
     from normopt.groups import ParamGroups, param_groups
 
 __version__ = "0.1.0"
@@ -29,12 +37,20 @@ __all__ += ["LPSGD", "LPSGDM", "SGD", "Lion", "NormalizedSGD", "PowerStep", "Sig
 __all__ += ["LAMB", "LARS", "Adagrad", "Adam", "AdamW", "Adan", "RMSprop"]
 __all__ += ["SCALE", "Freon", "Muon", "NorMuon", "NucGD", "RowNormSGD", "Scion", "SpectralSGD"]
 __all__ += ["AGR", "GeometryMonitor", "LpDecay", "ParamGroups", "Trajectory", "TrajectoryMonitor", "param_groups"]
-__all__ += ["to_torch_state_dict"]
+__all__ += ["CurvatureMonitor", "Spectrum", "hessian_spectrum", "to_torch_state_dict"]
 
 # Imported at their first use, since no optimizer needs them; each with its names that are normopt's too.
 _LAZY = {
-    "diagnostics": ("GeometryMonitor", "Trajectory", "TrajectoryMonitor"),
+    "diagnostics": (
+        "CurvatureMonitor",
+        "GeometryMonitor",
+        "Spectrum",
+        "Trajectory",
+        "TrajectoryMonitor",
+        "hessian_spectrum",
+    ),
     "groups": ("ParamGroups", "param_groups"),
+    "integrations": (),
     "schedules": (),
     "sparsity": (),
 }

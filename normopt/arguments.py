@@ -25,6 +25,7 @@ SYNONYMS = {
     "beta1": "β₁ is momentum",
     "capturable": "it is not needed, because no step waits for the device",
     "cautious": 'cautious decay is decay="cautious"',
+    "lambda_p": 'λ of ℓp decay is weight_decay, with decay="lp"',
     "learning_rate": "the learning rate is lr",
     "wd": "the strength of the decay is weight_decay",
 }
@@ -80,6 +81,12 @@ def check_unused(
         ("coupling_rate", [group["coupling"] != 0 for group in groups], "at coupling = 0", True),
         ("dampening", runs, "at momentum = 0", no_momentum),
         ("state_dtype", runs, "at momentum = 0", no_momentum),
+        (
+            "eps",
+            [group["scale"] == "power" for group in groups],
+            'without scale="power" (the ε of adaptive coordinates is metric_eps)',
+            True,
+        ),
         ("eps", [not norm.is_identity("power") for norm in norms], "at p = 2", all(g["p"] is None for g in groups)),
     ]
     for field in fields:
@@ -215,4 +222,6 @@ def show_settings(function: Any) -> None:
         if name in shown and name not in signature.parameters:
             s = owner.settings[name]
             named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=s.default, annotation=s.type))
+    # Of the hint, too, which jsonargparse would unpack beside the signature.
+    function.__annotations__[last.name] = Any
     function.__signature__ = signature.replace(parameters=[*named, last.replace(annotation=Any)])

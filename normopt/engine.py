@@ -242,6 +242,8 @@ class SteepestDescent(Optimizer):
                 )
             betas = ADAN if whole["difference_beta"] != 0 else TORCHS["betas"]
             group = from_torch(theirs, betas) | {key: group[key] for key in kept}
+        if whole["scale"] != "power":
+            group = {"eps": 0.0} | group  # an optimizer's own default does not follow it to another scale
         if "norm" in group:
             # A group that names the optimizer's own norm keeps the optimizer's fields of it, and its eps and row_beta.
             own = group["norm"] == self.defaults["norm"]

@@ -1,4 +1,4 @@
-"""Which cases run, and the conformance table: what tests/conformance found, as a page of the docs.
+"""Which cases run, and two tables of the docs: what tests/conformance and tests/frameworks found.
 
 `make test` is for every change and takes minutes. Of a test with many cases it runs enough that every value of every
 parameter occurs, and it leaves out what is marked `exhaustive`. `make test-all`, which is pytest with ``--all``, runs
@@ -9,6 +9,7 @@ and repeated tests go on is set here too: NORMOPT_FUZZ and NORMOPT_STEPS.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from collections import defaultdict
@@ -29,6 +30,7 @@ allow_torchvision_import()  # which timm and transformers import
 # workers cannot do at once.
 ONE_WORKER = {
     "architectures": "architectures",
+    "frameworks": "architectures",
     "sharding": "forked",
     "test_compiling.py": "forked",
     "test_docs.py": "forked",
@@ -69,6 +71,7 @@ def one_thread() -> Iterator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run every case of every test, and the exhaustive tests")
     parser.addoption("--conformance-table", help="write what tests/conformance finds to this Markdown file")
+    parser.addoption("--trainers-table", help="write what tests/frameworks finds to this JSON file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,6 +83,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("NORMOPT_STEPS", "20" if everything else "6")  # of one optimizer beside another
     if path := config.getoption("--conformance-table"):
         config.pluginmanager.register(Table(Path(path)))
+    if path := config.getoption("--trainers-table"):
+        config.pluginmanager.register(TrainersTable(Path(path)))
 
 
 def asks_for_everything(config: pytest.Config) -> bool:
@@ -171,6 +176,26 @@ class Table:
         if self.reasons:
             lines += ["", "## Skipped, and why", "", *sorted(set(self.reasons))]
         self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+class TrainersTable:
+    """Collects what each trainer did with each optimizer; those that did not run stay as they were."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        found = dict(report.user_properties)
+        if report.when == "call" and "trainer" in found:
+            row = self.rows.setdefault(found["trainer"], {"cells": {}})
+            row |= {key: found[key] for key in ("package", "version")}
+            row["torch"] = torch.__version__.split("+")[0]
+            reason = str(report.longrepr[2]).removeprefix("Skipped: ") if report.skipped else ""
+            row["cells"][found["case"]] = reason or [word for word in ("trains", "resumes") if found.get(word)]
+
+    def pytest_sessionfinish(self) -> None:
+        self.path.write_text(json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def summary(outcomes: list[str]) -> str:

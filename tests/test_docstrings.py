@@ -34,6 +34,7 @@ CHECKS = {"check_number": {"TypeError", "ValueError"}, "check_choice": {"ValueEr
 # What only looks as if it could be raised, because what is called is given nothing that it would refuse.
 CANNOT = {
     "normopt.integrations.timm.register": {"TypeError", "ValueError"},  # names that list_optimizers() gave
+    "normopt.diagnostics.curvature.Spectrum.plot": {"TypeError", "ValueError"},  # a width that is a number above 0
     "normopt.norms.lp.Lp.on": {"TypeError", "ValueError"},  # a p that was checked when the norm was made
     "normopt.engine.SteepestDescent.state_dict": {"TypeError", "ValueError"},  # which it suppresses
     "normopt.schedules.adaptive.AdaptiveP.step": {"TypeError", "ValueError"},  # gradients are floats; so are starts

@@ -759,3 +759,19 @@ def test_a_step_of_matrices_takes_less_memory_than_the_weights():
     events = seen.profiler.kineto_results.events()
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
     assert 0 < max(itertools.accumulate(changes)) <= sum(4 * p.numel() for p in params)
+
+
+@pytest.mark.parametrize("cls", [normopt.LPSGD, normopt.LPSGDM])
+def test_the_papers_eps_is_a_default_of_the_power_scale_alone(cls):
+    def of(**settings):
+        return [group["eps"] for group in cls([torch.nn.Parameter(torch.ones(2))], **settings).param_groups]
+
+    assert of() == of(p=4.0) == of(p=2.0) == of(eps=1e-8) == [1e-8]
+    assert of(eps=0.0) == of(scale="matched") == of(scale="dual") == of(scale="matched", eps=1e-8) == [0.0]
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = cls([{"params": [first]}, {"params": [second], "scale": "matched"}]).param_groups
+    assert [group["eps"] for group in groups] == [1e-8, 0.0]
+    with pytest.raises(ValueError, match='belongs to scale="power"'):
+        cls([{"params": [first], "scale": "matched", "eps": 1e-8}])
+    with pytest.raises(ValueError, match="does nothing without scale"):
+        cls([first], scale="matched", eps=1e-3)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import re
 import subprocess
 import sys
 import types
+import typing
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,14 @@ def test_skorchs_call_pattern(name):
     assert torch.equal(net.weight, before) or name == "stacey"  # whose coupling is not multiplied by lr
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_are_told_once(name):
+    """jsonargparse reads the signature, and unpacks the type hint of ``**settings`` if there is one."""
+    made = next(c for c in normopt.get_optimizer(name).__mro__ if "__init__" in vars(c)).__init__
+    assert typing.get_type_hints(made)["settings"] is typing.Any
+    assert "maximize" in inspect.signature(made).parameters
+
+
 @pytest.fixture
 def timm_stub(monkeypatch):
     """The part of timm 1.0.31's optimizer factory that registration touches."""
@@ -145,8 +155,9 @@ def timm_stub(monkeypatch):
 def test_timm_registration(timm_stub):
     names = timm_integration.register()
     assert set(names.values()) == {normopt.get_optimizer(n) for n in NAMES}
-    assert names["lpsgdm"] is normopt.LPSGDM
+    assert names["lpsgdm"] is names["normoptlpsgdm"] is normopt.LPSGDM
     assert names["normoptsgd"] is normopt.SGD
+    assert "sgd" not in names
     assert timm_stub["sgd"].opt_class is torch.optim.SGD
     assert timm_integration.register() == names
     for name, info in timm_stub.items():
@@ -157,6 +168,11 @@ def test_timm_registration(timm_stub):
             kwargs |= {"eps": 1e-8} if info.has_eps else {}
             info.opt_class([torch.nn.Parameter(torch.ones(2))], **kwargs)
             assert "_" not in name
+
+
+def test_the_integrations_are_there_at_their_first_use():
+    code = "import normopt; normopt.integrations.timm.register; import sys; assert 'timm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=patience(60))
 
 
 def test_without_timm_the_error_says_what_to_install(monkeypatch):

@@ -36,6 +36,7 @@ MOMENTA = {
     "lpsgd": dict(momentum=0.0, momentum_rule="heavy"),
     "lpsgdm": dict(momentum=0.9, momentum_rule="ema"),
 }
+EPS = {"lpsgd": 1e-8, "lpsgdm": 1e-8}
 FIXED = {"l2": 2.0, "linf": math.inf}
 REGULARIZERS = {
     "plain": dict(),
@@ -112,7 +113,7 @@ def test_every_optimizer_scale_and_p(name, scale, dtype, recorded):
         if p == 1 and scale == "power":
             continue  # undefined, and refused: test_engine.py
         settings = dict(norm="lp", p=p, scale=scale, **MOMENTA[name])
-        rule = Rule(p=p, scale=scale, **MOMENTA[name])
+        rule = Rule(p=p, scale=scale, eps=EPS.get(name, 0.0), **MOMENTA[name])
         left_out, total = check(normopt.get_optimizer(name), settings, rule, recorded, dtype)
         assert left_out < 1e-3 * total
 
@@ -126,9 +127,10 @@ def test_every_optimizer_as_it_comes_wears_every_regularizer(name, regularizer, 
     cls = normopt.get_optimizer(name)
     fresh = cls([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
     settings = {**MOMENTA[name], **REGULARIZERS[regularizer]}
-    left_out, total = check(
-        cls, settings, Rule(p=FIXED.get(fresh["norm"], fresh["p"]), scale=fresh["scale"], **settings), recorded, dtype
-    )
+    p = FIXED.get(fresh["norm"], fresh["p"])
+    assert fresh["eps"] == EPS.get(name, 0.0)
+    rule = Rule(p=p, scale=fresh["scale"], eps=fresh["eps"], **settings)
+    left_out, total = check(cls, settings, rule, recorded, dtype)
     assert left_out < 1e-3 * total
 
 

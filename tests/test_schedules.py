@@ -118,7 +118,7 @@ def test_a_schedule_says_where_it_is():
     sched = CosineP(optimizer(), total_steps=3)
     sched.step()
     assert "CosineP(" in repr(sched)
-    assert "last_step=2" in repr(sched)
+    assert "last_epoch=1" in repr(sched)
     with pytest.raises(ValueError, match="not from CosineP"):
         sched.load_state_dict(LinearP(optimizer(), total_steps=3).state_dict())
 
@@ -132,11 +132,11 @@ def test_a_state_that_does_not_fit_changes_nothing():
     )
     sched = CosineP(opt, total_steps=5)
     good = sched.state_dict()
-    for wrong in ({"base_ps": [None, 8.0]}, {"base_ps": [math.inf, None]}, {"base_ps": [8.0, None, 3.0]}):
+    for wrong in ({"base_ps": [None, 6.0]}, {"base_ps": [math.inf, None]}, {"base_ps": [6.0, None, 3.0]}):
         with pytest.raises(ValueError):  # noqa: PT011
             sched.load_state_dict({**good, **wrong})
         assert sched.state_dict() == good
-        assert sched.get_last_p() == [8.0, None]
+        assert sched.get_last_p() == [6.0, None]
 
 
 def test_ends_that_have_no_exponent():

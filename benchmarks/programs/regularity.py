@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -28,6 +28,7 @@ import normopt
 from benchmarks.progress import Advance
 from benchmarks.study.spec import Frozen
 from benchmarks.tasks import TASKS
+from benchmarks.tasks.common import Deep
 from benchmarks.training import evaluate
 from normopt.diagnostics import Trajectory, TrajectoryMonitor
 
@@ -133,29 +134,10 @@ class Regularity(BaseModel):
     points: list[Point]
 
 
-class Deep(nn.Module):
-    """A stem, hidden layers of one width, each with or without batch norm and skip, and a head."""
-
-    def __init__(self, cell: Cell, width: int, depth: int) -> None:
-        super().__init__()
-        self.skip = cell.skip
-        self.stem = nn.Linear(64, width)
-        self.hidden = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(width, width, bias=not cell.batch_norm),
-                nn.BatchNorm1d(width) if cell.batch_norm else nn.Identity(),
-                ACTIVATIONS[cell.activation](),
-            )
-            for _ in range(depth)
-        )
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for layer in self.hidden:
-            x = x + layer(x) if self.skip else layer(x)
-        logits: Tensor = self.head(x)
-        return logits
+def build(cell: Cell, width: int, depth: int) -> nn.Module:
+    """The network of a cell."""
+    kind = dict(batch_norm=cell.batch_norm, skip=cell.skip)
+    return Deep(64, width, depth, **kind, activation=ACTIVATIONS[cell.activation])
 
 
 def optimize(name: str, model: nn.Module, lr: float) -> Optimizer:
@@ -176,7 +158,7 @@ def train(cell: Cell, setting: Setting, lr: float, seed: int, watch: bool) -> tu
     task = TASKS["digits"]
     splits = task.load()
     torch.manual_seed(seed)
-    model = Deep(cell, setting.width, setting.depth)
+    model = build(cell, setting.width, setting.depth)
     optimizer = optimize(cell.optimizer, model, lr)
     schedules: list[Any] = [CosineAnnealingLR(optimizer, setting.steps)]
     if cell.optimizer == "LPSGDM":

@@ -1,28 +1,99 @@
-"""The report of a study: in words, in tables, in figures, and how it was done; as HTML, Markdown and CSV."""
+"""The report of a study: one page of HTML that opens with the answer, the same as Markdown, and all numbers as CSV."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
+from typing import Any
 
-from benchmarks.report import claims, data, markdown, page
+from benchmarks.report import data, forest, tables
 from benchmarks.report.comparison import compare
-from benchmarks.report.words import findings
+from benchmarks.report.layers import WORDS, layers
+from benchmarks.report.text import share
+from benchmarks.report.words import ENGINE, command, findings, settings
 from benchmarks.results import Results
+from benchmarks.stats import LEVEL
+
+LEGEND = (
+    f"Dots are estimates and lines their {share(LEVEL)} intervals, not corrected for their number. Filled dots are "
+    "significant, hollow ones are ties: over all tasks, where the interval leaves out 50\u00a0%; on a task, by "
+    "Holm's P-value. The grey band is the noise floor: by chance, 95\u00a0% of differences of two equal arms lie in it."
+)
+OPENING = ("Not finished", "Answer")
 
 
 def write(results: Results, folder: Path) -> Path:
-    """Write report.html, its twins summary.md and summary.csv, and the figures' data; where the report is."""
-    summary, rows = findings(results), data.tables(results)
-    if compared := claims.rows(results):
-        rows["claims"] = compared
+    """Write report.html, its twins summary.md and summary.csv, and the tables in data; where the report is."""
+    rows = data.tables(results)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name, table in rows.items():
         (folder / "data" / f"{name}.csv").write_text(data.csv_text(table), encoding="utf-8")
     (folder / "summary.csv").write_text(data.csv_text(rows["scores"]), encoding="utf-8")
-    (folder / "summary.md").write_text(markdown.text(results, summary), encoding="utf-8")
+    view = _view(results)
+    markdown = ENGINE.get_template("report.md.j2").render(**view, heading=f"Ablation: {results.study.name}", stored="")
+    (folder / "summary.md").write_text(markdown, encoding="utf-8")
     report = folder / "report.html"
-    report.write_text(page.html(results, summary, rows), encoding="utf-8")
+    report.write_text(_html(results, view, beside=True), encoding="utf-8")
     return report
 
 
-__all__ = ["compare", "write"]
+def html(results: Results) -> str:
+    """The report as HTML, without files beside it."""
+    return _html(results, _view(results), beside=False)
+
+
+def _html(results: Results, view: dict[str, Any], beside: bool) -> str:
+    title = f"normopt: ablation “{results.study.name}”"
+    return ENGINE.get_template("report.html.j2").render(**view, title=title, beside=beside)
+
+
+def write_page(results: Results, path: Path) -> Path:
+    """Write the page of the docs that shows a study; where it is."""
+    stored = f"data/{results.study.name}.parquet"
+    text = ENGINE.get_template("report.md.j2").render(**_view(results), heading="Results", stored=stored)
+    path.write_text("\n".join(map(_filled, text.splitlines())) + "\n", encoding="utf-8")
+    return path
+
+
+def _view(results: Results) -> dict[str, Any]:
+    found = findings(results)
+    said = {finding.task: finding.text for finding in found if finding.task}
+    tasks = []
+    for task in results.tasks.values():
+        drawn = [
+            forest.on_task(task, answer.question.title, mine, task.comparisons)
+            for answer in results.answers
+            if (mine := [c for c in answer.comparisons if c.row.task == task.name])
+        ]
+        grid = tables.grid(tables.columns(task), task.rows)
+        tasks.append(
+            {"name": task.name, "text": said[task.name], "forests": drawn, "grid": grid, "notes": tables.notes(task)}
+        )
+    alone = tasks[0]["forests"] if len(tasks) == 1 else []
+    if alone:
+        tasks[0]["forests"] = []
+    return {
+        "study": results.study,
+        "made": command(results),
+        "opening": [finding for finding in found if finding.title in OPENING],
+        "more": [finding for finding in found if finding.title not in OPENING and not finding.task],
+        "forests": alone or [forest.over_tasks(results, answer) for answer in results.answers if results.standings],
+        "legend": LEGEND,
+        "standings": tables.standings(results),
+        "about_standings": tables.STANDINGS,
+        "tasks": tasks,
+        "layers": layers(results),
+        "about_layers": WORDS,
+        "settings": settings(results),
+    }
+
+
+def _filled(line: str) -> str:
+    """Sentences in lines of 120 characters, so that what changes can be seen; tables and HTML as they are."""
+    if line.startswith(("|", "#", "<", ".", "@", " ", "}")):
+        return line
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+__all__ = ["compare", "findings", "html", "write", "write_page"]

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import Environment
-from benchmarks.report import data, page
+from benchmarks.report import data
 from benchmarks.report.data import Rows
-from benchmarks.report.figures import COLOURS, Figure, by_arm, interval_at
-from benchmarks.report.finding import Finding
+from benchmarks.report.forest import Forest, on_task
 from benchmarks.report.tables import Grid, state
-from benchmarks.report.text import counted, listed, of, p_value, share, unit
-from benchmarks.results import Results, Row, TaskResults, test_score
-from benchmarks.stats import LEVEL, Difference, holm, paired
+from benchmarks.report.text import counted, listed, of, p_value, unit
+from benchmarks.report.words import ENGINE
+from benchmarks.results import Comparison, Results, TaskResults, family, test_score
 from benchmarks.store import UnfitStore
 
-CAPTION = (
-    f"Test scores, means and {share(LEVEL)} intervals over the seeds, of the arms and tasks that the studies share."
-)
+
+@dataclass(frozen=True)
+class Case:
+    """An arm of a study against the same arm of the first study, on a task."""
+
+    task: str
+    arm: str
+    study: str
+    held: Comparison
 
 
 def compare(studies: Sequence[Results], folder: Path) -> Path:
@@ -32,18 +38,25 @@ def compare(studies: Sequence[Results], folder: Path) -> Path:
     if len(studies) < 2:
         raise UnfitStore(f"a comparison needs at least two studies, but was given {len(studies)}")
     named = _named(studies)
-    first, *others = named.values()
-    tasks = [task for task in first.tasks if all(task in other.tasks for other in others)]
-    arms = [a.name for a in first.study.arms if all(a.name in [b.name for b in o.study.arms] for o in others)]
+    (opening, first), *rest = named.items()
+    others = [name for name, _ in rest]
+    tasks = [task for task in first.tasks if all(task in other.tasks for _, other in rest)]
+    arms = [a.name for a in first.study.arms if all(a.name in [b.name for b in o.study.arms] for _, o in rest)]
     if not (tasks and arms):
         raise UnfitStore(f"{listed(list(named))} have no task and arm in common: there is nothing to compare")
-    grids = {task: _grid(named, task, arms) for task in tasks}
-    summary, rows = _findings(named, tasks, arms), _rows(named, tasks, arms)
+    cases = _cases(named, tasks, arms)
+    rows = _rows(named, tasks, arms, cases)
+    view = {
+        "title": f"normopt: {listed(list(named))} compared",
+        "counts": [_count(name, opening, cases) for name in others],
+        "changes": [(name, _changes(named, opening, name)) for name in others],
+        "tasks": [(task, _forest(first, task, cases), _grid(named, task, arms, cases)) for task in tasks],
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.csv").write_text(data.csv_text(rows), encoding="utf-8")
-    (folder / "compare.md").write_text(_markdown(named, summary, grids), encoding="utf-8")
+    (folder / "compare.md").write_text(ENGINE.get_template("compare.md.j2").render(**view), encoding="utf-8")
     path = folder / "compare.html"
-    path.write_text(_html(named, summary, grids, rows), encoding="utf-8")
+    path.write_text(ENGINE.get_template("compare.html.j2").render(**view), encoding="utf-8")
     return path
 
 
@@ -57,48 +70,31 @@ def _named(studies: Sequence[Results]) -> dict[str, Results]:
     return named
 
 
-def _held(row: Row, first: Row) -> Difference | None:
-    """A row against the first study's, seed by seed; None if one of them is not sound or they share no two seeds."""
-    if not (row.sound and first.sound):
-        return None
-    a, b = ({run.spec.seed: run.test_score for run in r.runs} for r in (row, first))
-    both = [(x, y) for seed in a if (x := a[seed]) is not None and (y := b.get(seed)) is not None]
-    return paired([x for x, _ in both], [y for _, y in both]) if len(both) > 1 else None
-
-
-def _cases(named: Mapping[str, Results], task: str, arms: Sequence[str]) -> list[tuple[str, str, Difference, float]]:
-    """(arm, study, difference to the first study, Holm's P-value), one family a task."""
+def _cases(named: Mapping[str, Results], tasks: Sequence[str], arms: Sequence[str]) -> list[Case]:
+    """Every arm of every other study against the first study's, seed by seed: one family, corrected once."""
     first, *others = named
-    found = []
-    for arm in arms:
-        base = named[first].tasks[task].row(arm)
-        for name in others:
-            difference = _held(named[name].tasks[task].row(arm), base)
-            if difference:
-                found.append((arm, name, difference))
-    adjusted = holm([difference.p_value for *_, difference in found])
-    return [(*case, p) for case, p in zip(found, adjusted, strict=True)]
+    keys, pairs = [], []
+    for task in tasks:
+        there = named[first].tasks[task]
+        for arm, name in product(arms, others):
+            row, base = named[name].tasks[task].row(arm), there.row(arm)
+            shared = {run.spec.seed for run in row.runs} & {run.spec.seed for run in base.runs}
+            if len(shared) > 1 and not (row.failed or base.failed):
+                keys.append((task, arm, name))
+                pairs.append((there, row, base, there.score))
+    return [Case(*key, held) for key, held in zip(keys, family(pairs), strict=True)]
 
 
-def _findings(named: Mapping[str, Results], tasks: Sequence[str], arms: Sequence[str]) -> list[Finding]:
-    first, *others = named
-    found = [
-        Finding("What differs", " ".join(f"{name} from {first}: {_changes(named, first, name)}" for name in others))
-    ]
-    every = [case for task in tasks for case in _cases(named, task, arms)]
-    for name in others:
-        mine = [case for case in every if case[1] == name]
-        sure = [case for case in mine if case[3] < data.ALPHA]
-        text = (
-            f"Of {counted(len(arms), 'arm')} on {counted(len(tasks), 'task')} that the studies share, {len(mine)} can "
-            f"be compared seed by seed, and {of(len(sure), len(mine))} differ at the 5\u00a0% level, Holm-corrected "
-            "within each task."
-        )
-        same = sum(difference.interval.low == difference.interval.high == 0 for _, _, difference, _ in mine)
-        if same:
-            text += f" {of(same, len(mine))} are equal to the last bit on every seed."
-        found.append(Finding(f"{name} against {first}", text))
-    return found
+def _count(name: str, first: str, cases: Sequence[Case]) -> str:
+    mine = [case.held for case in cases if case.study == name]
+    sure = [c for c in mine if c.verdict]
+    better = sum(c.verdict > 0 for c in sure)
+    same = sum(c.difference.interval.low == c.difference.interval.high == 0 for c in mine)
+    text = (
+        f"{name} against {first}: of {counted(len(mine), 'comparison')}, {len(sure)} are significant ({better} better, "
+        f"{len(sure) - better} worse) and {len(mine) - len(sure)} are ties, Holm-corrected over all of this page."
+    )
+    return text + (f" {of(same, len(mine))} are equal to the last bit on every seed." if same else "")
 
 
 def _changes(named: Mapping[str, Results], first: str, name: str) -> str:
@@ -136,23 +132,17 @@ def _short(value: Any) -> str:
     return f"({', '.join(map(str, value))})" if isinstance(value, tuple) else str(value)
 
 
-def _grid(named: Mapping[str, Results], task: str, arms: Sequence[str]) -> Grid:
+def _grid(named: Mapping[str, Results], task: str, arms: Sequence[str], cases: Sequence[Case]) -> Grid:
     first, *others = named
     it = unit(named[first].tasks[task].task)
-    cases = {(arm, name): (difference, p) for arm, name, difference, p in _cases(named, task, arms)}
+    held = {(case.arm, case.study): case.held for case in cases if case.task == task}
     titles = ["arm", *named, *(f"{name} − {first}" for name in others), *(f"P-value, {name}" for name in others)]
     rows = []
     for arm in arms:
-        scores = [_score(results.tasks[task], arm) for results in named.values()]
-        told = [cases.get((arm, name)) for name in others]
-        rows.append(
-            [
-                arm,
-                *scores,
-                *(it.difference(case[0].interval) if case else "" for case in told),
-                *(p_value(case[1], name=False) if case else "" for case in told),
-            ]
-        )
+        told = [held.get((arm, name)) for name in others]
+        differences = [it.difference(c.difference.interval) if c else "" for c in told]
+        p_values = [p_value(c.adjusted, name=False) if c else "" for c in told]
+        rows.append([arm, *(_score(results.tasks[task], arm) for results in named.values()), *differences, *p_values])
     return Grid(titles, [True] + [False] * (len(titles) - 1), rows)
 
 
@@ -162,66 +152,34 @@ def _score(task: TaskResults, arm: str) -> str:
     return unit(task.task).score(mean) if mean else state(row)
 
 
-def _rows(named: Mapping[str, Results], tasks: Sequence[str], arms: Sequence[str]) -> Rows:
+def _rows(named: Mapping[str, Results], tasks: Sequence[str], arms: Sequence[str], cases: Sequence[Case]) -> Rows:
+    held = {(case.task, case.arm, case.study): case.held for case in cases}
     found: Rows = []
-    for task in tasks:
-        cases = {(arm, name): (difference, p) for arm, name, difference, p in _cases(named, task, arms)}
-        for arm in arms:
-            for name, results in named.items():
-                row = results.tasks[task].row(arm)
-                mean = data.mean_of(row, test_score)
-                difference, p = cases.get((arm, name), (None, None))
-                found.append(
-                    {
-                        "task": task,
-                        "arm": arm,
-                        "study": name,
-                        "seeds": len(row.runs),
-                        "diverged": row.diverged,
-                        "test_score": mean.mean if mean else None,
-                        "test_score_low": mean.low if mean else None,
-                        "test_score_high": mean.high if mean else None,
-                        "difference_to_first": difference.interval.mean if difference else None,
-                        "difference_low": difference.interval.low if difference else None,
-                        "difference_high": difference.interval.high if difference else None,
-                        "p_value_holm": p,
-                    }
-                )
+    for task, arm, (name, results) in product(tasks, arms, named.items()):
+        row, c = results.tasks[task].row(arm), held.get((task, arm, name))
+        mean, i = data.mean_of(row, test_score), c.difference.interval if c else None
+        found.append(
+            {
+                "task": task,
+                "arm": arm,
+                "study": name,
+                "seeds": len(row.runs),
+                "diverged": row.diverged,
+                "test_score": mean.mean if mean else None,
+                "test_score_low": mean.low if mean else None,
+                "test_score_high": mean.high if mean else None,
+                "difference_to_first": i.mean if i else None,
+                "difference_low": i.low if i else None,
+                "difference_high": i.high if i else None,
+                "p_value_holm": c.adjusted if c else None,
+                "verdict": c.verdict if c else None,
+            }
+        )
     return found
 
 
-def _figure(named: Mapping[str, Results], rows: Rows) -> Figure:
-    panels = {}
-    first = next(iter(named.values()))
-    for name in dict.fromkeys(row["task"] for row in rows):
-        it = unit(first.tasks[name].task)
-        mine = [row for row in rows if row["task"] == name and row["test_score"] is not None]
-        lines = [f"{row['arm']} · {row['study']}" for row in mine]
-        plot = by_arm(f"test {it.title}", lines, it.sign)
-        for line, row in zip(lines, mine, strict=True):
-            colour = COLOURS[list(named).index(row["study"]) % len(COLOURS)]
-            interval_at(plot, line, row, "test_score", it.factor, {"color": colour, "size": 9}, it.sign)
-        if mine:
-            panels[name] = plot
-    return Figure("compare", "Final scores", CAPTION, panels)
-
-
-def _html(named: Mapping[str, Results], summary: Sequence[Finding], grids: Mapping[str, Grid], rows: Rows) -> str:
-    title = f"normopt: {listed(list(named))} compared"
-    figure = _figure(named, rows)
-    tables = (f'<section data-task="{escape(task)}">{page.table(grid)}</section>' for task, grid in grids.items())
-    body = [
-        f"<header><h1>{escape(title)}</h1></header>\n<main>",
-        f"<h2>In words</h2>\n{page.said(summary)}",
-        "<h2>Task by task</h2>",
-        page.chooser(list(grids)),
-        *tables,
-        f"<h2>Figure</h2>\n{page.figure_html(figure, {'compare': page.link('compare', rows)})}\n</main>",
-    ]
-    return page.document(title, body, [figure])
-
-
-def _markdown(named: Mapping[str, Results], summary: Sequence[Finding], grids: Mapping[str, Grid]) -> str:
-    parts = [f"# {listed(list(named))} compared", "\n".join(f"- **{f.title}.** {f.text}" for f in summary)]
-    parts += [f"## {task}\n\n{grid.markdown}" for task, grid in grids.items()]
-    return "\n\n".join(parts) + "\n"
+def _forest(first: Results, task: str, cases: Sequence[Case]) -> Forest:
+    mine = [case for case in cases if case.task == task]
+    held = [case.held for case in mine]
+    names = [f"{case.arm}, {case.study}" for case in mine]
+    return on_task(first.tasks[task], task, held, held, names)

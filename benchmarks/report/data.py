@@ -1,4 +1,4 @@
-"""What the figures and tables show, as plain rows: each figure is drawn from the rows that lie beside it as CSV."""
+"""The numbers of the tables and figures in full precision: rows of the CSV files beside the report."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
-from itertools import takewhile
-from statistics import fmean
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.results import (
+    Answer,
     Comparison,
     Results,
     Row,
@@ -23,11 +22,11 @@ from benchmarks.results import (
     validation_loss,
     validation_score,
 )
-from benchmarks.stats import Interval, censored_median, expected_best, interval
-from benchmarks.study.record import Point, RunRecord
-from benchmarks.study.spec import Study
+from benchmarks.stats import Interval, censored_median, interval
+from benchmarks.study.record import RunRecord
 
 Rows = list[dict[str, Any]]
+SPARSE = 0.005  # of the weights: fewer zeros than that are no sparsity
 
 
 def csv_text(rows: Rows) -> str:
@@ -58,6 +57,7 @@ def runs(results: Results) -> Rows:
             "validation_score": validation_score(run),
             "validation_loss": validation_loss(run),
             "steps_to_target": task.steps_to_target(run),
+            "seconds_to_target": task.seconds_to_target(run),
             "ms_per_step": run.ms_per_step,
             "state_bytes": run.state_bytes,
             **{f"measure: {name}": value for name, value in run.measures.items()},
@@ -90,9 +90,13 @@ def _summary(task: TaskResults, row: Row) -> dict[str, Any]:
     for name, of in MEANS.items():
         found |= _interval(name, row, of)
     found |= {
-        "target": task.task.target,
+        "target": task.target,
         "reached_target": sum(steps is not None for steps in reached),
         "median_steps_to_target": censored_median(reached) if reached else None,
+        "median_seconds_to_target": censored_median([task.seconds_to_target(run) for run in row.runs])
+        if reached
+        else None,
+        "noise_floor": task.noise,
         "state_bytes": max((run.state_bytes for run in row.runs), default=None),
     }
     for name in measures(task):
@@ -129,25 +133,31 @@ def measures(task: TaskResults) -> list[str]:
     return list(dict.fromkeys(name for row in task.rows for run in row.runs for name in run.measures))
 
 
-def differences(results: Results) -> Rows:
-    """Every arm against its own, paired by seed."""
-    return [difference(task, c) for task in results.tasks.values() for c in task.comparisons]
+def comparisons(results: Results) -> Rows:
+    """Every comparison of every question, with its verdict."""
+    return [comparison(answer, c) for answer in results.answers for c in answer.comparisons]
 
 
-def difference(task: TaskResults, c: Comparison) -> dict[str, Any]:
-    """One comparison."""
+def comparison(answer: Answer, c: Comparison) -> dict[str, Any]:
+    """One comparison: better and worse is of the arm, 1 and −1 in ``verdict``; 0 is a tie."""
     found = c.difference.interval
     return {
-        "task": task.name,
+        "question": answer.question.title,
+        "task": c.row.task,
         "arm": c.row.name,
         "against": c.against.name,
         "seeds": found.n,
-        "difference": found.mean,
+        "difference": _finite(found.mean),
         "low": found.low,
         "high": found.high,
         "higher_is_better": c.higher_is_better,
+        "seeds_higher": c.difference.wins,
+        "seeds_lower": c.difference.losses,
         "p_value": c.difference.p_value,
         "p_value_holm": c.adjusted,
+        "p_value_exact": c.difference.exact,
+        "p_value_exact_holm": c.exact,
+        "verdict": c.verdict,
     }
 
 
@@ -175,129 +185,30 @@ def best(row: Row) -> Any:
     return min(row.trials, key=lambda trial: (trial.loss, trial.number), default=None)
 
 
-def budgets(results: Results) -> Rows:
-    """What tuning finds with n trials: expected of quasi-random ones, and found by these, in their order."""
-    startup, found = results.study.tuning.startup, []
-    for row in results.rows:
-        losses = [trial.loss for trial in row.trials]
-        expected = expected_best(losses[:startup]) if losses else []
-        for n in range(1, len(losses) + 1):
-            found.append(
-                {
-                    "task": row.task,
-                    "arm": row.name,
-                    "trials": n,
-                    "expected_best": _finite(expected[n - 1]) if n <= len(expected) else None,
-                    "best_so_far": _finite(min(losses[:n])),
-                }
-            )
-    return found
-
-
-def curves(results: Results) -> Rows:
-    """Means over the seeds at the end of every epoch; runs that diverged are left out."""
-    found = []
-    for row in results.rows:
-        whole = [run.curve for run in row.runs if not run.diverged]
-        for points in zip(*whole, strict=True):
-            found.append({"task": row.task, "arm": row.name, "seeds": len(points)} | _point(points))
-    return found
-
-
-def _point(points: Sequence[Point]) -> dict[str, float | None]:
-    return {
-        "steps": points[0].steps,
-        "train_loss": fmean(p.train_loss for p in points),
-        "validation_loss": fmean(p.validation_loss for p in points),
-        "validation_score": fmean(p.score for p in points),
-        "p": points[0].p,
-    }
-
-
-def profiles(results: Results) -> Rows:
-    """The corners of every arm's performance profile."""
-    return [
-        {"arm": standing.arm, "factor": factor, "share": share}
-        for standing in results.standings
-        for factor, share in standing.profile.steps
-    ]
+def tally(results: Results, arm: str) -> tuple[int, int, int]:
+    """Return on how many tasks an arm is better, worse and tied, compared with its control."""
+    other = results.study.against(arm) or ""
+    found = [c.verdict for task in results.tasks.values() if (c := task.comparison(arm, other))]
+    return found.count(1), found.count(-1), found.count(0)
 
 
 def standings(results: Results) -> Rows:
-    """Every arm over all whole tasks: profile, ranks, and how often it is told apart from what it is held against."""
-    tallies = tally(results)
-    return [
-        {
-            "arm": s.arm,
-            "against": results.study.against(s.arm),
-            "better": tallies[s.arm][0],
-            "worse": tallies[s.arm][1],
-            "not_told_apart": tallies[s.arm][2],
-            "profile_area": s.profile.area,
-            "solved": s.profile.share(math.nextafter(math.inf, 0)),
-            "mean_rank": s.rank,
-            "normalised_score": s.score,
-        }
-        for s in results.standings
-    ]
-
-
-ALPHA = 0.05
-
-
-def tally(results: Results) -> dict[str, tuple[int, int, int]]:
-    """Each arm → on how many tasks it is better, worse, and not told apart from what it is held against."""
-    found = {arm.name: (0, 0, 0) for arm in results.study.arms}
-    for task in results.tasks.values():
-        for c in task.comparisons:
-            better, worse, same = found[c.row.name]
-            if c.adjusted >= ALPHA:
-                same += 1
-            elif c.gain > 0:
-                better += 1
-            else:
-                worse += 1
-            found[c.row.name] = better, worse, same
+    """Every arm over all whole tasks."""
+    found = []
+    for s in results.standings:
+        other = results.study.against(s.arm)
+        better, worse, ties = tally(results, s.arm)
+        row: dict[str, Any] = {"arm": s.arm, "against": other, "better": better, "worse": worse, "ties": ties}
+        improved = results.improvements[s.arm, other] if other else None
+        for name, it in (("improvement", improved), ("iqm", s.iqm)):
+            row |= {
+                name: it.mean if it else None,
+                f"{name}_low": it.low if it else None,
+                f"{name}_high": it.high if it else None,
+            }
+        row |= {"mean_rank": s.rank, "steps_area": s.steps.area, "seconds_area": s.seconds.area}
+        found.append(row | {"solved": s.steps.share(math.nextafter(math.inf, 0))})
     return found
-
-
-SPARSE = 0.005  # of the weights: fewer zeros than that are no sparsity
-
-
-def zeros(results: Results) -> Rows:
-    """Exact zeros and test score of the arms that make any, and of those that they are held against."""
-    found: Rows = []
-    swept = sweeps(results.study)
-    for task in results.tasks.values():
-        shares = {row.name: mean_of(row, measure("zeros")) for row in task.rows}
-        sparse = [name for name, share in shares.items() if share and share.mean > SPARSE]
-        shown = {*sparse, *(results.study.against(name) for name in sparse)}
-        for row in task.rows:
-            if row.name in shown and row.values(measure("zeros")) and row.values(test_score):
-                name = {"task": row.task, "arm": row.name, "sweep": swept.get(row.name)}
-                found.append(
-                    name | _interval("zeros", row, measure("zeros")) | _interval("test_score", row, test_score)
-                )
-    return found
-
-
-STRENGTHS = ("weight_decay", "decay_step")
-
-
-def sweeps(study: Study) -> dict[str, str]:
-    """Arms that differ in nothing but the strength of a decay, at least three together → what their names share."""
-    groups: dict[str, list[str]] = {}
-    for arm in study.arms:
-        if any(arm.settings.get(name) for name in STRENGTHS):
-            rest = {name: value for name, value in arm.settings.items() if name not in STRENGTHS}
-            groups.setdefault(repr((arm.optimizer, arm.p_schedule, sorted(rest.items()))), []).append(arm.name)
-    return {name: _shared(names) for names in groups.values() if len(names) > 2 for name in names}
-
-
-def _shared(names: Sequence[str]) -> str:
-    """The words that all names begin with; the first name if there are none."""
-    words = takewhile(lambda column: len(set(column)) == 1, zip(*(name.split(" ") for name in names), strict=False))
-    return " ".join(column[0] for column in words) or names[0]
 
 
 def _finite(value: float) -> float | None:
@@ -306,15 +217,5 @@ def _finite(value: float) -> float | None:
 
 def tables(results: Results) -> dict[str, Rows]:
     """All of it, by the name of its file."""
-    every = {
-        "runs": runs(results),
-        "scores": scores(results),
-        "differences": differences(results),
-        "trials": trials(results),
-        "budgets": budgets(results),
-        "curves": curves(results),
-        "profiles": profiles(results),
-        "standings": standings(results),
-        "zeros": zeros(results),
-    }
+    every = {of.__name__: of(results) for of in (runs, scores, comparisons, trials, standings)}
     return {name: rows for name, rows in every.items() if rows}

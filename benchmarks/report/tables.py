@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.report import data
-from benchmarks.report.text import NBSP, counted, number, of, p_value, percent, signed, unit
+from benchmarks.report.text import NBSP, counted, number, of, percent, ratio, signed, unit
 from benchmarks.results import Results, Row, TaskResults, measure, ms_per_step, test_loss, test_score, validation_loss
 from benchmarks.stats import Interval, censored_median
 from benchmarks.study.record import RunRecord
@@ -62,7 +62,8 @@ def columns(task: TaskResults) -> list[Column]:
         Column(f"test {it.title}", _mean(test_score, it.score)),
         Column("test loss", _mean(test_loss, number), least=WIDE),
         Column("validation loss", _mean(validation_loss, number), least=WIDE),
-        Column(f"steps to {it.plain(task.task.target)}", lambda row: _steps(task, row)),
+        Column(f"steps to {it.rounded(task.target)}", lambda row: _steps(task, row)),
+        Column("seconds to it", lambda row: _seconds(task, row), least=WIDE),
         *(_measure(name) for name in data.measures(task) if _found(task, name)),
         Column("ms/step", _mean(ms_per_step, lambda interval: f"{interval.mean:.2f}"), least=inf),
         Column("state KiB", lambda row: f"{row.runs[0].state_bytes / 1024:.0f}" if row.runs else "", least=inf),
@@ -119,14 +120,9 @@ def _steps(task: TaskResults, row: Row) -> str:
     return f">{looked}" if median is None else f"{median:g}"
 
 
-def differences(task: TaskResults) -> Grid:
-    """Every arm of a task against its own; empty where nothing can be compared."""
-    it = unit(task.task)
-    rows = [
-        [c.row.name, c.against.name, it.difference(c.difference.interval), p_value(c.adjusted, name=False)]
-        for c in task.comparisons
-    ]
-    return Grid(["arm", "against", f"difference in test {it.title}", "P-value"], [True, True, False, False], rows)
+def _seconds(task: TaskResults, row: Row) -> str:
+    median = censored_median([task.seconds_to_target(run) for run in row.runs]) if row.runs else None
+    return "" if median is None else f"{median:.2g}"
 
 
 def notes(task: TaskResults) -> list[str]:
@@ -138,34 +134,28 @@ def notes(task: TaskResults) -> list[str]:
 
 
 def standings(results: Results) -> Grid | None:
-    """The arms over all tasks, the largest area under the profile first; None for a single task."""
+    """The arms over all tasks, in the order of the study, for no order is certain; None for a single task."""
     if not results.standings:
         return None
-    tallies = data.tally(results)
     rows = []
-    for s in sorted(results.standings, key=lambda s: (-s.profile.area, s.rank)):
-        against = results.study.against(s.arm)
-        told = "–".join(str(n) for n in tallies[s.arm]) if against else ""
-        rows.append(
-            [
-                s.arm,
-                f"{s.profile.area:.2f}",
-                signed(s.score),
-                f"{s.rank:.1f}",
-                against or "",
-                told,
-            ]
-        )
-    titles = ["arm", "profile area", "normalised score", "mean rank", "held against", "better–worse–neither"]
-    return Grid(titles, [True, False, False, False, True, False], rows)
+    for s in results.standings:
+        against = results.study.against(s.arm) or ""
+        improved = ratio(results.improvements[s.arm, against]) if against else ""
+        told = "–".join(str(n) for n in data.tally(results, s.arm)) if against else ""
+        iqm = f"{signed(s.iqm.mean)}{NBSP}({signed(s.iqm.low)}{NBSP}to{NBSP}{signed(s.iqm.high)})"
+        areas = f"{s.steps.area:.2f}", f"{s.seconds.area:.2f}"
+        rows.append([s.arm, against, told, improved, iqm, f"{s.rank:.1f}", *areas])
+    titles = ["arm", "against", "better–worse–tie", "improvement", "IQM", "mean rank", "steps area", "seconds area"]
+    return Grid(titles, [True, True] + [False] * 6, rows)
 
 
 STANDINGS = (
-    "The area under the performance profile up to a factor of 4 is AlgoPerf's score, between 0 and 1: how often, and "
-    "how soon, the target is reached. The normalised score is 1 for a task's best arm and 0 for its median one, not "
-    "below −1, and the rank is by mean test score; both are means over the tasks. All three depend on which arms are "
-    "compared. The last column counts tasks on which the arm is better than the one it is held against, worse, and "
-    "neither, each task's tests Holm-corrected at the 5\u00a0% level."
+    "Better, worse and tie count tasks. Improvement is the probability that a run of the arm has a better test score "
+    "than that of the arm it is held against on the same seed; 50\u00a0% is no difference. IQM is the interquartile "
+    "mean of the normalised test scores: 1 is a task's best arm, 0 its median one. Both have 95\u00a0% bootstrap "
+    "intervals over tasks and seeds; where they overlap, no order is shown. Areas are those under the performance "
+    "profiles of steps and seconds to the target, up to 4 times the fastest arm's (AlgoPerf's score). IQM, ranks and "
+    "areas depend on which arms are compared."
 )
 
 

@@ -39,8 +39,19 @@ class Unit:
         """One score without an interval: 95 %, or −2."""
         return f"{self.factor * value:.6g}{self.sign}".replace("-", "−")
 
+    def rounded(self, value: float) -> str:
+        """One score to four digits: 97.21 %."""
+        return f"{self.factor * value:.4g}{self.sign}".replace("-", "−")
+
+    def size(self, value: float) -> str:
+        """The size of a difference: 0.42 points."""
+        digits = 2 if self.factor != 1 else decimals(Interval(value, math.nan, math.nan, 1))
+        return f"{self.factor * value:.{digits}f}{self.of_difference}"
+
     def mean_difference(self, interval: Interval) -> str:
-        """A difference without its interval: +0.42 points."""
+        """A difference without its interval: +0.42 points; where runs diverged there is none."""
+        if not math.isfinite(interval.mean):
+            return "diverged"
         scaled = interval.times(self.factor)
         return f"{signed(scaled.mean, self._digits(scaled))}{self.of_difference}"
 
@@ -70,6 +81,12 @@ def percent(interval: Interval) -> str:
     return _with_interval(interval.times(100), 1, f"{NBSP}%")
 
 
+def ratio(interval: Interval) -> str:
+    """A probability with its interval in whole per cent: 63 % (41 to 82)."""
+    mean, low, high = (f"{100 * value:.0f}" for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} % ({low} to {high})".replace(" ", NBSP)
+
+
 def number(interval: Interval) -> str:
     """A number and its interval, to two digits of the interval: 0.743 ± 0.012, or 3.1e-09 ± 2e-10."""
     size = abs(interval.mean)
@@ -90,7 +107,7 @@ def _with_interval(interval: Interval, digits: int, sign: str) -> str:
     mean = f"{interval.mean:.{digits}f}".replace("-", "−") + sign
     if math.isnan(interval.half):
         return mean
-    if interval.symmetric:
+    if math.isclose(interval.high - interval.mean, interval.mean - interval.low, rel_tol=1e-6, abs_tol=1e-12):
         return f"{mean}{NBSP}±{NBSP}{interval.half:.{digits}f}"
     ends = f"({interval.low:.{digits}f} to {interval.high:.{digits}f})".replace("-", "−")
     return f"{mean}{NBSP}{ends}".replace(" ", NBSP)

@@ -1,19 +1,19 @@
-"""Who makes the runs: processes on this machine, or the workers of a Dask cluster on many."""
+"""Who makes the runs: processes on this machine, or the workers of a Dask cluster on many, both as executors."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
-
-from joblib.externals.loky import ProcessPoolExecutor
 
 Result = TypeVar("Result")
 SCHEME = "dask://"
@@ -24,64 +24,85 @@ class NoCluster(ValueError):
     """A cluster that cannot be reached, or is gone; the message says which and what to do."""
 
 
+class Died(Exception):
+    """The process of a call has died, so many seconds after the call was handed to it."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the process ended after {seconds:.3g} seconds")
+        self.seconds = seconds
+
+
 class Workers(Protocol):
-    """Processes that call functions.
+    """An executor of `concurrent.futures` that says how many calls it makes at once.
 
     Attributes:
-        deaths: what the future of a call raises whose process died.
+        deaths: what the future of a call raises whose process died. Other calls go on.
         attempts: how often a call is tried whose process dies.
     """
 
-    deaths: tuple[type[BaseException], ...]
-    attempts: int
+    @property
+    def deaths(self) -> tuple[type[BaseException], ...]: ...
+    @property
+    def attempts(self) -> int: ...
 
     def count(self) -> int:
         """How many calls can run at once, now."""
 
-    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Have a process call the function; raises one of ``deaths`` if none can any more."""
-
-    def recover(self) -> bool:
-        """After a death: be ready again, and say whether whatever was submitted is lost with it."""
-
-    def close(self) -> None:
-        """Stop all calls and let go of the processes."""
+    def submit(self, fn: Callable[..., Result], /, *args: Any) -> Future[Result]:
+        """Have a process call the function."""
 
 
-class Local:
-    """Processes on this machine: joblib's loky. When one dies, the others are stopped too, and all are made anew."""
+class Local(ThreadPoolExecutor):
+    """Processes on this machine, each with a thread here that waits for it: one that dies costs its own call alone."""
 
-    deaths: tuple[type[BaseException], ...] = (BrokenProcessPool,)
+    deaths = (Died,)
     attempts = 3
 
     def __init__(self, processes: int) -> None:
+        super().__init__(processes)
         self.processes = processes
-        self._executor = self._begin()
+        self._mine = threading.local()
+        self._pids: set[int] = set()
+        self._closed = False
+        self._context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        # Loaded once, not once a process.
+        self._context.set_forkserver_preload(["benchmarks.training"])
 
     def count(self) -> int:
         """As many as were asked for."""
         return self.processes
 
-    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Have the next free process call it."""
-        future: Future[Result] = self._executor.submit(function, *arguments)
-        return future
-
-    def recover(self) -> bool:
-        """New processes: loky gives up all of them when one dies."""
-        self.close()
-        self._executor = self._begin()
-        return True
+    def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
+        """Have the next free process call the function."""
+        return super().submit(self._call, fn, *args, **kwargs)
 
     def close(self) -> None:
         """Kill the processes."""
-        self._executor.shutdown(wait=True, kill_workers=True)
+        self._closed = True
+        self.shutdown(wait=False, cancel_futures=True)
+        for pid in list(self._pids):
+            with contextlib.suppress(OSError):
+                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+        self.shutdown()
 
-    def _begin(self) -> ProcessPoolExecutor:
-        # No timeout: loky can hang when a process that has idled for too long ends just as it gets something to do.
-        return ProcessPoolExecutor(
-            max_workers=self.processes, timeout=None, initializer=_be_a_worker, initargs=(os.getpid(),)
-        )
+    def _call(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
+        mine, began = self._mine, time.monotonic()
+        if not hasattr(mine, "pool"):
+            mine.pool, mine.pid = ProcessPoolExecutor(1, self._context, _be_a_worker, ({**os.environ},)), 0
+        try:
+            if not mine.pid:
+                mine.pid = mine.pool.submit(os.getpid).result()
+                self._pids.add(mine.pid)
+                began = time.monotonic()
+            if self._closed:
+                raise CancelledError
+            result: Result = mine.pool.submit(fn, *args, **kwargs).result()
+        except BrokenProcessPool:
+            mine.pool.shutdown()
+            self._pids.discard(mine.pid)
+            del mine.pool
+            raise Died(time.monotonic() - began) from None
+        return result
 
 
 class Dask:
@@ -113,8 +134,7 @@ class Dask:
                 "`dask worker HOST:PORT --nthreads 1`, each where `import benchmarks` works"
             ) from None
         self._executor = self._client.get_executor(pure=False)
-        self._counted = 0.0
-        self._count = 0
+        self._counted, self._count = 0.0, 0
 
     def count(self) -> int:
         """As many as there are now: workers come and go. One run a process, however many threads it has."""
@@ -129,14 +149,10 @@ class Dask:
             self._counted = time.monotonic()
         return self._count
 
-    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Have some worker call it."""
-        future: Future[Result] = self._executor.submit(function, *arguments)
+    def submit(self, fn: Callable[..., Result], /, *args: Any) -> Future[Result]:
+        """Have some worker call the function."""
+        future: Future[Result] = self._executor.submit(fn, *args)
         return future
-
-    def recover(self) -> bool:
-        """Nothing to do: other calls go on."""
-        return False
 
     def close(self) -> None:
         """Take back what was submitted; the cluster lives on."""
@@ -145,7 +161,7 @@ class Dask:
         self._client.close(timeout=5)
 
 
-def connect(cluster: str | None, processes: int) -> Workers:
+def connect(cluster: str | None, processes: int) -> Local | Dask:
     """Workers on this machine, or on the cluster of that address.
 
     Raises:
@@ -164,13 +180,15 @@ def _distributed() -> Any:
     return distributed
 
 
-def _be_a_worker(program: int) -> None:
+def _be_a_worker(environ: dict[str, str]) -> None:
     """Leave Ctrl-C, which reaches every process of a terminal, to the program, and do not outlive it."""
+    os.environ.update(environ)  # the server that forks workers has that of its own beginning
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    program = multiprocessing.parent_process()
 
     def watch() -> None:
-        while os.getppid() == program:
-            time.sleep(1)
+        if program is not None:
+            program.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

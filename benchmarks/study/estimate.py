@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import TimeoutError as TooSlow
 from dataclasses import dataclass
 
 from benchmarks.store import Store
-from benchmarks.study.clusters import Local
+from benchmarks.study.clusters import Died, Local
 from benchmarks.study.lanes import Choice, Key, Lane, lanes, left
 from benchmarks.study.pace import Pace, time_left
 from benchmarks.study.spec import RunSpec, Study
-from benchmarks.study.work import Run, work
+from benchmarks.study.work import Outcome, Run, work
 from benchmarks.training import run as train
 
 PATIENCE = 20.0  # seconds for one epoch
@@ -60,15 +59,12 @@ def estimate(study: Study, store: Store, run: Run = train, patience: float = PAT
             # The first run of a task reads its data too, which later ones find in memory.
             for _ in range(1 if lane.task in warm else 2):
                 try:
-                    outcome = workers.submit(work, run, spec, ()).result(patience)
-                except TooSlow:
-                    workers.recover()
+                    outcome = workers.submit(work, run, spec, (), (), patience).result()
+                except Died as error:
+                    outcome = Outcome(None, error="its worker died", overdue=error.seconds >= patience)
+                if outcome.overdue:
                     slow.add(key)
                     pace.add(*like, patience * _epochs(lane))
-                    break
-                except workers.deaths:
-                    workers.recover()
-                    failed[key] = "its worker died"
                     break
                 if outcome.record is None:
                     failed[key] = outcome.error

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
+from itertools import islice
 
-from benchmarks.environment import here
+from benchmarks.environment import here, own_optimizers
 from benchmarks.store import Failure, Store
 from benchmarks.study.clusters import NoCluster, Workers
-from benchmarks.study.lanes import Lane, lanes, left, ready
+from benchmarks.study.lanes import Key, Lane, lanes, left, ready
 from benchmarks.study.pace import Pace, Status, time_left
 from benchmarks.study.spec import RunSpec, Study
-from benchmarks.study.work import Outcome, Run, line, work
+from benchmarks.study.work import Outcome, Run, line, stopped, work
 from benchmarks.training import run as train
 
 Watch = Callable[[Status], None]
 SPARE = 2  # runs that wait beside those that run, so that no worker does
+OFTEN = 0.1  # seconds between two looks at how far the study is
 
 
 def execute(
@@ -28,129 +32,177 @@ def execute(
     watch: Watch = lambda _: None,
     run: Run = train,
     stop: Callable[[], bool] = lambda: False,
+    timeout: float | None = None,
 ) -> None:
     """Make every run of the study that the store does not hold yet.
 
-    A run that raises, or whose workers die again and again, is stored as a failure, and the study goes on.
+    A run that raises, takes too long, or whose workers die again and again, is stored as a failure, and the study goes
+    on. An arm of which a run has killed its workers as often as ``workers.attempts`` says is given up: its other runs
+    fail without being tried.
 
     Args:
         study: what to run.
         store: where results go, each as soon as it is there; other programs may write to it too.
         workers: who makes the runs.
-        watch: told how far the study is, after each run and about every second.
+        watch: told how far the study is, up to ten times a second and at least about once.
         run: a spec → its record.
         stop: asked about every second whether to stop.
+        timeout: how many seconds a run may take; None: as long as it takes.
 
     Raises:
         KeyboardInterrupt: it was to stop.
-        UnfitStore: the store holds another study, or runs on other data.
+        UnfitStore: the store holds another study, or runs on other data or of another optimizer's code.
         NoCluster: the cluster is gone.
     """
-    store.begin(study, here(study.tasks))
+    store.begin(study, here(study.tasks, own_optimizers(study)))
     try:
-        _Loop(study, store, workers, watch, run)(stop)
+        _Loop(study, store, workers, watch, run, timeout)(stop)
     finally:
         store.close()  # which gives free the runs that it has claimed
 
 
 class _Loop:
-    def __init__(self, study: Study, store: Store, workers: Workers, watch: Watch, run: Run) -> None:
+    """Nothing that happens once a run takes time in proportion to the workers or to the runs."""
+
+    def __init__(
+        self, study: Study, store: Store, workers: Workers, watch: Watch, run: Run, timeout: float | None
+    ) -> None:
         self.study = study
         self.store = store
         self.workers = workers
         self.watch = watch
         self.run = run
+        self.timeout = timeout
+        self.optimizers = own_optimizers(study)
         self.lanes = lanes(study, store.trials)
-        self.flying: dict[Future[Outcome], RunSpec] = {}
-        self.deaths: Counter[str] = Counter()
-        self.suspects: dict[str, RunSpec] = {}
-        self.pace = Pace(store.runs.values())
-        self.claimed: set[str] = set()
         # Of lanes with equally much left, two programs in one folder rarely take the same.
-        self.order = list(self.lanes.values())
-        random.shuffle(self.order)
+        self.order = random.sample([*self.lanes.values()], len(self.lanes))
+        self.todo: dict[Key, deque[RunSpec]] = {}  # what can be made now
+        self.left: dict[Key, int] = {}
+        self.wanted: dict[str, list[Lane]] = defaultdict(list)  # a run that is missing → the lanes that count it
+        self.flying: dict[Future[Outcome], tuple[Lane, RunSpec]] = {}
+        self.ended: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
+        self.aloft: Counter[str | Key] = Counter()  # runs of an arm, of a lane, or of an id that fly
+        self.deaths: Counter[str] = Counter()
+        self.suspects: set[str] = set()  # arms of which a run died: one at a time, until one lands
+        self.given_up: set[str] = set()
+        self.claimed: set[str] = set()
+        self.pace = Pace(store.runs.values())
+        self.diverged = sum(record.diverged for record in store.runs.values())
+        self.shown = 0.0
 
     def __call__(self, stop: Callable[[], bool]) -> None:
-        self.settle()
+        self.settle(self.order)
+        for lane in self.order:
+            self.open(lane)
         while True:
             if stop():
                 raise KeyboardInterrupt
             self.fill()
-            self.watch(self.status())
-            if not self.flying:
-                if not self.claimed:
-                    return
-                # Another program makes the last runs, or those that the next ones wait for.
-                time.sleep(1)
-            done, _ = wait(self.flying, timeout=1, return_when=FIRST_COMPLETED)
-            died = [self.take(future) for future in done]
-            if any(died) and self.workers.recover():
-                for future in list(self.flying):
-                    self.take(future)
-            self.store.refresh()
-            self.settle()
+            over = not (self.flying or self.claimed)
+            if over or time.monotonic() - self.shown > OFTEN:
+                self.watch(self.status())
+                self.shown = time.monotonic()
+            if over:
+                return
+            # With none flying: another program makes the last runs, or those that the next ones wait for.
+            with contextlib.suppress(queue.Empty):
+                self.take(self.ended.get(timeout=1))
 
-    def settle(self) -> None:
-        """Close the trials whose runs are there."""
-        for lane in self.lanes.values():
-            for trial in lane.tell(self.store.losses):
+    def settle(self, touched: list[Lane]) -> list[Lane]:
+        """Close the trials whose runs are there; the lanes in which that changes what can be made."""
+        changed = []
+        for lane in touched:
+            told = lane.tell(self.store.losses)
+            for trial in told:
                 self.store.add_trial(*lane.key, trial)
+            if told:
+                takers = [arm for arm in self.study.arms if arm.tuned_as == lane.arm.name and lane.tuned]
+                changed += [lane, *(self.lanes[lane.task, arm.name] for arm in takers)]
+        return changed
 
-    def left(self, lane: Lane) -> int:
-        return left(lane, self.lanes, self.store.losses)
+    def open(self, lane: Lane) -> None:
+        """Note what of a lane can be made now."""
+        missing = {k: spec for k, spec in ready(lane, self.lanes).items() if k not in self.store.losses}
+        self.left[lane.key] = left(lane, self.lanes, self.store.losses)
+        self.todo[lane.key] = deque(missing.values())
+        for run_id in missing:
+            if lane not in self.wanted[run_id]:
+                self.wanted[run_id].append(lane)
+
+    def refresh(self) -> None:
+        """Count what is there since the last time, by whatever program."""
+        self.claimed = self.store.refresh()
+        touched = []
+        while self.store.fresh:
+            for lane in self.wanted.pop(self.store.fresh.pop(), ()):
+                self.left[lane.key] -= 1
+                touched.append(lane)
+        for lane in self.settle(touched):
+            self.open(lane)
 
     def fill(self) -> None:
-        """Give the workers as much as they can do; a run during which a worker has died runs alone."""
-        while len(self.flying) < self.workers.count() + SPARE:
+        """Give the workers as much as they can do."""
+        while True:
             # Right before each choice: two programs that look at once would choose the same.
-            self.claimed = self.store.refresh()
-            self.suspects = {k: spec for k, spec in self.suspects.items() if k not in self.store.losses}
-            if self.suspects and self.flying:
+            self.refresh()
+            if len(self.flying) >= self.workers.count() + SPARE:
                 return
-            spec = next(iter(self.suspects.values()), None) or self.next()
-            if spec is None:
+            found = self.next()
+            if found is None:
                 return
-            self.store.claim(spec.run_id)
-            try:
-                future = self.workers.submit(work, self.run, spec, self.study.tasks)
-            except self.workers.deaths:
-                if self.flying:
-                    return  # their futures tell of it too
-                self.workers.recover()
+            lane, spec = found
+            if lane.arm.name in self.given_up:
+                self.fail(spec, f"given up: a worker of the arm {lane.arm.name!r} died {self.workers.attempts} times")
                 continue
-            self.flying[future] = spec
+            self.store.claim(spec.run_id)
+            future = self.workers.submit(work, self.run, spec, self.study.tasks, self.optimizers, self.timeout)
+            self.flying[future] = found
+            self.aloft.update((lane.key, lane.arm.name, spec.run_id))
+            future.add_done_callback(self.ended.put)
 
-    def next(self) -> RunSpec | None:
+    def next(self) -> tuple[Lane, RunSpec] | None:
         """A run of the lane that has most work left."""
-        taken = self.claimed | {spec.run_id for spec in self.flying.values()}
-        best: tuple[float, RunSpec | None] = (0.0, None)
-        for lane in self.order:
-            runs = ready(lane, self.lanes)
-            missing = [run_id for run_id in runs if run_id not in self.store.losses]
-            waiting = [run_id for run_id in missing if run_id not in taken]
-            if waiting:
-                work = (self.left(lane) - len(missing) + len(waiting)) * self.seconds(lane)
-                if best[1] is None or work > best[0]:
-                    best = work, runs[waiting[0]]
-        return best[1]
+        open_lanes = [
+            lane
+            for lane in self.order
+            if self.todo[lane.key] and not (lane.arm.name in self.suspects and self.aloft[lane.arm.name])
+        ]
+        for lane in sorted(open_lanes, key=self.work, reverse=True):
+            todo = self.todo[lane.key]
+            for _ in range(len(todo)):
+                spec = todo.popleft()
+                if spec.run_id in self.store.losses:
+                    continue
+                if spec.run_id not in self.claimed and not self.aloft[spec.run_id]:
+                    return lane, spec
+                todo.append(spec)
+        return None
+
+    def work(self, lane: Lane) -> float:
+        return (self.left[lane.key] - self.aloft[lane.key]) * self.seconds(lane)
 
     def seconds(self, lane: Lane) -> float:
         return self.pace.seconds(lane.task, lane.arm.optimizer) or 1.0
 
-    def take(self, future: Future[Outcome]) -> bool:
-        """Store what a run gave; whether its worker died instead."""
-        spec = self.flying.pop(future)
-        if not future.done():
-            return self.suspect(spec, "another run's worker died")
+    def take(self, future: Future[Outcome]) -> None:
+        """Store what a run gave."""
+        lane, spec = self.flying.pop(future)
+        self.aloft.subtract((lane.key, lane.arm.name, spec.run_id))
         try:
             outcome = future.result()
         except self.workers.deaths as error:
-            return self.suspect(spec, line(error))
+            if self.timeout and getattr(error, "seconds", 0.0) >= self.timeout:
+                self.fail(spec, stopped(self.timeout))
+            else:
+                self.died(lane, spec, line(error))
+            return
         except BaseException as error:
             # `work` returns what a run raises: this is the machinery between.
             raise NoCluster(
                 f"the workers are gone ({line(error)}): what is stored is safe, and `resume` goes on from there"
             ) from error
+        self.suspects.discard(lane.arm.name)
         if outcome.environment is not None:
             self.store.note(outcome.environment)
         if outcome.record is None:
@@ -158,37 +210,34 @@ class _Loop:
         else:
             self.store.add(outcome.record)
             self.pace.add(spec.task, spec.optimizer, outcome.record.seconds)
-        self.suspects.pop(spec.run_id, None)
-        return False
+            self.diverged += outcome.record.diverged
 
-    def suspect(self, spec: RunSpec, why: str) -> bool:
-        """Note that a run may have killed its worker: the innocent are cleared when they run alone."""
+    def died(self, lane: Lane, spec: RunSpec, why: str) -> None:
+        """Try a run again whose worker died, unless it has had its attempts: then its arm is given up."""
         self.deaths[spec.run_id] += 1
+        self.suspects.add(lane.arm.name)
         if self.deaths[spec.run_id] < self.workers.attempts:
-            self.suspects[spec.run_id] = spec
+            self.todo[lane.key].appendleft(spec)
         else:
-            self.suspects.pop(spec.run_id, None)
-            self.fail(
-                spec, f"its worker died {self.deaths[spec.run_id]} times, the last time with nothing beside: {why}"
-            )
-        return True
+            self.given_up.add(lane.arm.name)
+            self.fail(spec, f"its worker died {self.deaths[spec.run_id]} times: {why}")
 
     def fail(self, spec: RunSpec, error: str, traceback: str = "") -> None:
         self.store.add_failure(Failure(id=spec.run_id, spec=spec, error=error, traceback=traceback))
 
     def status(self) -> Status:
-        tasks = {}
-        for task in self.study.tasks:
-            of_task = [lane for lane in self.lanes.values() if lane.task == task]
-            total = sum(lane.runs_wanted for lane in of_task)
-            tasks[task] = total - sum(self.left(lane) for lane in of_task), total
-        known = self.pace.seconds("", "") is not None
-        left = time_left((self.left(lane) * self.seconds(lane) for lane in self.lanes.values()), self.workers.count())
+        totals: dict[str, int] = Counter()
+        lefts: dict[str, int] = Counter()
+        for lane in self.lanes.values():
+            totals[lane.task] += lane.runs_wanted
+            lefts[lane.task] += self.left[lane.key]
+        workers = self.workers.count()
+        left = time_left((self.left[lane.key] * self.seconds(lane) for lane in self.order), workers)
         return Status(
-            tasks=tasks,
-            running=[f"{spec.task} {spec.optimizer}" for spec in self.flying.values()][: self.workers.count()],
-            workers=self.workers.count(),
-            diverged=sum(record.diverged for record in self.store.runs.values()),
+            tasks={task: (totals[task] - lefts[task], totals[task]) for task in self.study.tasks},
+            running=[f"{spec.task} {spec.optimizer}" for _, spec in islice(self.flying.values(), workers)],
+            workers=workers,
+            diverged=self.diverged,
             failed=len(self.store.failures),
-            left=left if known else None,
+            left=left if self.pace.seconds("", "") is not None else None,
         )

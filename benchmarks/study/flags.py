@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.study.presets import PRESETS
 from benchmarks.study.spec import Study
-from benchmarks.study.toml import BadStudy, Problems, build, unknown
+from benchmarks.study.toml import BadStudy, build, read, unknown
 
 _RANGE = re.compile(r"(.+?)\.\.(.+)")
 
@@ -19,13 +21,16 @@ def arm(text: str) -> dict[str, Any]:
     >>> arm("lpsgdm p=8 agr=true lr=1e-3..1")["search"]
     {'lr': {'low': 0.001, 'high': 1.0}}
 
-    A value with two dots is a range that tuning searches by ratios, and p_schedule the kind of one. The arm's name
-    is the text without the ranges, or what ``name`` says.
+    A value with two dots is a range that tuning searches by ratios, and a schedule is given by its kind. The arm's name
+    is the text without the ranges, or what ``name`` says; what has blanks is quoted, as in a shell: name="no decay".
 
     Raises:
         BadStudy: a word is not as it must be.
     """
-    words = text.split()
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise BadStudy(f"the arm {text!r} cannot be read: {error}") from None
     if not words or "=" in words[0]:
         raise BadStudy(f"an arm is an optimizer and its settings, as in 'lpsgdm p=8 agr=true', not {text!r}")
     table: dict[str, Any] = {"optimizer": words[0], "settings": {}, "search": {}}
@@ -42,44 +47,53 @@ def arm(text: str) -> dict[str, Any]:
             called = value
             continue
         names.append(word)
-        if key == "p_schedule":
-            table["p_schedule"] = {"kind": value}
+        if key.endswith("_schedule"):
+            table[key] = {"kind": value}
         else:
             table["settings"][key] = _value(value)
     return table | {"name": called or " ".join(names)}
 
 
 def study(
-    preset: str | None,
+    what: str | None,
     tasks: Sequence[str] = (),
     arms: Sequence[str] = (),
     trials: int | None = None,
     seeds: int | None = None,
     budget: float | None = None,
+    baseline: str | None = None,
+    batch_size: int | None = None,
+    tuning_seeds: int | None = None,
 ) -> Study:
-    """The preset, changed as the flags say; or without one, a study of its own.
+    """The preset, or the study of a file.toml, changed as the flags say; or without one, a study of its own.
 
     Raises:
         BadStudy: it cannot be.
     """
-    if preset is not None and preset not in PRESETS:
-        raise BadStudy(f"{unknown('preset', preset, PRESETS)}; a file's name ends in .toml")
+    base = None
+    if what is not None:
+        base = read(Path(what)) if what.endswith(".toml") else PRESETS.get(what)
+        if base is None:
+            raise BadStudy(f"{unknown('preset', what, PRESETS)}; a file's name ends in .toml")
+    tuning = {"trials": trials, "seeds": tuning_seeds}
     changes: dict[str, Any] = {
         "tasks": list(tasks) or None,
         "arms": [arm(text) for text in arms],
-        "tuning": {"trials": trials} if trials else {},
+        "tuning": {key: value for key, value in tuning.items() if value},
         "seeds": seeds,
         "budget": budget,
+        "baseline": baseline,
+        "batch_size": batch_size,
     }
     changes = {key: value for key, value in changes.items() if value}
-    if preset is not None and not changes:
-        return PRESETS[preset]
-    if preset is None and not (tasks and arms):
+    if base is not None and not changes:
+        return base
+    if base is None and not (tasks and arms):
         raise BadStudy("say what to run: a preset, a file.toml, or at least one --task and one --arm")
     try:
-        return build(changes | ({"extends": preset} if preset else {}), f"{preset}-changed" if preset else "custom")
-    except Problems as problems:
-        raise BadStudy("; ".join(text for _, text in problems.problems)) from None
+        return build(changes, f"{base.name}-changed" if base else "custom", base)
+    except BadStudy as error:
+        raise BadStudy("; ".join(str(error).splitlines())) from None
 
 
 def _number(word: str, text: str) -> float:

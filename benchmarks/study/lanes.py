@@ -60,7 +60,6 @@ class Lane:
         self.key: Key = (task, arm.name)
         self.trials = list(trials)
         self._open: dict[int, tuple[search.Settings, dict[str, RunSpec]]] = {}
-        self._final: dict[str, RunSpec] | None = None
 
     @property
     def trials_wanted(self) -> int:
@@ -130,14 +129,13 @@ class Lane:
 
     def _spec(self, found: Mapping[str, float], seed: int) -> RunSpec:
         task = TASKS[self.task]
+        of_arm = {name: getattr(self.arm, name) for name in RunSpec.model_fields.keys() & Arm.model_fields.keys()}
         return RunSpec(
+            **of_arm | {"settings": {**found, **self.arm.settings}},
             task=self.task,
-            optimizer=self.arm.optimizer,
-            settings={**found, **self.arm.settings},
-            p_schedule=self.arm.p_schedule,
             seed=seed,
             epochs=max(1, round(task.epochs * self.study.budget)),
-            batch_size=task.batch_size,
+            batch_size=self.study.batch_size or task.batch_size,
         )
 
 
@@ -169,12 +167,8 @@ def ready(lane: Lane, all_lanes: Mapping[Key, Lane]) -> dict[str, RunSpec]:
     """The runs of a lane that can be made now, by id, those that are made already among them."""
     if not lane.tuned:
         return lane.tuning_specs()
-    if lane._final is None:
-        choice = chosen(lane, all_lanes)
-        if choice is None:
-            return {}
-        lane._final = {spec.run_id: spec for spec in lane.final_specs(choice)}
-    return lane._final
+    choice = chosen(lane, all_lanes)
+    return {} if choice is None else {spec.run_id: spec for spec in lane.final_specs(choice)}
 
 
 def left(lane: Lane, all_lanes: Mapping[Key, Lane], losses: Losses) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from benchmarks.study import papers
 from benchmarks.study.spec import Arm, PSchedule, Range, Study, Tuning, Value
 
 COSINE = PSchedule(kind="cosine")
@@ -314,5 +315,6 @@ PRESETS: dict[str, Study] = {
     for study in (
         *(SMOKE, QUICK, STANDARD, FULL, P_SCHEDULE, ADAPTIVE_P, ADAPTIVE_NORMS, AGR, PWD_SPARSITY, NORMS_BY_LAYER),
         *(ADAPTIVE_NORMS_NEAR, ORDERINGS),
+        *(protocol.study for protocol in papers.DECLARED.values()),
     )
 }

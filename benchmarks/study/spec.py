@@ -35,6 +35,38 @@ class PSchedule(Frozen):
     space: Literal["p", "exponent"] = "p"
 
 
+class LRSchedule(Frozen):
+    """How the learning rate moves, step by step: it warms up, then falls or stays.
+
+    Attributes:
+        kind: after the warm-up, "cosine" falls to 0 along half a cosine, "constant" stays, and "wsd" (warm-up, stable,
+            decay) stays until it falls to 0 in a straight line.
+        warmup: the share of the steps over which it rises linearly.
+        cooldown: the share of the steps over which "wsd" falls. The other kinds have none.
+    """
+
+    kind: Literal["cosine", "constant", "wsd"] = "cosine"
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    cooldown: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> LRSchedule:
+        if (self.kind == "wsd") != (self.cooldown > 0):
+            raise ValueError(f"wsd needs a cooldown above 0, and {self.kind} has {self.cooldown:g}: only wsd has one")
+        if self.warmup + self.cooldown > 1:
+            raise ValueError(f"warmup + cooldown must be at most 1, but is {self.warmup:g} + {self.cooldown:g}")
+        return self
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return what the learning rate is multiplied by in a step, counted from 0, of so many."""
+        rising, falling = round(self.warmup * steps), round(self.cooldown * steps)
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        if self.kind == "cosine":
+            return (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
+        return min(1.0, (steps - step) / falling) if falling else 1.0
+
+
 class RunSpec(Frozen):
     """One training run. Equal specs give equal records, but for the timings.
 
@@ -43,6 +75,7 @@ class RunSpec(Frozen):
         optimizer: a name in `benchmarks.optimizers.OPTIMIZERS`.
         settings: what the optimizer is made with: numbers, words and truth values; "inf" is ∞. lr is among them.
         p_schedule: how p moves, None if it stays.
+        lr_schedule: how the learning rate moves.
         seed: of the weights and of the batches.
         epochs, batch_size: the budget; an epoch is what the task says it is.
     """
@@ -51,14 +84,22 @@ class RunSpec(Frozen):
     optimizer: str
     settings: dict[str, Value]
     p_schedule: PSchedule | None = None
+    lr_schedule: LRSchedule = LRSchedule()
     seed: int
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
 
     @property
     def run_id(self) -> str:
-        """A hash of the settings: the name under which the run is stored."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """A hash of the settings: the name under which the run is stored.
+
+        Settings that were added after runs had been stored count only where they are not the default, so that those
+        runs keep their names.
+        """
+        settings = self.model_dump(mode="json")
+        if self.lr_schedule == LRSchedule():
+            del settings["lr_schedule"]
+        canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
@@ -81,7 +122,7 @@ class Arm(Frozen):
 
     Attributes:
         name: what tables and figures call it; unique in its study.
-        optimizer, settings, p_schedule: as of `RunSpec`; without what is searched.
+        optimizer, settings, p_schedule, lr_schedule: as of `RunSpec`; without what is searched.
         search: the settings that are tuned, each task for itself; lr is nearly always among them.
         tuned_as: the arm of the same study whose tuned settings this one takes over, instead of tuning its own: for a
             sweep over λ at the learning rate of the twin without, or a control that must have the same one. Then
@@ -94,6 +135,7 @@ class Arm(Frozen):
     optimizer: str
     settings: dict[str, Value] = {}
     p_schedule: PSchedule | None = None
+    lr_schedule: LRSchedule = LRSchedule()
     search: dict[str, Range] = {}
     tuned_as: str | None = None
     lr_factor: float = 1.0
@@ -124,6 +166,8 @@ class Study(Frozen):
         tuning: the budget.
         seeds: of the final runs: the same for all arms, so that differences are paired.
         budget: what the epochs of every task are multiplied by.
+        protocol: the sha256 of the file that declared the study before it was run; None if none did.
+        batch_size: of every task; None: each task's own.
     """
 
     name: str
@@ -134,6 +178,8 @@ class Study(Frozen):
     tuning: Tuning
     seeds: tuple[int, ...] = Field(min_length=1)
     budget: float = Field(default=1.0, gt=0)
+    protocol: str | None = None
+    batch_size: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:

@@ -9,10 +9,12 @@
     baseline = "SGD"
     seeds = 5                      # 1, 2, 3, 4, 5; or a list
     budget = 0.5                   # what the epochs of every task are multiplied by
+    batch_size = 64                # of every task; the default is each task's own
 
     [tuning]
     trials = 12
     startup = 8
+    seeds = 2                      # runs of a trial: on 1000, 1001; or a list
 
     [[arms]]
     name = "LPSGDM"
@@ -30,20 +32,20 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from benchmarks.optimizers import check
-from benchmarks.study import lines
 from benchmarks.study.presets import LEARNING_RATES, PRESETS
-from benchmarks.study.spec import Arm, Frozen, PSchedule, Range, Study, Value
+from benchmarks.study.spec import Arm, Frozen, Range, Study, Value
 from benchmarks.tasks import TASKS
 from normopt._checks import near
 
-TRIALS, STARTUP, SEEDS = 12, 8, 5
+USUAL = {"purpose": "", "tasks": (), "baseline": "", "tuning": {"trials": 12, "startup": 8}, "seeds": range(1, 6)}
+FIRST_TUNING_SEED = 1000
 # Of an optimizer of your own: it holds the best learning rate of every optimizer on every task here, at the price of
 # some trials far from it.
 LR = Range(low=1e-5, high=10)
@@ -53,28 +55,42 @@ class BadStudy(ValueError):
     """Settings of a study that cannot be; the message says where, and what is allowed."""
 
 
-class ArmTable(Frozen):
+class ArmTable(Arm):
     """An entry of ``[[arms]]``: an `Arm`, or with a grid as many as it has points."""
 
-    name: str | None = None
-    optimizer: str
-    settings: dict[str, Value] = Field(default={})
+    name: str = ""
     grid: dict[str, list[Value]] = Field(default={})
-    p_schedule: PSchedule | None = None
-    search: dict[str, Range] = Field(default={})
-    tuned_as: str | None = None
-    lr_factor: float = 1.0
-    against: str | None = None
+
+    @field_validator("optimizer")
+    @classmethod
+    def _there(cls, optimizer: str) -> str:
+        check(optimizer, {})
+        return optimizer
+
+    @field_validator("settings", "search", "grid")
+    @classmethod
+    def _its_own(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "optimizer" in info.data:  # else it is none, which is said
+            check(info.data["optimizer"], settings)
+        if info.field_name == "grid":
+            if not all(settings.values()):
+                raise ValueError("a grid needs values")
+            twice = settings.keys() & info.data.get("settings", {}).keys()
+            if twice:
+                raise ValueError(f"{', '.join(sorted(twice))} is both in the settings and in the grid")
+        return settings
 
     def arms(self) -> Iterator[Arm]:
         """An arm for every point of the grid; their names carry the values."""
         own = self.model_dump(exclude={"name", "grid", "settings"})
         if self.tuned_as is None and "lr" not in {*self.settings, *self.grid, *self.search}:
             own["search"] = {"lr": LEARNING_RATES.get(self.optimizer, LR), **own["search"]}
-        name = self.name or self.optimizer
         for values in itertools.product(*self.grid.values()):
             point = dict(zip(self.grid, values, strict=True))
-            words = [name, *(word for key, value in point.items() if (word := _word(key, value)))]
+            words = [
+                self.name or self.optimizer,
+                *(word for key, value in point.items() if (word := _word(key, value))),
+            ]
             yield Arm(name=" ".join(words), settings=self.settings | point, **own)
 
 
@@ -83,11 +99,11 @@ class TuningTable(Frozen):
 
     trials: int | None = Field(default=None, ge=1)
     startup: int | None = Field(default=None, ge=1)
-    seeds: tuple[int, ...] | None = Field(default=None, min_length=1)
+    seeds: int | tuple[int, ...] | None = None
 
 
 class StudyTable(Frozen):
-    """The whole file."""
+    """The whole file: what it leaves out is that of the study on which it builds, if there is one."""
 
     extends: str | None = None
     name: str | None = None
@@ -98,165 +114,99 @@ class StudyTable(Frozen):
     tuning: TuningTable = TuningTable()
     seeds: int | tuple[int, ...] | None = None
     budget: float | None = None
+    batch_size: int | None = None
 
-    def study(self, name: str) -> Study:
-        """The study, with a name if it gives itself none.
+    @field_validator("extends")
+    @classmethod
+    def _preset(cls, name: str | None) -> str | None:
+        if name is not None and name not in PRESETS:
+            raise ValueError(unknown("preset", name, PRESETS))
+        return name
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in names or ():
+            if name not in TASKS:
+                raise ValueError(unknown("task", name, TASKS))
+        return names
+
+    def study(self, name: str, base: Study | None = None) -> Study:
+        """The study, with a name if it gives itself none, and what it leaves out as in the base.
 
         Raises:
             ValidationError: what it says does not go together.
         """
-        base = PRESETS[self.extends] if self.extends else None
-        arms = {arm.name: arm for arm in base.arms} if base else {}
+        base = PRESETS[self.extends] if self.extends else base
         given = [arm for table in self.arms for arm in table.arms()]
-        # One of the same name takes the preset's place; two of one name in the file are an error that Study finds.
+        # One of the same name takes the base's place; two of one name here are an error that Study finds.
         added = {arm.name for arm in given}
-        kept = [arm for arm in arms.values() if arm.name not in added]
-        tuning = base.tuning.model_dump() if base else {"trials": TRIALS, "startup": STARTUP}
-        changes: dict[str, Any] = {
-            "name": self.name or name,
-            "tuning": tuning | self.tuning.model_dump(exclude_none=True),
-            "arms": [arm.model_dump() for arm in (*kept, *given)],
-        }
-        changes |= {key: getattr(self, key) for key in ("purpose", "tasks", "baseline", "budget") if _given(self, key)}
-        if self.seeds is not None:
-            changes["seeds"] = range(1, self.seeds + 1) if isinstance(self.seeds, int) else self.seeds
-        if base is not None:
-            return Study.model_validate(base.model_dump() | changes)
-        usual = {"purpose": "", "tasks": (), "baseline": given[0].name if given else "", "seeds": range(1, SEEDS + 1)}
-        return Study.model_validate(usual | changes)
+        kept = [arm for arm in base.arms if arm.name not in added] if base else []
+        # A protocol, where there is one, declared another study.
+        old = base.model_dump(exclude={"protocol"}) if base else USUAL | ({"baseline": given[0].name} if given else {})
+        new = self.model_dump(exclude={"extends", "arms"}, exclude_none=True)
+        tuning = old["tuning"] | new.pop("tuning")
+        return Study.model_validate(
+            old
+            | {"name": name}
+            | {key: _seeds(value, 1) if key == "seeds" else value for key, value in new.items()}
+            | {"tuning": tuning | {"seeds": _seeds(tuning.get("seeds", 1), FIRST_TUNING_SEED)}}
+            | {"arms": [arm.model_dump() for arm in (*kept, *given)]}
+        )
 
 
 def read(path: Path) -> Study:
     """The study of a file.
 
     Raises:
-        BadStudy: it cannot be; the message names the file, the line and the key.
+        BadStudy: it cannot be; the message names the file and the key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadStudy(f"{path} cannot be read: {error}") from None
-    try:
-        content = tomllib.loads(text)
+        return build(tomllib.loads(path.read_text(encoding="utf-8")), path.stem)
     except tomllib.TOMLDecodeError as error:
         raise BadStudy(f"{path}: this is no TOML: {error}") from None
-    found = lines.lines(text)
-    try:
-        return build(content, path.stem)
-    except Problems as problems:
-        raise BadStudy("\n".join(_told(path, found, *problem) for problem in problems.problems)) from None
+    except BadStudy as error:
+        raise BadStudy("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadStudy(f"{path} cannot be read: {error}") from None
 
 
-class Problems(Exception):
-    """What is wrong with a study: paths of keys, and what is the matter with each."""
-
-    def __init__(self, problems: Sequence[tuple[lines.Path, str]]) -> None:
-        super().__init__("; ".join(text for _, text in problems))
-        self.problems = problems
-
-
-def build(content: Mapping[str, Any], name: str) -> Study:
-    """The study of a file's content, with a name if it gives itself none.
+def build(content: Mapping[str, Any], name: str, base: Study | None = None) -> Study:
+    """The study of a file's content, with a name if it gives itself none, and what it leaves out as in the base.
 
     Raises:
-        Problems: it cannot be.
+        BadStudy: it cannot be; the message has a line for each key that is wrong.
     """
     try:
-        table = StudyTable.model_validate(content)
+        return StudyTable.model_validate(content).study(name, base)
     except ValidationError as error:
-        raise Problems([_problem(details) for details in error.errors()]) from None
-    problems = list(_unknown(table))
-    if problems:
-        raise Problems(problems)
-    try:
-        study = table.study(name)
-    except ValidationError as error:
-        raise Problems([_misfit(table, details) for details in error.errors()]) from None
-    return study
+        raise BadStudy("\n".join(map(_told, error.errors()))) from None
 
 
-def _unknown(table: StudyTable) -> Iterator[tuple[lines.Path, str]]:
-    """Names that nothing here has."""
-    if table.extends is not None and table.extends not in PRESETS:
-        yield ("extends",), unknown("preset", table.extends, PRESETS)
-    for i, task in enumerate(table.tasks or ()):
-        if task not in TASKS:
-            yield ("tasks", i), unknown("task", task, TASKS)
-    for i, arm in enumerate(table.arms):
-        try:
-            check(arm.optimizer, {})
-        except ValueError as error:
-            yield ("arms", i, "optimizer"), str(error)
-            continue
-        for where in ("settings", "grid", "search"):
-            for key in getattr(arm, where):
-                try:
-                    check(arm.optimizer, {key: None})
-                except ValueError as error:
-                    yield ("arms", i, where, key), str(error)
-        for key, values in arm.grid.items():
-            if not values:
-                yield ("arms", i, "grid", key), "a grid needs values"
-            if key in arm.settings:
-                yield ("arms", i, "grid", key), f"{key} is both in the settings and in the grid"
-
-
-def unknown(what: str, name: str, known: Mapping[str, object]) -> str:
+def unknown(what: str, name: str, names: Mapping[str, object]) -> str:
     """That there is none of that name, the near ones, and all."""
-    return f"there is no {what} {name!r}{near(name, known)} (known: {', '.join(known)})"
+    return f"there is no {what} {name!r}{near(name, names)} (known: {', '.join(names)})"
 
 
-def _problem(details: Any) -> tuple[lines.Path, str]:
-    path: lines.Path = details["loc"]
+def _told(details: Any) -> str:
+    """What pydantic found, after the place of it: the second arm is arms.2."""
+    key = ".".join(str(part + 1) if isinstance(part, int) else part for part in details["loc"])
     text: str = details["msg"].removeprefix("Value error, ")
     if details["type"] == "extra_forbidden":
-        known = _fields(path[:-1])
-        return path, f"there is no key {path[-1]!r}{near(path[-1], known)} (known: {', '.join(known)})"
-    if details["type"] == "missing":
-        return path[:-1], f"{path[-1]} is missing"
-    return path, f"{text[0].lower()}{text[1:]}, not {details['input']!r}"
+        tables: list[type[Frozen]] = [ArmTable, *Frozen.__subclasses__()]
+        keys = {name for table in tables for name in table.model_fields}
+        text = f"there is no key {details['loc'][-1]!r}{near(details['loc'][-1], sorted(keys))}"
+    elif details["type"] != "value_error":
+        given = "" if details["type"] == "missing" else f", not {details['input']!r}"
+        text = f"{text[0].lower()}{text[1:]}{given}"
+    return f"{key}: {text}" if key else text
 
 
-def _fields(path: lines.Path) -> list[str]:
-    """The keys that a table may have."""
-    last = next((part for part in reversed(path) if isinstance(part, str)), None)
-    inside: dict[str | None, type[Frozen]] = {
-        "arms": ArmTable,
-        "tuning": TuningTable,
-        "p_schedule": PSchedule,
-        None: StudyTable,
-    }
-    return list(inside.get(last, Range).model_fields)
-
-
-def _misfit(table: StudyTable, details: Any) -> tuple[lines.Path, str]:
-    """Where it is that a study says its parts do not fit: the arm that is named, or the key."""
-    text: str = details["msg"].removeprefix("Value error, ")
-    seen: list[str] = []
-    for i, arm in enumerate(table.arms):
-        names = [each.name for each in arm.arms()]
-        if any(repr(name) in text.partition(":")[0] for name in names):
-            return ("arms", i), text
-        if "twice" in text and len({*seen, *names}) < len(seen) + len(names):
-            return ("arms", i), text
-        seen += names
-    for key in ("baseline", "seeds", "tasks", "arms"):
-        if key in text or details["loc"][:1] == (key,):
-            return (key,), text
-    return tuple(details["loc"]), text
-
-
-def _told(path: Path, found: dict[lines.Path, int], where: lines.Path, text: str) -> str:
-    line = lines.line_of(found, where)
-    key = ".".join(str(part + 1) if isinstance(part, int) else part for part in where)
-    return ", ".join((str(path), *([f"line {line}"] if line else []), *([key] if key else []))) + f": {text}"
+def _seeds(given: Any, first: int) -> Any:
+    return range(first, first + given) if isinstance(given, int) else given
 
 
 def _word(key: str, value: Value) -> str:
     if value is False or value is None:
         return ""
     return key if value is True else f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-
-
-def _given(table: StudyTable, key: str) -> bool:
-    return getattr(table, key) is not None

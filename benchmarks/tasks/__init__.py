@@ -10,8 +10,9 @@ from benchmarks.tasks.digits import Digits
 from benchmarks.tasks.digits_cnn import DigitsCNN
 from benchmarks.tasks.digits_mix import DigitsMix
 from benchmarks.tasks.digits_noise import DigitsNoise
-from benchmarks.tasks.fashion import FashionCNN
+from benchmarks.tasks.fashion import DEEP, FashionCNN, FashionMLP, FashionResNet
 from benchmarks.tasks.images import TASKS as IMAGES
+from benchmarks.tasks.mnist1d import MNIST1D
 from benchmarks.tasks.quadratic import Quadratic, QuadraticAxes
 from benchmarks.tasks.rosenbrock import Rosenbrock
 
@@ -26,7 +27,11 @@ _TASKS: tuple[Task, ...] = (
     Quadratic(),
     QuadraticAxes(),
     Rosenbrock(),
+    MNIST1D(),
+    FashionMLP(),
     FashionCNN(),
+    FashionResNet(),
+    *DEEP,
     *IMAGES,
 )
 

@@ -48,6 +48,7 @@ class Task(Protocol):
         higher_is_better: of the score.
         target: the score on the validation data by which steps to target are counted.
         residual_depth: the branches of a residual stream, None without one; the preset "modular" asks.
+        trajectory: whether the regularity of a run's trajectory is among its measures.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Task(Protocol):
     higher_is_better: bool
     target: float
     residual_depth: int | None
+    trajectory: bool
 
     def load(self) -> Splits:
         """The data: the same at every call."""

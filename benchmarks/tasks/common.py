@@ -18,6 +18,7 @@ class Plain:
     """A task whose data come with a package, and of which nothing is measured beside loss and score."""
 
     residual_depth: int | None = None
+    trajectory: bool = False
 
     def measures(self, model: nn.Module) -> Mapping[str, float]:
         """Nothing more."""
@@ -41,6 +42,34 @@ class Classification(Plain):
     def score(self, outputs: Tensor, targets: Tensor) -> float:
         """The part of all that is predicted that is right."""
         return int((outputs.argmax(-1) == targets).sum()) / targets.numel()
+
+
+class Deep(nn.Module):
+    """A stem, hidden layers of one width, each with or without batch norm and skip, and a head of ten classes."""
+
+    def __init__(
+        self, inputs: int, width: int, depth: int, *, batch_norm: bool, skip: bool, activation: type[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.skip = skip
+        self.stem = nn.Linear(inputs, width)
+        self.hidden = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(width, width, bias=not batch_norm),
+                nn.BatchNorm1d(width) if batch_norm else nn.Identity(),
+                activation(),
+            )
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Examples of any shape → logits."""
+        x = self.stem(x.flatten(1))
+        for layer in self.hidden:
+            x = x + layer(x) if self.skip else layer(x)
+        logits: Tensor = self.head(x)
+        return logits
 
 
 def split(inputs: object, targets: object, dtype: torch.dtype, by_class: bool) -> Splits:

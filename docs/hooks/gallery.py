@@ -64,7 +64,7 @@ WORDS = {
 }
 
 # The other sections: the pages whose figures they show.
-SECTIONS = {"tutorials": "tutorials/", "theory": "theory/", "results": "results.md", "speed": "speed.md"}
+SECTIONS = {"tutorials": "tutorials/", "theory": "theory/", "speed": "speed.md"}
 
 _cards: dict[str, list[str]] = {}  # from on_files to on_page_markdown
 

@@ -77,14 +77,15 @@ def facts(name: str) -> str:
 
 def standing(name: str, docs: Path) -> str:
     """How the optimizer stands against AdamW in the study of docs/results.md, of which it must be an arm."""
-    row = rf"^\| {optimizer(name).__name__} \| (.+?) \| (.+?) \| .+? \| AdamW \| (\d)–(\d)–(\d) \|$"
+    row = rf"^\| {optimizer(name).__name__} \| AdamW \| (\d)–(\d)–(\d) \| (.+?) \|"
     found = re.search(row, (docs / "results.md").read_text(encoding="utf-8"), re.MULTILINE)
     if found is None:
         raise ValueError(f"docs/results.md has no arm {optimizer(name).__name__} held against AdamW")
-    area, score, better, worse, neither = found.groups()
+    better, worse, ties, improvement = found.groups()
     return (
-        f"In [our study](../results.md) of small tasks it is better than AdamW on {better}, worse on {worse}, and not "
-        f"told apart on {neither}; its mean normalised score is {score}, its performance profile's area {area}."
+        f"In [our study](../results.md) of small tasks it is significantly better than AdamW on {better} and worse on "
+        f"{worse}; {ties} are ties. Its probability of improvement over AdamW, with its 95\u00a0% interval, is "
+        f"{improvement}."
     )
 
 

@@ -1,13 +1,8 @@
-"""An MkDocs hook: the interactive report of the study that docs/results.md shows, made anew from the same stored runs.
-
-It is one file with plotly inside, as `python -m benchmarks report` writes it, and so the one page of the site that is
-heavy.
-"""
+"""An MkDocs hook: the report of the study that docs/results.md shows, made anew from the same stored runs."""
 
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +24,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
     if not _made:
-        with tempfile.TemporaryDirectory() as folder:
-            runs = Store.from_parquet(Path(config.docs_dir) / "data/standard.parquet")
-            _made.append(report.write(collect(runs), Path(folder)).read_text(encoding="utf-8"))
+        _made.append(report.html(collect(Store.from_parquet(Path(config.docs_dir) / "data/standard.parquet"))))
     files.append(File.generated(config, NAME, content=_made[0]))
     return files

@@ -2,7 +2,7 @@
 # # An ablation, from question to report
 #
 # Adaptive gradient regularization ([arXiv:2407.16944](https://arxiv.org/abs/2407.16944)) holds back the entries that
-# dominate a gradient, and is reported to improve the optimizers that wear it. Does it help an optimizer that steps by
+# dominate a gradient, and is reported to improve the optimizers that have it. Does it help an optimizer that steps by
 # *signs*, when a quarter of the training labels is wrong? This page asks, with the program that every study of this
 # repository was made with, and then asks the answer how far it can be trusted. [Run an ablation](../ablations.md) is
 # the reference; what each flag and key means stands there.
@@ -304,15 +304,15 @@ fig.alt = "Test accuracy against the learning rate for Signum with and without A
 # %% [markdown]
 # ## How small a difference could have been found?
 #
-# "Not told apart" is not "equal". The half width of an interval says what the study could see: a true difference much
+# A tie is no proof of equality. The half width of an interval says what the study could see: a true difference much
 # smaller than it would mostly have been missed. It shrinks with the square root of the number of seeds.
 
 # %%
 halves, verdicts = [], []
-pairs = [(f"Signum lr={r:g} agr", f"Signum lr={r:g}") for r in RATES]
-for c in task.compare(pairs, lambda r: r.test_score):
+for r in RATES:
+    c = task.comparison(f"Signum lr={r:g} agr", f"Signum lr={r:g}")
     halves.append(50 * (c.difference.interval.high - c.difference.interval.low))
-    verdicts.append(0 if c.adjusted >= 0.05 else 1 if c.gain > 0 else -1)
+    verdicts.append(c.verdict)
 print(
     "half widths of the intervals, by rate:",
     "  ".join(f"±{h:.1f}" for h in halves),
@@ -325,7 +325,7 @@ print(
 print()
 up, down = verdicts.count(1), verdicts.count(-1)
 print(
-    f"At {len(RATES)} fixed rates AGR is better at {up}, worse at {down}, and not told apart at {len(RATES) - up - down}."
+    f"At {len(RATES)} fixed rates AGR is significantly better at {up} and worse at {down}; {len(RATES) - up - down} are ties."
 )
 temporary.cleanup()
 

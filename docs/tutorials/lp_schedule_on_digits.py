@@ -336,7 +336,7 @@ holds("LPSGDM's test accuracy beat SGD's on every seed", all(v > 0 for v in gain
 #
 # ## Adding ℓp decay, and reading the sparsity
 #
-# ℓp weight decay ([arXiv:2404.10824](https://arxiv.org/abs/2404.10824)) is a stage that any optimizer can wear:
+# ℓp weight decay ([arXiv:2404.10824](https://arxiv.org/abs/2404.10824)) is a setting of every optimizer:
 # `decay="lp"` with `decay_p` below 2 drives small weights to zero. As its authors do, we count a weight as zero if
 # `|w| < 1e-13`, without pruning anything, in the tensors of at least 2 dims (biases are not ℓp-decayed).
 

@@ -114,8 +114,8 @@ class LpDecay(AddOn):
     Raises:
         TypeError: not an optimizer, a wrapper around one that has no hooks, or a setting of the wrong type.
         ValueError: a setting out of range, LBFGS, a normopt optimizer with "entries", an optimizer that is
-            ``differentiable`` or already has an LpDecay, or a group with its own weight decay or an unknown ``lp_…``
-            setting; in ``step()``, if a later change of a group causes one of these.
+            ``differentiable`` or already has an LpDecay, or a group with its own weight decay, an unknown ``lp_…``
+            setting or the authors' ``lambda_p``; in ``step()``, if a later change of a group causes one of these.
         RuntimeError: in ``step()``, for a sparse gradient.
 
     Warns:
@@ -155,6 +155,8 @@ class LpDecay(AddOn):
                 _warn_kept_settings(i, group, settings)
 
     def _check(self, where: str, group: Mapping[str, Any]) -> None:
+        if "lambda_p" in group:
+            raise ValueError(f"{where} has lambda_p, the authors' name for λ, which is not read: here it is lp_decay")
         for key in group:
             if key.startswith("lp_") and key not in _SETTINGS and key not in self.optimizer.defaults:
                 raise ValueError(f"{where} has an unknown setting {key!r}{near(key, _SETTINGS)}")

@@ -11,9 +11,9 @@ from normopt.zoo import get_optimizer, list_optimizers
 def register() -> dict[str, type[SteepestDescent]]:
     """Make every zoo member available to ``timm.optim.create_optimizer_v2`` and to timm's training script.
 
-    An optimizer keeps its own name (``"lpsgdm"``) unless timm already has that name. It is then registered
-    with the prefix ``"normopt"`` (``"normoptsgd"``), and timm's stays unchanged. Calling this again has no
-    effect.
+    Each gets its name with the prefix ``"normopt"`` (``"normoptsgd"``), which is the same under every version of timm,
+    and its own name (``"lpsgdm"``) unless timm has an optimizer of that name, which stays unchanged. Calling this again
+    has no effect.
 
     Returns:
         The names registered with timm, and their classes.
@@ -36,10 +36,10 @@ def register() -> dict[str, type[SteepestDescent]]:
     registered = {}
     for ours in list_optimizers():
         cls = get_optimizer(ours)
-        name = ours if known.get(ours, cls) is cls else f"normopt{ours}"  # no underscore: timm splits names there
-        registered[name] = cls
-        if name not in known:
-            takes = {f"has_{x}": x in inspect.signature(cls).parameters for x in ("betas", "eps", "momentum")}
-            info = OptimInfo(name=name, opt_class=cls, description="normopt: steepest descent under a norm", **takes)
-            default_registry.register(info)
+        takes = {f"has_{x}": x in inspect.signature(cls).parameters for x in ("betas", "eps", "momentum")}
+        about = "normopt: steepest descent under a norm"
+        for name in (f"normopt{ours}", ours):  # no underscore: timm splits names there
+            if known.get(name, cls) is cls:
+                registered[name] = cls
+                default_registry.register(OptimInfo(name=name, opt_class=cls, description=about, **takes))
     return registered

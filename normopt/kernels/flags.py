@@ -36,7 +36,8 @@ class Flags(NamedTuple):
 
     Attributes:
         mode: how ``|c|^exponent`` is computed.
-        smoothed: the power scale with ε > 0, ``c·(|c| + ε)^exponent`` with the exponent −ρ, −1 under SIGN.
+        smoothed: the power scale with ε > 0, ``c·(|c| + ε)^exponent`` with the exponent −ρ, −1 under SIGN
+            and −½ under SQRT.
         scaled: u has a size and a factor for each tensor, from sums over it.
         dual, matched: the factor is the dual norm, or the one of "matched", which needs more sums; else it is 1.
         relative, sphere: u is rescaled to the length of its weight, or to a radius, to which the updated weight is

@@ -27,6 +27,7 @@ from normopt.params import check_like, check_writable, dtype_of
 from normopt.sharding.layout import gradient_of, layout_of, to_dtensor_like, to_local
 from normopt.stages.base import Batch, Slot
 from normopt.stages.constraint import RADIUS, radii_of
+from normopt.stages.momentum import STEP, on_host
 
 if TYPE_CHECKING:
     from normopt.recipe import Recipe
@@ -200,6 +201,8 @@ class FusedUpdate:
         self._rooms: list[int] = []
         self._watched: tuple[Slot, ...] = ()  # the recipe's slots when it was made
         self._names: list[str] = []  # those of them that these parameters have, by name, first those that kernels read
+        self._others: list[int] = []  # the addresses of state that no kernel reads
+        self._counts: list[Array] = []  # the steps of each parameter, sharing the memory of the state, on a CPU
         self._addresses: list[int] = []
         self._operands: list[Operand] = []
         self._written_to: list[Tensor] = []
@@ -259,10 +262,13 @@ class FusedUpdate:
         except (KeyError, TypeError):  # a state is missing, or no tensor
             return False
         operands = self._operands
-        del tensors[len(operands) * n :]
         if rooms_of(tensors) != self._rooms:
             return False
+        end = len(operands) * n
         addresses = list(map(Tensor.data_ptr, tensors))
+        if addresses[end:] != self._others:
+            return False
+        del tensors[end:], addresses[end:]
         if addresses != self._addresses:
             for i, operand in enumerate(operands):
                 place = slice(i * n, (i + 1) * n)
@@ -285,9 +291,13 @@ class FusedUpdate:
         self._watched = recipe.slots
         others = [slot.name for slot in recipe.slots if slot.exists(params[0]) and slot not in self._states]
         self._names = [slot.name for slot in self._states] + others
-        kept = [state[p][name] for name in self._names for p in params]
-        self._guard = guard_of([*params, *self._gradients.tensors, *kept])
-        self._rooms = [room for operand in operands for room in operand.memory.room]
+        read = [state[p][slot.name] for slot in self._states for p in params]
+        unread = [state[p][name] for name in others for p in params]
+        self._others = list(map(Tensor.data_ptr, unread))
+        steps = [state[p][STEP.name] for p in params] if STEP.name in others else []
+        self._counts = [x.numpy() for x in steps] if on_host(steps) else []
+        self._guard = guard_of([*params, *self._gradients.tensors, *read, *unread])
+        self._rooms = [room for operand in operands for room in operand.memory.room] + rooms_of(unread)
         self._addresses = [address for operand in operands for address in operand.memory.address]
 
     def _check_states(self, recipe: Recipe, state: State, weights: list[Tensor]) -> None:
@@ -402,12 +412,25 @@ class FusedUpdate:
         recipe = batch.recipe
         found = batch.found_inf
         by = 1 if found is None else (found == 0).to(batch.params[0].device, torch.float32).reshape(())
-        t = stack(recipe.count.advance(batch, by)).double().clamp_(min=1)  # 0 at a first step that is skipped
-        n: Any = t.numpy() if t.is_cpu else t  # whose operations take a fifth of the time
+        if self._unchanged and self._counts:
+            more = int(by)
+            for count in self._counts:
+                count += more
+            numbers = [count.item() for count in self._counts]
+        else:
+            steps = recipe.count.advance(batch, by)
+            numbers = [x.item() for x in steps] if on_host(steps) else []
         stages = recipe.momentum, recipe.metric, recipe.difference
-        c, v, d = (stage.weight(n) if stage.runs() else n**0 for stage in stages)
-        columns = 1 / c, v**-0.5, 1 / d
-        return torch.from_numpy(np.stack(columns, 1)) if t.is_cpu else torch.stack(columns, 1)
+
+        def columns(t: Any) -> tuple[Any, Any, Any]:
+            c, v, d = (stage.weight(t) if stage.runs() else t**0 for stage in stages)
+            return 1 / c, v**-0.5, 1 / d
+
+        if not numbers:
+            return torch.stack(columns(stack(steps).double().clamp_(min=1)), 1)
+        rows = {t: columns(max(1.0, t)) for t in set(numbers)}  # 0 at a first step that is skipped
+        each = [rows[t] for t in numbers] if len(rows) > 1 else [*rows.values()]
+        return torch.tensor(each, dtype=torch.float64).expand(len(numbers), 3).contiguous()
 
     def _complete(self, slot: Slot, operand: Operand, state: State) -> list[int]:
         """Make the state that is missing, or has another dtype than it should; return the indices of the new."""

@@ -367,7 +367,9 @@ def direction(c, mode, smoothed, scaled, exponent, eps, shift, size, factor, lif
     """D(c) of one entry."""
     if smoothed:
         a = F(abs(c) + eps)
-        return F(c / a) if mode == SIGN else F(c * pow_f32(a, exponent, NO, NO))
+        if mode == SIGN:
+            return F(c / a)
+        return F(c / F(math.sqrt(a))) if mode == SQRT else F(c * pow_f32(a, exponent, NO, NO))
     if scaled:
         u = F(signed(power(F(F(abs(c) * shift) * size), mode, exponent), c) * factor)
         return F(u * lift)

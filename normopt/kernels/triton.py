@@ -2,20 +2,24 @@
 """The fused kernels on CUDA, compiled by Triton: AGR's sums, the norms' sums, and the update, over tables of tensors.
 
 One program works on one chunk of one tensor, whose address it finds in a table. A sum over a tensor is kept chunk by
-chunk and added in their order, in float64, by a program of its own: there are no atomics, and every step is repeated
-bit by bit. A step is one launch; AGR adds two, and a norm over tensors two.
+chunk; those of groups of chunks are added by a program each, and theirs by one for each tensor. There are no atomics,
+and every step is repeated bit by bit. A step is one launch; AGR adds two, and so does a norm over tensors, and where a
+tensor is larger than a group, three. The launch for the norm stores the momentum where that is c, and the update reads
+it instead of the gradient: with "dual" a step moves 24 bytes an entry, 28 with AGR.
 
 Nothing is read on the host, and a number that changes from step to step recompiles nothing: numbers come to the kernels
 in a table too. A table is replaced when its contents change and never overwritten, so that a captured graph,
 which keeps its own, stays valid whatever is stepped between its replays.
 
-Arithmetic is in float32. Roots and powers are not left to the hardware's approximations, and divisions only where that
-is harmless.
+Arithmetic on entries is in float32, in sums too: those of a chunk are added in trees, 23 roundings in a row at most.
+Only what there is one of for a chunk or for a tensor is in float64. Roots and powers are not left to the hardware's
+approximations, and divisions only where that is harmless.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -28,10 +32,12 @@ from torch import Tensor
 from normopt.kernels import flags as choices
 from normopt.kernels.flags import Flags, Numbers
 from normopt.kernels.tables import CHUNK, Array, Chunks, Phase, Tables, nothing
+from normopt.sharding.layout import Layout
 
 BLOCK = tl.constexpr(CHUNK)  # entries of a chunk, the last one of a tensor excepted
-SUMMED = tl.constexpr(1024)  # chunks whose sums are added at once
+SUMMED = tl.constexpr(128)  # chunks whose sums are added at once
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+FEW = OPTIONS | {"num_warps": 1}  # for kernels in which every thread does the same for the most part
 
 # A kernel may read no global but a constant of Triton's.
 SIGN, LINEAR, SQRT, SQUARE = (tl.constexpr(x) for x in (choices.SIGN, choices.LINEAR, choices.SQRT, choices.SQUARE))
@@ -51,7 +57,8 @@ NAMES += " sphere inside scales_weight decay decay_inverse decay_wide cautious"
 SWITCHES = {name: tl.constexpr(1 << i) for i, name in enumerate(NAMES.split(), 5)}
 SMOOTHED, SUMS, MATCHED, LENGTHS, AGR, COUPLED, MAXIMIZE, CORRECTED, METRIC_MAX, DIFFERS, *_REST = SWITCHES.values()
 COUPLING, SPHERE, INSIDE, SCALES_WEIGHT, DECAYS, DECAY_INVERSE, DECAY_WIDE, CAUTIOUS = _REST
-ALIGNED, MEASURING = tl.constexpr(1 << 24), tl.constexpr(1 << 25)
+# Tensors are at multiples of 16 bytes; this launch is for the norm; it stores the state; an earlier one did, c is m.
+ALIGNED, MEASURING, STORES, KNOWN = (tl.constexpr(1 << i) for i in range(24, 28))
 
 # Columns of the tables, which are int64: of tensors, of chunks, and of the chunks that a sum is over.
 WEIGHT, GRADIENT, STATE, COMPENSATION, *_MORE = (tl.constexpr(i) for i in range(6 + len(choices.BUFFERS)))
@@ -227,8 +234,8 @@ def regularized(x, regularizers, t):
 
 
 @triton.jit
-def momentum_step(states, x, table, t, numbers, mask, DTYPE: tl.constexpr, FLAGS: tl.constexpr):
-    """Return c of the momentum rule, and store the new momentum unless ``MEASURING``."""
+def momentum_step(states, x, table, t, numbers, mask, keeps, DTYPE: tl.constexpr, FLAGS: tl.constexpr):
+    """Return c of the momentum rule, and store the new momentum where ``STORES``."""
     old_m = loaded(states, mask)
     fresh = tl.load(table + t * TENSOR + FRESH) & NEW_MOMENTUM != 0
     take = tl.where(fresh, number(numbers, FIRST_TAKE), number(numbers, TAKE))
@@ -240,41 +247,48 @@ def momentum_step(states, x, table, t, numbers, mask, DTYPE: tl.constexpr, FLAGS
         c += number(numbers, FROM_GRADIENT) * x
     if NEW & FLAGS:
         c += number(numbers, FROM_NEW) * m
-    if not (MEASURING & FLAGS):
-        tl.store(states, stored(m, DTYPE), mask)
+    if STORES & FLAGS:
+        tl.store(states, stored(m, DTYPE), keeps)
     return c
 
 
 @triton.jit
-def difference_step(c, x, table, t, begin, numbers, shares, mask, FLAGS: tl.constexpr):
-    """Return c with the average of gradient differences, and what the metric sees; stored unless ``MEASURING``."""
+def difference_step(c, x, table, t, begin, numbers, shares, mask, keeps, FLAGS: tl.constexpr):
+    """Return c with the average of gradient differences, and what the metric sees; stored where ``STORES``."""
     beta = number(numbers, DIFFERENCE_KEEP)
     averages = entries(table, t, AVERAGE, begin, tl.float32, FLAGS)
-    previous = entries(table, t, PREVIOUS, begin, tl.float32, FLAGS)
-    fresh = tl.load(table + t * TENSOR + FRESH) & NEW_PREVIOUS != 0
-    difference = tl.where(fresh, 0.0, x - loaded(previous, mask))
-    average = beta * loaded(averages, mask) + number(numbers, DIFFERENCE_TAKE) * difference
-    if not (MEASURING & FLAGS):
-        tl.store(averages, average, mask)
-        tl.store(previous, x, mask)
+    average = loaded(averages, mask)
+    if not (KNOWN & FLAGS):
+        previous = entries(table, t, PREVIOUS, begin, tl.float32, FLAGS)
+        fresh = tl.load(table + t * TENSOR + FRESH) & NEW_PREVIOUS != 0
+        difference = tl.where(fresh, 0.0, x - loaded(previous, mask))
+        average = beta * average + number(numbers, DIFFERENCE_TAKE) * difference
+        if STORES & FLAGS:
+            tl.store(averages, average, keeps)
+            tl.store(previous, x, keeps)
+        x += beta * difference
     if CORRECTED & FLAGS:
         average *= number(shares, SHARES * t + 2)
-    return c + beta * average, x + beta * difference
+    return c + beta * average, x
 
 
 @triton.jit
-def metric_step(x, table, t, begin, numbers, shares, mask, METRIC: tl.constexpr, FLAGS: tl.constexpr):
-    """Return P, or its root under ``BOTH_SIDES``, after v has taken x², which is stored unless ``MEASURING``."""
+def metric_step(x, table, t, begin, numbers, shares, mask, keeps, METRIC: tl.constexpr, FLAGS: tl.constexpr):
+    """Return P, or its root under ``BOTH_SIDES``, after v has taken x², which is stored where ``STORES``."""
     squares = entries(table, t, SQUARES, begin, tl.float32, FLAGS)
-    v = number(numbers, METRIC_KEEP) * loaded(squares, mask) + number(numbers, METRIC_TAKE) * x * x
-    if not (MEASURING & FLAGS):
-        tl.store(squares, v, mask)
     if METRIC_MAX & FLAGS:
         largest = entries(table, t, LARGEST_SQUARES, begin, tl.float32, FLAGS)
-        top = loaded(largest, mask)
-        v = tl.where((v < top) | (top != top), top, v)  # NaN stays
-        if not (MEASURING & FLAGS):
-            tl.store(largest, v, mask)
+    if not (KNOWN & FLAGS):
+        v = number(numbers, METRIC_KEEP) * loaded(squares, mask) + number(numbers, METRIC_TAKE) * x * x
+        if STORES & FLAGS:
+            tl.store(squares, v, keeps)
+        if METRIC_MAX & FLAGS:
+            top = loaded(largest, mask)
+            v = tl.where((v < top) | (top != top), top, v)  # NaN stays
+            if STORES & FLAGS:
+                tl.store(largest, v, keeps)
+    else:
+        v = loaded(largest if METRIC_MAX & FLAGS else squares, mask)
     root = tl.sqrt_rn(v)
     if CORRECTED & FLAGS:
         root *= number(shares, SHARES * t + 1)
@@ -283,28 +297,47 @@ def metric_step(x, table, t, begin, numbers, shares, mask, METRIC: tl.constexpr,
 
 
 @triton.jit
-def store_sums(sums, j, c, w, root, high, low, MODE: tl.constexpr, METRIC: tl.constexpr, FLAGS: tl.constexpr):
-    """Write the sums of chunk j: max|c| = M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent).
+def above(x):
+    """The power of two at x or above, of a normal x up to 2^127."""
+    return ((x.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
 
+
+@triton.jit
+def relative(x):
+    """x and its size, a power of two by which it is divided: no float32 has the squares of what is tiny or huge."""
+    size = above(tl.minimum(tl.maximum(tl.max(tl.abs(x), 0), TINY), 2.0**126))
+    return x * tl.div_rn(1.0, size), size.to(tl.float64)
+
+
+@triton.jit
+def store_sums(sums, j, c, w, root, high, low, MODE: tl.constexpr, METRIC: tl.constexpr, FLAGS: tl.constexpr):
+    """Write the sums of chunk j: M, Σ(|c|/M)^q, and for "matched" Σ(|c|/M)² and Σ(|c|/M)^(2·exponent).
+
+    M is the power of two at max|c| or above, so that no quotient is rounded, here and where sums of chunks are added;
+    max|c| itself where that is denormal or the exponent so large that powers of ½ are.
     For the lengths of weights Σ(w/M)² instead, and also Σw·D with D = sign(c)·(|c|/M)^exponent. In adaptive coordinates
-    the terms of all but the first two are divided by P, and squared in float64: ε may be tiny.
+    the terms of all but the first two are divided by P.
     """
     a = tl.abs(c)
     # Off 0 and ∞, for 0/0 and ∞/∞ are NaN. Triton 3.2 takes SMALLEST for a float64.
     top = tl.minimum(tl.maximum(tl.max(a, 0), SMALLEST), LARGEST).to(tl.float32)
+    top = tl.where((top < TINY) | (high > 60), top, above(tl.minimum(top, 2.0**127)))
     r = tl.div_rn(a, tl.broadcast_to(top, [BLOCK]))
     y = power(r, high, low, MODE)
     row = sums + COLUMNS * j
     tl.store(row, top.to(tl.float64))
     tl.store(row + 1, tl.sum(r * y, 0).to(tl.float64))
     if (MATCHED & FLAGS) or (LENGTHS & FLAGS):
+        size, length = 1.0, 1.0
         if METRIC == BOTH_SIDES:
-            r, y = tl.div_rn(r, root).to(tl.float64), tl.div_rn(y, root).to(tl.float64)
+            r, length = relative(tl.div_rn(r, root))
+            y, size = relative(tl.div_rn(y, root))
+        tl.store(row + 3, tl.sum(y * y, 0).to(tl.float64) * size * size)
         if LENGTHS & FLAGS:
-            r = w.to(tl.float64) / top
-            tl.store(row + 4, tl.sum(signed(y, c) * w.to(tl.float64), 0))
-        tl.store(row + 2, tl.sum(r * r, 0).to(tl.float64))
-        tl.store(row + 3, tl.sum(y * y, 0).to(tl.float64))
+            r, length = relative(w)
+            tl.store(row + 4, tl.sum(signed(y, c) * r, 0).to(tl.float64) * length * size)
+            length /= top.to(tl.float64)
+        tl.store(row + 2, tl.sum(r * r, 0).to(tl.float64) * length * length)
 
 
 @triton.jit
@@ -385,11 +418,18 @@ def step_kernel(
         if (count < BLOCK) == (partial == 1):
             mask = tl.arange(0, BLOCK) < count if partial else tl.full([BLOCK], True, tl.int1)
 
-            x = gradient_of(table, t, begin, mask, unscale, GRADIENT_TYPE, FLAGS)
-            if MAXIMIZE & FLAGS:
-                x = -x
-            if AGR & FLAGS:
-                x = regularized(x, regularizers, t)
+            keeps = mask
+            if found_inf is not None and (MEASURING & FLAGS):
+                keeps = tl.where(tl.load(found_inf) == 0, mask, False)
+
+            if KNOWN & FLAGS:
+                x = loaded(entries(table, t, STATE, begin, STATE_TYPE, FLAGS), mask)
+            else:
+                x = gradient_of(table, t, begin, mask, unscale, GRADIENT_TYPE, FLAGS)
+                if MAXIMIZE & FLAGS:
+                    x = -x
+                if AGR & FLAGS:
+                    x = regularized(x, regularizers, t)
 
             if (COUPLED & FLAGS) or (LENGTHS & FLAGS) or not (MEASURING & FLAGS):
                 weights = entries(table, t, WEIGHT, begin, WEIGHT_TYPE, FLAGS)
@@ -397,20 +437,20 @@ def step_kernel(
                 if ROUNDING == KAHAN:
                     lost = entries(table, t, COMPENSATION, begin, WEIGHT_TYPE, FLAGS)
                     w += loaded(lost, mask)
-                if COUPLED & FLAGS:
+                if (COUPLED & FLAGS) and not (KNOWN & FLAGS):
                     x += number(numbers, DECAY) * w
 
             c = x
-            if RUNS & FLAGS:
+            if (RUNS & FLAGS) and not (KNOWN & FLAGS):
                 states = entries(table, t, STATE, begin, STATE_TYPE, FLAGS)
-                c = momentum_step(states, x, table, t, numbers, mask, STATE_TYPE, FLAGS)
+                c = momentum_step(states, x, table, t, numbers, mask, keeps, STATE_TYPE, FLAGS)
             if CORRECTED & FLAGS:
                 c *= number(shares, SHARES * t)
             if DIFFERS & FLAGS:
-                c, x = difference_step(c, x, table, t, begin, numbers, shares, mask, FLAGS)
+                c, x = difference_step(c, x, table, t, begin, numbers, shares, mask, keeps, FLAGS)
             root = c
             if METRIC != 0:
-                root = metric_step(x, table, t, begin, numbers, shares, mask, METRIC, FLAGS)
+                root = metric_step(x, table, t, begin, numbers, shares, mask, keeps, METRIC, FLAGS)
                 c = tl.div_rn(c, root)
 
             if MEASURING & FLAGS:
@@ -440,7 +480,10 @@ def step_kernel(
 
 @triton.jit
 def gradient_sums(table, chunks, unscale, sums, DTYPE: tl.constexpr, FLAGS: tl.constexpr):
-    """The largest |g| of each chunk, and the sum of the others: what is beside a dominant entry must not be lost."""
+    """The largest |g| of each chunk, and the sum of the others: what is beside a dominant entry must not be lost.
+
+    The sum is in float32, a tree, of which huge terms are scaled: to 1.4e-6 relative at worst and 3e-7 as a rule.
+    """
     j = tl.program_id(0)
     t, begin, count = chunk_of(chunks, j)
     for partial in tl.static_range(2):
@@ -450,19 +493,17 @@ def gradient_sums(table, chunks, unscale, sums, DTYPE: tl.constexpr, FLAGS: tl.c
             top = tl.max(a, 0)
             is_top = (a == top) & mask
             equals = tl.sum(is_top.to(tl.int32), 0) - 1
-            others = tl.sum(tl.where(is_top, 0.0, a).to(tl.float64), 0)
+            scale = tl.where(top > 2.0**100, 2.0**-16, 1.0)
+            others = tl.sum(tl.where(is_top, 0.0, a * scale), 0).to(tl.float64) / scale
             tl.store(sums + 2 * j, top.to(tl.float64))
             tl.store(sums + 2 * j + 1, others + tl.where(equals > 0, equals * top.to(tl.float64), 0.0))
 
 
 @triton.jit
-def regularizer(spans, sums, regularizers):
-    """Compute for each tensor a power of two s near 1/Σ|g|, s·max|g|, s times the sum of the others, and 1/(s·Σ|g|).
-
-    Where AGR leaves the tensor alone they are such that its factor is 1.
-    """
-    t = tl.program_id(0)
-    first, many = tl.load(spans + t * SPAN + FIRST), tl.load(spans + t * SPAN + MANY)
+def largest_and_others(spans, sums):
+    """The largest |g| of all chunks in this program's span, and the sum of the others."""
+    span = spans + tl.program_id(0) * SPAN
+    first, many = tl.load(span + FIRST), tl.load(span + MANY)
     tops = tl.zeros([SUMMED], tl.float64)
     others = tl.zeros([SUMMED], tl.float64)
     for i in range(0, many, SUMMED):
@@ -476,6 +517,25 @@ def regularizer(spans, sums, regularizers):
     is_top = tops == top
     equals = tl.sum(is_top.to(tl.int32), 0) - 1
     rest = tl.sum(others, 0) + tl.sum(tl.where(is_top, 0.0, tops), 0) + tl.where(equals > 0, equals * top, 0.0)
+    return top, rest
+
+
+@triton.jit
+def merge_gradients(spans, sums, merged):
+    """Write the result of `largest_and_others` of each span."""
+    top, rest = largest_and_others(spans, sums)
+    tl.store(merged + 2 * tl.program_id(0), top)
+    tl.store(merged + 2 * tl.program_id(0) + 1, rest)
+
+
+@triton.jit
+def regularizer(spans, sums, regularizers):
+    """Compute for each tensor a power of two s near 1/Σ|g|, s·max|g|, s times the sum of the others, and 1/(s·Σ|g|).
+
+    Where AGR leaves the tensor alone they are such that its factor is 1.
+    """
+    t = tl.program_id(0)
+    top, rest = largest_and_others(spans, sums)
     total = top + rest
     idle = (total == 0) | (tl.load(spans + t * SPAN + SIZE) == 1)
     e = ((total.to(tl.int64, bitcast=True) >> 52) - 1022).to(tl.int32)
@@ -493,6 +553,46 @@ def within(x):
     """A power of two by which x > 0 becomes a normal float32; 1 for one, and for 0, ∞ and NaN."""
     large = tl.where((x > LARGEST) & (x < INFINITY), 2.0**-64, 1.0)
     return tl.where((x > 0) & (x < TINY), 2.0**64, large).to(tl.float64)
+
+
+@triton.jit
+def norm_sums(spans, sums, numbers, MORE: tl.constexpr):
+    """M and the sums relative to it of all chunks in this program's span, those of the last columns if ``MORE``."""
+    span = spans + tl.program_id(0) * SPAN
+    first, many = tl.load(span + FIRST), tl.load(span + MANY)
+    high, low = exponent_of(numbers, EXPONENT)
+    tops = tl.full([SUMMED], SMALLEST, tl.float32)
+    for i in range(0, many, SUMMED):
+        k = i + tl.arange(0, SUMMED)
+        tops = tl.maximum(tops, tl.load(sums + COLUMNS * (first + k), k < many, other=SMALLEST).to(tl.float32))
+    top = tl.max(tops, 0)
+    totals = tl.zeros([SUMMED], tl.float64)
+    squares = tl.zeros([SUMMED], tl.float64)
+    powers = tl.zeros([SUMMED], tl.float64)
+    products = tl.zeros([SUMMED], tl.float64)
+    for i in range(0, many, SUMMED):
+        k = i + tl.arange(0, SUMMED)
+        mine = sums + COLUMNS * (first + k)
+        ratio = tl.div_rn(loaded(mine, k < many), tl.broadcast_to(top, [SUMMED]))
+        factor = pow_f32(ratio, high, low).to(tl.float64)
+        totals += tl.load(mine + 1, k < many, other=0) * ratio * factor
+        if MORE:
+            squares += tl.load(mine + 2, k < many, other=0) * ratio * ratio
+            powers += tl.load(mine + 3, k < many, other=0) * factor * factor
+            products += tl.load(mine + 4, k < many, other=0) * factor
+    return top.to(tl.float64), tl.sum(totals, 0), tl.sum(squares, 0), tl.sum(powers, 0), tl.sum(products, 0)
+
+
+@triton.jit
+def merge_norms(spans, sums, merged, numbers, MORE: tl.constexpr):
+    """Write the result of `norm_sums` of each span."""
+    top, total, square, powered, product = norm_sums(spans, sums, numbers, MORE)
+    row = merged + COLUMNS * tl.program_id(0)
+    tl.store(row, top)
+    tl.store(row + 1, total)
+    tl.store(row + 2, square)
+    tl.store(row + 3, powered)
+    tl.store(row + 4, product)
 
 
 @triton.jit
@@ -514,39 +614,20 @@ def measure(
     A radius that is NaN is measured, and written.
     """
     v = tl.program_id(0)
-    first, many = tl.load(spans + v * SPAN + FIRST), tl.load(spans + v * SPAN + MANY)
     exponent = tl.load(numbers + EXPONENT)
     q = 1 + exponent
-    tops = tl.full([SUMMED], SMALLEST, tl.float64)
-    for i in range(0, many, SUMMED):
-        k = i + tl.arange(0, SUMMED)
-        tops = tl.maximum(tops, tl.load(sums + COLUMNS * (first + k), k < many, other=SMALLEST))
-    top = tl.max(tops, 0)
-    totals = tl.zeros([SUMMED], tl.float64)
-    squares = tl.zeros([SUMMED], tl.float64)
-    powers = tl.zeros([SUMMED], tl.float64)
-    products = tl.zeros([SUMMED], tl.float64)
-    for i in range(0, many, SUMMED):
-        k = i + tl.arange(0, SUMMED)
-        mine = sums + COLUMNS * (first + k)
-        ratio = tl.load(mine, k < many, other=SMALLEST) / top
-        log = tl.log2(ratio)
-        totals += tl.load(mine + 1, k < many, other=0) * tl.exp2(q * log)
-        if IS_MATCHED or IS_RELATIVE or IS_SPHERE:
-            squares += tl.load(mine + 2, k < many, other=0) * ratio * ratio
-            powers += tl.load(mine + 3, k < many, other=0) * tl.exp2(2 * exponent * log)
-        if IS_RELATIVE or IS_SPHERE:
-            products += tl.load(mine + 4, k < many, other=0) * tl.exp2(exponent * log)
-    norm = top * tl.exp2(tl.log2(tl.sum(totals, 0)) / q)
+    more: tl.constexpr = IS_MATCHED or IS_RELATIVE or IS_SPHERE
+    top, total, squares, powers, products = norm_sums(spans, sums, numbers, more)
+    norm = top * tl.exp2(tl.log2(total) / q)
     factor = tl.where(norm == norm, 1.0, norm)
     if IS_DUAL:
         factor = norm
     if IS_POWER:
         factor = tl.where(exponent == 0, factor, tl.exp2(exponent * tl.log2(norm)))
-    length = top * tl.sqrt(tl.sum(squares, 0))
+    length = top * tl.sqrt(squares)
     unit = tl.where(exponent == 0, 1.0, tl.exp2(exponent * tl.log2(top / norm)))
     if IS_MATCHED:
-        factor = tl.where(norm == 0, norm, length / (unit * tl.sqrt(tl.sum(powers, 0))))
+        factor = tl.where(norm == 0, norm, length / (unit * tl.sqrt(powers)))
     # A tensor p may be at an end: at ∞ a direction is the signs, whatever the size, and at 2 that of "dual" is c.
     itself = (exponent == 1) & IS_DUAL
     divisor = tl.where((exponent == 0) | itself | (norm == 0), 1.0, norm)
@@ -555,8 +636,8 @@ def measure(
     if IS_RELATIVE or IS_SPHERE:  # of the weight, and of u, which is D(c) times the factor, and what is added to it
         decay = tl.load(numbers + DECAY) if IS_INSIDE else 0.0
         scaled = factor * tl.where(norm == 0, norm, unit)
-        product = scaled * tl.sum(products, 0)
-        square = scaled * scaled * tl.sum(powers, 0) + 2 * decay * product + decay * decay * length * length
+        product = scaled * products
+        square = scaled * scaled * powers + 2 * decay * product + decay * decay * length * length
         own = tl.sqrt(tl.where(square < 0, 0.0, square))
         goal = tl.where(length == 0, own, length)
         if IS_SPHERE:
@@ -599,25 +680,22 @@ class Step:
         rows = _rows(flags, tables)
         self.aligned = not (rows[:, : FRESH.value] & 15).any()
         self.flags, self.device, self.chunks, self.n = flags, device, chunks, n
-        self.table, self.values, self.exponent = kept.changing("tensors", rows), kept.numbers(numbers), numbers.exponent
-        self.cuts = kept.constant("chunks", chunks.tensor, chunks.start, chunks.count, chunks.wide[chunks.tensor])
-        self.spans = kept.constant("spans", chunks.first, np.diff(chunks.first, append=len(chunks)), chunks.sizes)
-        stochastic = flags.rounding == choices.STOCHASTIC
-        seed, layouts = tables.seed, tables.layouts
-        if stochastic and not isinstance(seed, Tensor):
-            seed = kept.changing("seed", np.array([seed]))
+        parts = [rows, np.array([math.nan if isinstance(x, Tensor) else x for x in numbers])]
+        seed = tables.seed if flags.rounding == choices.STOCHASTIC else None
+        if seed is not None and not isinstance(seed, Tensor):
+            parts.append(np.array([seed]))
+        self.table, self.values, *sent = kept.changing(parts)
+        for i, x in enumerate(numbers):
+            if isinstance(x, Tensor):  # copied by the device, at every step and at every replay
+                self.values[i].copy_(x.reshape(()), non_blocking=True)
+        self.cuts, *self.spans = kept.constant("chunks", lambda: [_cuts(chunks), *_spans(chunks, tables.layouts)])
         self.unscale, self.shares = tables.unscale, tables.shares
-        self.given = self.table, self.cuts, self.values, tables.unscale, tables.found_inf, seed if stochastic else None
+        self.given = self.table, self.cuts, self.values, tables.unscale, tables.found_inf, sent[0] if sent else seed
         self.radii = tables.radii
         self.regularizers: Tensor | None = None
         self.norms: Tensor | None = None
         self.measured: tuple[Tensor, Tensor] | None = None
-        self.is_sharded = bool(layouts)
-        if layouts:
-            ranks = layouts[0].ranks
-            sizes = np.array([lay.shape.numel() for lay in layouts])
-            self.spans = kept.constant("ranks", np.arange(n) * ranks, np.full(n, ranks), sizes)
-            self.padded = kept.constant("padded", *_padded(chunks))
+        self.is_sharded = bool(tables.layouts)
 
     def phases(self) -> list[Phase]:
         """Return the phases: AGR's sums, the norms' sums, and the update."""
@@ -628,35 +706,42 @@ class Step:
     def _launched(self) -> AbstractContextManager[None]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
+    def _merged(self, sums: Tensor, kernel: Any, *more: Any) -> Tensor | None:
+        """Merge the sums of chunks, until `regularizer` or `measure` takes them; return them if ranks have to."""
+        for spans in self.spans[:-1]:
+            merged = sums.new_empty(len(spans), sums.shape[1])
+            kernel[len(spans),](spans, sums, merged, *more, **FEW)
+            sums = merged
+        self.sums = sums
+        return sums if self.is_sharded else None
+
     def _sums(self, _: Any) -> Tensor | None:
         chunks = self.chunks
-        self.sums = sums = torch.empty(len(chunks), 2, dtype=torch.float64, device=self.device)
+        sums = torch.empty(len(chunks), 2, dtype=torch.float64, device=self.device)
         constants = TYPES[self.flags.gradient], ALIGNED.value * self.aligned
         with self._launched():
             if len(chunks):
                 gradient_sums[len(chunks),](self.table, self.cuts, self.unscale, sums, *constants, **OPTIONS)
-            if self.is_sharded:
-                return _largest_and_others(torch.nn.functional.pad(sums, (0, 0, 0, 1))[self.padded])
-        return None
+            return self._merged(sums, merge_gradients)
 
     def _set_agr(self, _: Any, found: Tensor | None) -> None:
         sums = self.sums if found is None else found.flatten(0, 1).contiguous()
         self.regularizers = torch.empty(self.n, 4, dtype=torch.float32, device=self.device)
         with self._launched():
-            regularizer[self.n,](self.spans, sums, self.regularizers, **OPTIONS)
+            regularizer[self.n,](self.spans[-1], sums, self.regularizers, **FEW)
 
     def _norms(self, _: Any) -> Tensor | None:
-        self.sums = torch.empty(len(self.chunks), COLUMNS.value, dtype=torch.float64, device=self.device)
+        sums = torch.empty(len(self.chunks), COLUMNS.value, dtype=torch.float64, device=self.device)
         with self._launched():
-            self._launch_step(None, self.sums, measuring=True)
-            return _merged(self.sums, self.padded, self.exponent) if self.is_sharded else None
+            self._launch_step(None, sums, measuring=True)
+            return self._merged(sums, merge_norms, self.values, self.flags.matched or self.flags.lengths)
 
     def _set_norms(self, _: Any, found: Tensor | None) -> None:
         sums, flags = self.sums if found is None else found.flatten(0, 1).contiguous(), self.flags
         self.norms = torch.empty(self.n, MEASURED.value, dtype=torch.float64, device=self.device)
         how = flags.matched, flags.dual, not flags.scaled, flags.relative, flags.sphere, flags.inside
         with self._launched():
-            measure[self.n,](self.spans, sums, self.values, self.radii, self.norms, *how, **OPTIONS)
+            measure[self.n,](self.spans[-1], sums, self.values, self.radii, self.norms, *how, **FEW)
         if flags.scaled:
             dual, factor = self.norms[:, : SHIFT.value].unbind(1)
             self.measured = dual, factor
@@ -669,38 +754,47 @@ class Step:
         if len(self.chunks):
             launch = step_kernel[len(self.chunks),]
             constants = constants_of(self.flags, self.aligned, measuring)
-            launch(*self.given, self.regularizers, norms, self.shares, sums, **constants, **OPTIONS)
+            options = options_of(self.flags)
+            launch(*self.given, self.regularizers, norms, self.shares, sums, **constants, **options)
 
 
-def _padded(chunks: Chunks) -> list[Array]:
-    """Columns of a table of each tensor's chunks, filled up with the number of one that is not there."""
-    counts = chunks.ends - chunks.first
-    return [np.where(j < counts, chunks.first + j, len(chunks)) for j in range(max(1, int(counts.max())))]
+def _cuts(chunks: Chunks) -> Array:
+    """The table of chunks."""
+    return np.stack([chunks.tensor, chunks.start, chunks.count, chunks.wide[chunks.tensor]], axis=1)
 
 
-def _largest_and_others(sums: Tensor) -> Tensor:
-    """The largest |g| and the sum of the others of each tensor, shape [n, 2], from those of its chunks, [n, k, 2]."""
-    tops, others = sums.unbind(-1)
-    first = tops.argmax(1, keepdim=True)
-    return torch.stack([tops.gather(1, first)[:, 0], others.sum(1) + tops.scatter(1, first, 0).sum(1)], 1)
+def _spans(chunks: Chunks, layouts: Sequence[Layout]) -> list[Array]:
+    """Return tables of spans, the first one's of chunks, each further one's of the spans before.
+
+    They are groups of chunks, if a tensor has more than are added at once, tensors, and the parts that ranks have.
+    """
+    first, many, sizes = chunks.first, chunks.ends - chunks.first, chunks.sizes
+    found = []
+    if many.max() > SUMMED.value:
+        groups = Chunks([torch.Size([x]) for x in many.tolist()], SUMMED.value)
+        found.append((first[groups.tensor] + groups.start, groups.count, groups.count))
+        first, many = groups.first, groups.ends - groups.first
+    if layouts:
+        found.append((first, many, sizes))
+        ranks = np.full(len(layouts), layouts[0].ranks)
+        first, many, sizes = np.cumsum(ranks) - ranks, ranks, np.array([lay.shape.numel() for lay in layouts])
+    return [np.stack(columns, axis=1) for columns in (*found, (first, many, sizes))]
 
 
-def _merged(sums: Tensor, padded: Tensor, exponent: float | Tensor) -> Tensor:
-    """M and the sums relative to it of each tensor, shape [n, 5], from those of its chunks."""
-    tops, totals, squares, powers, products = torch.nn.functional.pad(sums, (0, 0, 0, 1))[padded].unbind(-1)
-    top = tops.amax(1).clamp_min(SMALLEST.value)  # of an empty shard
-    ratios = tops / top[:, None]
-    each = totals * ratios ** (1 + exponent), squares * ratios**2, powers * ratios ** (2 * exponent)
-    return torch.stack([top, *(x.sum(1) for x in (*each, products * ratios**exponent))], 1)
+def options_of(flags: Flags) -> dict[str, Any]:
+    """Return the options of `step_kernel`: with more state than all but Adan has, half the entries a thread."""
+    return OPTIONS | {"num_warps": 16} if flags.differs else OPTIONS
 
 
 def constants_of(flags: Flags, aligned: bool, measuring: bool = False) -> dict[str, Any]:
     """Return the constants of `step_kernel`."""
+    early = flags.sums and flags.momentum & choices.SAME and flags.state == torch.float32
     return {
         "FLAGS": (flags.momentum & ~choices.SAME)
         + sum(bit.value for name, bit in SWITCHES.items() if getattr(flags, name))
         + ALIGNED.value * aligned
-        + MEASURING.value * measuring,
+        + MEASURING.value * measuring
+        + (STORES.value if measuring == bool(early) else KNOWN.value * (not measuring)),
         "MODE": flags.mode,
         "METRIC": flags.metric,
         "DECAY_MODE": flags.decay_mode,
@@ -734,39 +828,39 @@ class Kept:
         if self.capturing and not self.kept:
             raise RuntimeError("the first step makes what later ones keep: take it before capturing a graph")
 
-    def constant(self, name: str, *columns: np.ndarray) -> Tensor:
-        """Columns of integers that never change, side by side."""
+    def constant(self, name: str, make: Callable[[], list[Array]]) -> list[Tensor]:
+        """Tables of int64 that never change, made once."""
         if name not in self.kept:
-            self.kept[name] = self._sent(np.stack(columns, axis=1).astype(np.int64))
-        return cast(Tensor, self.kept[name])
+            self.kept[name] = [self._sent(x.ravel()).view(x.shape) for x in make()]
+        return cast(list[Tensor], self.kept[name])
 
-    def changing(self, name: str, values: np.ndarray) -> Tensor:
-        """Values that may be others at the next step: those are sent to another place then.
+    def changing(self, parts: Sequence[Array]) -> list[Tensor]:
+        """Tables of int64 or float64 that may be others at the next step: all are sent to another place then, at once.
 
         A graph that is captured goes on reading what it read, wherever later steps read.
         """
-        old, table = self.kept.get(name, (None, None))
-        if old is None or not np.array_equal(old, values, equal_nan=True):
-            table = self._sent(values)
-            self.kept[name] = values, table
+        rooms = [x.size + x.size % 2 for x in parts]  # so that each begins at a multiple of 16 bytes
+        ends = np.cumsum(rooms)
+        values = np.zeros(ends[-1], np.int64)
+        for x, begin in zip(parts, ends - rooms, strict=True):
+            values[begin : begin + x.size] = x.ravel().view(np.int64)
+        old, tables = self.kept.get("changing", (None, None))
+        if old is None or not np.array_equal(old, values):
+            cut = zip(torch.split(self._sent(values), rooms), parts, strict=True)
+            tables = [y[: x.size].view(torch.from_numpy(x).dtype).view(x.shape) for y, x in cut]
+            self.kept["changing"] = values, tables
         if self.capturing:
-            self.kept.setdefault("captured", []).append(table)
-        return cast(Tensor, table)
+            self.kept.setdefault("captured", []).append(tables)
+        return cast(list[Tensor], tables)
 
-    def numbers(self, numbers: Numbers) -> Tensor:
-        """The numbers; those that are tensors are copied in by the device, at every step and at every replay."""
-        table = self.changing("numbers", np.array([math.nan if isinstance(x, Tensor) else x for x in numbers]))
-        for i, x in enumerate(numbers):
-            if isinstance(x, Tensor):
-                table[i].copy_(x.reshape(()), non_blocking=True)
-        return table
-
-    def _sent(self, values: np.ndarray) -> Tensor:
-        """A copy on the device, on which nothing waits."""
+    def _sent(self, values: Array) -> Tensor:
+        """A copy on the device of integers, on which nothing waits."""
         if not self.capturing:
-            host = torch.tensor(values)
-            return (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
+            # PyTorch hands out pinned memory again only after the event that it records behind a copy from there.
+            host = torch.empty(len(values), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            host.numpy()[:] = values
+            return host.to(self.device, non_blocking=True)
         # As arguments of kernels, which a graph holds itself: it would read a host's memory again at every replay.
-        table = torch.zeros(values.shape, dtype=torch.tensor(values).dtype, device=self.device)
-        torch._foreach_add_(list(table.view(-1)), values.ravel().tolist())
+        table = torch.zeros(len(values), dtype=torch.int64, device=self.device)
+        torch._foreach_add_(list(table), values.tolist())
         return table

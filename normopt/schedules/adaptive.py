@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class AdaptiveP(PSchedule):
         beta: β, the weight of the old average, 0 ≤ β < 1. Default 0.9, our choice, as for LPSGDM's momentum.
         low: the density at and below which p is p_end, 0 ≤ low < high. Default 0, see above.
         high: the density at and above which p is p_start, at most 1. Default 2/π, that of Gaussian entries.
+        last_epoch: as for `PSchedule`; −1 also forgets φ̄, which each group keeps as ``group["density"]``.
 
     Attributes:
         densities: φ̄ of each param group, None before its first measurement; empty before the first ``step()``.
@@ -81,7 +83,14 @@ class AdaptiveP(PSchedule):
     """
 
     def __init__(
-        self, optimizer: Optimizer, p_end: float = 2.0, beta: float = 0.9, low: float = 0.0, high: float = GAUSSIAN
+        self,
+        optimizer: Optimizer,
+        p_end: float = 2.0,
+        beta: float = 0.9,
+        low: float = 0.0,
+        high: float = GAUSSIAN,
+        *,
+        last_epoch: int | None = None,
     ) -> None:
         check_number("p_end", p_end, low=1, open_low=True)
         check_number("beta", beta, low=0, high=1, open_high=True)
@@ -90,16 +99,20 @@ class AdaptiveP(PSchedule):
         self.p_end, self.beta, self.low, self.high = float(p_end), float(beta), float(low), float(high)
         # A new list at every step, because state_dict() returns it by reference.
         self.densities: list[float | None] = []
-        super().__init__(optimizer)
+        super().__init__(optimizer, last_epoch=last_epoch)
 
-    def step(self) -> None:
+    def step(self, epoch: int | None = None) -> None:
         """Measure the current gradients, and set every group's p from the averaged density.
+
+        Args:
+            epoch: the number of steps made, as in torch.
 
         Raises:
             RuntimeError: no parameter with a p has a gradient; nothing is changed then.
         """
+        self._recall()
         self.densities = self._averages()
-        super().step()
+        self._go_to(self.last_epoch + 1 if epoch is None else epoch)
 
     def p_at(self, start: float, s: int) -> float:
         """Return p_end, the p of a group whose gradient was never measured.
@@ -121,6 +134,14 @@ class AdaptiveP(PSchedule):
             return self.p_at(start, s)
         t = (density - self.low) / (self.high - self.low)
         return interpolate_exponent(start, self.p_end, min(max(t, 0.0), 1.0))
+
+    def _memory(self, i: int) -> dict[str, Any]:
+        return super()._memory(i) | {"density": self.densities[i] if self.densities else None}
+
+    def _remember(self, i: int, group: dict[str, Any]) -> None:
+        super()._remember(i, group)
+        self.densities = list(self.densities) or [None] * len(self.base_ps)
+        self.densities[i] = group.get("density")
 
     def _averages(self) -> list[float | None]:
         """Return each group's φ̄ updated with the current gradients; the only host–device sync."""

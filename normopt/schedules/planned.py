@@ -9,12 +9,16 @@ from typing import Literal
 
 from torch.optim import Optimizer
 
-from normopt._checks import check_choice, check_integer, check_number
+from normopt._checks import check_choice, check_integer, check_number, warn
 from normopt.schedules.base import PSchedule, interpolate_exponent
 
 
 class AnnealedP(PSchedule):
-    """Base class of schedules that anneal p from the group's p to ``p_end`` along a curve falling from 1 to 0."""
+    """Base class of schedules that anneal p from the group's p to ``p_end`` along a curve falling from 1 to 0.
+
+    Attributes:
+        steps: total_steps.
+    """
 
     def __init__(
         self,
@@ -25,6 +29,7 @@ class AnnealedP(PSchedule):
         *,
         setting: str = "p",
         end: float | None = None,
+        last_epoch: int | None = None,
     ) -> None:
         check_integer("total_steps", total_steps)
         check_choice("space", space, ("p", "exponent"))
@@ -36,9 +41,19 @@ class AnnealedP(PSchedule):
             check_number("p_end", p_end, low=1)
         else:
             check_number("end", end, open_low=True, open_high=True)
-        self.total_steps, self.p_end, self.space = total_steps, float(p_end if end is None else end), space
-        super().__init__(optimizer, setting)
-        self._check_planned(self.p_end)
+        # Not as self.total_steps: of a scheduler that has it, Accelerate counts the steps, micro-batches too, and stops
+        # after so many.
+        self.steps, self.p_end, self.space = total_steps, float(p_end if end is None else end), space
+        super().__init__(optimizer, setting, last_epoch)
+        if last_epoch is None and 0 < self.last_epoch >= total_steps - 1:
+            warn(
+                f"{type(self).__name__} goes on from step {self.last_epoch}, which the param groups keep: with "
+                f"total_steps = {total_steps} nothing is left to do. To start at the current {setting}, give "
+                "last_epoch=-1"
+            )
+
+    def _planned(self) -> list[float]:
+        return [self.p_end]
 
     def p_at(self, start: float, s: int) -> float:
         """Return p at step s; raise, before any group is changed, if an endpoint is infinite in this space.
@@ -54,7 +69,7 @@ class AnnealedP(PSchedule):
             raise ValueError('p = ∞ cannot be annealed in p itself: use space="exponent", which anneals 1/(p−1)')
         if self.space == "exponent" and 1 in (start, self.p_end):
             raise ValueError('1/(p−1) is undefined at p = 1: use space="p"')
-        last = self.total_steps - 1
+        last = self.steps - 1
         weight = self.curve(min(s - 1, last) / last) if last else 1.0
         if self.space == "exponent":
             return interpolate_exponent(start, self.p_end, weight)
@@ -85,6 +100,7 @@ class CosineP(AnnealedP):
         space: anneal "p" (the default, as in the paper) or the "exponent" 1/(p−1), which can start at p = ∞.
         setting: another number of the param groups to move in place of p, from each group's own value. Default "p".
         end: the final value of that setting; None for p.
+        last_epoch: the last step done, or None, to go on from where the param groups are; see `PSchedule`.
 
     Raises:
         ValueError: S < 1, p_end < 1, an unknown space; p = ∞ in the space "p", p = 1 in the space "exponent", or
@@ -124,6 +140,7 @@ class LinearP(AnnealedP):
         space: anneal "p" (the default) or the "exponent" 1/(p−1), which can start at p = ∞.
         setting: another number of the param groups to move in place of p, from each group's own value. Default "p".
         end: the final value of that setting; None for p.
+        last_epoch: the last step done, or None, to go on from where the param groups are; see `PSchedule`.
 
     From p = ∞ in the space "exponent", with a ``step()`` after every optimizer step, this is the schedule of gradual
     SGD (GSGD): `LPSGD` goes from signSGD, |g|⁰, to SGD, |g|¹.
@@ -150,6 +167,7 @@ class ConstantP(PSchedule):
     Args:
         optimizer: any optimizer with a p in its param groups.
         setting: another number of the param groups to keep in place of p. Default "p".
+        last_epoch: the last step done, or None, to go on from where the param groups are; see `PSchedule`.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer.
@@ -174,6 +192,7 @@ class PiecewiseP(PSchedule):
         milestones: the number of ``step()`` calls before each change: increasing integers ≥ 1, as in MultiStepLR.
         values: p from each milestone on, one value per milestone; ∞ is allowed.
         setting: another number of the param groups to set in place of p. Default "p".
+        last_epoch: the last step done, or None, to go on from where the param groups are; see `PSchedule`.
 
     Raises:
         ValueError: milestones are missing or not increasing, their number differs from that of values, or a value is
@@ -184,7 +203,13 @@ class PiecewiseP(PSchedule):
     """
 
     def __init__(
-        self, optimizer: Optimizer, milestones: Sequence[int], values: Sequence[float], *, setting: str = "p"
+        self,
+        optimizer: Optimizer,
+        milestones: Sequence[int],
+        values: Sequence[float],
+        *,
+        setting: str = "p",
+        last_epoch: int | None = None,
     ) -> None:
         for m in milestones:
             if isinstance(m, bool) or not isinstance(m, int):
@@ -197,9 +222,10 @@ class PiecewiseP(PSchedule):
         for value in values:
             check_number("each value", value, low=1 if setting == "p" else -math.inf)
         self.values = [float(v) for v in values]
-        super().__init__(optimizer, setting)
-        for value in self.values:
-            self._check_planned(value)
+        super().__init__(optimizer, setting, last_epoch)
+
+    def _planned(self) -> list[float]:
+        return self.values
 
     def p_at(self, start: float, s: int) -> float:
         passed = sum(m <= s - 1 for m in self.milestones)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normopt._checks import check_number, equals
-from normopt.kernels.flags import GENERAL, LINEAR, SIGN, Number, mode_of
+from normopt.kernels.flags import GENERAL, LINEAR, SIGN, SQRT, Number, mode_of
 from normopt.norms import registry
 from normopt.norms.base import Norm, Scale
 from normopt.norms.lp import Lp
@@ -206,7 +206,7 @@ class Direction(Stage):
         smoothed = scale == "power" and self.eps != 0
         # A tensor p may have any value: the general mode, which checks for 2 and ∞ in the kernel.
         mode = GENERAL if isinstance(norm.p, Tensor) else mode_of(1 / (norm.p - 1))
-        if smoothed and mode != SIGN:
+        if smoothed and mode not in (SIGN, SQRT):
             smoothed, mode = (False, LINEAR) if mode == LINEAR else (True, GENERAL)
         flags = dict(mode=mode, smoothed=smoothed, scaled=norm.needs(scale) == "tensor", dual=scale == "dual")
         exponent: Number = cast(Any, norm.power_exponent)

@@ -192,7 +192,10 @@ class Momentum(Stage):
     def weight(self, t: Any) -> Any:
         """Return the sum of the weights of the gradients in c, at step t = 1, 2, …"""
         k = self.coefficients()
-        old, new = (k.b * (s if k.a == 1 else (1 - k.a**s) / (1 - k.a)) for s in (t - 1, t))
+        if k.averages:
+            old, new = 1 - k.a ** (t - 1), 1 - k.a**t
+        else:
+            old, new = (k.b * (s if k.a == 1 else (1 - k.a**s) / (1 - k.a)) for s in (t - 1, t))
         return k.d * old + k.e + k.f * new
 
     def check(self) -> None:

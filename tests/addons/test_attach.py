@@ -238,6 +238,15 @@ def test_a_misspelt_setting_of_a_group_is_refused():
     assert not opt._optimizer_step_pre_hooks
 
 
+def test_the_authors_name_of_the_decay_is_not_passed_over():
+    w = torch.nn.Parameter(torch.ones(2, 2))
+    opt = torch.optim.SGD([{"params": [w], "lambda_p": 0.0}], lr=0.1)
+    with pytest.raises(ValueError, match=r"group 0 has lambda_p, the authors' name .* here it is lp_decay"):
+        LpDecay(opt)
+    with pytest.raises(ValueError, match="'lambda_p', which is not a setting: λ of ℓp decay is weight_decay"):
+        normopt.SGD([{"params": [w], "lambda_p": 0.0}], weight_decay=0.1, decay="lp")
+
+
 def test_how_it_is_shown():
     ws = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
     opt = torch.optim.SGD([{"params": [ws[0]]}, {"params": [ws[1]], "lp_decay": 0.0}], lr=0.1)

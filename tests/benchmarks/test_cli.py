@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from benchmarks import cli, doctor, listing
 from benchmarks.cli import app
 from benchmarks.environment import here
 from benchmarks.store import PARQUET, Store
+from benchmarks.study import toml
 from benchmarks.study.estimate import estimate
 from benchmarks.study.spec import Arm, Study
 from benchmarks.tasks import TASKS
@@ -131,11 +133,70 @@ def test_what_is_interrupted_says_so_and_is_resumed(tmp_path, finished):
 
 def test_an_unfinished_study_has_a_report_too(tmp_path):
     (tmp_path / "small.toml").write_text(SMALL)
-    study = cli.toml.read(tmp_path / "small.toml")
+    study = toml.read(tmp_path / "small.toml")
     store = Store(tmp_path / "out")
     store.begin(study, here(study.tasks))
     store.close()
     assert "Not finished" in said("report", str(tmp_path / "out"))
+
+
+def test_studies_whose_arms_have_other_names_are_compared_by_task(tmp_path):
+    for name in ("one", "two"):
+        text = SMALL.replace('"AdamW"', '"Adam p=2"') if name == "two" else SMALL
+        (tmp_path / "small.toml").write_text(text)
+        store = Store(tmp_path / name)
+        study = toml.read(tmp_path / "small.toml")
+        store.begin(study, here(study.tasks))
+        store.close()
+    folders = (str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "out"))
+    for names in ("Adam p=2=AdamW", "AdamW=Adam p=2"):
+        said("compare", *folders, "--rename", names)
+        page = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+        assert names.replace("Adam p=2=AdamW", "AdamW").replace("AdamW=", "") in page
+        assert "left out" not in page
+    assert "no study has an arm OLD" in said("compare", *folders, "--rename", "Lion=AdamW", code=2)
+    assert "occurs twice" in said("compare", *folders, "--rename", "SGD=AdamW", code=2)
+
+
+def test_other_versions_in_one_study_are_said(tmp_path):
+    (tmp_path / "small.toml").write_text(SMALL)
+    study = toml.read(tmp_path / "small.toml")
+    store = Store(tmp_path / "out")
+    store.begin(study, here(study.tasks))
+    assert "more than one version" not in said("report", str(tmp_path / "out"))
+    store.note(here(study.tasks).model_copy(update={"torch": "9.9", "normopt": "8.8"}))
+    store.close()
+    output = said("report", str(tmp_path / "out"))
+    assert f"torch {torch.__version__} and 9.9" in output
+    assert " and 8.8" in output
+
+
+def test_what_the_disk_refuses_is_a_sentence_and_has_an_exit_code_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "small.toml").write_text(SMALL)
+    filled(tmp_path / "damaged").compact()
+    path = tmp_path / "damaged" / PARQUET
+    path.write_bytes(path.read_bytes()[:-9])
+    (tmp_path / "file").write_text("")
+    command = ("run", str(tmp_path / "small.toml"), "--workers", "1", "--out")
+    for arguments in (("report", str(tmp_path / "damaged")), (*command, str(tmp_path / "file" / "out"))):
+        output = said(*arguments, code=3)
+        assert output.startswith("Error: ")
+        assert len(output.splitlines()) == 1
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    output = said(*command, str(tmp_path / "out"), code=3)
+    assert output.splitlines()[-1].startswith("Error: [Errno 28] No space left on device; what is stored is safe: ")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no kill −9")
+def test_an_optimizer_that_is_edited_before_a_study_goes_on_is_refused(tmp_path, finished):
+    out, edited = tmp_path / "out", tmp_path / "mine_of_test.py"
+    shutil.copytree(finished / "out", out)
+    edited.write_text((finished / "mine_of_test.py").read_text() + "# edited\n")
+    process = program("resume", str(out), env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    _, errors = process.communicate(timeout=patience(30))
+    assert process.returncode == 2
+    assert "other code than the optimizer 'mine_of_test:Mine'" in errors
 
 
 @pytest.mark.exhaustive
@@ -163,7 +224,8 @@ def test_failures_are_named_and_are_the_exit_code(tmp_path, monkeypatch):
         (["run", "quik"], "there is no preset 'quik'; did you mean 'quick'"),
         (["run"], "say what to run: a preset, a file.toml"),
         (["run", "none.toml"], "none.toml cannot be read"),
-        (["run", "none.toml", "--seeds", "3"], "flags change a preset, not a file"),
+        (["run", "none.toml", "--seeds", "3"], "none.toml cannot be read"),
+        (["run", "smoke", "--baseline", "none"], "the baseline 'none' is none of the arms"),
         (["run", "smoke", "--cluster", "tcp://here:1"], "dask://HOST:PORT"),
         (["run", "--task", "cifar10-resnet18", "--arm", "sgd"], "cifar-10-batches-py"),
         (["resume", "none"], "holds no study"),

@@ -120,10 +120,21 @@ def test_length_of_lpsgdm_is_sgd_at_two_and_as_long_as_lpsgdm_at_any_p():
     ema = dict(norm="l2", momentum=0.9, momentum_rule="ema")
     for ours, theirs in zip(walk(LengthOfLPSGDM, p=2.0), walk(normopt.SteepestDescent, **ema), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
-    pairs = zip(walk(LengthOfLPSGDM, p=8.0), walk(normopt.LPSGDM, p=8.0), strict=True)
+    pairs = zip(walk(LengthOfLPSGDM, p=8.0), walk(normopt.LPSGDM, p=8.0, eps=0.0), strict=True)
     for ours, theirs in pairs:
         torch.testing.assert_close(ours.norm(), theirs.norm(), rtol=1e-5, atol=0)
     assert start.isfinite().all()
+
+
+def test_length_of_lpsgdm_decays_the_weights_as_lpsgdm_does():
+    moved = []
+    for make in (LengthOfLPSGDM, normopt.LPSGDM):
+        w = nn.Parameter(torch.full((4,), 2.0))
+        w.grad = torch.zeros(4)
+        make([w], lr=0.5, p=6.0, weight_decay=0.1).step()
+        moved.append(w.detach().clone())
+    torch.testing.assert_close(moved[0], torch.full((4,), 1.9))
+    torch.testing.assert_close(moved[0], moved[1])
 
 
 def test_length_of_lpsgdm_stands_still_without_a_gradient_and_refuses_what_is_out_of_range():

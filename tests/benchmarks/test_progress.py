@@ -38,9 +38,9 @@ def test_a_log_has_a_line_every_tenth_with_the_time_left_and_what_went_wrong(log
 def test_a_terminal_has_a_bar_a_task_and_what_goes_on():
     shown = _Shown()
     console = Console(file=io.StringIO(), width=80)
-    console.print(shown.render())
+    console.print(shown.get_renderable())
     shown.take(status(7, 100.0, workers=2, running=["digits sgd", "digits sgd"], diverged=3))
-    console.print(shown.render())
+    console.print(shown.get_renderable())
     lines = printed(console)
     assert lines[0] == "Starting …"
     assert [line.split()[0] for line in lines[1:4]] == ["digits", "bytes", "all"]
@@ -48,7 +48,7 @@ def test_a_terminal_has_a_bar_a_task_and_what_goes_on():
     assert lines[4] == "0:00 gone, about 1:40 left; 3 diverged"
     assert lines[5] == "2 workers: 2 × digits sgd"
     shown.take(status(7, 100.0))
-    console.print(shown.render())
+    console.print(shown.get_renderable())
     assert printed(console)[-1] == "Waiting for workers to join."
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.report import docs, tables
-from benchmarks.report.figures import figures
+from benchmarks.questions import REGULARIZED
+from benchmarks.report import findings, forest, tables
 from benchmarks.report.layers import layers
-from benchmarks.report.protocol import command, settings
 from benchmarks.report.text import NBSP, number, percent, unit
-from benchmarks.report.words import findings
+from benchmarks.report.words import command, settings
 from benchmarks.results import Results, collect
 from benchmarks.stats import Interval
 from benchmarks.store import Store
@@ -38,29 +34,28 @@ pytestmark = pytest.mark.usefixtures("toys")
 
 
 class Reader(HTMLParser):
-    """Collects what a page would load, its visible words, its scripts, and its files."""
+    """Collects what a page would load, its visible words, and the shapes that it draws."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.loads: list[str] = []
         self.words: list[str] = []
-        self.scripts: list[str] = []
-        self.files: dict[str, str] = {}
+        self.tags: list[tuple[str, dict[str, str]]] = []
         self._inside = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self._inside = tag
         found = {key: value or "" for key, value in attributes}
+        self.tags.append((tag, found))
         self.loads += [value for key, value in found.items() if key in ("src", "href", "srcset", "data")]
-        if "download" in found:
-            self.files[found["download"]] = base64.b64decode(found["href"].partition("base64,")[2]).decode()
 
     def handle_endtag(self, tag: str) -> None:
         self._inside = ""
 
     def handle_data(self, text: str) -> None:
-        (self.scripts if self._inside == "script" else self.words).append(text)
+        if self._inside != "style":
+            self.words.append(text)
 
 
 def plain(text: str) -> str:
@@ -89,78 +84,110 @@ def written(results: Results) -> Path:
 
 def read(folder: Path, name: str = "report.html") -> tuple[str, Reader]:
     html = (folder / name).read_text(encoding="utf-8")
-    assert html.count(get_plotlyjs()) == 1
-    rest = html.replace(get_plotlyjs(), "")
-    return rest, Reader(rest)
+    return html, Reader(html)
 
 
-def test_the_page_loads_nothing(written):
+def test_the_page_loads_nothing_and_runs_nothing(written):
     html, reader = read(written)
     assert not re.search(r"https?://|@import|url\(", html)
     assert all(address.startswith("data:") for address in reader.loads)
+    assert "script" not in [tag for tag, _ in reader.tags]
     assert "prefers-color-scheme: dark" in html
     assert 'name="viewport"' in html
+
+
+def test_the_page_opens_with_the_answer(written, results):
+    _, reader = read(written)
+    words = plain("".join(reader.words))
+    counts = [c.verdict for task in results.tasks.values() for c in task.comparisons]
+    better, worse, ties = counts.count(1), counts.count(-1), counts.count(0)
+    first = (
+        f"Of {len(counts)} comparisons, {better + worse} are significant ({better} better, {worse} worse) and {ties}"
+    )
+    assert words.index(first) < words.index("What annealing p does") < words.index("In words")
+    assert findings(results)[0].text.replace(NBSP, " ").startswith(first)
 
 
 def test_the_page_holds_every_arm_finding_setting_and_task(written, results):
     _, reader = read(written)
     words = "".join(reader.words)
     assert all(arm.name in words for arm in STUDY.arms)
-    assert all(finding.title in words and finding.text in words for finding in findings(results))
+    assert all(finding.text in words for finding in findings(results))
     assert all(line in words for line in settings(results))
-    shown = json.loads(next(script for script in reader.scripts if script.startswith("{")))
-    names = ["profiles", "scores", "differences", "trials", "budgets", "curves", "costs", "zeros"]
-    assert list(shown) == names == [figure.name for figure in figures(results)]
-    assert all(list(panels) == [UP.name, DOWN.name] for name, panels in shown.items() if name != "profiles")
-    rows = list(csv.DictReader((written / "data" / "claims.csv").read_text(encoding="utf-8").splitlines()))
-    assert {row["question"] for row in rows} == {"annealing", "AGR", "ℓp decay"}
-    assert all(float(row["p_value_holm"]) >= float(row["p_value"]) for row in rows)
     for text in ("5 trials", "4 of them scrambled Sobol points and then 1 by TPE", "1 to 6", "lr from 0.001 to 10"):
         assert text in plain(words)
 
 
-def test_every_figure_has_its_data_beside_it(written, results):
-    _, reader = read(written)
-    for name, text in reader.files.items():
-        assert (written / "data" / name).read_text(encoding="utf-8") == text
-    assert set(reader.files) == {path.name for path in (written / "data").iterdir()}
-    for figure in figures(results):
-        assert ("scores" if figure.name == "costs" else figure.name) + ".csv" in reader.files
+def test_every_place_takes_the_verdict_of_a_pair_from_one_place(written, results):
+    """Tables, figures, files and sentences, of every pair on every task."""
+    rows = list(csv.DictReader((written / "data" / "comparisons.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == 14
+    text = words(results)
+    html, _ = read(written)
+    for row in rows:
+        c = results.tasks[row["task"]].comparison(row["arm"], row["against"])
+        assert int(row["verdict"]) == c.verdict
+        assert c.verdict == (0 if float(row["p_value_holm"]) >= 0.05 else 1 if c.gain > 0 else -1)
+        word = forest.VERDICTS[c.verdict]
+        (line,) = forest.on_task(results.tasks[row["task"]], "", [c], [c]).lines
+        assert line.verdict == word
+        assert line.text.startswith(f"{word}: ")
+        assert f">{line.text}<" in html.replace("&#39;", "'").replace("&lt;", "<")
+        said = re.search(
+            rf"{re.escape(row['arm'])} against {re.escape(row['against'])}(?: \(.*?\))?: (.*?[^\d])\.(?: |$)",
+            text[row["question"]],
+        )
+        assert said is not None
+        there = re.search(rf"{word} on [^;]*{row['task']} \(", said[1])
+        assert bool(there) == bool(c.verdict), (row, said[1])
+    for s in results.standings:
+        if other := STUDY.against(s.arm):
+            verdicts = [task.comparison(s.arm, other).verdict for task in results.tasks.values()]
+            grid = next(r for r in tables.standings(results).rows if r[0] == s.arm)
+            assert grid[2] == "–".join(str(verdicts.count(v)) for v in (1, -1, 0))
 
 
-def columns(written: Path, name: str, task: str) -> list[dict[str, str]]:
-    lines = (written / "data" / f"{name}.csv").read_text(encoding="utf-8")
-    return [row for row in csv.DictReader(io.StringIO(lines)) if row["task"] == task]
+def test_forests_show_the_numbers(results):
+    for task in results.tasks.values():
+        drawn = forest.on_task(task, "", task.comparisons, task.comparisons)
+        zero = drawn.zero
+        for line, c in zip(drawn.lines, task.comparisons, strict=True):
+            # Better is to the right, and one axis serves all.
+            assert (line.dot > zero) == (c.gain > 0)
+            low, high = line.ends
+            assert 0 <= low <= line.dot <= high <= 100
+            scale = (line.dot - zero) / c.gain
+            ends = sorted(
+                zero + scale * task.sign * end for end in (c.difference.interval.low, c.difference.interval.high)
+            )
+            if low > 0 and high < 100:
+                assert (low, high) == pytest.approx(tuple(ends))
+        (left, right) = drawn.noise
+        assert right - zero == pytest.approx(zero - left) == pytest.approx(scale * task.noise)
+    over = forest.over_tasks(results, results.answers[0])
+    for line, pair in zip(over.lines, results.answers[0].question.pairs, strict=True):
+        found = results.improvements[pair.arm, pair.control]
+        assert (line.dot, *line.ends) == pytest.approx((100 * found.mean, 100 * found.low, 100 * found.high))
+        assert (line.verdict == "tie") == (found.low <= 0.5 <= found.high)
 
 
-def test_figures_are_drawn_from_their_data(written, results):
-    panels = {figure.name: figure.panels for figure in figures(results)}
-    differences = panels["differences"][UP.name].data
-    rows = columns(written, "differences", UP.name)
-    assert [trace.x[0] for trace in differences] == pytest.approx([100 * float(row["difference"]) for row in rows])
-    for trace, row in zip(differences, rows, strict=True):
-        ends = trace.x[0] - trace.error_x.arrayminus[0], trace.x[0] + trace.error_x.array[0]
-        assert ends == pytest.approx((100 * float(row["low"]), 100 * float(row["high"])))
-        assert (trace.marker.symbol == "circle") == (float(row["p_value_holm"]) < 0.05)
-    trials = [row for row in columns(written, "trials", DOWN.name) if row["arm"] == "SGD"]
-    (trace,) = (trace for trace in panels["trials"][DOWN.name].data if trace.name == "SGD")
-    assert list(trace.x) == sorted(float(row["lr"]) for row in trials)
-    sound = [float(row["validation_loss"]) for row in trials if row["diverged"] == "False"]
-    assert sorted(y for y, mark in zip(trace.y, trace.marker.symbol, strict=True) if mark != "x-thin") == sorted(sound)
-    assert list(trace.marker.symbol).count("circle-open") == 1
-    profile = {trace.name: trace for trace in panels["profiles"][""].data}
-    area = sum(
-        y * (b - a) for y, a, b in zip(profile["AdamW"].y, profile["AdamW"].x, profile["AdamW"].x[1:], strict=False)
-    )
-    assert area / 300 == pytest.approx({s.arm: s.profile.area for s in results.standings}["AdamW"])
+def test_a_study_that_cannot_reject_says_so(results, tmp_path):
+    text = words(results)["Answer"]
+    # Six seeds give 2/64 at least, and the largest question has 6 tests.
+    assert "the P-value of the exact sign-flip test is never below 0.031" in text
+    assert "it cannot reject in the largest question, of 6 tests, which needs 8 seeds" in text
+    more = STUDY.model_copy(update={"seeds": tuple(range(1, 9))})
+    said = words(told(tmp_path, study=more))["Answer"]
+    assert "cannot reject" not in said
+    assert re.search(r"The exact sign-flip test, which assumes no distribution, confirms (\d+) of \1\.", said)
 
 
-def test_the_lines_of_best_against_budget_meet_where_tpe_begins(results):
-    plot = next(figure for figure in figures(results) if figure.name == "budgets").panels[UP.name]
-    lines = [trace for trace in plot.data if trace.name == "SGD"]
-    assert len(lines) == 2
-    assert lines[0].x[-1] == lines[1].x[0] == STUDY.tuning.startup
-    assert lines[0].y[-1] == pytest.approx(lines[1].y[0])
+def test_no_winner_is_named_where_nothing_separates(tmp_path):
+    equal = told(tmp_path, dict.fromkeys(TRUTHS, Truth()))
+    text = words(equal)["Answer"]
+    assert text.startswith("All 14 comparisons are ties.")
+    assert "no winner" in text
+    assert not re.search(r"best|highest", text)
 
 
 def test_the_twins_say_what_the_page_says(written, results):
@@ -174,53 +201,36 @@ def test_the_twins_say_what_the_page_says(written, results):
         assert float(found["test_score"]) == pytest.approx(mean)
 
 
-def test_words_on_tasks_follow_the_data(results, tmp_path):
-    text = words(results)["Task toy-up"]
-    assert "by AdamW; the worst is" in text
-    number = r"[+−]\d\.\d\d"
-    sure = rf"points \(95 % interval {number} to {number}, P-value .*?\)"
-    assert re.search(rf"Against SGD: better at the 5 % level is AdamW by \+[23]\.\d\d {sure}; worse at", text)
-    # Three of them: their intervals are in the table.
+def test_names_are_escaped(tmp_path):
+    odd = STUDY.arms[1].model_copy(update={"name": "<b>Adam & W|</b>"})
+    study = STUDY.model_copy(update={"arms": (STUDY.arms[0], odd)})
+    report.write(collect(fill(tmp_path, study, {"SGD": Truth(), odd.name: Truth(gain=0.1)})), tmp_path)
+    html, reader = read(tmp_path)
+    assert "<b>Adam" not in html
+    assert odd.name in "".join(reader.words)
+    page = report.write_page(collect(Store(tmp_path)), tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "| <b>Adam & W\\|</b> |" in page
+
+
+def test_words_follow_the_data(results, tmp_path):
+    text = words(results)["Against SGD"]
     assert re.search(
-        r"worse at the 5 % level are LPSGDM by −[12]\.\d\d .* and LPSGDM \+ decay by −2\.\d\d points", text
+        r"AdamW against SGD: better on toy-up \(\+[23]\.\d\d points, P-value .*\) and toy-down \(−0\.0", text
     )
-    assert re.search(
-        r"Against LPSGDM: .*; not told apart from it are Lengths and LPSGDM \+ AGR \(\d of 2 means better\)", text
-    )
-    # Lower is better there, so that the signs are the other way round.
-    down = words(results)["Task toy-down"]
-    assert "by AdamW; the worst is" in down
-    assert re.search(r"Against SGD: better at the 5 % level is AdamW by −0\.0[23]\d* \(95 % interval −", down)
-
-    swapped = told(tmp_path, {"AdamW": Truth(gain=-0.03), "LPSGDM": Truth(gain=0.02)})
-    for name in ("Task toy-up", "Task toy-down"):
-        text = words(swapped)[name]
-        assert re.search(r"better at the 5 % level is LPSGDM by", text)
-        assert re.search(r"worse at the 5 % level are AdamW by", text)
-
-
-def test_many_comparisons_are_told_by_their_means_alone(tmp_path):
-    found = told(tmp_path, {name: Truth(gain=-0.05) for name in ("AdamW", "LPSGDM", "LPSGDM + decay")})
-    text = words(found)["Task toy-up"].partition("Against LPSGDM:")[0]
-    assert re.search(r"level are AdamW \(−\d\.\d\d points\), LPSGDM \(−\d\.\d\d points\) and LPSGDM \+ decay \(−", text)
-    rows = tables.differences(found.tasks[UP.name]).rows
-    assert all(re.fullmatch(r"(< )?0\.\d{3}", plain(row[3])) for row in rows)
-    assert [row[0] for row in rows] == [c.row.name for c in found.tasks[UP.name].comparisons]
-
-
-def test_words_over_all_tasks_follow_the_data(results, tmp_path):
-    text = words(results)["Over all tasks"]
-    assert text.startswith("Over 2 tasks, AdamW comes nearest")
-    assert "AdamW has the best mean on every task." in text
-    slow = told(tmp_path / "slow", {name: Truth(reached=None) for name in TRUTHS})
-    assert "no arm reaches a target" in words(slow)["Over all tasks"]
+    assert re.search(r"LPSGDM against SGD: worse on toy-up \(−[12]\.\d\d points", text)
+    swapped = words(told(tmp_path, {"AdamW": Truth(gain=-0.03), "LPSGDM": Truth(gain=0.02)}))["Against SGD"]
+    assert "AdamW against SGD: worse on toy-up" in swapped
+    assert "LPSGDM against SGD: better on toy-up" in swapped
+    assert "The noise floor is 0.1" in words(results)["Task toy-up"]
 
 
 def test_what_was_lost_is_named(tmp_path):
     found = told(tmp_path, {"AdamW": Truth(diverges=(1, 2))}, failing=("LPSGDM + AGR", 3))
     text = words(found)
     assert "AdamW (2 of 6 diverged) and LPSGDM + AGR (1 of 6 failed)" in text["Task toy-up"]
-    assert "Final runs were lost by AdamW on toy-up and toy-down and LPSGDM + AGR on" in text["How far to trust this"]
+    lost = "Final runs diverged or failed for AdamW on toy-up and toy-down and LPSGDM + AGR on"
+    assert lost in text["How far to trust this"]
+    assert "LPSGDM + AGR against LPSGDM (the same without): not compared, for runs are missing" in text[REGULARIZED]
     assert "2 runs raised an error" in text["How far to trust this"]
     assert "ValueError: no" in text["How far to trust this"]
     cells = tables.grid(tables.columns(found.tasks[UP.name]), found.tasks[UP.name].rows).rows
@@ -230,16 +240,16 @@ def test_what_was_lost_is_named(tmp_path):
 
 def test_where_everything_diverged_there_is_still_a_report(tmp_path):
     found = told(tmp_path, {name: Truth(diverges=STUDY.seeds) for name in TRUTHS})
-    assert words(found)["Task toy-up"].startswith("No arm has a mean")
+    assert words(found)["Answer"].startswith("All 14 comparisons are ties.")
     report.write(found, tmp_path)
-    docs.write(found, tmp_path / "page.md")
+    report.write_page(found, tmp_path / "page.md")
 
 
 @pytest.mark.parametrize(("tuned", "final"), [(0, 0), (2, 0), (None, 0), (None, 1)])
 def test_an_unfinished_study_reports_what_is_there(tmp_path, tuned, final):
     found = told(tmp_path, tuned=tuned, final=final)
     text = words(found)["Not finished"]
-    assert f"{found.done} of {found.wanted} runs are there" in text
+    assert f"{found.done} of {found.wanted} runs are done" in text
     assert "toy-up and toy-down" in text
     report.write(found, tmp_path)
     assert "Not finished" in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -248,12 +258,11 @@ def test_an_unfinished_study_reports_what_is_there(tmp_path, tuned, final):
 def test_a_study_of_one_task_has_nothing_over_all_tasks(tmp_path):
     found = told(tmp_path, study=ALONE)
     report.write(found, tmp_path)
-    html, reader = read(tmp_path)
+    html, _ = read(tmp_path)
     assert "Over all tasks" not in html
-    assert "<nav hidden>" in html
-    shown = json.loads(next(script for script in reader.scripts if script.startswith("{")))
-    assert "profiles" not in shown
-    assert re.search(r"not told apart on toy-up, .0\.\d\d points \(95 %", words(found)["What AGR does"])
+    # Its forest of differences opens the page.
+    assert html.index("LPSGDM + AGR − LPSGDM") < html.index("In words")
+    assert re.search(r"a tie: .0\.\d\d points \(95 %", words(found)["What AGR does"])
 
 
 def test_p_is_the_norms_and_never_a_significance(results):

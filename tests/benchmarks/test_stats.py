@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
 from benchmarks.stats import (
-    BOOTSTRAP_FROM,
+    EXACT_UP_TO,
+    Draws,
     censored_median,
-    expected_best,
     holm,
+    improvement,
     interval,
+    iqm,
+    least_exact,
+    mean_ranks,
+    noise_floor,
     normalised,
     paired,
+    pairs_needed,
     performance_profiles,
-    ranks,
+    sign_flip,
 )
 
 
@@ -29,40 +33,15 @@ def test_t_interval_by_hand():
     assert found.mean == 3
     assert found.half == pytest.approx(2.776445105 * math.sqrt(2.5 / 5))
     assert (found.low, found.high) == pytest.approx((3 - found.half, 3 + found.half))
-    assert found.symmetric
     assert found.times(100).half == pytest.approx(100 * found.half)
+    assert (found.times(-1).low, found.times(-1).high) == (-found.high, -found.low)
 
 
-def test_t_interval_is_scipys_up_to_19_values():
-    values = np.random.default_rng(0).normal(size=BOOTSTRAP_FROM - 1)
-    low, high = scipy_stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=scipy_stats.sem(values))
+@pytest.mark.parametrize("n", [2, 8, 40])
+def test_t_interval_is_scipys(n):
+    values = np.random.default_rng(0).normal(size=n)
+    low, high = scipy_stats.t.interval(0.95, n - 1, loc=values.mean(), scale=scipy_stats.sem(values))
     assert (interval(values).low, interval(values).high) == pytest.approx((low, high))
-
-
-def bca(values: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    """Efron's BCa interval of the mean, from its formula."""
-    rng = np.random.default_rng(seed)
-    n, mean = len(values), values.mean()
-    drawn = values[rng.integers(n, size=(resamples, n))].mean(axis=1)
-    z0 = scipy_stats.norm.ppf((drawn < mean).mean())
-    jack = np.array([np.delete(values, i).mean() for i in range(n)])
-    gap = jack.mean() - jack
-    a = (gap**3).sum() / (6 * (gap**2).sum() ** 1.5)
-    z = scipy_stats.norm.ppf([0.025, 0.975])
-    levels = scipy_stats.norm.cdf(z0 + (z0 + z) / (1 - a * (z0 + z)))
-    low, high = np.quantile(drawn, levels)
-    return float(low), float(high)
-
-
-def test_from_20_values_on_it_is_the_bca_bootstrap():
-    values = np.random.default_rng(3).exponential(size=BOOTSTRAP_FROM)  # skewed: a t interval would be another
-    found = interval(values)
-    low, high = bca(values, 100_000, seed=1)
-    assert (found.low, found.high) == pytest.approx((low, high), rel=0.02)
-    assert found == interval(values)
-    assert not found.symmetric
-    t_low, _ = scipy_stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=scipy_stats.sem(values))
-    assert abs(found.low - t_low) > 0.05
 
 
 @pytest.mark.parametrize("n", [2, 5, 30])
@@ -85,11 +64,50 @@ def test_paired_is_scipys(n):
     expected = scipy_stats.ttest_rel(a, b)
     assert difference.p_value == pytest.approx(expected.pvalue)
     assert difference.interval.mean == pytest.approx((a - b).mean())
-    if n < BOOTSTRAP_FROM:
-        low, high = expected.confidence_interval(0.95)
-        assert (difference.interval.low, difference.interval.high) == pytest.approx((low, high))
-    else:
-        assert difference.interval == interval(list(a - b))
+    low, high = expected.confidence_interval(0.95)
+    assert (difference.interval.low, difference.interval.high) == pytest.approx((low, high))
+    assert (difference.wins, difference.losses) == ((a > b).sum(), (a < b).sum())
+    # What the interval leaves out, the test by itself rejects, and nothing else.
+    assert (low <= 0 <= high) == (difference.p_value >= 0.05)
+
+
+@pytest.mark.parametrize("n", [2, 5, 8, EXACT_UP_TO])
+def test_sign_flip_is_scipys_permutation_test(n):
+    differences = np.random.default_rng(n).normal(loc=0.4, size=n)
+    expected = scipy_stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=math.inf, alternative="two-sided"
+    )
+    assert sign_flip(list(differences)) == pytest.approx(expected.pvalue)
+    assert paired(list(differences), [0.0] * n).exact == sign_flip(list(differences))
+    assert sign_flip([1.0 + i for i in range(n)]) == least_exact(n) == 2 / 2**n
+    assert sign_flip([0.0] * n) == 1
+
+
+def test_too_many_pairs_have_no_exact_test():
+    assert sign_flip([1.0] * (EXACT_UP_TO + 1)) is None
+    assert paired(list(np.arange(20.0)), list(np.arange(20.0)[::-1])).exact is None
+
+
+def test_the_pairs_that_are_needed_can_reject():
+    for tests in (1, 7, 56):
+        n = pairs_needed(tests)
+        assert min(holm([least_exact(n)] + [1.0] * (tests - 1))) < 0.05
+        assert min(holm([least_exact(n - 1)] + [1.0] * (tests - 1))) >= 0.05
+
+
+def test_a_run_that_diverged_is_worse_than_any_that_did_not():
+    worst = -math.inf
+    found = paired([worst] * 4 + [1.0], [0.5, 0.6, 0.7, worst, 0.9])
+    # The sign test: of the four pairs that differ, three are lost.
+    assert (found.wins, found.losses) == (1, 3)
+    assert found.p_value == found.exact == pytest.approx(scipy_stats.binomtest(1, 4).pvalue)
+    assert math.isnan(found.interval.low)
+    lost = paired([worst] * 8, list(np.linspace(0, 1, 8)))
+    assert lost.p_value == 2 / 2**8
+    assert lost.interval.mean == worst
+    assert paired([worst, worst], [worst, worst]).p_value == 1
+    # Where lower is better the worst is +∞, and a difference of it is a difference upwards.
+    assert paired([math.inf, 2.0], [1.0, 2.0]).wins == 1
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.1])
@@ -148,7 +166,6 @@ def test_performance_profiles_by_hand():
     assert profiles["b"].ratios == (1, 1, 2, math.inf)
     assert profiles["c"].ratios == (1, 1.5, 10, math.inf)
     assert [profiles["b"].share(factor) for factor in (1, 1.99, 2, 100)] == [0.5, 0.5, 0.75, 0.75]
-    assert profiles["a"].steps == [(1.0, 0.25), (2.0, 0.5), (4.0, 0.5)]
 
 
 def test_the_area_of_a_profile_is_its_integral():
@@ -158,55 +175,91 @@ def test_the_area_of_a_profile_is_its_integral():
     for profile in performance_profiles(costs).values():
         by_grid = np.trapezoid([profile.share(factor) for factor in grid], grid) / 3
         assert profile.area == pytest.approx(by_grid, abs=2e-4)
-        xs, ys = zip(*profile.steps, strict=True)
-        by_steps = sum(y * (b - a) for y, a, b in zip(ys, xs, xs[1:], strict=False)) / 3
-        assert profile.area == pytest.approx(by_steps)
 
 
-def test_expected_best_is_the_mean_over_all_subsets():
-    losses = [0.9, 0.4, 0.7, 0.4, 1.3]
-    for n, found in enumerate(expected_best(losses), 1):
-        subsets = list(itertools.combinations(losses, n))
-        exact = sum(Fraction(min(subset)) for subset in subsets) / len(subsets)
-        assert found == pytest.approx(float(exact))
-    assert expected_best(losses)[-1] == min(losses)
-    assert expected_best(losses)[0] == pytest.approx(np.mean(losses))
+def rng_scores(tasks: int, seeds: int, shift: float = 0.0, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(loc=shift, size=(tasks, seeds))
 
 
-def test_expected_best_has_no_bias():
-    # The best of 3 uniform numbers is 1/4 on average, which drawing with replacement overestimates.
-    rng = np.random.default_rng(0)
-    samples = rng.uniform(size=(4000, 6))
-    found = np.mean([expected_best(list(sample))[2] for sample in samples])
-    assert found == pytest.approx(1 / 4, abs=0.005)
-    sorted_ = np.sort(samples, axis=1)
-    above = 1 - np.arange(7) / 6
-    replaced = (sorted_ * (above[:-1] ** 3 - above[1:] ** 3)).sum(axis=1).mean()
-    assert replaced > 1 / 4 + 0.015
+def test_the_interquartile_mean_is_that_of_the_middle_half():
+    values = rng_scores(3, 8)
+    ordered = np.sort(values.ravel())
+    assert iqm(values, Draws.of(3, 8)).mean == pytest.approx(ordered[6:18].mean())
 
 
-def test_expected_best_where_trials_diverged():
-    found = expected_best([math.inf, 0.5, math.inf, 0.2])
-    assert found[:2] == [math.inf, math.inf]
-    # Of the sets of three, all but the two without 0.2 or 0.5 … by hand: {i, .5, i}: .5, the other three: .2
-    assert found[2] == pytest.approx((0.5 + 3 * 0.2) / 4)
-    assert found[3] == 0.2
+def test_the_probability_of_improvement_is_the_share_of_pairs_that_win():
+    a = np.array([[0.5, 0.6, -math.inf, 0.1], [0.9, 0.2, -math.inf, 0.4]])
+    b = np.array([[0.4, 0.6, 0.3, -math.inf], [0.1, 0.3, -math.inf, 0.6]])
+    # Won, tied, lost, won; won, lost, tied, lost.
+    draws = Draws.of(2, 4)
+    assert improvement(a, b, draws).mean == (2.5 + 1.5) / 8
+    assert improvement(b, a, draws).mean == 1 - (2.5 + 1.5) / 8
+    assert improvement(a, a, draws).mean == 0.5
 
 
-def test_ranks():
-    scores = {"a": 0.9, "b": 0.95, "c": None, "d": 0.9, "e": None}
-    assert ranks(scores, higher_is_better=True) == {"a": 2.5, "b": 1, "c": 4.5, "d": 2.5, "e": 4.5}
-    assert ranks(scores, higher_is_better=False) == {"a": 1.5, "b": 3, "c": 4.5, "d": 1.5, "e": 4.5}
+def test_the_bootstrap_draws_tasks_and_within_them_seeds():
+    a, b = rng_scores(4, 6, 0.3), rng_scores(4, 6, seed=1)
+    draws = Draws.of(4, 6)
+    for estimate, found in (
+        (lambda x, y: np.mean(x > y), improvement(a, b, draws)),
+        (lambda x, y: np.sort(x.ravel())[6:18].mean(), iqm(a, draws)),
+    ):
+        rng = np.random.default_rng(9)
+        resampled = []
+        for _ in range(4000):
+            tasks = rng.integers(4, size=4)
+            seeds = [rng.integers(6, size=6) for _ in tasks]
+            x, y = (np.array([m[t, s] for t, s in zip(tasks, seeds, strict=True)]) for m in (a, b))
+            resampled.append(estimate(x, y))
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        assert (found.low, found.high) == pytest.approx((low, high), abs=0.06)
+        assert found.low < found.mean < found.high
+
+
+def test_intervals_of_improvement_cover_the_truth():
+    # Equal arms that share a large part of every seed: about 95 % of the intervals hold ½.
+    rng = np.random.default_rng(3)
+    draws = Draws.of(7, 8)
+    held = 0
+    for _ in range(300):
+        shared = rng.normal(scale=5, size=(7, 8))
+        a, b = shared + rng.normal(size=(2, 7, 8))
+        found = improvement(a, b, draws)
+        held += found.low <= 0.5 <= found.high
+    assert 0.92 <= held / 300 <= 1
+
+
+def test_mean_ranks_put_what_diverged_last():
+    scores = np.array([[[0.9, 0.8]], [[0.95, 0.8]], [[-math.inf, 0.7]], [[0.9, -math.inf]]])
+    # On the first seed 2.5, 1, 4, 2.5, on the second 1.5, 1.5, 3, 4.
+    assert mean_ranks(scores) == pytest.approx([2.0, 1.25, 3.5, 3.25])
 
 
 def test_normalised_scores():
-    assert normalised({"a": 1.0, "b": 2.0, "c": 4.0}, higher_is_better=True) == {"a": -0.5, "b": 0.0, "c": 1.0}
-    assert normalised({"a": 1.0, "b": 2.0, "c": 4.0}, higher_is_better=False) == {"a": 1.0, "b": 0.0, "c": -1.0}
-    cut = normalised({"a": -99.0, "b": 2.0, "c": 4.0, "d": None}, higher_is_better=True)
-    assert cut == {"a": -1.0, "b": 0.0, "c": 1.0, "d": -1.0}
-    level = normalised({"a": 3.0, "b": 3.0, "c": 1.0}, higher_is_better=True)
-    assert level == {"a": 0.0, "b": 0.0, "c": -1.0}
-    assert normalised({"a": None, "b": None}, higher_is_better=True) == {"a": -1.0, "b": -1.0}
+    scores = np.array([[[1.0, 3.0]], [[2.0, 2.0]], [[4.0, 4.5]], [[-math.inf, 2.0]]])
+    # Medians 2, 2, 4.25, −∞: the best 4.25, the median arm 2.
+    found = normalised(scores)
+    assert found[2] == pytest.approx(np.array([[2, 2.5]]) / 2.25)
+    assert found[0] == pytest.approx(np.array([[-1, 1]]) / 2.25)
+    assert found[3] == pytest.approx(np.array([[-1, 0]]))
+    level = normalised(np.array([[[3.0]], [[3.0]], [[1.0]]]))
+    assert level.ravel().tolist() == [0, 0, -1]
+    assert (normalised(np.full((3, 2, 2), -math.inf)) == -1).all()
+
+
+def test_the_noise_floor_is_what_equal_arms_stay_below():
+    rng = np.random.default_rng(1)
+    floors, apart = [], []
+    for _ in range(60):
+        shared = rng.normal(scale=5, size=8)  # pairing takes it away
+        scores = shared + rng.normal(size=(10, 8))
+        floors.append(noise_floor(scores))
+        apart += [abs(float(np.mean(a - b))) for a, b in zip(scores[::2], scores[1::2], strict=True)]
+    assert np.mean(floors) == pytest.approx(1.96 * math.sqrt(2 / 8), rel=0.1)
+    assert np.mean(np.array(apart) < np.mean(floors)) == pytest.approx(0.95, abs=0.03)
+    # Of the same runs the floor is the same, and gains of arms are not in it.
+    assert noise_floor(scores + np.arange(10)[:, None]) == pytest.approx(noise_floor(scores))
+    assert noise_floor(scores[:1]) is noise_floor(scores[:, :3]) is None
 
 
 def test_equal_arms_are_told_apart_as_often_as_the_level_says():

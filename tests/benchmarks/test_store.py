@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import math
 import threading
@@ -8,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.environment import Environment, here
-from benchmarks.store import PARQUET, Failure, Store, UnfitStore
+from benchmarks import parquet
+from benchmarks.environment import Environment, here, mixed, own_optimizers
+from benchmarks.store import PARQUET, Damaged, Failure, Store, UnfitStore
 from benchmarks.study.lanes import Trial
 from benchmarks.study.record import RunRecord
 from benchmarks.study.spec import PSchedule, RunSpec, Study
@@ -151,6 +154,26 @@ def test_a_line_that_cannot_be_read_is_skipped_with_its_number_and_its_file_is_k
     assert files(tmp_path) == [path]
 
 
+def test_a_line_that_was_damaged_but_is_an_object_still_is_skipped(tmp_path):
+    filled(tmp_path, 1).close()
+    path = files(tmp_path)[0]
+    whole = path.read_bytes()
+    at = whole.index(b'"test_loss":') + len(b'"test_loss":')
+    path.write_bytes(whole[:at] + (b"9" if whole[at : at + 1] != b"9" else b"8") + whole[at + 1 :])
+    with pytest.warns(UserWarning, match="its checksum is another"):
+        store = Store(tmp_path)
+    assert store.runs == {}
+
+
+def test_lines_from_before_there_were_checksums_are_read(tmp_path):
+    before = content(filled(tmp_path))
+    path = files(tmp_path)[0]
+    old = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert all(line.pop("crc") for line in old)
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert content(Store(tmp_path)) == before
+
+
 def test_two_studies_do_not_mix(tmp_path):
     filled(tmp_path)
     other = Study.model_validate(STUDY.model_dump() | {"budget": 2.0})
@@ -172,6 +195,46 @@ def test_runs_on_other_data_do_not_mix_but_those_of_other_versions_do(tmp_path):
         Store(tmp_path).begin(STUDY, other)
     # Of a task that only one of them looked at, nothing is known to differ.
     store.note(Environment.model_validate(HERE.model_dump() | {"data": {}}))
+
+
+def test_runs_of_an_edited_optimizer_do_not_mix(tmp_path):
+    mine = HERE.model_copy(update={"code": {"my_module:Mine": "a"}})
+    filled(tmp_path).note(mine)
+    store = Store(tmp_path)
+    with pytest.raises(UnfitStore, match="other code than the optimizer 'my_module:Mine'"):
+        store.begin(STUDY, HERE.model_copy(update={"code": {"my_module:Mine": "b"}}))
+    store.begin(STUDY, mine)
+
+
+def test_the_code_of_an_optimizer_is_its_module_and_what_it_imports_nearby(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "hashed_package").mkdir()
+    texts = {
+        "hashed_helper.py": "x = 1\n",
+        "hashed_module.py": "import torch, hashed_helper\nclass Mine(torch.optim.SGD): pass\n",
+        "hashed_package/__init__.py": "",
+        "hashed_package/part.py": "y = 1\n",
+        "hashed_package/mine.py": "import torch\nfrom .part import y\nclass Mine(torch.optim.SGD): pass\n",
+        "unrelated.py": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    names = ("hashed_module:Mine", "hashed_package.mine:Mine", "torch.optim:SGD")
+    here.cache_clear()
+    seen = [here((), names).code]
+    assert set(seen[0]) == set(names)
+    for name in ("unrelated.py", "hashed_helper.py", "hashed_module.py", "hashed_package/part.py"):
+        (tmp_path / name).write_text(texts[name] + "# edited\n")
+        here.cache_clear()
+        seen.append(here((), names).code)
+    changed = [[name.partition(":")[0] for name in names if a[name] != b[name]] for a, b in itertools.pairwise(seen)]
+    assert changed == [[], ["hashed_module"], ["hashed_module"], ["hashed_package.mine"]]
+    assert own_optimizers(STUDY) == ()
+
+
+def test_versions_that_differ_are_named():
+    assert mixed([HERE, HERE]) == []
+    assert mixed([HERE, HERE.model_copy(update={"torch": "9.9"})]) == [f"torch {HERE.torch} and 9.9"]
 
 
 def test_parquet_gives_back_what_was_stored(tmp_path):
@@ -253,6 +316,79 @@ def test_a_compaction_that_is_cut_short_leaves_all_as_it_was(tmp_path, monkeypat
     assert len(files(tmp_path)) == 1
     assert content(Store(tmp_path)) == before
     assert [path.name for path in tmp_path.iterdir() if path.suffix not in (".jsonl", "")] == []
+
+
+def test_the_lines_are_kept_until_the_parquet_file_has_been_read_back(tmp_path, monkeypatch):
+    store = filled(tmp_path)
+    store.compact()
+    for record in records(8)[5:]:
+        store.add(record)
+    before, whole = content(store), (tmp_path / PARQUET).read_bytes()
+    write = parquet.write
+
+    def less(file, runs, others):
+        write(file, list(runs)[:-1], others)
+
+    def spoilt(file, runs, others):
+        write(file, runs, others)
+        file.seek(200)
+        file.write(b"spoilt")
+
+    for bad in (less, spoilt):
+        monkeypatch.setattr(parquet, "write", bad)
+        with pytest.raises(OSError, match=r"read back|damaged"):
+            store.compact()
+        assert len(files(tmp_path)) == 1
+        assert (tmp_path / PARQUET).read_bytes() == whole
+        assert content(Store(tmp_path)) == before
+    monkeypatch.undo()
+    store.compact()
+    assert files(tmp_path) == []
+    assert content(Store(tmp_path)) == before
+
+
+def test_a_damaged_parquet_file_is_said_to_be_one(tmp_path):
+    store = filled(tmp_path)
+    path = store.compact()
+    before, whole = content(store), path.read_bytes()
+    said: list[str] = []
+    for at in range(0, len(whole) - 8, len(whole) // 40):
+        path.write_bytes(whole[:at] + bytes(byte ^ 0xFF for byte in whole[at : at + 8]) + whole[at + 8 :])
+        try:
+            # Of the statistics of columns, and the names of who wrote it, no use is made.
+            assert content(Store(tmp_path)) == before
+        except Damaged as error:
+            said.append(str(error))
+    assert len(said) > 20
+    assert all("damaged" in text and len(text.splitlines()) == 1 for text in said)
+
+
+def test_a_full_disk_is_an_error_at_once_and_what_was_stored_is_there(tmp_path, monkeypatch):
+    store = filled(tmp_path, 2)
+    path = files(tmp_path)[0]
+    size = path.stat().st_size
+
+    class Full:
+        """Takes some bytes of a line, and then has no room."""
+
+        def __init__(self, file):
+            self.file, self.room = file, 50
+            self.name, self.close, self.fileno = file.name, file.close, file.fileno
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken, self.room = self.file.write(data[: self.room]), 0
+            return taken
+
+    store._own = Full(store._own)
+    with pytest.raises(OSError, match="No space left"):
+        store.add(records(3)[2])
+    store.close()
+    assert path.stat().st_size == size + 50
+    with pytest.warns(UserWarning, match="cut off"):
+        again = Store(tmp_path)
+    assert list(again.runs) == [record.id for record in records(2)]
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 
 import normopt
 from benchmarks.optimizers import make_optimizer
+from benchmarks.store import Store
 from benchmarks.study.record import RunRecord
-from benchmarks.study.spec import PSchedule, RunSpec
+from benchmarks.study.spec import LRSchedule, PSchedule, RunSpec
 from benchmarks.tasks import TASKS
-from benchmarks.training import AT_ONCE, evaluate, run, zero_fraction
+from benchmarks.training import AT_ONCE, evaluate, make_lr_schedule, run, zero_fraction
 
+DATA = Path(__file__).parents[2] / "docs/data"
 LP = {"decay": "lp", "decay_p": 0.8}
 
 
@@ -151,7 +154,7 @@ def test_zeros_are_counted_over_matrices_alone():
         model.weight.fill_(1.0)
         model.weight[0, :3] = torch.tensor([0.0, 1e-14, 1e-12])
         model.bias.zero_()
-    assert zero_fraction(model) == 2 / 8
+    assert zero_fraction(model) == 1 / 8
 
 
 def test_the_state_of_the_optimizer_is_measured():
@@ -192,6 +195,7 @@ def test_the_run_id_is_a_hash_of_every_setting():
         optimizer="sgd",
         settings={"lr": 0.02},
         p_schedule=PSchedule(kind="linear"),
+        lr_schedule=LRSchedule(warmup=0.1),
         seed=4,
         epochs=3,
         batch_size=32,
@@ -199,6 +203,72 @@ def test_the_run_id_is_a_hash_of_every_setting():
     ids = {spec().run_id} | {spec(**{key: value}).run_id for key, value in changes.items()}
     assert len(ids) == len(changes) + 1
     assert spec().run_id == spec().run_id
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("*.parquet")), ids=lambda path: path.stem)
+def test_stored_runs_keep_their_names(path):
+    runs = Store.from_parquet(path).runs
+    assert runs
+    assert all(record.spec.run_id == record.id == run_id for run_id, record in runs.items())
+
+
+LR_SCHEDULES = {
+    "constant": (LRSchedule(kind="constant"), [1.0] * 10),
+    "cosine": (LRSchedule(), [(1 + math.cos(math.pi * t / 10)) / 2 for t in range(10)]),
+    "warm-up and cosine": (
+        LRSchedule(warmup=0.2),
+        [1 / 3, 2 / 3, *((1 + math.cos(math.pi * t / 8)) / 2 for t in range(8))],
+    ),
+    "wsd": (LRSchedule(kind="wsd", warmup=0.1, cooldown=0.4), [0.5, *[1.0] * 6, 0.75, 0.5, 0.25]),
+}
+
+
+@pytest.mark.parametrize(("plan", "factors"), LR_SCHEDULES.values(), ids=LR_SCHEDULES)
+def test_the_learning_rate_moves_as_planned(plan, factors):
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.3)
+    schedule, seen = make_lr_schedule(plan, optimizer, 10), []
+    for _ in factors:
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx([0.3 * factor for factor in factors], rel=1e-12)
+    assert [plan.factor(t, 10) for t in range(10)] == pytest.approx(factors, rel=1e-12)
+
+
+def test_a_run_has_its_schedule_of_the_learning_rate():
+    losses = {name: run(spec(lr_schedule=plan)).test_loss for name, (plan, _) in LR_SCHEDULES.items()}
+    assert len(set(losses.values())) == len(losses)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"kind": "wsd"}, "wsd needs a cooldown"),
+        ({"cooldown": 0.2}, "only wsd has one"),
+        ({"kind": "wsd", "warmup": 0.7, "cooldown": 0.4}, "at most 1"),
+        ({"kind": "linear"}, "'cosine', 'constant' or 'wsd'"),
+    ],
+)
+def test_a_schedule_of_the_learning_rate_that_cannot_be_is_refused(settings, word):
+    with pytest.raises(ValueError, match=word):
+        LRSchedule(**settings)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lpsgdm"])
+def test_pruning_leaves_the_share_of_zeros_that_is_asked_for(optimizer):
+    settings = {"lr": 1e-2, "prune": 0.75}
+    pruned = run(spec(optimizer=optimizer, settings=settings, p_schedule=None, epochs=10))
+    assert pruned.measures["zeros"] == pytest.approx(0.75, abs=1e-4)
+    assert pruned.test_score > 0.8
+
+
+def test_agr_of_an_optimizer_and_on_hooks_are_the_same():
+    def loss(optimizer: str, **agr: bool) -> float:
+        made = run(spec(optimizer=optimizer, settings={"lr": 1e-3} | agr, p_schedule=None, epochs=1))
+        return made.curve[0].train_loss
+
+    assert loss("adamw", agr=True) == pytest.approx(loss("adamw-normopt", agr=True), rel=1e-5)
+    assert loss("adamw", agr=True) != loss("adamw")
 
 
 def test_an_unknown_task_lists_the_near_ones():

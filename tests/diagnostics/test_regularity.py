@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from benchmarks.cli import app
 from benchmarks.programs import regularity
-from benchmarks.programs.regularity import Cell, Deep, Point, Regularity, Run, Setting, correlate, train
+from benchmarks.programs.regularity import Cell, Point, Regularity, Run, Setting, build, correlate, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,7 +48,7 @@ def test_the_command_on_a_miniature_grid(monkeypatch, tmp_path):
 
 def test_what_the_networks_are():
     torch.manual_seed(0)
-    bare, full = Deep(BARE, 16, 3), Deep(FULL, 16, 3)
+    bare, full = build(BARE, 16, 3), build(FULL, 16, 3)
     assert sum(isinstance(m, torch.nn.BatchNorm1d) for m in full.modules()) == 3
     assert not any(isinstance(m, torch.nn.BatchNorm1d) for m in bare.modules())
     x = torch.randn(4, 64)

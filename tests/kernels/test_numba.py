@@ -47,7 +47,7 @@ def test_every_optimizer_wears_every_regularizer(name, regularizer, dtype, recor
     cls = normopt.get_optimizer(name)
     fresh = cls([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
     settings = {**MOMENTA[name], **REGULARIZERS[regularizer]}
-    rule = Rule(p=FIXED.get(fresh["norm"], fresh["p"]), scale=fresh["scale"], **settings)
+    rule = Rule(p=FIXED.get(fresh["norm"], fresh["p"]), scale=fresh["scale"], eps=fresh["eps"], **settings)
     left_out, total = check(cls, settings | {"fused": True}, rule, recorded, dtype)
     assert left_out < 1e-3 * total
 
@@ -72,7 +72,7 @@ def test_momenta_and_decays(p, scale, settings, recorded):  # noqa: F811
     check(normopt.SteepestDescent, dict(norm="lp", fused=True, **own), Rule(**own), recorded, torch.float32)
 
 
-@pytest.mark.parametrize("p", [1.5, 2.0, 2.7, math.inf])
+@pytest.mark.parametrize("p", [1.5, 2.0, 2.7, 3.0, math.inf])
 def test_eps(p, recorded):  # noqa: F811
     own = dict(p=p, scale="power", eps=1e-3)
     check(normopt.SteepestDescent, dict(norm="lp", fused=True, **own), Rule(**own), recorded, torch.float32)
@@ -615,3 +615,50 @@ def test_lp_decay_on_other_optimizers_is_that_without_kernels(dtype, monkeypatch
         torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-38)
     assert len(called) == 3
     assert torch.equal(fast[-1], torch.ones(99, 99))
+
+
+COUNTS = {
+    "as they are": lambda state: None,
+    "filled": lambda state: state["step"].fill_(40.0),
+    "of other memory": lambda state: setattr(state["step"], "data", torch.tensor(7.0)),
+    "replaced": lambda state: state.update(step=torch.tensor(9.0)),
+}
+
+
+@pytest.mark.parametrize("change", COUNTS)
+@pytest.mark.parametrize("of", ["all", "one"])
+def test_steps_that_are_changed_by_hand(change, of):
+    """The kernels' shares follow the counts in the state, also where these differ between parameters."""
+
+    def run(fused):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(30, 20)) for _ in range(3)]
+        opt = normopt.AdamW(params, lr=0.01, fused=fused)
+        for i in range(9):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            opt.step()
+            if i in (4, 6):
+                for p in params if of == "all" else params[1:2]:
+                    COUNTS[change](opt.state[p])
+        return params, [float(opt.state[p]["step"]) for p in params]
+
+    params, counts = run(True)
+    others, expected = run(False)
+    assert counts == expected
+    for a, b in zip(params, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
+
+
+def test_a_step_that_a_scaler_skips_is_not_counted():
+    p = torch.nn.Parameter(torch.ones(100, 100))
+    opt = normopt.AdamW([p], lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    counts = []
+    for size in (1.0, 1.0, math.inf, 1.0, math.inf, 1.0):
+        p.grad = torch.full_like(p, size)
+        scaler.scale(torch.zeros(()))
+        scaler.step(opt)
+        scaler.update()
+        counts.append(float(opt.state[p]["step"]))
+    assert counts == [1, 2, 2, 3, 3, 4]

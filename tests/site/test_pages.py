@@ -12,7 +12,7 @@ import pytest
 from tests.site.conftest import Visit
 from tests.test_docs import PUBLIC
 
-REPORT = "results-report.html"  # not made by MkDocs, and heavy: plotly is in it
+REPORT = "results-report.html"  # not made by MkDocs
 # One of every kind: home, the table, an optimizer, a guide, theory, a tutorial, the results, a list of symbols.
 KINDS = (
     "",
@@ -99,7 +99,10 @@ def test_every_page_loads_and_every_link_holds(visit: Any, site: Path) -> None:
 def test_the_report_draws_its_figures(visit: Any) -> None:
     one = visit()
     one.page.goto(one.address + REPORT)
-    one.page.wait_for_selector(".main-svg", state="attached")
+    assert one.page.locator(".forest circle").count() > 100
+    for width in (390, 1280):
+        one.page.set_viewport_size({"width": width, "height": 900})
+        assert one.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def set_in_type(one: Visit, source: str, result: str, path: str) -> int:

@@ -5,6 +5,7 @@ Workers import this module by name, so that they have the task too.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -66,6 +67,12 @@ def run(spec: RunSpec) -> RunRecord:
     lr = float(spec.settings["lr"])  # type: ignore[arg-type]
     if spec.settings.get("raise"):
         raise RuntimeError("told to raise")
+    if spec.settings.get("hang") == "in Python":
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(0.001)
+    if spec.settings.get("hang") == "in C":
+        time.sleep(1000)
     if spec.settings.get("die"):
         os.kill(os.getpid(), signal.SIGKILL)
     loss = (math.log10(lr) + 2) ** 2 + 0.01 * math.sin(spec.seed) + float(spec.settings.get("weight_decay") or 0)  # type: ignore[arg-type]

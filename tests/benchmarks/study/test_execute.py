@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +20,7 @@ from benchmarks.study.clusters import Local, NoCluster, connect
 from benchmarks.study.execute import execute
 from benchmarks.study.lanes import choices, lanes, left
 from benchmarks.study.pace import Status
-from benchmarks.study.spec import Arm, Study
+from benchmarks.study.spec import Arm, RunSpec, Study
 from benchmarks.study.work import Outcome, work
 from tests.benchmarks.study import mini
 from tests.benchmarks.study.mini import RUNS, STUDY, run, told
@@ -159,6 +162,44 @@ def test_a_run_that_kills_its_workers_is_a_failure_and_the_innocent_are_not(tmp_
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no kill −9")
+def test_an_arm_that_kills_its_workers_is_given_up_and_the_others_go_on(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    monkeypatch.setenv("MINI_LOG", str(log))
+    killer = Arm(name="killer", optimizer="sgd", settings={"die": True}, search=mini.LR)
+    study = Study.model_validate(STUDY.model_dump() | {"arms": [*STUDY.arms, killer]})
+    store = Store(tmp_path / "results")
+    local = Local(2)
+    execute(study, store, local, run=run)
+    local.close()
+    assert len(store.runs) == RUNS
+    errors = Counter(failure.error.partition(":")[0] for failure in store.failures.values())
+    assert set(errors) == {"its worker died 3 times", "given up"}
+    every = lanes(study, store.trials)
+    assert {left(lane, every, store.losses) for lane in every.values()} == {0}
+    # Two at once at most when the first death is noticed, then one at a time.
+    killed = [run_id for run_id in told(log, "begin") if run_id in store.failures]
+    assert 3 <= len(killed) <= 4
+    assert set(told(log, "end")) == set(store.runs)
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_hangs_is_stopped_and_the_others_go_on(tmp_path):
+    where = ("in Python", "in C")
+    hang = [Arm(name=f"hangs {at}", optimizer="sgd", settings={"hang": at, "lr": 0.1}) for at in where]
+    study = Study.model_validate(STUDY.model_dump() | {"tasks": ("mini",), "arms": [*STUDY.arms, *hang], "seeds": (1,)})
+    store = Store(tmp_path)
+    local = Local(2)
+    execute(study, store, local, run=run, timeout=patience(0.5))
+    local.close()
+    assert len(store.runs) == 2 * (6 + 1) + 1 + 1
+    by_place = {failure.spec.settings["hang"]: failure for failure in store.failures.values()}
+    assert set(by_place) == set(where)
+    assert all(f.error.startswith("TimeoutError: it was stopped after") for f in by_place.values())
+    assert "in run" in by_place["in Python"].traceback
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no kill −9")
 def test_a_worker_that_is_killed_costs_the_runs_in_work_alone(tmp_path, whole, monkeypatch):
     log = tmp_path / "log"
     monkeypatch.setenv("MINI_LOG", str(log))
@@ -251,8 +292,6 @@ def test_workers_with_other_data_are_refused(tmp_path, monkeypatch):
             return 1
 
         def submit(self, function, *arguments):
-            from concurrent.futures import Future
-
             future: Future[Outcome] = Future()
             outcome = work(*arguments)
             future.set_result(Outcome(other, outcome.record))
@@ -264,6 +303,54 @@ def test_workers_with_other_data_are_refused(tmp_path, monkeypatch):
     assert store.runs == {}
     all_lanes = lanes(STUDY, store.trials)
     assert sum(left(lane, all_lanes, store.losses) for lane in all_lanes.values()) == RUNS
+
+
+class StandIns:
+    """So many workers, of which one at a time, the next in turn, has made its run."""
+
+    deaths: tuple[type[BaseException], ...] = ()
+    attempts = 1
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.waiting: list[tuple[Future[Outcome], RunSpec]] = []
+
+    def count(self) -> int:
+        return self.n
+
+    def submit(self, function, run, spec, *arguments):
+        future: Future[Outcome] = Future()
+        self.waiting.append((future, spec))
+        return future
+
+
+def seconds_a_dispatch(n: int, folder: Path, runs: int) -> float:
+    """What the loop's own work takes of the processor's time a run, with so many workers, all of them busy."""
+    one = {"tasks": ("mini",), "arms": STUDY.arms[3:], "baseline": "fixed", "seeds": range(2000, 2000 + runs)}
+    study = Study.model_validate(STUDY.model_dump() | one)
+    workers = StandIns(n)
+    times: list[float] = []
+
+    class Ended(queue.SimpleQueue):
+        def get(self, timeout):
+            times.append(time.process_time())
+            future, spec = workers.waiting.pop(0)
+            future.set_result(Outcome(None, run(spec)))
+            return super().get(timeout=timeout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        patch.setattr("benchmarks.study.execute.queue", SimpleNamespace(SimpleQueue=Ended, Empty=queue.Empty))
+        execute(study, Store(folder), workers, run=run)
+    # The first wait is when all workers have their first run; the last runs are not replaced by others.
+    busy = times[: runs - n]
+    return (busy[-1] - busy[0]) / (len(busy) - 1)
+
+
+def test_a_dispatch_costs_no_more_with_many_workers_than_with_two(tmp_path):
+    few = min(seconds_a_dispatch(2, tmp_path / f"few {i}", 400) for i in range(3))
+    many = min(seconds_a_dispatch(1000, tmp_path / f"many {i}", 1400) for i in range(3))
+    assert many < 1.5 * few
 
 
 @pytest.fixture

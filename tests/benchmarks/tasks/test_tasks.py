@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -13,17 +15,17 @@ from sklearn.datasets import load_breast_cancer, load_diabetes
 
 from benchmarks.study.spec import RunSpec
 from benchmarks.tasks import TASKS as REGISTERED
-from benchmarks.tasks import Task
+from benchmarks.tasks import Task, mnist1d
 from benchmarks.tasks import diabetes_sparse as sparse
 from benchmarks.tasks.bytes import CONTEXT, CORPUS, HELD_OUT, PER_EPOCH, _load, parts
 from benchmarks.tasks.digits_noise import WRONG
-from benchmarks.tasks.fashion import FashionCNN
 from benchmarks.tasks.images import TASKS as IMAGES
 from benchmarks.training import evaluate, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ON_FILES = [task.name for task in (FashionCNN(), *IMAGES)]
+ON_FILES = [name for name in REGISTERED if name.startswith("fashion-")] + [task.name for task in IMAGES]
+ON_FILES += ["mnist1d"] if find_spec("mnist1d") is None else []
 # Other tests register toys, whose workers find them so.
 TASKS = {name: task for name, task in REGISTERED.items() if type(task).__module__.startswith("benchmarks.")}
 ALWAYS = [name for name in TASKS if name not in ON_FILES]
@@ -281,7 +283,10 @@ def test_the_corpus_is_split_by_whole_files():
 
 
 def test_only_data_that_differ_between_machines_have_a_fingerprint():
-    assert [name for name in ALWAYS if TASKS[name].fingerprint() is not None] == ["bytes"]
+    assert [name for name in ALWAYS if TASKS[name].fingerprint() is not None] == [
+        "bytes",
+        *["mnist1d"] * ("mnist1d" in ALWAYS),
+    ]
 
 
 def test_no_byte_sees_the_ones_after_it():
@@ -292,3 +297,24 @@ def test_no_byte_sees_the_ones_after_it():
     after = model(text)
     torch.testing.assert_close(after[0, :40], before[0, :40])
     assert not torch.equal(after[0, 40], before[0, 40])
+
+
+@pytest.mark.skipif("mnist1d" in ON_FILES, reason="needs the package mnist1d")
+def test_mnist1d_is_the_packages_and_leaves_the_generators_alone():
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    theirs = make_dataset(get_dataset_args())
+    mnist1d._load.cache_clear()
+    state = np.random.get_state()[1].tolist()  # noqa: NPY002
+    splits = TASKS["mnist1d"].load()
+    assert np.random.get_state()[1].tolist() == state  # noqa: NPY002
+    assert [len(part[0]) for part in (splits.train, splits.validation, splits.test)] == [3600, 400, 1000]
+    np.testing.assert_allclose(splits.test[0].squeeze(1).numpy(), theirs["x_test"], rtol=1e-6)
+    assert splits.test[1].tolist() == theirs["y_test"].tolist()
+
+
+def test_without_its_package_mnist1d_says_what_to_install(monkeypatch):
+    mnist1d._load.cache_clear()
+    monkeypatch.setitem(sys.modules, "mnist1d.data", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install mnist1d"):
+        TASKS["mnist1d"].load()
