@@ -21,7 +21,7 @@ from rich.text import Text
 from benchmarks import doctor as doctors
 from benchmarks import listing, report
 from benchmarks.environment import mixed
-from benchmarks.programs import adaptive, adaptive_norms, kept, radii, regularity, sparsity, transfer
+from benchmarks.programs import adaptive, adaptive_norms, best_norm, kept, radii, regularity, sparsity, transfer
 from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
 from benchmarks.results import Results, collect
@@ -337,16 +337,16 @@ def measure_best_norm(
     workers: Workers = None,
 ) -> None:
     """Measure which norm's direction decreases the loss most, at checkpoints along trainings."""
-    from benchmarks.programs import best_norm
-
+    setting = best_norm.Setting()
     for name in task or ():
-        if name not in TASKS:
-            raise BadStudy(f"the task is one of {', '.join(TASKS)}, not {name!r}")
-    asked: dict[str, Any] = {"tasks": tuple(task)} if task else {}
-    setting = best_norm.Setting(seeds=tuple(range(1, seeds + 1)), **asked)
-    count = len(setting.tasks) * seeds
+        if name not in setting.plans:
+            raise BadStudy(f"the task is one of {', '.join(setting.plans)}, not {name!r}")
+    tasks = task or list(setting.plans)
+    count = len(tasks) * seeds
     with dashboard(console) as watch:
-        result = best_norm.measure(folder, workers or os.cpu_count() or 1, setting, counting(watch, count))
+        result = best_norm.measure(
+            folder, workers or os.cpu_count() or 1, tasks, range(1, seeds + 1), setting, counting(watch, count)
+        )
     _keep(result, best_norm.lines(result), out, f"{count} trainings in {result.seconds:.0f} seconds")
 
 
