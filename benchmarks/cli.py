@@ -21,7 +21,7 @@ from rich.text import Text
 from benchmarks import doctor as doctors
 from benchmarks import listing, report
 from benchmarks.environment import mixed
-from benchmarks.programs import adaptive, adaptive_norms, kept, radii
+from benchmarks.programs import adaptive, adaptive_norms, best_norm, kept, radii
 from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
 from benchmarks.results import Results, collect
@@ -327,6 +327,32 @@ def measure_radii(
     edges = {key: made(radii.edge(*key)) for key in radii.CELLS}
     kept.write(radii.condensed(grids, edges, finals), out / "radii.json")
     _say_where("For the documentation", out / "radii.json")
+
+
+@app.command("best-norm")
+@plainly
+def measure_best_norm(
+    out: Out = RESULTS / "best_norm.json",
+    folder: Annotated[Path, typer.Option(help="Folder of the parts, from which it goes on.")] = RESULTS / "best-norm",
+    task: Annotated[list[str] | None, typer.Option(help="A task; repeatable. Instead of all.")] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="Trainings of each task.")] = 8,
+    workers: Workers = None,
+) -> None:
+    """Measure which norm's direction decreases the loss most, at checkpoints along trainings."""
+    setting = best_norm.Setting()
+    for name in task or ():
+        if name not in setting.plans:
+            raise BadStudy(f"the task is one of {', '.join(setting.plans)}, not {name!r}")
+    tasks = task or list(setting.plans)
+    count = len(tasks) * seeds
+    with dashboard(console) as watch:
+        result = best_norm.measure(
+            folder, workers or os.cpu_count() or 1, tasks, range(1, seeds + 1), setting, counting(watch, count)
+        )
+    kept.write(result, out)
+    for line in best_norm.lines(result):
+        console.print(line, soft_wrap=True)
+    _say_where(f"{count} trainings in {result.seconds:.0f} seconds", out)
 
 
 def _measure(name: str, out: Path, *workers: int) -> None:

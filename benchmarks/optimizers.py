@@ -19,9 +19,11 @@ from benchmarks.control import LengthOfLPSGDM
 from benchmarks.study.spec import RunSpec
 from benchmarks.tasks import Task
 from normopt._checks import near
+from normopt.diagnostics import hessian_spectrum
 from normopt.groups.presets import PRESETS as LAYER_PRESETS
 from normopt.groups.presets import PresetName
 from normopt.schedules import AdaptiveP, CosineP, LinearP, PSchedule
+from normopt.schedules.base import interpolate_exponent
 
 # What every optimizer takes: those that have them not, from normopt's add-ons.
 REGULARIZERS = ("agr", "decay", "decay_p", "weight_decay", "decay_step", "prune")
@@ -206,7 +208,7 @@ def make_optimizer(spec: RunSpec, model: nn.Module, task: Task) -> tuple[Optimiz
             raise ValueError("decay_step is weight_decay times lr: set one of the two")
         settings["weight_decay"] = settings.pop("decay_step") / settings["lr"]
     optimizer = _ours(entry, settings, model, task) if entry.ours else _theirs(entry, settings, model)
-    return optimizer, _schedule(spec, optimizer)
+    return optimizer, _schedule(spec, optimizer, model, task)
 
 
 class Pruning:
@@ -311,10 +313,37 @@ def _with_betas(cls: type[Optimizer], settings: dict[str, Any]) -> dict[str, Any
     return others | {"betas": tuple(settings.get(k, usual) for k, usual in given.items())}
 
 
-def _schedule(spec: RunSpec, optimizer: Optimizer) -> PSchedule | None:
+class CurvatureP(PSchedule):
+    """p by the anisotropy a of the Hessian of n weights, on the first 256 training examples, at every step::
+
+        1/(p−1) = 1/(p_end−1) + (1/(p_start−1) − 1/(p_end−1))·log(a)/log(n)
+
+    a = max|λ|/mean|λ| is 1 where all curvatures are equal, and p is p_end; it is n where there is but one, and p is
+    p_start. Where the curvature overflows, p is p_end.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, task: Task, p_end: float) -> None:
+        splits = task.load()
+        x, y = splits.train
+        self.batch = splits.fetch(x[:256], None).to(splits.device), y[:256].to(splits.device)
+        self.model, self.loss, self.p_end = model, task.loss, p_end
+        super().__init__(optimizer)
+
+    def p_at(self, start: float, s: int) -> float:
+        """Measure p of a group that started at ``start``."""
+        try:
+            found = hessian_spectrum(self.model, self.loss, [self.batch], steps=24, probes=1)
+        except ValueError:
+            return self.p_end
+        return interpolate_exponent(start, self.p_end, min(math.log(found.anisotropy) / math.log(found.size), 1.0))
+
+
+def _schedule(spec: RunSpec, optimizer: Optimizer, model: nn.Module, task: Task) -> PSchedule | None:
     plan = spec.p_schedule
     if plan is None:
         return None
+    if plan.kind == "curvature":
+        return CurvatureP(optimizer, model, task, plan.p_end)
     if plan.kind == "adaptive":
         return AdaptiveP(optimizer, p_end=plan.p_end)  # it moves 1/(p−1), whatever the space
     annealed = CosineP if plan.kind == "cosine" else LinearP

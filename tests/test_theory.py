@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -327,3 +329,21 @@ def test_the_counts_are_those_of_the_results() -> None:
         assert ties is not None
         assert list(map(int, quoted)) == [*counts, 7 if ties[1] == "every" else int(ties[1])], row
     assert "Of 14 comparisons, 1 is significant (1 better, 0 worse) and 13 are ties" in results
+
+
+def test_the_measured_curvature_is_that_of_the_data() -> None:
+    data = json.loads((DOCS / "data/best_norm.json").read_text(encoding="utf-8"))
+    page = (DOCS / "theory/annealing-p.md").read_text(encoding="utf-8")
+    changes = {(c["task"], c["what"], c["gradient"], c["by"]): c for c in data["changes"] if not c["adaptive"]}
+
+    def cell(key: tuple[str, str, str, str], shown: Callable[[float], str]) -> str:
+        c = changes[key]
+        return f"{shown(c['early'][0])} → {shown(c['late'][0])}" + ("" if c["p_value"] < 0.05 else " (n.s.)")
+
+    for task in data["setting"]["plans"]:
+        cells = [cell((task, "anisotropy", "large", "best"), lambda x: f"{2**x:.0f}")]
+        cells += [
+            cell((task, "ℓ6/ℓ2", *kind), lambda x: f"{100 * (2**x - 1):+.0f} %".replace("-", "−"))
+            for kind in (("large", "best"), ("large", "held"), ("batch", "held"))
+        ]
+        assert f"| {task} | {' | '.join(cells)} |" in page

@@ -70,12 +70,13 @@ class AdaptiveStudy(BaseModel):
 
 
 def family(arms: Sequence[str]) -> list[tuple[str, str]]:
-    """Every arm whose p is adaptive against the same with another schedule or none, and against the ends of p."""
+    """Every arm whose p is measured against the same with another schedule or none, and against the ends of p."""
     return [
         (arm, other)
+        for measured in ("-adaptive", "-curvature")
         for arm in arms
-        if arm.endswith("-adaptive")
-        for same in [arm.removesuffix("-adaptive")]
+        if arm.endswith(measured)
+        for same in [arm.removesuffix(measured)]
         for other in (same, f"{same}-linear", f"{same}-constant", *TWINS)
     ]
 

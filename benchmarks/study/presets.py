@@ -10,6 +10,7 @@ from benchmarks.study.spec import Arm, PSchedule, Range, Study, Tuning, Value
 COSINE = PSchedule(kind="cosine")
 LINEAR = PSchedule(kind="linear")
 ADAPTIVE = PSchedule(kind="adaptive")
+CURVATURE = PSchedule(kind="curvature")
 
 # Where tuning looks for an optimizer's learning rate on any task. The best of a scan by factors of √10 lies inside on
 # every task that comes without files.
@@ -171,10 +172,12 @@ def _ways(name: str, settings: dict[str, Value], lr: Range, near_two: Range) -> 
 
 ADAPTIVE_P = Study(
     name="adaptive-p",
-    purpose="Is a p that follows the gradient's density better than one that follows the clock, or stays?",
+    purpose="Is a p that follows the gradient's density or the curvature better than one that follows the clock, or "
+    "stays?",
     tasks=("digits",),
     arms=(
         *_ways("LPSGDM-matched", {"scale": "matched"}, MATCHED, MATCHED),
+        _arm("LPSGDM-matched-curvature", "lpsgdm", {"scale": "matched"}, CURVATURE, MATCHED, "LPSGDM-matched"),
         *_ways("LPSGDM", {}, LEARNING_RATES["lpsgdm"], _NEAR_TWO),
         *(SGD_EMA, SIGNUM),
     ),

@@ -27,10 +27,10 @@ class Frozen(BaseModel):
 class PSchedule(Frozen):
     """How p moves from the optimizer's own p on: once an epoch, or, "adaptive", after every step.
 
-    "adaptive" has no space of its own: it moves 1/(p−1).
+    "adaptive" (by the gradient) and "curvature" (by the Hessian) have no space of their own: they move 1/(p−1).
     """
 
-    kind: Literal["cosine", "linear", "adaptive"]
+    kind: Literal["cosine", "linear", "adaptive", "curvature"]
     p_end: float = 2.0
     space: Literal["p", "exponent"] = "p"
 

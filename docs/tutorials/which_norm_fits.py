@@ -200,4 +200,5 @@ holds(
 # is high, p = 2 or 2.5 decreases the loss most, and once it is low, the sign does. On held-out data there is no such
 # order: the best p varies from one moment to the next.
 #
-# This is one network, one seed, and the gradient of a large batch. A best step is also not a best training.
+# This is one network, one seed, and the gradient of a large batch. [The best norm over a training](best_norm.md) has four
+# networks, eight seeds and mini-batches. A best step is also not a best training.

@@ -26,7 +26,10 @@ def test_every_way_to_move_p_is_tried_at_both_lengths_of_step_beside_the_ends():
     for arm in ("LPSGDM-matched", "LPSGDM"):
         for other in (arm, f"{arm}-linear", f"{arm}-constant", "SGD-EMA", "Signum"):
             assert (f"{arm}-adaptive", other) in pairs
-    assert len(pairs) == 10
+    assert [other for arm, other in pairs if arm == "LPSGDM-matched-curvature"] == [
+        *("LPSGDM-matched", "LPSGDM-matched-linear", "LPSGDM-matched-constant", "SGD-EMA", "Signum")
+    ]
+    assert len(pairs) == 15
     assert {name for pair in pairs for name in pair} == {arm.name for arm in STUDY.arms}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import normopt
+from benchmarks import optimizers
 from benchmarks.control import LengthOfLPSGDM
 from benchmarks.optimizers import OPTIMIZERS, check, described, find, make_optimizer
 from benchmarks.study.presets import LEARNING_RATES
@@ -225,6 +226,31 @@ def test_an_adaptive_schedule_reads_the_gradients():
     optimizer.step()
     schedule.step()
     assert 2 <= optimizer.param_groups[0]["p"] <= 8
+
+
+def test_a_schedule_by_curvature_moves_p_by_the_anisotropy(monkeypatch):
+    class Found:
+        size, anisotropy = 10_000, 100.0
+
+    seen = []
+    monkeypatch.setattr(optimizers, "hessian_spectrum", lambda *args, **kwargs: seen.append(args) or Found)
+    s = spec("lpsgdm", {"lr": 0.01, "p": 6.0}, p_schedule=PSchedule(kind="curvature", p_end=2.0))
+    task, model = TASKS["digits"], TASKS["digits"].build()
+    optimizer, schedule = make_optimizer(s, model, task)
+    group = optimizer.param_groups[0]
+    assert 1 / (group["p"] - 1) == pytest.approx((1 + 1 / 5) / 2)  # half of the way, as 100² is 10,000
+    for anisotropy, p in ((1.0, 2.0), (10_000.0, 6.0)):
+        Found.anisotropy = anisotropy
+        schedule.step()
+        assert group["p"] == pytest.approx(p)
+    assert [args[0] for args in seen] == [model] * 3
+    monkeypatch.undo()
+    schedule.step()
+    assert 2 < group["p"] < 6
+    with torch.no_grad():
+        model[0].weight.fill_(math.inf)
+    schedule.step()
+    assert group["p"] == 2
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd-torch", "lpsgdm-lr-matched"])

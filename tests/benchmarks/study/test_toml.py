@@ -106,7 +106,7 @@ BASE = 'tasks = ["digits"]\n[[arms]]\nname = "A"\noptimizer = "lpsgdm"\n'
         (BASE + "[arms.search]\nmomentum = { low = -1, high = 1 }", "arms.1.search.momentum", "low > 0 if log"),
         (BASE + "[arms.search]\nmomentm = { low = 0.1, high = 1 }", "arms.1.search", "no setting 'momentm'"),
         (BASE + 'sttings = {}', "arms.1.sttings", "there is no key 'sttings'; did you mean 'settings'"),
-        (BASE + 'p_schedule = { kind = "cosin" }', "arms.1.p_schedule.kind", "or 'adaptive', not 'cosin'"),
+        (BASE + 'p_schedule = { kind = "cosin" }', "arms.1.p_schedule.kind", "or 'curvature', not 'cosin'"),
         (BASE + "grid = { p = [] }", "arms.1.grid", "a grid needs values"),
         (BASE + "grid = { q = [1] }", "arms.1.grid", "no setting 'q'"),
         (BASE + "settings = { p = 3 }\ngrid = { p = [4] }", "arms.1.grid", "p is both in the settings and in the grid"),
