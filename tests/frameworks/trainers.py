@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import normopt
 from tests.frameworks.cases import BATCH, EPOCHS, PER_EPOCH, STEPS, Case, Net, data, loader
@@ -348,6 +349,44 @@ def fastai(case: Case, folder: Path, until: int, resume: bool) -> Found:
     return net, opt
 
 
+def torchtitan(case: Case, folder: Path, until: int, resume: bool) -> Found:
+    """Its optimizers by name, one entry of the registry added; its flat checkpoint, keyed by parameters' names."""
+    from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+
+    assert case.named is not None
+    once = {key: value for key, value in case.named.items() if key not in ("cls", "lr")}
+    factory, lr = case.named["cls"], {"lr": case.named["lr"]}
+
+    class Container(OptimizersContainer[Any]):  # type: ignore[misc]
+        @staticmethod
+        def _resolve_optimizer_factory(name: str) -> Any:
+            return {"ours": factory}[name]
+
+    net = Net()
+    group = ParamGroupConfig(pattern=".*", optimizer_name="ours", optimizer_kwargs=lr)
+    config = OptimizersContainer.Config(
+        param_groups=[group], implementation="for-loop", optimizer_factory_kwargs_by_name={"ours": once}
+    )
+    container = Container(config, model_parts=[net])
+    scheduler = CosineAnnealingLR(container.optimizers[0], STEPS)
+    first = 0
+    if resume:
+        saved = torch.load(folder / "step.pt", weights_only=True)
+        net.load_state_dict(saved["model"])
+        container.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["lr_scheduler"])
+        first = saved["epoch"]
+    for _ in range(first, until):
+        for x, y in loader():
+            container.zero_grad()
+            cross_entropy(net(x), y).backward()
+            container.step()
+            scheduler.step()
+    states = {"model": net.state_dict(), "optimizer": container.state_dict(), "lr_scheduler": scheduler.state_dict()}
+    torch.save(states | {"epoch": until}, folder / "step.pt")
+    return net, container.optimizers[0]
+
+
 # The packages that each needs, of which the first is named in the table.
 TRAINERS = {
     "a plain loop, as nanoGPT's": (("torch",), plain_loop),
@@ -361,5 +400,6 @@ TRAINERS = {
     "skorch": (("skorch",), skorch),
     "timm, the calls of train.py": (("timm",), timm),
     "fastai": (("fastai",), fastai),
+    "torchtitan's optimizers": (("torchtitan",), torchtitan),
 }
-BY_NAME = (lightning_cli, transformers_cls_and_kwargs)
+BY_NAME = (lightning_cli, transformers_cls_and_kwargs, torchtitan)
