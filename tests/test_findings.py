@@ -48,7 +48,7 @@ def test_the_best_norm_is_counted_by_its_changes(tmp_path):
     assert findings.best_norm(path) == ("not measured yet", findings.NOT_YET)
     changes = [
         change("digits", (0.3, 0.2, 0.4), 0.01),
-        change("bytes", (-0.3, -0.4, -0.2), 0.01),
+        change("fashion-cnn", (-0.3, -0.4, -0.2), 0.01),
         change("mnist1d", (0.3, -0.2, 0.8), 0.2),
         change("digits", (0.3, 0.2, 0.4), 0.01, adaptive=True),
     ]
@@ -56,7 +56,7 @@ def test_the_best_norm_is_counted_by_its_changes(tmp_path):
     verdict, table = findings.best_norm(path)
     assert verdict == "the best p falls on 1 of 3 tasks, and rises on 1"
     assert "| digits | 0.10 | 0.40 | +0.30 (+0.20 to +0.40) | 0.010 |" in table
-    assert "| bytes | 0.10 | 0.40 | −0.30 (−0.40 to −0.20) | 0.010 |" in table
+    assert "| fashion-cnn | 0.10 | 0.40 | −0.30 (−0.40 to −0.20) | 0.010 |" in table
 
 
 def test_the_verdicts_are_those_of_the_results():

@@ -106,7 +106,8 @@ def correlations(data: dict[str, Any]) -> tuple[str, str]:
         half = 1.96 * math.sqrt(1.06 / (c["networks"] - 3))
         low, high = (math.tanh(math.atanh(c["rho"]) + s * half) for s in (-1, 1))
         held += p < LEVEL and c["rho"] < 0
-        rows.append(f"| {c['optimizer']} | {c['rho']:+.2f} ({low:+.2f} to {high:+.2f}) | {p:.3f} |".replace("-", "−"))
+        numbers = f"{c['rho']:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")
+        rows.append(f"| {c['optimizer']} | {numbers} | {p:.3f} |")
     head = ["| optimizer | rank correlation, 95 % interval | P-value (Holm) |", "|:--|--:|--:|"]
     return f"shown under {held or 'none'} of {len(found)} optimizers", "\n".join(head + rows)
 
@@ -120,8 +121,9 @@ def best_norm(path: Path) -> tuple[str, str]:
     falls = sum(c["p_value"] < LEVEL and c["difference"][0] > 0 for c in found)
     rises = sum(c["p_value"] < LEVEL and c["difference"][0] < 0 for c in found)
     rows = [
-        "| {} | {:.2f} | {:.2f} | {:+.2f} ({:+.2f} to {:+.2f}) | {:.3f} |".format(
-            c["task"], c["early"][0], c["late"][0], *c["difference"], c["p_value"]
+        f"| {c['task']} | "
+        + "{:.2f} | {:.2f} | {:+.2f} ({:+.2f} to {:+.2f}) | {:.3f} |".format(
+            c["early"][0], c["late"][0], *c["difference"], c["p_value"]
         ).replace("-", "−")
         for c in found
     ]
