@@ -40,6 +40,7 @@ ONE_WORKER = {
     "test_cli.py": "study",
     "test_execute.py": "workers",
     "test_packaging.py": "wheel",
+    "test_typing.py": "wheel",
     "test_ends.py": "numba",
     "test_engine.py": "numba",
     "test_memory.py": "numba",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the program `mkdocs` does not look there
 from benchmarks.programs import paper_pages
+from benchmarks.results import test_score
 from benchmarks.stats import holm
 from benchmarks.study.papers import DECLARED
 
@@ -132,6 +133,23 @@ def best_norm(path: Path) -> tuple[str, str]:
     return said, "\n".join(head + rows)
 
 
+def rates() -> str:
+    """What tuning gave AdamW in two studies of one network: whether a difference may be one of learning rates."""
+    with_agr, with_lpsgdm = paper_pages.read("paper-agr"), paper_pages.read("paper-lpsgdm")
+    if with_agr is None or with_lpsgdm is None:
+        return ""
+    (here,), (there,) = with_agr.tasks.values(), with_lpsgdm.tasks.values()
+    plain, regular, tuned = here.row("AdamW"), here.row("AdamW + AGR"), there.row("AdamW tuned")
+    if plain.lr is None or regular.lr is None or tuned.lr is None:
+        return ""
+    score = 100 * sum(tuned.values(test_score)) / len(tuned.values(test_score))
+    return (
+        f"Each arm has the learning rate that tuning found: AdamW {plain.lr:.3g}, AdamW + AGR {regular.lr:.3g}. In the "
+        f"study of LPSGDM, on the same network, tuning gave AdamW {tuned.lr:.3g}, and {score:.2f} % without AGR: the "
+        "difference may be one of learning rates."
+    )
+
+
 def page(docs: Path) -> str:
     """The page as Markdown."""
     results = (docs / "results.md").read_text(encoding="utf-8")
@@ -172,7 +190,7 @@ runs when this site is built. The tasks are small and run on a CPU; [Run an abla
 - LPSGDM + AGR is {agr["LPSGDM"]}.
 - AdamW + AGR is {agr["AdamW"]}.
 
-{recipe("paper-agr")}
+{recipe("paper-agr")} {rates()}
 
 [AGR](theory/decay-and-agr.md#agr) · [arXiv:2407.16944](https://arxiv.org/abs/2407.16944)
 
