@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.text import Text
 
@@ -349,10 +350,7 @@ def measure_best_norm(
         result = best_norm.measure(
             folder, workers or os.cpu_count() or 1, tasks, range(1, seeds + 1), setting, counting(watch, count)
         )
-    kept.write(result, out)
-    for line in best_norm.lines(result):
-        console.print(line, soft_wrap=True)
-    _say_where(f"{count} trainings in {result.seconds:.0f} seconds", out)
+    _keep(result, best_norm.lines(result), out)
 
 
 def _measure(name: str, out: Path, *workers: int) -> None:
@@ -360,8 +358,13 @@ def _measure(name: str, out: Path, *workers: int) -> None:
     program = import_module(f"benchmarks.programs.{name}")  # some load what no other command needs
     with dashboard(console) as watch:
         result = program.measure(*workers, counting(watch, program.count()))
+    _keep(result, program.lines(result), out)
+
+
+def _keep(result: BaseModel, lines: list[str], out: Path) -> None:
+    """Write what was measured, print its lines and say where it is."""
     kept.write(result, out)
-    for line in program.lines(result):
+    for line in lines:
         console.print(line, soft_wrap=True)
     _say_where("The results", out)
 

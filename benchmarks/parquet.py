@@ -67,7 +67,7 @@ def write(file: IO[bytes], records: Iterable[RunRecord], others: dict[str, Any])
 
 
 def read(path: Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
-    """What belongs to the study, as `write` was given it, and the runs, read as they are asked for.
+    """Return the metadata of a study that `write` stored, and an iterator that reads its runs lazily.
 
     Raises:
         NoRuns: it is no file that `write` wrote.

@@ -71,5 +71,5 @@ def test_the_verdicts_are_those_of_the_results():
     turned = findings.held(results, "LPSGDM constant p", "LPSGDM").turned()
     assert f"({turned.better} better, {turned.worse} worse, {turned.ties} ties)" in words
     assert turned.low <= turned.improvement <= turned.high
-    with pytest.raises(ValueError, match="no row in which Muon is held against SGD"):
+    with pytest.raises(ValueError, match="no comparison of Muon with SGD"):
         findings.held(results, "Muon", "SGD")

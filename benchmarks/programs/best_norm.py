@@ -67,7 +67,7 @@ PLANS = {
 
 
 class Setting(Frozen):
-    """What every training depends on.
+    """The settings shared by all trainings.
 
     Attributes:
         plans: of the tasks, by their names in `benchmarks.tasks.TASKS`.

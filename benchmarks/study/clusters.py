@@ -184,7 +184,7 @@ def connect(cluster: str | None, processes: int) -> Local | Dask:
 
 
 def each(processes: int, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
-    """What a function gives for each of the calls, in their order, made by so many processes; one is this one."""
+    """Yield the result of each call, in order, from a pool of processes; with one, the calls run in this process."""
     if processes == 1:
         yield from itertools.starmap(function, calls)
         return

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the program `mkdocs` does not look there
 from benchmarks.programs import paper_pages
+from benchmarks.report.text import p_value, signed
 from benchmarks.results import test_score
-from benchmarks.stats import holm
+from benchmarks.stats import ALPHA, holm, interval
 from benchmarks.study.papers import DECLARED
 
 if TYPE_CHECKING:
@@ -25,13 +26,12 @@ if TYPE_CHECKING:
 
 PAGE = "what-we-found.md"
 NOT_YET = "Not measured yet: no runs of this study are committed."
-LEVEL = 0.05
 # Of best_norm.json: 1/p of the ℓp norm whose step decreases the held-out loss most, by gradients of mini-batches.
 BEST = {"what": "1/p", "gradient": "batch", "adaptive": False, "by": "held"}
 
 
 class Held(NamedTuple):
-    """An arm held against another, over the tasks of docs/results.md: percent, and counts of tasks."""
+    """The comparison of two arms over the tasks of docs/results.md: P(improvement) in percent, counts of tasks."""
 
     improvement: int
     low: int
@@ -41,7 +41,7 @@ class Held(NamedTuple):
     ties: int
 
     def turned(self) -> Held:
-        """The other arm held against this one."""
+        """Return the same comparison with the arms exchanged."""
         return Held(100 - self.improvement, 100 - self.high, 100 - self.low, self.worse, self.better, self.ties)
 
     def __str__(self) -> str:
@@ -53,40 +53,40 @@ class Held(NamedTuple):
 
 
 def held(results: str, arm: str, against: str) -> Held:
-    """The row of docs/results.md in which an arm is held against another."""
+    """Read the comparison of two arms from the table in docs/results.md."""
     row = rf"^\| {re.escape(arm)} \| {re.escape(against)} \| (\d+)–(\d+)–(\d+) \| (\d+) % \((\d+) to (\d+)\) \|"
     found = re.search(row, results.replace("\u00a0", " "), re.MULTILINE)
     if found is None:
-        raise ValueError(f"docs/results.md has no row in which {arm} is held against {against}")
+        raise ValueError(f"docs/results.md has no comparison of {arm} with {against}")
     better, worse, ties, improvement, low, high = map(int, found.groups())
     return Held(improvement, low, high, better, worse, ties)
 
 
 def verdict(*pairs: Held) -> str:
-    """A method against the same without it, over tasks and optimizers."""
+    """Count the comparisons in which a method is better or worse than the same without it."""
     better, worse = sum(pair.better for pair in pairs), sum(pair.worse for pair in pairs)
     return f"better in {better}, worse in {worse} of {sum(sum(pair[3:]) for pair in pairs)} comparisons"
 
 
 def paper(name: str) -> str:
-    """The verdict of the study with the paper's own recipe."""
+    """Return the verdict of a preset that runs a paper's recipe."""
     said = re.search(r"\*\*Here:\*\* (.+?)\n\n", paper_pages.page(DECLARED[name], paper_pages.read(name)), re.DOTALL)
     return NOT_YET if said is None else said[1][:1].upper() + said[1][1:]
 
 
 def recipe(name: str) -> str:
-    """The paragraph of that study."""
+    """Return the paragraph on such a preset."""
     return f"**The paper's recipe, on Fashion-MNIST** ([study](benchmarks/{name}.md)). {paper(name)}"
 
 
 def short(name: str) -> str:
-    """The first clause of its verdict."""
+    """Return the first clause of its verdict."""
     clause = re.split(r"[:;]|\.\s", paper(name))[0].rstrip(".")
     return clause[:1].lower() + clause[1:]
 
 
 def zeros(results: str) -> tuple[str, str, str]:
-    """The sparsest arm of equal score on the digits with noise: its optimizer, its zeros and the difference."""
+    """Return the sparsest arm of equal score on digits-noise: optimizer, share of zeros, difference in accuracy."""
     text = " ".join(results.replace("\u00a0", " ").split())
     found = re.search(
         r"on digits-noise, (\S+) \+ ℓ0\.8 decay with (\S+ % ± \S+) exact zeros and a test accuracy (\S+ points "
@@ -99,33 +99,35 @@ def zeros(results: str) -> tuple[str, str, str]:
     return arm, share, f"{difference})"
 
 
+def ends(mean: float, low: float, high: float) -> str:
+    """Write a difference with the ends of its interval."""
+    return f"{signed(mean)} ({signed(low)} to {signed(high)})"
+
+
 def correlations(data: dict[str, Any]) -> tuple[str, str]:
-    """Regularity against success: the verdict, and a table with Fieller's intervals of Spearman's correlation."""
+    """Return the verdict on regular trajectories, and a table of Spearman's correlations with Fieller's intervals."""
     found = [c for c in data["correlations"] if c["measure"] == "median_cosine"]
     rows, held = [], 0
     for c, p in zip(found, holm([c["p_value"] for c in found]), strict=True):
         half = 1.96 * math.sqrt(1.06 / (c["networks"] - 3))
         low, high = (math.tanh(math.atanh(c["rho"]) + s * half) for s in (-1, 1))
-        held += p < LEVEL and c["rho"] < 0
-        numbers = f"{c['rho']:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")
-        rows.append(f"| {c['optimizer']} | {numbers} | {p:.3f} |")
+        held += p < ALPHA and c["rho"] < 0
+        rows.append(f"| {c['optimizer']} | {ends(c['rho'], low, high)} | {p_value(p, name=False)} |")
     head = ["| optimizer | rank correlation, 95 % interval | P-value (Holm) |", "|:--|--:|--:|"]
     return f"shown under {held or 'none'} of {len(found)} optimizers", "\n".join(head + rows)
 
 
 def best_norm(path: Path) -> tuple[str, str]:
-    """Whether the best p falls during training: the verdict, and a table."""
+    """Return the verdict on whether the best p falls during training, and a table."""
     if not path.is_file():
         return "not measured yet", NOT_YET
     changes = json.loads(path.read_text(encoding="utf-8"))["changes"]
     found = [c for c in changes if all(c[key] == value for key, value in BEST.items())]
-    falls = sum(c["p_value"] < LEVEL and c["difference"][0] > 0 for c in found)
-    rises = sum(c["p_value"] < LEVEL and c["difference"][0] < 0 for c in found)
+    falls = sum(c["p_value"] < ALPHA and c["difference"][0] > 0 for c in found)
+    rises = sum(c["p_value"] < ALPHA and c["difference"][0] < 0 for c in found)
     rows = [
-        f"| {c['task']} | "
-        + "{:.2f} | {:.2f} | {:+.2f} ({:+.2f} to {:+.2f}) | {:.3f} |".format(
-            c["early"][0], c["late"][0], *c["difference"], c["p_value"]
-        ).replace("-", "−")
+        f"| {c['task']} | {c['early'][0]:.2f} | {c['late'][0]:.2f} | {ends(*c['difference'])} | "
+        f"{p_value(c['p_value'], name=False)} |"
         for c in found
     ]
     head = ["| task | 1/p early | 1/p late | difference, 95 % interval | P-value (Holm) |", "|:--|--:|--:|--:|--:|"]
@@ -134,7 +136,7 @@ def best_norm(path: Path) -> tuple[str, str]:
 
 
 def rates() -> str:
-    """What tuning gave AdamW in two studies of one network: whether a difference may be one of learning rates."""
+    """Compare the learning rates that tuning chose for AdamW in two studies of one network."""
     with_agr, with_lpsgdm = paper_pages.read("paper-agr"), paper_pages.read("paper-lpsgdm")
     if with_agr is None or with_lpsgdm is None:
         return ""
@@ -142,7 +144,7 @@ def rates() -> str:
     plain, regular, tuned = here.row("AdamW"), here.row("AdamW + AGR"), there.row("AdamW tuned")
     if plain.lr is None or regular.lr is None or tuned.lr is None:
         return ""
-    score = 100 * sum(tuned.values(test_score)) / len(tuned.values(test_score))
+    score = 100 * interval(tuned.values(test_score)).mean
     return (
         f"Each arm has the learning rate that tuning found: AdamW {plain.lr:.3g}, AdamW + AGR {regular.lr:.3g}. In the "
         f"study of LPSGDM, on the same network, tuning gave AdamW {tuned.lr:.3g}, and {score:.2f} % without AGR: the "
@@ -151,7 +153,7 @@ def rates() -> str:
 
 
 def page(docs: Path) -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     results = (docs / "results.md").read_text(encoding="utf-8")
     annealed = held(results, "LPSGDM constant p", "LPSGDM").turned()
     agr = {arm: held(results, f"{arm} + AGR", arm) for arm in ("LPSGDM", "AdamW")}

@@ -144,7 +144,7 @@ class InMetric(normopt.norms.TensorNorm):
 
 
 def metric_card(name: str, p: float) -> str:
-    """What stands under the picture of a norm in the coordinates of P."""
+    """Return the card of an ℓp norm in adaptive coordinates: its picture and caption."""
     alt = f"The unit ball of ℓ{p:g} stretched by P^−½, a gradient g and its dual map".replace("inf", "∞")
     known = {2.0: "[AdamW](optimizers/adamw.md)’s norm, under “dual”", math.inf: "signs divided by √P"}
     lines = [f'**ℓ{p:g} in `metric="diagonal"`**'.replace("inf", "∞"), known.get(p, "new: AdamW under another norm")]
@@ -217,7 +217,7 @@ def users() -> dict[str, list[str]]:
 
 
 def norm_card(name: str, used: list[str]) -> str:
-    """What stands under a norm's picture."""
+    """Return the caption of a norm's picture."""
     norm = example(name)
     made = f"[`{norm!r}`][normopt.norms.{type(norm).__name__}]" if is_ours(type(norm)) else f"`{norm!r}`"
     lines = [f"**“{name}”**", made]

@@ -45,7 +45,7 @@ def cells(source: str) -> list[tuple[bool, int, str]]:
 
 
 def is_fast(node: ast.AST) -> bool:
-    """Whether it is the name FAST."""
+    """Return whether a node is the variable FAST."""
     return isinstance(node, ast.Name) and node.id == "FAST"
 
 

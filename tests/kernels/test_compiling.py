@@ -101,7 +101,7 @@ def test_the_lock_is_free_again_after_an_error():
 
 @pytest.fixture
 def said(monkeypatch, caplog):
-    """What is logged, as in a process that has said nothing yet."""
+    """The log, with all one-time warnings still to come, as in a new process."""
     monkeypatch.setattr(compiling, "ANNOUNCED", set())
     return caplog
 
