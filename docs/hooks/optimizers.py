@@ -120,7 +120,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return markdown.replace("<!-- classes -->", classes())
     if path.parent.as_posix() != "optimizers" or path.stem == "index":
         return markdown
-    page.meta["search"] = {"boost": 10}  # who types a name looks for its page
+    page.meta["search"] = {"boost": 2}  # who types a name looks for its page
     markdown = markdown.replace("<!-- facts -->", facts(path.stem))
     if "<!-- standing -->" in markdown:
         markdown = markdown.replace("<!-- standing -->", standing(path.stem, Path(config.docs_dir)))

@@ -138,6 +138,8 @@ FINDS = {
 
 def test_the_search_finds_what_users_type(visit: Any) -> None:
     one = visit(viewport={"width": 1280, "height": 900})
+    warnings: list[str] = []
+    one.page.on("console", lambda message: warnings.append(message.text) if message.type == "warning" else None)
     one.goto("")
     one.page.click("input.md-search__input")
     for words, page in FINDS.items():
@@ -145,6 +147,7 @@ def test_the_search_finds_what_users_type(visit: Any) -> None:
         one.page.keyboard.type(words)
         among_the_first = f".md-search-result__item:nth-child(-n+3) > a[href*='{page}']"
         one.page.locator(among_the_first).first.wait_for(state="visible")
+    assert not [warning for warning in warnings if "Invalid query" in warning]  # as after an error in the search
 
 
 def test_the_text_is_in_the_sites_own_font(visit: Any) -> None:
