@@ -282,17 +282,18 @@ class Once(torch.autograd.Function):
         return 2 * g * ctx.saved_tensors[0]
 
 
-class Cut(torch.autograd.Function):
-    """Its backward pass is right, but not as a function of x."""
+class Half(torch.autograd.Function):
+    """The product of two tensors, whose second gradient is right, but not as a function of the first tensor."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, y):
         ctx.x = x.detach()
-        return x.square()
+        ctx.save_for_backward(y)
+        return x * y
 
     @staticmethod
     def backward(ctx, g):
-        return 2 * g * ctx.x
+        return g * ctx.saved_tensors[0], g * ctx.x
 
 
 class Squares(nn.Module):
@@ -333,7 +334,7 @@ LINEAR, X, Y = nn.Linear(4, 4), torch.ones(3, 4), torch.zeros(3, dtype=torch.lon
         ({"loss": lambda z, y: z.sum() * math.inf}, ValueError, "loss is (inf|nan|-inf)"),
         ({"loss": lambda z, y: z.sum()}, ValueError, "does not depend on the parameters: the matrix is zero"),
         ({"loss": lambda z, y: z.sum(), "matrix": "gauss-newton"}, ValueError, "depend on the outputs"),
-        ({"model": Squares(Cut.apply)}, ValueError, "not symmetric"),
+        ({"model": Squares(lambda x: Half.apply(x, x.flip(-1)))}, ValueError, "not symmetric"),
         ({"model": nn.Sequential(LINEAR, Noise()), "batches": [(X, Y), (X, Y)]}, ValueError, "not symmetric"),
         ({"model": Squares(Once.apply)}, RuntimeError, "once_differentiable"),
         ({"model": nn.LSTM(4, 4), "loss": lambda z, y: z[0].sum(), "matrix": "gauss-newton"}, TypeError, "one tensor"),

@@ -17,7 +17,7 @@ import pytest
 from benchmarks.environment import here
 from benchmarks.store import Store, UnfitStore
 from benchmarks.study.clusters import Local, NoCluster, connect
-from benchmarks.study.execute import execute
+from benchmarks.study.execute import SPARE, execute
 from benchmarks.study.lanes import choices, lanes, left
 from benchmarks.study.pace import Status
 from benchmarks.study.spec import Arm, RunSpec, Study
@@ -176,9 +176,9 @@ def test_an_arm_that_kills_its_workers_is_given_up_and_the_others_go_on(tmp_path
     assert set(errors) == {"its worker died 3 times", "given up"}
     every = lanes(study, store.trials)
     assert {left(lane, every, store.losses) for lane in every.values()} == {0}
-    # Two at once at most when the first death is noticed, then one at a time.
+    # Some were handed out before the first death was noticed; from then on it is one at a time, until one died 3 times.
     killed = [run_id for run_id in told(log, "begin") if run_id in store.failures]
-    assert 3 <= len(killed) <= 4
+    assert 3 <= len(killed) <= 2 + SPARE + 2
     assert set(told(log, "end")) == set(store.runs)
 
 
