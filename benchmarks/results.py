@@ -339,8 +339,8 @@ def collect(store: Store) -> Results:
         tasks[name] = replace(task, comparisons=mine)
     standings, improvements = _over_tasks(study, asked, [task for task in tasks.values() if task.whole])
     rows = [row for task in tasks.values() for row in task.rows]
-    seeds = len(study.tuning.seeds)
-    tried = sum(study.tuning.trials * seeds for arm in study.arms if arm.search)
+    tuning = study.tuning
+    tried = tuning.runs(tuning.trials + tuning.finalists) * sum(bool(arm.search) for arm in study.arms)
     return Results(
         folder=store.folder,
         study=study,
@@ -349,7 +349,7 @@ def collect(store: Store) -> Results:
         answers=answers,
         standings=standings,
         improvements=improvements,
-        done=sum(len(row.trials) * seeds + len(row.runs) + row.failed for row in rows),
+        done=sum(tuning.runs(len(row.trials)) + len(row.runs) + row.failed for row in rows),
         wanted=len(study.tasks) * (tried + len(study.arms) * len(study.seeds)),
         failures=store.failures,
         seconds=sum(run.seconds for run in store.runs.values()),

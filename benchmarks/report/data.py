@@ -23,6 +23,7 @@ from benchmarks.results import (
     validation_score,
 )
 from benchmarks.stats import Interval, censored_median, interval
+from benchmarks.study.lanes import best
 from benchmarks.study.record import RunRecord
 
 Rows = list[dict[str, Any]]
@@ -163,26 +164,25 @@ def comparison(answer: Answer, c: Comparison) -> dict[str, Any]:
 
 def trials(results: Results) -> Rows:
     """Every setting that tuning tried, and the loss on the validation data that it gave."""
-    startup = results.study.tuning.startup
+    tuning = results.study.tuning
+
+    def way(number: int) -> str:
+        return "Sobol" if number < tuning.startup else "TPE" if number < tuning.trials else "rerun"
+
     return [
         {
             "task": row.task,
             "arm": row.name,
             "trial": trial.number + 1,
-            "by": "Sobol" if trial.number < startup else "TPE",
+            "by": way(trial.number),
             "validation_loss": None if math.isinf(trial.loss) else trial.loss,
             "diverged": math.isinf(trial.loss),
-            "chosen": row.choice is not None and trial == best(row),
+            "chosen": row.choice is not None and trial == best(tuning, row.trials),
             **trial.settings,
         }
         for row in results.rows
         for trial in row.trials
     ]
-
-
-def best(row: Row) -> Any:
-    """The trial of the lowest loss, the earliest if two tie; None without trials."""
-    return min(row.trials, key=lambda trial: (trial.loss, trial.number), default=None)
 
 
 def tally(results: Results, arm: str) -> tuple[int, int, int]:

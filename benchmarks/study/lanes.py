@@ -1,9 +1,9 @@
 """What a study runs next. Pure: it follows from the study and from what its runs gave.
 
 A lane is one arm on one task: its quasi-random trials, which can all be made at once; its TPE trials, one after
-another; then its final runs, on the settings that it, or the arm named in ``tuned_as``, found. Trials are told in the
-order of their numbers, whatever the order in which their runs end, so that a study that was interrupted goes on as if
-it had not been.
+another; the best three again, on more seeds; then its final runs, on the settings that it, or the arm named in
+``tuned_as``, found. Trials are told in the order of their numbers, whatever the order in which their runs end, so that
+a study that was interrupted goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cached_property
 from pydantic import ConfigDict
 
 from benchmarks.study import search
-from benchmarks.study.spec import Arm, Frozen, RunSpec, Study
+from benchmarks.study.spec import Arm, Frozen, RunSpec, Study, Tuning
 from benchmarks.tasks import TASKS
 
 Key = tuple[str, str]  # a task and an arm
@@ -35,7 +35,7 @@ class Trial(Frozen):
 
 
 class Choice(Frozen):
-    """What tuning found: the settings of the lowest loss, the earliest trial if two tie.
+    """What tuning found: the settings of the lowest loss, the earliest trial if two tie; with reruns, of these.
 
     An arm that searches nothing has no trials, and no settings beside its own; one that takes over another's has no
     trials, and the other's settings, its learning rate multiplied by ``lr_factor``.
@@ -59,12 +59,12 @@ class Lane:
         self.arm = arm
         self.key: Key = (task, arm.name)
         self.trials = list(trials)
-        self._open: dict[int, tuple[search.Settings, dict[str, RunSpec]]] = {}
+        self._open: dict[int, tuple[search.Settings, tuple[str, ...], dict[str, RunSpec]]] = {}
 
     @property
     def trials_wanted(self) -> int:
-        """How many trials its tuning has."""
-        return self.study.tuning.trials if self.arm.search else 0
+        """How many trials its tuning has, those that are run again counted twice."""
+        return self.study.tuning.trials + self.study.tuning.finalists if self.arm.search else 0
 
     @property
     def tuned(self) -> bool:
@@ -74,29 +74,30 @@ class Lane:
     @property
     def runs_wanted(self) -> int:
         """How many runs it has, trials and final ones."""
-        return self.trials_wanted * len(self.study.tuning.seeds) + len(self.study.seeds)
+        return self.study.tuning.runs(self.trials_wanted) + len(self.study.seeds)
 
     @cached_property
     def startup(self) -> list[search.Settings]:
         """The settings of its quasi-random trials."""
-        n = min(self.study.tuning.startup, self.trials_wanted)
+        n = min(self.study.tuning.startup, self.study.tuning.trials) if self.arm.search else 0
         seed = search.seed(self.study.name, *self.key, "quasi-random")
         return search.quasi_random(self.arm.search, n, seed) if n else []
 
     def tuning_specs(self) -> dict[str, RunSpec]:
         """The runs of all trials that can be made now, by id."""
-        return {run_id: spec for _, specs in self._proposals().values() for run_id, spec in specs.items()}
+        return {run_id: spec for _, _, specs in self._proposals().values() for run_id, spec in specs.items()}
 
     def tell(self, losses: Losses) -> list[Trial]:
         """Close the trials whose runs are all there, as far as no earlier one is open, and return them."""
         told: list[Trial] = []
         while not self.tuned:
             number = len(self.trials)
-            settings, specs = self._proposals()[number]
+            settings, earlier, specs = self._proposals()[number]
             if any(run_id not in losses for run_id in specs):
                 break
-            loss = math.fsum(losses[run_id] for run_id in specs) / len(specs)
-            trial = Trial(number=number, settings=settings, loss=loss, run_ids=tuple(specs))
+            run_ids = (*earlier, *specs)
+            loss = math.fsum(losses[run_id] for run_id in run_ids) / len(run_ids)
+            trial = Trial(number=number, settings=settings, loss=loss, run_ids=run_ids)
             self.trials.append(trial)
             del self._open[number]
             told.append(trial)
@@ -106,22 +107,30 @@ class Lane:
         """What its own tuning found."""
         if not self.trials_wanted:
             return Choice(settings={}, trials=())
-        best = min(self.trials, key=lambda trial: (trial.loss, trial.number))
-        return Choice(settings=best.settings, trials=tuple(self.trials))
+        return Choice(settings=best(self.study.tuning, self.trials).settings, trials=tuple(self.trials))
 
     def final_specs(self, choice: Choice) -> list[RunSpec]:
         """Its final runs, in the order of the seeds."""
         return [self._spec(choice.settings, seed) for seed in self.study.seeds]
 
-    def _proposals(self) -> dict[int, tuple[search.Settings, dict[str, RunSpec]]]:
-        told = len(self.trials)
+    def _proposals(self) -> dict[int, tuple[search.Settings, tuple[str, ...], dict[str, RunSpec]]]:
+        """The open trials by number: settings, the runs that an earlier trial of them has, and those to be made."""
+        tuning, told = self.study.tuning, len(self.trials)
         startup = len(self.startup)
-        for number in range(told, min(max(startup, told + 1), self.trials_wanted)):
+        for number in range(told, min(max(startup, told + 1), tuning.trials)):
             if number not in self._open:
                 settings = self.startup[number] if number < startup else self._next()
-                specs = [self._spec(settings, seed) for seed in self.study.tuning.seeds]
-                self._open[number] = settings, {spec.run_id: spec for spec in specs}
+                self._open[number] = settings, (), self._specs(settings, tuning.seeds)
+        if told >= tuning.trials:
+            finalists = ranked(self.trials[: tuning.trials])[: tuning.finalists]
+            for number, trial in enumerate(finalists, tuning.trials):
+                if number >= told and number not in self._open:
+                    specs = self._specs(trial.settings, tuning.rerun_seeds)
+                    self._open[number] = trial.settings, trial.run_ids, specs
         return self._open
+
+    def _specs(self, settings: search.Settings, seeds: Iterable[int]) -> dict[str, RunSpec]:
+        return {spec.run_id: spec for spec in (self._spec(settings, seed) for seed in seeds)}
 
     def _next(self) -> search.Settings:
         history = [(trial.settings, trial.loss) for trial in self.trials]
@@ -138,6 +147,16 @@ class Lane:
             batch_size=self.study.batch_size or task.batch_size,
             amp=self.study.amp,
         )
+
+
+def ranked(trials: Iterable[Trial]) -> list[Trial]:
+    """Trials from the lowest loss up; the earliest first if two tie."""
+    return sorted(trials, key=lambda trial: (trial.loss, trial.number))
+
+
+def best(tuning: Tuning, trials: Sequence[Trial]) -> Trial:
+    """The trial whose settings are chosen: of those that were run again, if any were."""
+    return ranked(trials[tuning.trials :] or trials)[0]
 
 
 def lanes(study: Study, trials: Mapping[Key, Sequence[Trial]] | None = None) -> dict[Key, Lane]:
@@ -174,7 +193,7 @@ def ready(lane: Lane, all_lanes: Mapping[Key, Lane]) -> dict[str, RunSpec]:
 
 def left(lane: Lane, all_lanes: Mapping[Key, Lane], losses: Losses) -> int:
     """How many runs of a lane are yet to be made."""
-    told = len(lane.trials) * len(lane.study.tuning.seeds)
+    told = lane.study.tuning.runs(len(lane.trials))
     return lane.runs_wanted - told - sum(run_id in losses for run_id in ready(lane, all_lanes))
 
 

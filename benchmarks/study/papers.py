@@ -89,7 +89,10 @@ class Protocol(Frozen):
         """Return the content of the protocol's file."""
         return (
             json.dumps(
-                self.model_dump(mode="json", exclude={"study": {"protocol", "batch_size", "amp"}}),
+                self.model_dump(
+                    mode="json",
+                    exclude={"study": {"protocol": True, "batch_size": True, "amp": True, "tuning": {"reruns"}}},
+                ),
                 indent=1,
                 ensure_ascii=False,
             )

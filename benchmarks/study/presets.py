@@ -101,7 +101,7 @@ QUICK = Study(
         _with(LPSGDM, "ℓ0.8 decay", LP),
     ),
     baseline="SGD",
-    tuning=Tuning(trials=12, startup=8),
+    tuning=Tuning(trials=12, startup=8, reruns=2),
     seeds=tuple(range(1, 9)),
 )
 
@@ -118,8 +118,8 @@ STANDARD = Study(
         *(MUON, SCION, SCALE),
     ),
     baseline="AdamW",
-    tuning=Tuning(trials=10, startup=8),
-    seeds=(1, 2, 3, 4, 5),
+    tuning=Tuning(trials=10, startup=8, reruns=2),
+    seeds=tuple(range(1, 13)),
 )
 
 FULL = STANDARD.model_copy(
@@ -135,7 +135,7 @@ FULL = STANDARD.model_copy(
             MODULAR,
             *(_with(SGD_EMA, "AGR", {"agr": True}), _with(SGD_EMA, "ℓ0.8 decay", LP)),
         ),
-        "tuning": Tuning(trials=24, startup=12),
+        "tuning": Tuning(trials=24, startup=12, reruns=2),
         "seeds": tuple(range(1, 21)),
     }
 )
@@ -152,7 +152,7 @@ P_SCHEDULE = Study(
         *(SGD_EMA, SIGNUM, ADAMW),
     ),
     baseline="LPSGDM",
-    tuning=Tuning(trials=12, startup=8),
+    tuning=Tuning(trials=12, startup=8, reruns=2),
     seeds=tuple(range(1, 11)),
 )
 
@@ -244,7 +244,7 @@ AGR = Study(
     tasks=("digits", "digits-noise", "breast-cancer", "diabetes-sparse", "bytes"),
     arms=tuple(a for arm in _AGR_TWINS for a in (arm, _with(arm, "AGR", {"agr": True}))),
     baseline="AdamW",
-    tuning=Tuning(trials=10, startup=8),
+    tuning=Tuning(trials=10, startup=8, reruns=2),
     seeds=tuple(range(1, 9)),
 )
 
@@ -254,8 +254,8 @@ NORMS_BY_LAYER = Study(
     tasks=("digits-mix", "bytes"),
     arms=(ADAMW, SGD, LPSGDM, MUON, SCION, SCALE, MODULAR),
     baseline="AdamW",
-    tuning=Tuning(trials=10, startup=8),
-    seeds=(1, 2, 3, 4, 5),
+    tuning=Tuning(trials=10, startup=8, reruns=2),
+    seeds=tuple(range(1, 9)),
 )
 
 # What is known before anything is run, so that it tests the program: SGD of normopt, SGD of torch at the same learning

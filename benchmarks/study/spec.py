@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+FINALISTS = 3  # trials that are run again before one of them is chosen
+
 
 def _told(value: Any) -> Any:
     """JSON has no ∞: it is kept as the word."""
@@ -153,11 +155,29 @@ class Tuning(Frozen):
         trials: settings tried by each.
         startup: how many of them are quasi-random (scrambled Sobol points), before TPE.
         seeds: the runs of a trial; its value is the mean validation loss after the last epoch, ∞ if one diverged.
+        reruns: the runs more that the best three trials get, on the seeds that follow; then the lowest mean over all
+            runs of a trial decides. 0: the best trial is taken as it is, which favours arms whose losses vary.
     """
 
     trials: int = Field(ge=1)
     startup: int = Field(ge=1)
     seeds: tuple[int, ...] = (1000,)
+    reruns: int = Field(default=0, ge=0)
+
+    @property
+    def rerun_seeds(self) -> tuple[int, ...]:
+        """The seeds on which the best trials are run again."""
+        return tuple(range(max(self.seeds) + 1, max(self.seeds) + 1 + self.reruns))
+
+    @property
+    def finalists(self) -> int:
+        """How many trials are run again."""
+        return min(FINALISTS, self.trials) if self.reruns else 0
+
+    def runs(self, closed: int) -> int:
+        """How many runs an arm's first so many trials have; those that are run again come last, and count anew."""
+        again = max(0, closed - self.trials)
+        return (closed - again) * len(self.seeds) + again * self.reruns
 
 
 class Study(Frozen):
@@ -195,7 +215,8 @@ class Study(Frozen):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"arms need names of their own, but {', '.join(twice)} occurs twice")
-        if len(set(self.seeds)) < len(self.seeds) or set(self.seeds) & set(self.tuning.seeds):
+        tuned = {*self.tuning.seeds, *self.tuning.rerun_seeds}
+        if len(set(self.seeds)) < len(self.seeds) or set(self.seeds) & tuned:
             raise ValueError("the seeds must differ from each other and from those of the tuning")
         if self.baseline not in names:
             raise ValueError(f"the baseline {self.baseline!r} is none of the arms: {', '.join(names)}")

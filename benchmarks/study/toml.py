@@ -44,7 +44,13 @@ from benchmarks.study.spec import Arm, Frozen, Range, Study, Value
 from benchmarks.tasks import TASKS
 from normopt._checks import near
 
-USUAL = {"purpose": "", "tasks": (), "baseline": "", "tuning": {"trials": 12, "startup": 8}, "seeds": range(1, 6)}
+USUAL = {
+    "purpose": "",
+    "tasks": (),
+    "baseline": "",
+    "tuning": {"trials": 12, "startup": 8, "reruns": 2},
+    "seeds": range(1, 9),
+}
 FIRST_TUNING_SEED = 1000
 # Of an optimizer of your own: it holds the best learning rate of every optimizer on every task here, at the price of
 # some trials far from it.
@@ -100,6 +106,7 @@ class TuningTable(Frozen):
     trials: int | None = Field(default=None, ge=1)
     startup: int | None = Field(default=None, ge=1)
     seeds: int | tuple[int, ...] | None = None
+    reruns: int | None = Field(default=None, ge=0)
 
 
 class StudyTable(Frozen):

@@ -24,8 +24,16 @@ def finish(study: Study, order=lambda specs: specs):
         for run_id, spec in order(list(open_runs.items())):
             proposed.append(run_id)
             losses[run_id] = run(spec).last_loss
+            wanted = sum(lane.runs_wanted for lane in all_lanes.values())
+            assert sum(left(lane, all_lanes, losses) for lane in all_lanes.values()) == wanted - len(losses)
         for lane in all_lanes.values():
             lane.tell(losses)
+
+
+def run_of(study, task, arm, settings, seed):
+    return (
+        lanes(study)[task, arm].final_specs(Choice(settings=settings, trials=()))[0].model_copy(update={"seed": seed})
+    )
 
 
 def test_every_arm_gets_its_trials_and_its_final_runs():
@@ -85,6 +93,54 @@ def test_the_lowest_loss_is_chosen_and_the_earliest_of_equals():
     ]
     found = choices(STUDY, {lane.key: trials})
     assert found[lane.key] == Choice(settings=trials[2].settings, trials=tuple(trials))
+
+
+def test_the_best_three_are_run_again_and_the_mean_of_all_their_runs_decides():
+    tuning = STUDY.tuning.model_copy(update={"reruns": 2})
+    study = Study.model_validate(STUDY.model_dump() | {"tuning": tuning.model_dump()})
+    whole, losses, proposed = finish(study)
+    assert len(proposed) == len(set(proposed)) == RUNS + 2 * 2 * 3 * 2
+    assert sum(lane.runs_wanted for lane in whole.values()) == len(proposed)
+    assert sum(left(lane, whole, losses) for lane in whole.values()) == 0
+    lane = whole["mini", "A"]
+    first, again = lane.trials[:6], lane.trials[6:]
+    ranks = sorted(first, key=lambda trial: trial.loss)
+    assert [t.settings for t in again] == [t.settings for t in ranks[:3]]
+    for before, after in zip(ranks, again, strict=False):
+        runs = [run_of(study, "mini", "A", before.settings, seed) for seed in (1000, 1001, 1002)]
+        assert after.run_ids == tuple(spec.run_id for spec in runs)
+        assert after.loss == pytest.approx(np.mean([run(spec).last_loss for spec in runs]))
+    assert lane.choice().settings == min(again, key=lambda trial: trial.loss).settings
+    # What was told in another order, or stopped between, goes on alike.
+    assert {k: ln.trials for k, ln in finish(study, order=lambda s: s[::-1])[0].items()} == {
+        k: ln.trials for k, ln in whole.items()
+    }
+    for known in range(10):
+        resumed = lanes(study, {key: ln.trials[:known] for key, ln in whole.items()})
+        for ln in resumed.values():
+            ln.tell(losses)
+        assert {k: ln.trials for k, ln in resumed.items()} == {k: ln.trials for k, ln in whole.items()}
+
+
+def test_the_rerun_can_change_the_choice():
+    tuning = STUDY.tuning.model_copy(update={"reruns": 2})
+    study = Study.model_validate(STUDY.model_dump() | {"tuning": tuning.model_dump()})
+    lane = lanes(study)["mini", "A"]
+    told = [
+        Trial(number=n, settings={"lr": 0.1 * (n + 1)}, loss=loss, run_ids=(f"{n}",))
+        for n, loss in enumerate((0.1, 0.2, 0.3, 0.4, 0.5, math.inf))
+    ]
+    lane.trials.extend(told)
+    assert not lane.tuned
+    losses = {}
+    for spec in lane.tuning_specs().values():
+        assert spec.seed in (1001, 1002)
+        losses[spec.run_id] = {0.1: 0.6, 0.2: 0.2, 0.3: 0.9}[round(spec.settings["lr"], 1)]
+    losses |= {f"{n}": trial.loss for n, trial in enumerate(told)}
+    again = lane.tell(losses)
+    assert [trial.loss for trial in again] == pytest.approx([1.3 / 3, 0.2, 0.7])
+    assert lane.tuned
+    assert lane.choice().settings == {"lr": 0.2}
 
 
 def test_choices_hold_what_is_tuned_and_final_runs_their_settings():

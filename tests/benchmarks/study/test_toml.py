@@ -58,7 +58,7 @@ def test_a_file_is_a_study(tmp_path):
         ("digits", "breast-cancer"),
     )
     assert (study.baseline, study.seeds, study.budget) == ("SGD", (7, 8), 0.5)
-    assert study.tuning == Tuning(trials=3, startup=2, seeds=(1000, 1001))
+    assert study.tuning == Tuning(trials=3, startup=2, seeds=(1000, 1001), reruns=2)
     assert [arm.name for arm in study.arms] == [
         "SGD", "LPSGDM p=4", "LPSGDM p=4 agr", "LPSGDM p=inf", "LPSGDM p=inf agr", "signum",
     ]  # fmt: skip
@@ -76,8 +76,8 @@ def test_a_file_is_a_study(tmp_path):
 
 def test_what_a_file_leaves_out_has_defaults(tmp_path):
     study = read(file(tmp_path, 'tasks = ["digits"]\n[[arms]]\noptimizer = "sgd"\n'))
-    assert (study.name, study.baseline, study.seeds, study.budget) == ("study", "sgd", (1, 2, 3, 4, 5), 1.0)
-    assert study.tuning == Tuning(trials=12, startup=8)
+    assert (study.name, study.baseline, study.seeds, study.budget) == ("study", "sgd", tuple(range(1, 9)), 1.0)
+    assert study.tuning == Tuning(trials=12, startup=8, reruns=2)
 
 
 def test_a_preset_can_be_the_base(tmp_path):
@@ -200,7 +200,7 @@ def test_flags_change_a_file(tmp_path):
     )
     assert (new.name, new.tasks, new.seeds, new.budget) == ("mine-changed", ("bytes",), (1, 2), 0.25)
     assert (new.baseline, new.batch_size) == ("lion", 16)
-    assert new.tuning == Tuning(trials=4, startup=2, seeds=(1000, 1001, 1002))
+    assert new.tuning == Tuning(trials=4, startup=2, seeds=(1000, 1001, 1002), reruns=2)
     assert [arm.name for arm in new.arms] == [*(a.name for a in old.arms if a.name != "SGD"), "lion", "SGD"]
     assert new.arm("SGD").optimizer == "adamw"
     assert {spec.batch_size for spec in lanes(new)["bytes", "lion"].tuning_specs().values()} == {16}
