@@ -143,7 +143,9 @@ def test_the_page_of_agr_asks_for_both_and_for_the_hooks(tmp_path):
     assert "**Here:** the claim holds: AdamW + AGR minus AdamW is +" in text
     assert "On hooks AGR is the same as in the optimizer" in text
     text = page_of(tmp_path / "one", "paper-agr", gains | {"Adan + AGR": 0.0})
-    assert "**Here:** the claim does not hold" in text
+    assert "**Here:** the claim holds for AdamW alone, and was declared for both: " in text
+    text = page_of(tmp_path / "none", "paper-agr", {"AdamW": 0.01, "Adan + AGR": 0.0})
+    assert "**Here:** the claim does not hold: " in text
     text = page_of(tmp_path / "other", "paper-agr", gains | {"torch's AdamW + AGR on hooks": 0.02})
     assert "not shown to be the same" in text
 
