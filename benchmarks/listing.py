@@ -62,13 +62,13 @@ def estimated(console: Console, of: Estimate, workers: int) -> None:
     """How many runs a study has, and about how long they take."""
     table = _table("Task", "Arm", "Trials", "Runs", "Missing", "Seconds a run", "Time")
     for (task, arm), lane in of.lanes.items():
-        key = task, arm
+        key, tuning = (task, arm), lane.study.tuning
         seconds = of.seconds.get(key)
         least = "> " if key in of.slow else ""
         table.add_row(
             task,
             arm,
-            str(lane.trials_wanted),
+            f"{tuning.trials}{f' + {tuning.finalists} again' if tuning.finalists else ''}" if lane.arm.search else "0",
             str(lane.runs_wanted),
             str(of.missing[key]),
             "?" if seconds is None else f"{least}{seconds:.2g}",

@@ -245,14 +245,15 @@ class Store:
     def _check(self, environment: Environment) -> None:
         for old in self.environments:
             for what, before, now in (
-                ("other data than the task", old.data, environment.data),
-                ("other code than the optimizer", old.code, environment.code),
+                ("data of the task", old.data, environment.data),
+                ("code of the optimizer", old.code, environment.code),
             ):
                 for name in sorted(before.keys() & now.keys()):
                     if before[name] != now[name]:
                         raise UnfitStore(
-                            f"{self.folder} holds runs on {what} {name!r} has on this machine now, Python "
-                            f"{environment.python}: choose another folder with --out, or go on with what began it"
+                            f"{self.folder} was begun with other {what} {name!r} than there is here now (Python "
+                            f"{environment.python}): put it back as it was, to go on, or run the study in a new folder "
+                            "(run … --out FOLDER)"
                         )
 
     def _append(self, kind: str, content: BaseModel | dict[str, str], safely: bool = True) -> None:

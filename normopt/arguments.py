@@ -21,12 +21,15 @@ from normopt.stages.base import default_settings, owners
 SYNONYMS = {
     "alpha": "α of RMSprop is metric_beta",
     "amsgrad": 'amsgrad=True is metric_rule="max"',
+    "beta": "the β of an average of gradients is momentum",
     "betas": "give β₁ as momentum, and β₂ as metric_beta or, under Lion's rule, as beta2",
     "beta1": "β₁ is momentum",
     "capturable": "it is not needed, because no step waits for the device",
     "cautious": 'cautious decay is decay="cautious"',
     "lambda_p": 'λ of ℓp decay is weight_decay, with decay="lp"',
     "learning_rate": "the learning rate is lr",
+    "p_max": "the p that a schedule starts from is p",
+    "p_start": "the p that a schedule starts from is p",
     "wd": "the strength of the decay is weight_decay",
 }
 # Settings of torch's adaptive optimizers, and what they are here.
@@ -112,7 +115,7 @@ def check_preset(cls: type, params: object) -> None:
         preset: str = params.preset  # type: ignore[attr-defined]
         raise ValueError(
             f"these groups are of preset {preset!r}, for normopt.{wanted}, but were given to {cls.__name__}: use "
-            f"normopt.{wanted} or another preset (normopt.SteepestDescent takes any)"
+            f"normopt.{wanted}, or another preset"
         )
 
 

@@ -25,7 +25,7 @@ from normopt.arguments import (
     warn_vectors,
 )
 from normopt.kernels.fused import FusedBatch, FusedUpdate
-from normopt.loading import match_params, prepare_state_dict
+from normopt.loading import match_params, prepare_state_dict, warn_if_unscheduled
 from normopt.norms import registry
 from normopt.norms.base import without_autocast
 from normopt.norms.lp import Lp
@@ -190,8 +190,14 @@ class SteepestDescent(Optimizer):
     _recipes: dict[int, CachedRecipe]
     _updates: dict[int, list[FusedUpdate]]
     _agreed: bool
+    _loaded: bool
 
     def __init__(self, params: ParamsT, lr: float | Tensor = 1e-3, **settings: Unpack[Arguments]) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"params is a {type(params).__name__}, a module: give model.parameters(), or a norm for each kind of "
+                "layer by normopt.param_groups(model)"
+            )
         check_preset(type(self), params)
         declared = default_settings()
         given: dict[str, Any] = {"lr": lr, **settings}
@@ -211,7 +217,8 @@ class SteepestDescent(Optimizer):
             show_settings(cls.__init__)
 
     def _forget(self) -> None:
-        self._measured, self._recipes, self._updates, self._agreed = {"last": []}, {}, {}, False
+        self._measured, self._recipes, self._updates = {"last": []}, {}, {}
+        self._agreed = self._loaded = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after checking its settings; a refused group leaves no trace.
@@ -333,7 +340,8 @@ class SteepestDescent(Optimizer):
             TypeError: a setting is of the wrong type; nothing is changed then.
 
         Warns:
-            UserWarning: a checkpoint of normopt has state that no stage here reads, such as your own; it is loaded.
+            UserWarning: a checkpoint of normopt has state that no stage here reads, such as your own; it is loaded. In
+                the next ``step()``: a schedule of p made the checkpoint's p, and this optimizer has none.
         """
         seen: list[dict[str, Any]] = []
 
@@ -342,7 +350,7 @@ class SteepestDescent(Optimizer):
             return seen[0]
 
         def restore(_: Optimizer) -> None:
-            self._recipes = {}
+            self._recipes, self._loaded = {}, True
             for i, group in enumerate(self.param_groups):
                 _unshare(group)
                 made_on = group.pop("backend", None)
@@ -426,6 +434,9 @@ class SteepestDescent(Optimizer):
             if not self._agreed and not torch.compiler.is_compiling():
                 check_agreement([(recipe, [p for batch in found for p in batch]) for recipe, found in work])
                 self._agreed = True
+                if self._loaded:
+                    warn_if_unscheduled(self)
+                    self._loaded = False
             # ℓp norms have no products of matrices, which are all that autocast changes of a step.
             mapped = [found for recipe, found in work if not isinstance(recipe.norm, Lp)]
             kinds = {p.device.type for found in mapped for batch in found for p in batch}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ OF_TORCH = {
     "scope",
     *RUN,
 }
+
+
+SCHEDULES: WeakSet[Any] = WeakSet()  # the schedules of p that are alive
 
 
 def match_params(param_groups: Groups, state_dict: dict[str, Any]) -> list[tuple[dict[str, Any], Any, Tensor]]:
@@ -227,3 +231,23 @@ def _to_adam(state: dict[str, Any]) -> dict[str, Any]:
     squares = {key: x for key, x in state.items() if key not in ("step", "momentum_buffer")}
     m = state.get("momentum_buffer", torch.zeros_like(squares["exp_avg_sq"]))
     return {"step": state["step"].cpu(), "exp_avg": m, **squares}
+
+
+def warn_if_unscheduled(optimizer: Optimizer) -> None:
+    """Warn if a schedule moved a setting of the groups that were loaded, and this optimizer has no schedule of it."""
+    here = [
+        schedule.setting
+        for schedule in SCHEDULES
+        # A wrapper of the optimizer may have groups of its own.
+        if schedule.optimizer.param_groups is optimizer.param_groups or not hasattr(schedule.optimizer, "backend")
+    ]
+    for group in optimizer.param_groups:
+        for name in [key.removeprefix("last_epoch_of_") for key in group if key.startswith("last_epoch_of_")]:
+            if name not in here:
+                warn(
+                    f"the checkpoint's {name} = {group.get(name)} was set by a schedule, of which "
+                    f"{group[f'last_epoch_of_{name}']} steps are done, but this optimizer has no schedule of {name}: "
+                    "it stays as it is. Make the schedule again, and it goes on from there; or, if it is to stay, "
+                    f"delete initial_{name} and last_epoch_of_{name} from the param groups"
+                )
+                return

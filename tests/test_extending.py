@@ -399,3 +399,14 @@ def test_a_backend_is_a_module_with_a_step(rule: str, monkeypatch: pytest.Monkey
     for p, q in zip(ours, expected, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
     assert "on fused" in opts[0].backend()
+
+
+def test_a_module_or_a_preset_in_the_wrong_place_is_sent_to_the_right_one():
+    net = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"params is a Linear, a module: give model\.parameters\(\), or .*param_groups"):
+        normopt.Muon(net)
+    for name, wanted in (("muon-adamw", "Muon"), ("scion-mlp", "Scion"), ("modular", "Muon")):
+        with pytest.raises(ValueError, match=rf"{name!r} is a preset of param_groups .* to normopt\.{wanted}$"):
+            normopt.get_optimizer(name)
+    with pytest.raises(TypeError, match="momentum"):
+        normopt.LPSGDM(net.parameters(), beta=0.9)

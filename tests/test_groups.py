@@ -356,8 +356,8 @@ def test_blocks_go_to_matrices_alone_and_other_values_are_left_to_the_optimizer(
     lp = {"hidden.weight": {"norm": "lp"}}  # whose p is the optimizer's
     opt = normopt.LPSGDM(list(normopt.param_groups(Mix(), "modular", overrides=lp)), p=3.0)
     assert {3.0} == {g["p"] for g in opt.param_groups if g["norm"] == "lp"}
-    given = {"head": {"lr": torch.tensor(0.1), "weight_decay": torch.tensor([0.1]), "mine": "any"}}
-    assert "mine any" in str(normopt.param_groups(Mix(), overrides=given))
+    given = {"head": {"lr": torch.tensor(0.1), "weight_decay": torch.tensor([0.1])}}
+    assert torch.equal(by_name(normopt.param_groups(Mix(), overrides=given), "lr")["head.weight"], torch.tensor(0.1))
     power = {"head.weight": {"norm": "lp", "p": 3.0, "scale": "power", "eps": 0.0}}
     normopt.Muon(normopt.param_groups(Mix(), overrides=power))
 
@@ -656,8 +656,33 @@ REFUSED = [
     (dict(overrides={"hidden": {"norm_blocks": (8, 4, 4)}}), ValueError, "hidden.weight: .* adds up to 16, not to"),
     (dict(overrides={"hidden": {"norm_blocks": 3}}), ValueError, "hidden.weight: blocks = 3 does not divide the 20"),
     (dict(overrides={"hidden": {"norm_aspect": "rsm"}}), ValueError, "hidden.weight: aspect must be one of"),
-    (dict(overrides={"hidden": {"norm_block": 4}}), ValueError, "hidden.weight.*did you mean 'norm_blocks'"),
-    (dict(overrides={"head": {"weigth_decay": 0.1}}), ValueError, "head.weight.*did you mean 'weight_decay'"),
+    (
+        dict(overrides={"hidden": {"norm_block": 4}}),
+        ValueError,
+        "hidden'.: 'norm_block' is not a setting; .*'norm_blocks'",
+    ),
+    *(
+        (dict(overrides={"head": {key: 0.5}}), ValueError, f"'{key}' is not a setting; lr_ratio")
+        for key in ("lr_mult", "lr_scale")
+    ),
+    (
+        dict(overrides={"head": {"optimizer": "adamw"}}),
+        ValueError,
+        "'optimizer' is not a setting; .*\"gate\"} is AdamW's",
+    ),
+    (dict(overrides={"head": {"colour": "red"}}), ValueError, "'colour' is not a setting"),
+    (
+        dict(overrides={"head": {"wd": 0.1}}),
+        ValueError,
+        "'wd' is not a setting; the strength of the decay is weight_decay",
+    ),
+    (dict(overrides={"output": {"lr": 0.1}}), ValueError, "matches no parameter; did you mean 'kind:output'"),
+    (
+        dict(overrides={"hid": {"lr": 0.1}}),
+        ValueError,
+        r"did you mean 'hidden\.weight' or 'hidden\.bias', or a pattern",
+    ),
+    (dict(overrides={"head": {"weigth_decay": 0.1}}), ValueError, "head'.: .*did you mean 'weight_decay'"),
     (
         dict(overrides={"head": {"weight_decay": None}}),
         TypeError,

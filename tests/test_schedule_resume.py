@@ -411,3 +411,56 @@ class TestStepWithOptimizer:
             run(p_end=3.0)
         with pytest.raises(ValueError, match="p_steps must be"):
             run(p_steps=0)
+
+
+def loaded(opt):
+    """Load the state of an optimizer whose p a schedule has moved for three steps."""
+    before = optimizer()
+    train(before, CosineP(before, STEPS), 0, 3)
+    opt.load_state_dict(before.state_dict())
+    return opt
+
+
+class Quiet:
+    """A schedule's place for a test that has none."""
+
+    def step(self):
+        pass
+
+
+def test_a_checkpoint_whose_p_a_schedule_made_warns_where_no_schedule_follows():
+    opt = loaded(optimizer())
+    with pytest.warns(
+        UserWarning, match=r"the checkpoint's p = 5\.\d+ was set by a schedule, of which 3 steps"
+    ) as told:
+        train(opt, Quiet(), 0, 3)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    # Nor is a schedule of another setting one of p.
+    other = optimizer()
+    momentum = CosineP(other, STEPS, setting="momentum", end=0.5)
+    loaded(other)
+    with pytest.warns(UserWarning, match="no schedule of p"):
+        train(other, momentum, 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["after", "before", "with the optimizer", "pickled", "deleted keys", "no load"])
+def test_no_warning_where_a_schedule_follows_or_none_is_asked_for(kind):
+    opt, sched = optimizer(), Quiet()
+    if kind == "before":
+        sched = CosineP(opt, STEPS)
+    if kind == "with the optimizer":
+        CosineP(opt, STEPS).step_with_optimizer()
+    if kind == "pickled":
+        opt, sched = pickle.loads(pickle.dumps((opt, CosineP(opt, STEPS))))
+    if kind != "no load":
+        loaded(opt)
+    if kind == "after":
+        sched = CosineP(opt, STEPS)
+    if kind == "deleted keys":
+        for group in opt.param_groups:
+            group.pop("initial_p", None)
+            group.pop("last_epoch_of_p", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(opt, sched, 0, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from benchmarks.report.tables import state
 from benchmarks.results import Answer, Comparison, Results, Row, TaskResults, measure, validation_score
 from benchmarks.stats import Interval
 from benchmarks.study.presets import PRESETS
-from benchmarks.study.spec import LRSchedule
+from benchmarks.study.spec import Arm, LRSchedule
 
 ENGINE = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -51,14 +52,17 @@ class Finding:
 def findings(results: Results) -> list[Finding]:
     """The answers in the order in which they are read; the first sentence counts what is significant."""
     found = [] if results.whole else [Finding("Not finished", _said("unfinished", results))]
-    found.append(Finding("Answer", _said("headline", results, leaders=_leaders(results))))
+    references = {results.study.against(arm.name) for arm in results.study.arms}
+    edges = _where([row for row in results.rows if row.at_edge and row.name in references])
+    found.append(Finding("Answer", _said("headline", results, leaders=_leaders(results), edges=edges)))
     for answer in results.answers:
         sparse = _sparsity(results, answer) if answer.question.title == DECAYED else ([], [])
         words = _said("answer", results, answer=answer, pairs=_pairs(answer), many=MANY, sparse=sparse)
         found.append(Finding(answer.question.title, words))
     edges = _where([row for row in results.rows if row.at_edge])
     lost = _where([row for row in results.rows if row.diverged or row.failed])
-    found.append(Finding("How far to trust this", _said("trust", results, edges=edges, lost=lost)))
+    widths = _widths(results.study.arms)
+    found.append(Finding("How far to trust this", _said("trust", results, edges=edges, lost=lost, widths=widths)))
     return found + [
         Finding(f"Task {task.name}", _said("task", results, task=task), task.name) for task in results.tasks.values()
     ]
@@ -111,6 +115,15 @@ def _where(rows: Sequence[Row]) -> list[str]:
     """Arms, with the tasks of these rows."""
     arms = dict.fromkeys(row.name for row in rows)
     return [f"{arm} on {text.listed([row.task for row in rows if row.name == arm])}" for arm in arms]
+
+
+def _widths(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
+    """The decades that arms search for their learning rates, and the arms of each."""
+    found: dict[str, list[str]] = {}
+    for arm in arms:
+        if lr := arm.search.get("lr"):
+            found.setdefault(f"{math.log10(lr.high / lr.low):.2g}" if lr.low > 0 else "linear", []).append(arm.name)
+    return sorted(found.items())
 
 
 Sparse = tuple[TaskResults, Interval, Comparison]

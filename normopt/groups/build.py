@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from normopt._checks import check_choice, check_integer, check_number, near, plain
-from normopt.arguments import ADAN, TORCHS, check_unknown_keys, from_torch
+from normopt.arguments import ADAN, SYNONYMS, TORCHS, check_unknown_keys, from_torch
 from normopt.groups.classify import EMBEDDINGS, KINDS, MATRICES, UNDECAYED, Kind, ParamInfo, blocks_of, classify_params
 from normopt.groups.modular import budgets
 from normopt.groups.presets import ADAMW, CONSTRAINED, OPTIMIZERS, PRESETS, PresetName
@@ -310,6 +310,16 @@ def _check_override(settings: Mapping[str, Any]) -> None:
     theirs = {key: value for key, value in settings.items() if key not in ("eps", "norm")}
     ours = from_torch(theirs, ADAN if isinstance(betas, tuple | list) and len(betas) == 3 else TORCHS["betas"])
     check_settings({key: plain(value) for key, value in ours.items()})
+    known = {*default_settings(), *map(registry.setting_key, fields), "kind", "mass"}
+    for key in ours.keys() - known:
+        hint = f"; {SYNONYMS[key]}" if key in SYNONYMS else near(key, known)
+        if key == "optimizer":
+            hint = (
+                '; a parameter\'s kind decides whose rule it follows: under "muon-adamw", {"kind": "gate"} is AdamW\'s'
+            )
+        elif key.startswith("lr"):
+            hint = "; lr_ratio multiplies the learning rate"
+        raise ValueError(f"{key!r} is not a setting{hint}")
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
@@ -360,8 +370,11 @@ def _matches_nothing(key: str | type[nn.Module], infos: list[ParamInfo], kinds: 
         ties = "".join(f"; {_label(i.names)} is of the kind {kinds[i.name]!r}" for i in tied[:1] if len(i.names) > 1)
         return f"overrides[{key!r}]: no parameter is of the kind {kind!r}, only of {present}{ties}"
     names = [info.name for info in infos]
-    hint = near(key, names) if isinstance(key, str) else ""
-    if isinstance(key, type):
+    if isinstance(key, str):
+        alike = [name for name in names if key.strip("*.") in name]
+        hint = f"; did you mean 'kind:{key}'?" if key in KINDS else near(key, names)
+        hint = f"; did you mean {' or '.join(map(repr, alike[:3]))}, or a pattern with *?" if alike else hint
+    else:
         hint = ": no module of this type has parameters of its own, and those of its parts need a pattern ('encoder.*')"
     return f"overrides[{_shown(key)}] matches no parameter{hint}; the first are {', '.join(names[:5])}"
 

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from normopt._checks import check_integer, check_number, near, warn
 from normopt.hooks import OutermostStep
+from normopt.loading import SCHEDULES
 
 UNSAVED = {"optimizer", "_known", "_step_count"}
 
@@ -243,6 +244,10 @@ class PSchedule(LRScheduler, ABC):
         trial._set()
         self.__dict__.update(trial.__dict__)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        SCHEDULES.add(self)
+
     def __repr__(self) -> str:
         state = ", ".join(f"{k}={v}" for k, v in self.state_dict().items() if k != "schedule")
         return f"{type(self).__name__}({state})"
@@ -291,6 +296,7 @@ class PSchedule(LRScheduler, ABC):
         ps = [None if start is None else self._p_of(i, start, s) for i, start in enumerate(self.base_ps)]
         # Groups added after construction keep their own p, as with torch's LR schedulers.
         self._known = []
+        SCHEDULES.add(self)
         for i, (group, p) in enumerate(zip(self.optimizer.param_groups, ps, strict=False)):
             self._known.append((group, p))
             if p is None:

@@ -37,7 +37,7 @@ purpose = "whether the program works"
 tasks = ["digits"]
 seeds = 2
 budget = 0.1
-tuning = { trials = 2, startup = 1 }
+tuning = { trials = 2, startup = 1, reruns = 0 }
 [[arms]]
 name = "SGD"
 optimizer = "sgd"
@@ -201,7 +201,7 @@ def test_an_optimizer_that_is_edited_before_a_study_goes_on_is_refused(tmp_path,
     process = program("resume", str(out), env=os.environ | {"PYTHONPATH": str(tmp_path)})
     _, errors = process.communicate(timeout=patience(30))
     assert process.returncode == 2
-    assert "other code than the optimizer 'mine_of_test:Mine'" in errors
+    assert "other code of the optimizer 'mine_of_test:Mine'" in errors
 
 
 @pytest.mark.exhaustive

@@ -190,9 +190,9 @@ def test_runs_on_other_data_do_not_mix_but_those_of_other_versions_do(tmp_path):
     store.begin(STUDY, newer)
     assert store.environments == [HERE, newer]
     other = HERE.model_copy(update={"data": {"mini": "of another Python"}})
-    with pytest.raises(UnfitStore, match="on other data than the task 'mini'"):
+    with pytest.raises(UnfitStore, match="other data of the task 'mini'"):
         store.note(other)
-    with pytest.raises(UnfitStore, match="on other data"):
+    with pytest.raises(UnfitStore, match="other data"):
         Store(tmp_path).begin(STUDY, other)
     # Of a task that only one of them looked at, nothing is known to differ.
     store.note(Environment.model_validate(HERE.model_dump() | {"data": {}}))
@@ -202,7 +202,7 @@ def test_runs_of_an_edited_optimizer_do_not_mix(tmp_path):
     mine = HERE.model_copy(update={"code": {"my_module:Mine": "a"}})
     filled(tmp_path).note(mine)
     store = Store(tmp_path)
-    with pytest.raises(UnfitStore, match="other code than the optimizer 'my_module:Mine'"):
+    with pytest.raises(UnfitStore, match="other code of the optimizer 'my_module:Mine'"):
         store.begin(STUDY, HERE.model_copy(update={"code": {"my_module:Mine": "b"}}))
     store.begin(STUDY, mine)
 

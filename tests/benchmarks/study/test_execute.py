@@ -298,7 +298,7 @@ def test_workers_with_other_data_are_refused(tmp_path, monkeypatch):
             return future
 
     store = Store(tmp_path)
-    with pytest.raises(UnfitStore, match="other data than the task 'mini'"):
+    with pytest.raises(UnfitStore, match="other data of the task 'mini'"):
         execute(STUDY, store, There(), run=run)
     assert store.runs == {}
     all_lanes = lanes(STUDY, store.trials)
