@@ -12,24 +12,24 @@ LINEAR = PSchedule(kind="linear")
 ADAPTIVE = PSchedule(kind="adaptive")
 CURVATURE = PSchedule(kind="curvature")
 
-# Where tuning looks for an optimizer's learning rate on any task. The best of a scan by factors of √10 lies inside on
-# every task that comes without files.
+# Where tuning looks for an optimizer's learning rate on any task: four decades for each, so that equal trials search
+# equally well. The best of a scan by factors of √10 lies inside on every task that comes without files.
 LEARNING_RATES = {
     "sgd": Range(low=1e-3, high=10),
     "sgd-ema": Range(low=1e-2, high=100),
     "adamw": Range(low=1e-3, high=10),
-    "signum": Range(low=3e-4, high=0.3),
-    "signsgd": Range(low=3e-4, high=0.3),
-    "lion": Range(low=1e-4, high=0.3),
-    "normalizedsgd": Range(low=3e-3, high=10),
-    "powerstep": Range(low=3e-4, high=0.3),
-    "lpsgd": Range(low=1e-3, high=3),
-    "lpsgdm": Range(low=1e-3, high=1),
-    "lpsgdm-lr-matched": Range(low=3e-4, high=10),
-    "muon": Range(low=3e-3, high=10),
-    "scion": Range(low=1e-5, high=1e-2),
-    "scale": Range(low=3e-4, high=0.3),
-    "modular": Range(low=1e-2, high=10),
+    "signum": Range(low=1e-4, high=1),
+    "signsgd": Range(low=1e-4, high=1),
+    "lion": Range(low=1e-4, high=1),
+    "normalizedsgd": Range(low=1e-3, high=10),
+    "powerstep": Range(low=1e-4, high=1),
+    "lpsgd": Range(low=1e-3, high=10),
+    "lpsgdm": Range(low=3e-4, high=3),
+    "lpsgdm-lr-matched": Range(low=1e-3, high=10),
+    "muon": Range(low=1e-3, high=10),
+    "scion": Range(low=3e-6, high=3e-2),
+    "scale": Range(low=1e-4, high=1),
+    "modular": Range(low=3e-3, high=30),
 }
 # Of the power map at SGD's step length, whose learning rates are SGD's.
 MATCHED = LEARNING_RATES["sgd-ema"]
@@ -147,7 +147,7 @@ P_SCHEDULE = Study(
     arms=(
         LPSGDM,
         _arm("LPSGDM linear p", "lpsgdm", p=LINEAR),
-        _arm("LPSGDM adaptive p", "lpsgdm", p=ADAPTIVE, lr=Range(low=3e-3, high=10)),  # p near 2 makes short steps
+        _arm("LPSGDM adaptive p", "lpsgdm", p=ADAPTIVE, lr=Range(low=1e-3, high=10)),  # p near 2 makes short steps
         *_controls(None),
         *(SGD_EMA, SIGNUM, ADAMW),
     ),
@@ -178,8 +178,9 @@ ADAPTIVE_P = Study(
     arms=(
         *_ways("LPSGDM-matched", {"scale": "matched"}, MATCHED, MATCHED),
         _arm("LPSGDM-matched-curvature", "lpsgdm", {"scale": "matched"}, CURVATURE, MATCHED, "LPSGDM-matched"),
-        *_ways("LPSGDM", {}, LEARNING_RATES["lpsgdm"], _NEAR_TWO),
-        *(SGD_EMA, SIGNUM),
+        # The ranges of these runs, from before all ranges had four decades.
+        *_ways("LPSGDM", {}, Range(low=1e-3, high=1), _NEAR_TWO),
+        *(SGD_EMA, _arm("Signum", "signum", lr=Range(low=3e-4, high=0.3))),
     ),
     baseline="LPSGDM-matched",
     tuning=Tuning(trials=12, startup=8),

@@ -52,9 +52,7 @@ USUAL = {
     "seeds": range(1, 9),
 }
 FIRST_TUNING_SEED = 1000
-# Of an optimizer of your own: it holds the best learning rate of every optimizer on every task here, at the price of
-# some trials far from it.
-LR = Range(low=1e-5, high=10)
+LR = Range(low=1e-4, high=1)  # of an optimizer of your own: as wide as those of the others
 
 
 class BadStudy(ValueError):

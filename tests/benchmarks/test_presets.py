@@ -51,6 +51,8 @@ def test_every_arm_of_a_comparison_is_tuned_by_itself(name):
     assert study.tuning.trials >= 10
     assert len(study.seeds) >= 5
     assert study.tuning.startup < study.tuning.trials
+    assert study.tuning.reruns == 2
+    assert {round(arm.search["lr"].high / arm.search["lr"].low) for arm in study.arms if arm.search} == {10**4}
 
 
 def test_the_controls_of_lpsgdm_are_in_the_studies_that_speak_of_it():
