@@ -8,6 +8,7 @@ and repeated tests go on is set here too: NORMOPT_FUZZ and NORMOPT_STEPS.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ import normopt
 from benchmarks.vision import allow_torchvision_import
 
 allow_torchvision_import()  # which timm and transformers import
+gc.disable()  # until the tests are collected: of a million objects that stay, to look for garbage takes a third longer
 
 # Folders and files whose tests share what is slow to make: ranks and others forked by tests/forked.py, the site, a
 # study that has been run, workers, a wheel, the import of transformers; and what compiles with Numba most, which two
@@ -115,6 +117,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = {id(item) for cases in tests.values() for item in enough_of(cases)}
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = [item for item in items if id(item) in kept]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def enough_of(cases: list[pytest.Item]) -> list[pytest.Item]:
