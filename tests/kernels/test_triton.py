@@ -148,14 +148,14 @@ def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, kept, dtyp
     ("what", "moved"),
     [
         ("power", 20),  # w, g and m are read, w and m written
-        ("dual", 24),  # g and m read, m written; m and w read, w written
+        pytest.param("dual", 24, marks=pytest.mark.exhaustive),  # g and m read, m written; m and w read, w written
         ("agr dual", 28),
-        ("matched coupled", 28),  # which reads w for c
+        pytest.param("matched coupled", 28, marks=pytest.mark.exhaustive),  # which reads w for c
         ("sphere", 28),  # and for its length
-        ("dual without momentum", 16),
+        pytest.param("dual without momentum", 16, marks=pytest.mark.exhaustive),
         ("dual lion", 28),  # c is not the momentum: g and m are read twice
         ("dual bfloat16", 14),  # nor is it where the momentum has been rounded
-        ("dual float32 momentum", 18),
+        pytest.param("dual float32 momentum", 18, marks=pytest.mark.exhaustive),
         ("dual coordinates", 36),  # v as m
     ],
 )
