@@ -8,6 +8,7 @@ and repeated tests go on is set here too: NORMOPT_FUZZ and NORMOPT_STEPS.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -24,10 +25,11 @@ import normopt
 from benchmarks.vision import allow_torchvision_import
 
 allow_torchvision_import()  # which timm and transformers import
+gc.disable()  # until the tests are collected: of a million objects that stay, to look for garbage takes a third longer
 
 # Folders and files whose tests share what is slow to make: ranks and others forked by tests/forked.py, the site, a
-# study that has been run, workers, a wheel, the import of transformers; and what compiles with Numba most, which two
-# workers cannot do at once.
+# study that has been run, workers, a wheel, the import of transformers, Dynamo's first graph; and what compiles with
+# Numba most, which two workers cannot do at once.
 ONE_WORKER = {
     "architectures": "architectures",
     "frameworks": "architectures",
@@ -38,6 +40,7 @@ ONE_WORKER = {
     "test_sharding.py": "forked",
     "site": "site",
     "test_cli.py": "study",
+    "test_compile.py": "compile",
     "test_execute.py": "workers",
     "test_packaging.py": "wheel",
     "test_typing.py": "wheel",
@@ -97,6 +100,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Schedule as ``--dist loadgroup`` does, by ONE_WORKER: xdist 3.8 marks groups where pytest 9.2 looks no longer."""
     from xdist.scheduler import LoadScopeScheduling
 
+    gc.enable()  # the process that schedules collects no tests
+
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             places = nodeid.split("::")[0].split("/")
@@ -115,6 +120,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = {id(item) for cases in tests.values() for item in enough_of(cases)}
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = [item for item in items if id(item) in kept]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else nanobind calls what is left at the end leaked
 
 
 def enough_of(cases: list[pytest.Item]) -> list[pytest.Item]:

@@ -74,6 +74,7 @@ class Exponent(NamedTuple):
 # A product and a sum may become one operation; nothing else of floating point is given away, but in sums: their terms
 # may be put in another order, once and for all when they are compiled.
 EXACT: Any = {"nogil": True, "cache": can_cache(), "error_model": "numpy", "fastmath": {"contract"}}
+EXACT |= {"no_cfunc_wrapper": True}  # an entry for C, which nothing calls, takes time to compile
 SUMS: Any = {**EXACT, "fastmath": {"contract", "reassoc"}}
 INLINE: Any = {**EXACT, "forceinline": True}  # a loop that calls is not vectorized
 

@@ -62,6 +62,7 @@ def compile_kernel(tmp_path_factory):
         pytest.skip("triton is an interpreter here")
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
     from triton.compiler import ASTSource
 
     from normopt.kernels.triton import OPTIONS
@@ -75,6 +76,7 @@ def compile_kernel(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setattr(CUDABackend, "make_cubin", lambda *_, **__: b"")  # of which `spills` asks where it is looked at
         yield ptx
 
 
@@ -146,14 +148,14 @@ def test_aligned_chunks_are_read_and_written_128_bits_at_a_time(mode, kept, dtyp
     ("what", "moved"),
     [
         ("power", 20),  # w, g and m are read, w and m written
-        ("dual", 24),  # g and m read, m written; m and w read, w written
+        pytest.param("dual", 24, marks=pytest.mark.exhaustive),  # g and m read, m written; m and w read, w written
         ("agr dual", 28),
-        ("matched coupled", 28),  # which reads w for c
+        pytest.param("matched coupled", 28, marks=pytest.mark.exhaustive),  # which reads w for c
         ("sphere", 28),  # and for its length
-        ("dual without momentum", 16),
+        pytest.param("dual without momentum", 16, marks=pytest.mark.exhaustive),
         ("dual lion", 28),  # c is not the momentum: g and m are read twice
         ("dual bfloat16", 14),  # nor is it where the momentum has been rounded
-        ("dual float32 momentum", 18),
+        pytest.param("dual float32 momentum", 18, marks=pytest.mark.exhaustive),
         ("dual coordinates", 36),  # v as m
     ],
 )

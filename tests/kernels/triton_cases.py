@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +58,25 @@ WAYS = [(p, "power") for p in (1.5, 2.0, 2.5, 3.0, 8.0, math.inf)]
 WAYS += [(p, "unit") for p in (1.2, 1.5, 2.0, 3.0, 8.0)]
 WAYS += [(p, "dual") for p in (1.5, 3.0, 8.0, math.inf)]
 WAYS += [(p, "matched") for p in (1.5, 3.0, 8.0, math.inf)]
+
+
+def patch_once():
+    """Let Triton's interpreter patch triton.language once, and not at each call of a function, half of all its time."""
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def once(function):
+        if id(function.__globals__) not in patched:
+            patch(function)
+            patched.add(id(function.__globals__))
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = once
+
+
+if DEVICE == "cpu":
+    patch_once()
 
 
 class Stepped:
