@@ -76,18 +76,23 @@ def test_a_vector_is_shown_a_ball_and_a_matrix_its_map(gallery):
     assert seen == {"column", "max-row", "mixed", "nuclear", "row", "schatten", "spectral"}
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, 4.0, math.inf])
-def test_the_metrics_are_drawn_by_a_norm_and_its_dual_map(gallery, p):
-    norm = gallery.InMetric(Lp(p))
-    for g in torch.randn(20, 2, dtype=torch.float64):
-        d = norm.dual_map(g)
-        torch.testing.assert_close(norm.norm(d), torch.ones_like(norm.norm(d)))
-        torch.testing.assert_close((g * d).sum(), norm.dual_norm(g))
-    w = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    w.grad = torch.tensor([0.64, -2.56], dtype=torch.float64)  # P = |g| at β = 0, and |g| is ROOTS²
-    rule = {"metric": "diagonal", "metric_beta": 0.0, "metric_eps": 1e-30}
-    normopt.SteepestDescent([w], lr=1.0, norm="lp", p=p, scale="unit", **rule).step()
-    torch.testing.assert_close(0 - w.detach(), norm.dual_map(w.grad))
+def test_the_metrics_are_drawn_by_a_norm_and_its_dual_map(gallery):
+    metrics = gallery.metrics()
+    assert list(metrics) == ["metric-1", "metric-2", "metric-4", "metric-inf", "metric-row", "metric-spectral"]
+    for norm, words, _ in metrics.values():
+        ball = words.startswith("The unit ball")
+        for g in torch.randn(20, *((2,) if ball else (5, 7)), dtype=torch.float64):
+            d = norm.dual_map(g)
+            torch.testing.assert_close(norm.norm(d), torch.ones_like(norm.norm(d)))
+            torch.testing.assert_close((g * d).sum(), norm.dual_norm(g))
+        # P = |g| at β = 0
+        g = torch.tensor([0.64, -2.56], dtype=torch.float64) if ball else gallery.matrix()
+        torch.testing.assert_close(g.abs().sqrt(), norm.roots)
+        w = torch.nn.Parameter(torch.zeros_like(g))
+        w.grad = g.clone()
+        rule = {"metric": "diagonal", "metric_beta": 0.0, "metric_eps": 1e-30}
+        normopt.SteepestDescent([w], lr=1.0, norm=norm.inner, scale="unit", **rule).step()
+        torch.testing.assert_close(0 - w.detach(), norm.dual_map(g))
 
 
 def test_cards_say_who_uses_a_norm(gallery):

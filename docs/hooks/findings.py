@@ -45,10 +45,11 @@ class Held(NamedTuple):
         return Held(100 - self.improvement, 100 - self.high, 100 - self.low, self.worse, self.better, self.ties)
 
     def __str__(self) -> str:
-        counts = f"better on {self.better}, worse on {self.worse}, a tie on {self.ties}"
+        tasks = self.better + self.worse + self.ties
         return (
-            f"{counts} of {self.better + self.worse + self.ties} tasks. A run of it has the better test score with a "
-            f"probability of {self.improvement} % (95 % interval {self.low} to {self.high})"
+            f"better on {self.better} of {tasks} tasks, worse on {self.worse} and tied on {self.ties}. With a "
+            f"probability of {self.improvement} % (95 % interval {self.low} to {self.high}) it has the better test "
+            "score on a seed"
         )
 
 
@@ -160,26 +161,28 @@ def page(docs: Path) -> str:
     decay = {arm: held(results, f"{arm} + ℓ0.8 decay", arm) for arm in ("LPSGDM", "AdamW")}
     regular, regularity = correlations(json.loads((docs / "data/regularity.json").read_text(encoding="utf-8")))
     sparse, share, difference = zeros(results)
+    zeros_found = f"{share} zeros, accuracy {difference}"
     best, norms = best_norm(docs / "data/best_norm.json")
     study = "[The study of 7 small tasks](results.md)"
     return f"""# What we found
 
-Each question of the papers behind normopt, with our verdict. All verdicts and numbers here are computed from committed
-runs when this site is built. The tasks are small and run on a CPU; [Run an ablation](ablations.md) takes your own.
+What the papers behind normopt claim, and what our runs show. All verdicts and numbers are computed from committed runs
+when this site is built. The tasks are small and run on a CPU. [Run an ablation](ablations.md) to test your own tasks.
 
 | question | the paper says | small tasks | the paper's recipe |
 |:--|:--|:--|:--|
 | [Does annealing p help?](#annealing-p) | yes | {verdict(annealed)} | {short("paper-lpsgdm")} |
 | [Does AGR help?](#agr) | yes | {verdict(*agr.values())} | {short("paper-agr")} |
-| [Does ℓp decay make zeros for free?](#lp-decay) | 83.6 % | {share} at {difference} | {short("paper-pwd")} |
+| [Does ℓp decay make zeros for free?](#lp-decay) | yes, 83.6 % | {zeros_found} | {short("paper-pwd")} |
 | [Do regular trajectories go with success?](#trajectories) | yes | {regular} | {short("paper-trajectory")} |
-| [Does the best p fall during training?](#best-norm) | it is why p anneals | {best} | |
+| [Does the best p fall during training?](#best-norm) | yes, so p anneals | {best} | |
 
-“Better” and “worse” are significant differences of test scores on the same seeds, corrected for the number of tests.
+“Better” and “worse” are significant differences of test scores on the same seeds, corrected for the number of tests;
+all others are ties.
 
 ## Does annealing p help? {{#annealing-p}}
 
-{study}: LPSGDM, whose p falls from 8 to 2, against the same with p constant at 8. It is {annealed}.
+{study} compares LPSGDM, whose p falls from 8 to 2, with the same at a constant p = 8. LPSGDM is {annealed}.
 
 {recipe("paper-lpsgdm")}
 
@@ -187,7 +190,7 @@ runs when this site is built. The tasks are small and run on a CPU; [Run an abla
 
 ## Does AGR help? {{#agr}}
 
-{study}, each optimizer with AGR against itself without:
+{study} compares each optimizer with AGR and without:
 
 - LPSGDM + AGR is {agr["LPSGDM"]}.
 - AdamW + AGR is {agr["AdamW"]}.
@@ -222,8 +225,8 @@ loss, over the 12 networks of an optimizer.
 
 ## Does the best p fall during training? {{#best-norm}}
 
-At several times of a training by AdamW, a line search finds the ℓp norm along whose steepest direction the held-out
-loss decreases most. If p should be annealed, 1/p of that norm is larger late in training than early.
+At several times of a training by AdamW, a line search along the steepest direction of each ℓp norm finds the p that
+decreases the held-out loss most. If p should be annealed, 1/p of that norm is larger late in training than early.
 
 {norms}
 

@@ -63,7 +63,7 @@ WORDS = {
     "mixed": ("ℓp along every line, another ℓp over the lines", "the conjugate orders, inside and outside"),
 }
 
-ROOTS = (0.8, 1.6)  # √P of the metrics that are drawn
+ROOTS = torch.tensor((0.8, 1.6), dtype=torch.float64)  # √P of the balls that are drawn
 
 # The other sections: the pages whose figures they show.
 SECTIONS = {"tutorials": "tutorials/", "theory": "theory/", "speed": "speed.md"}
@@ -130,8 +130,8 @@ def draw_ball(norm: Norm) -> str:
 class InMetric(normopt.norms.TensorNorm):
     """A norm in the coordinates of P: ‖x‖_P = ‖P^½ x‖."""
 
-    def __init__(self, norm: Norm) -> None:
-        self.inner, self.roots = norm, torch.tensor(ROOTS, dtype=torch.float64)
+    def __init__(self, norm: Norm, roots: Tensor) -> None:
+        self.inner, self.roots = norm, roots
 
     def norm(self, x: Tensor) -> Tensor:
         return self.inner.norm(self.roots * x)
@@ -143,12 +143,22 @@ class InMetric(normopt.norms.TensorNorm):
         return self.inner.dual_map(x / self.roots) / self.roots
 
 
-def metric_card(name: str, p: float) -> str:
-    """Return the card of an ℓp norm in adaptive coordinates: its picture and caption."""
-    alt = f"The unit ball of ℓ{p:g} stretched by P^−½, a gradient g and its dual map".replace("inf", "∞")
+def metrics() -> dict[str, tuple[Norm, str, str]]:
+    """Norms in adaptive coordinates by the names of their pictures: the norm, its description and its caption."""
     known = {2.0: "[AdamW](optimizers/adamw.md)’s norm, under “dual”", math.inf: "signs divided by √P"}
-    lines = [f'**ℓ{p:g} in `metric="diagonal"`**'.replace("inf", "∞"), known.get(p, "new: AdamW under another norm")]
-    return card(f"![{alt}](gallery/{name}.svg){{ loading=lazy }}", *lines)
+    found: dict[str, tuple[Norm, str, str]] = {}
+    for p in (1.0, 2.0, 4.0, math.inf):
+        order = f"ℓ{p:g}".replace("inf", "∞")
+        words = f"The unit ball of {order} stretched by P^−½, a gradient g and its dual map"
+        caption = known.get(p, "[AdamW under another norm](tutorials/adaptive_lp.md)")
+        found[f"metric-{p:g}"] = InMetric(normopt.norms.Lp(p), ROOTS), words, f"**{order}**<br>\n{caption}"
+    for name in ("row", "spectral"):
+        words = (
+            f"A 5 × 7 matrix G, its dual map under the norm {name} in coordinates of P, and the singular values of both"
+        )
+        norm = InMetric(example(name), matrix().abs().sqrt())
+        found[f"metric-{name}"] = norm, words, f"**“{name}”**<br>\nP = diag(|G|), as in a first step"
+    return found
 
 
 def draw_matrices(norm: Norm) -> str:
@@ -325,10 +335,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         add(f"norm-{name}", thumbnail(draw(example(name))))
     _cards["norms"] = [norm_card(name, used[name]) for name in ours()]
     _cards["metrics"] = []
-    for p in (1.0, 2.0, 4.0, math.inf):
+    for name, (norm, words, caption) in metrics().items():
         with plt.rc_context(STYLE):
-            add(f"metric-{p:g}", thumbnail(draw_ball(InMetric(normopt.norms.Lp(p)))))
-        _cards["metrics"].append(metric_card(f"metric-{p:g}", p))
+            picture = draw_ball(norm) if words.startswith("The unit ball") else draw_matrices(norm)
+        _cards["metrics"].append(card(f"![{words}]({add(name, thumbnail(picture))}){{ loading=lazy }}", caption))
     for section, where in SECTIONS.items():
         _cards[section] = []
         for page, title, alt, path in figures(files, where):

@@ -2,6 +2,7 @@
 
 import { ballPicture, number, vector } from "./ball.js";
 import { OPTIMIZERS, directionOf, walk } from "./descent.js";
+import { decrease, fit, fitPicture } from "./fit.js";
 import { pathsPicture } from "./paths.js";
 import { quadratic, rosenbrock } from "./surfaces.js";
 
@@ -26,13 +27,16 @@ const state = {
   momentum: true,
   anneal: true,
   step: 0, // of the walks, that is shown
+  from: "sgd", // whose point the third picture is about
   playing: false,
 };
 
 const find = (id) => document.getElementById(`pg-${id}`);
+const STEPS = [find("step"), find("fit-step")]; // one beside either picture, for the same step
 const still = window.matchMedia("(prefers-reduced-motion: reduce)");
 const drawBall = ballPicture(find("ball"), (g) => change({ g }));
 const paths = pathsPicture(find("paths"), find("curves"));
+const drawFit = fitPicture(find("fit"));
 
 let surface;
 let walks;
@@ -44,8 +48,8 @@ let stale = true; // the walks have to be computed anew
 
 function change(choices) {
   Object.assign(state, choices);
-  // The gradient and metric of the first picture and the step that is shown change no walk.
-  stale ||= Object.keys(choices).some((name) => !["g", "metric", "step", "playing"].includes(name));
+  // The gradient and metric of the first picture and the point that is shown change no walk.
+  stale ||= Object.keys(choices).some((name) => !["g", "metric", "step", "from", "playing"].includes(name));
   if (pending) return;
   pending = true;
   requestAnimationFrame(draw);
@@ -57,6 +61,7 @@ function draw() {
   stale = false;
   paths.seek(state.step);
   report(drawBall(state));
+  compare();
 }
 
 function compute() {
@@ -91,14 +96,39 @@ function report({ d, dual, u }) {
   }
   const ps = walks.lpsgdm.ps;
   write("lpsgdm-p", ps.length ? `p = ${order(ps[Math.min(Math.max(step - 1, 0), ps.length - 1)])}` : "");
-  write("step-text", `${step} of ${surface.steps}`);
-  const slider = find("step");
-  slider.max = surface.steps;
-  slider.value = step;
-  slider.setAttribute("aria-valuetext", `step ${step} of ${surface.steps}`);
+  for (const id of ["step-text", "fit-step-text"]) write(id, `${step} of ${surface.steps}`);
+  for (const slider of STEPS) {
+    slider.max = surface.steps;
+    slider.value = step;
+    slider.setAttribute("aria-valuetext", `step ${step} of ${surface.steps}`);
+  }
   find("play").textContent = state.playing ? "Pause" : "Play";
   const ends = OPTIMIZERS.map((name) => `${name} ${find(`${name}-loss`).textContent}`).join(", ");
   find("paths").setAttribute("aria-label", `Three paths on ${state.surface}, step ${step}; the loss: ${ends}.`);
+}
+
+// ---- the decrease under each p, from one point of one path ----
+
+let point = null;
+let found;
+
+function compare() {
+  const { points } = walks[state.from];
+  const now = points[Math.min(state.step, points.length - 1)];
+  if (now !== point) found = fit(surface, now);
+  point = now;
+  const loss = surface.value(now);
+  const part = (x) => `${small((100 * x) / loss)} % of f`;
+  const chosen = decrease(surface, now, state.p);
+  drawFit(found, state.p, found.most && chosen / found.most);
+  const best = found.alike ? "every p alike" : `p = ${order(found.best)}`;
+  write("fit-best-text", found.most ? `${best}: ${part(found.most)}` : "none, g = 0");
+  write("fit-two-text", found.most ? part(decrease(surface, now, 2)) : "—");
+  write("fit-p-text", `p = ${order(state.p)}`);
+  write("fit-chosen-text", found.most ? part(chosen) : "—");
+  const texts = ["best", "two", "chosen"].map((name) => find(`fit-${name}-text`).textContent);
+  const label = `Decrease of the loss by the best step under each ℓp. Best: ${texts[0]}; p = 2: ${texts[1]}`;
+  find("fit").setAttribute("aria-label", `${label}; p = ${order(state.p)}: ${texts[2]}.`);
 }
 
 function write(id, text) {
@@ -112,7 +142,7 @@ function twoDigits(x) {
 
 /** A loss as text: two digits, whatever its size. */
 function small(x) {
-  return x >= 0.01 && x < 100 ? String(twoDigits(x)) : number(x);
+  return x >= 0.01 && x <= 100 ? String(twoDigits(x)) : number(x);
 }
 
 /** An order with as many digits as the slider can tell apart. */
@@ -236,7 +266,12 @@ find("play").addEventListener("click", () => {
   return requestAnimationFrame(frame);
 });
 find("reset").addEventListener("click", () => change({ step: 0, playing: false }));
-find("step").addEventListener("input", (event) => change({ step: event.target.valueAsNumber, playing: false }));
+for (const slider of STEPS) {
+  slider.addEventListener("input", (event) => change({ step: event.target.valueAsNumber, playing: false }));
+}
+for (const radio of document.querySelectorAll("[name=pg-from]")) {
+  radio.addEventListener("change", () => change({ from: radio.value }));
+}
 
 // ---- the first picture: the walks whole, nothing moving; what a browser kept in the form is forgotten ----
 

@@ -1,6 +1,7 @@
 /**
  * What the optimizers walk on. A surface has a value and a gradient at w = [x, y], its minimum, where the walk
  * starts, how many steps it takes, the part of the plane to show, and its contours: each the exact curve f = c.
+ * along(w, d) has the coefficients of t, t², … in f(w − td) − f(w).
  */
 
 const CIRCLE = Array.from({ length: 181 }, (_, i) => (i * Math.PI) / 90);
@@ -21,6 +22,10 @@ export function quadratic(condition, degrees) {
       const [a, b] = split(w);
       return join([a, b / condition]);
     },
+    along(w, d) {
+      const [[a, b], [da, db]] = [split(w), split(d)];
+      return [-(a * da + (b * db) / condition), (da * da + (db * db) / condition) / 2];
+    },
     contour(level) {
       const r = Math.sqrt(2 * level);
       return CIRCLE.map((t) => join([r * Math.sin(t), r * Math.sqrt(condition) * Math.cos(t)]));
@@ -37,6 +42,12 @@ export function quadratic(condition, degrees) {
 export const rosenbrock = {
   value: ([x, y]) => (1 - x) ** 2 + 100 * (y - x * x) ** 2,
   gradient: ([x, y]) => [-2 * (1 - x) - 400 * x * (y - x * x), 200 * (y - x * x)],
+  along([x, y], [dx, dy]) {
+    const u = [y - x * x, 2 * x * dx - dy, -dx * dx]; // y − x², of w − td
+    const first = 2 * (1 - x) * dx + 200 * u[0] * u[1];
+    const second = dx * dx + 100 * (u[1] ** 2 + 2 * u[0] * u[2]);
+    return [first, second, 200 * u[1] * u[2], 100 * u[2] ** 2];
+  },
   contour(level) {
     const r = Math.sqrt(level);
     const at = (t) => {

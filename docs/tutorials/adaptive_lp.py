@@ -1,10 +1,10 @@
 # %% [markdown]
 # # AdamW under another norm
 #
-# Stretch every axis by the square root of P = diag(√v̂ + ε), where v̂ averages the squared gradients: these are AdamW's
-# coordinates. A norm is measured in them as ‖P^½x‖, so that a step divides the momentum by P^½, applies the norm's dual
-# map, and divides by P^½ again. Under ℓ2 the two divisions are one, by P, which is AdamW; under every other norm the
-# same state gives an optimizer of its own, a twin. [The theory](../theory/adaptive-coordinates.md) has the formulas.
+# AdamW is steepest descent under ℓ2 in adaptive coordinates: every axis is stretched by the square root of
+# P = diag(√v̂ + ε), where v̂ averages the squared gradients. Any other norm can be measured in them, as ‖P^½x‖. A step
+# then divides the momentum by P^½, applies the norm's dual map, and divides by P^½ again. With the same state, each
+# norm so gives a twin of AdamW. [The theory](../theory/adaptive-coordinates.md) has the formulas.
 #
 # This page makes AdamW, then its ℓp twins, and shows what a study of two tasks found: whether any of them is better.
 

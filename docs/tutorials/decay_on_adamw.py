@@ -1,9 +1,9 @@
 # %% [markdown]
 # # ℓp decay and AGR on the optimizer you already have
 #
-# You train with AdamW, and you want a sparse network out of it, or whole neurons gone. [`LpDecay`][normopt.LpDecay]
-# and [`AGR`][normopt.AGR] attach to any `torch.optim.Optimizer`, which stays the object it was. This page makes
-# AdamW's network on the digits sparse, and measures what that costs.
+# [`LpDecay`][normopt.LpDecay] and [`AGR`][normopt.AGR] attach to any `torch.optim.Optimizer`, which stays the same
+# object. ℓp decay makes weights, or whole neurons, exactly zero. This page makes a network that AdamW trains on the
+# digits sparse, and measures what that costs.
 
 # %%
 import os

@@ -4,8 +4,8 @@
 # [Muon](../optimizers/muon.md) and [Scion](../optimizers/scion.md) step alike in the hidden layers of a transformer:
 # each replaces the momentum matrix UΣVᵀ by UVᵀ, all of whose singular values are 1. They differ in everything around
 # that: in the embedding, the output layer and the biases, in the length of each layer's step, in the momentum, and in
-# what the weight decay is for. This page trains a small GPT with both, and with AdamW, and looks at each difference
-# where it can be seen: in the weights.
+# what the weight decay is for. This page trains a small GPT with both, and with AdamW, and measures each difference in
+# the weights.
 #
 # The text is the source code of Python's standard library, which is on every machine that runs Python; the model reads
 # 64 bytes and predicts the next one at every place.

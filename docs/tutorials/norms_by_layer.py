@@ -1,10 +1,10 @@
 # %% [markdown]
 # # A norm for each layer
 #
-# An embedding is a table of vectors, a linear layer a map, a bias a vector: what a *short* step is differs from one
-# to the other, and so should the norm. [`param_groups`][normopt.param_groups] gives every layer of a model the norm
-# that a method has for its kind. This page shows which layer gets which norm, reads the norms of a step, and measures
-# whether a learning rate that is good for a small model is good for a large one.
+# An embedding is a table of vectors, a linear layer a map, a bias a vector: a *short* step means something else for
+# each, and so the norm should differ. [`param_groups`][normopt.param_groups] gives every layer of a model its norm, by
+# the preset of a method. This page shows which layer gets which norm, reads the norms of a step, and measures whether
+# a learning rate that is good for a small model is good for a large one.
 
 # %%
 import json

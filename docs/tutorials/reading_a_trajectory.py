@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Reading a trajectory
 #
-# Did the steps of a training point to where it ended? How much longer was the path than the distance?
-# [arXiv:2011.06702](https://arxiv.org/abs/2011.06702) finds that in trainings that succeed they do point there, and
-# calls such a trajectory regular. [`TrajectoryMonitor`][normopt.TrajectoryMonitor] measures that for any optimizer,
-# in one training, without keeping every weight. This page shows how to use it, how good its sketches are, and whether
-# the finding holds on networks small enough to train here by the hundred.
+# Did the steps of a training point to its final weights? How much longer was the path than the distance?
+# [arXiv:2011.06702](https://arxiv.org/abs/2011.06702) finds that in successful trainings they do, and calls such a
+# trajectory regular. [`TrajectoryMonitor`][normopt.TrajectoryMonitor] measures both for any optimizer, in one training,
+# without keeping every weight. This page shows how to use it, how exact its sketches are, and whether the finding holds
+# for hundreds of small networks.
 # [`GeometryMonitor`][normopt.GeometryMonitor] measures single steps: see [Can the gradient choose p?](adaptive_p.md)
 
 # %%

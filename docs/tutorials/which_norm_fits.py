@@ -201,4 +201,5 @@ holds(
 # order: the best p varies from one moment to the next.
 #
 # This is one network, one seed, and the gradient of a large batch. [The best norm over a training](best_norm.md) has four
-# networks, eight seeds and mini-batches. A best step is also not a best training.
+# networks, eight seeds and mini-batches. A best step is also not a best training. The
+# [playground](../playground.md#which-norm-fits-now) shows the same comparison in two dimensions.

@@ -171,8 +171,13 @@ class GeometryMonitor:
 
         Returns:
             A NumPy structured array with the fields ``step`` (0 is the monitor's first, as in `Trajectory`),
-            ``group`` and the metrics, sorted by step, then group. ``rows["density"]`` is a column;
-            ``dict(zip(rows.dtype.names, row))`` makes a dict of a row.
+            ``group`` and the metrics, sorted by step, then group. ``rows["density"]`` is a column.
+
+        Example:
+            >>> monitor = normopt.GeometryMonitor(opt, every=1)
+            >>> opt.step()
+            >>> for row in monitor.flush():  # each as a dict of Python numbers
+            ...     print(dict(zip(row.dtype.names, row.tolist())))
         """
         new = np.concatenate([np.empty(0, ROW), *(ring.fetch(i) for i, ring in self._rings.items())])
         new.sort(order=["step", "group"])

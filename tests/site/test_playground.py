@@ -184,6 +184,7 @@ def test_the_maps_in_the_browser_are_those_of_normopt(visit: Any) -> None:
 BALL = ("#pg-ball .pg-ball", "#pg-ball .pg-d", "#pg-ball .pg-u")
 WALK = ("#pg-paths .pg-lpsgdm", "#pg-curves .pg-lpsgdm")
 EVERY_WALK = tuple(f"#pg-paths path.pg-{name}" for name in ("sgd", "signsgd", "lpsgdm"))
+FIT = "#pg-fit .pg-fit-line"
 CONTOURS = ("#pg-paths .pg-contours path:first-child",)
 
 
@@ -218,6 +219,8 @@ def changes(one: Any, parts: tuple[str, ...], act: Any) -> None:
         ("#pg-lpsgdm-lr", "ArrowRight", WALK),
         ("#pg-step", "Home", EVERY_WALK),
         ("#pg-reset", "Enter", EVERY_WALK),
+        ("#pg-fit-step", "ArrowLeft", (*EVERY_WALK, FIT)),
+        ("[name=pg-from]:checked", "ArrowRight", (FIT,)),
         (".pg-handle", "ArrowUp", ("#pg-ball .pg-g", "#pg-ball .pg-d")),
     ],
 )
@@ -287,6 +290,117 @@ def test_a_walk_is_that_of_the_optimizer(visit: Any) -> None:
         schedule.step()
     assert float(one.page.inner_text("#pg-lpsgdm-loss")) == pytest.approx(loss().item(), rel=0.05)
     assert one.page.inner_text("#pg-lpsgdm-p") == "p = 2"
+
+
+def largest_decrease(f: Any, gradient: list[float], w: list[float], p: float) -> float:
+    """The loss less its least value along −D(g), by a search over ever finer grids of the length."""
+    d = Lp(p).dual_map(torch.tensor(gradient, dtype=torch.float64)).tolist()
+    lengths = np.geomspace(1e-8, 1e2, 2000)
+    for _ in range(4):
+        losses = f(*(x - lengths * dx for x, dx in zip(w, d, strict=True)))
+        best = int(losses.argmin())
+        low, high = lengths[max(best - 1, 0)], lengths[min(best + 1, len(lengths) - 1)]
+        lengths = np.linspace(low, high, 200)
+    return float(f(*w) - losses.min())
+
+
+def ellipse(x: Any, y: Any, condition: float = 20.0, degrees: float = 30.0) -> Any:
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return ((cos * y - sin * x) ** 2 + (cos * x + sin * y) ** 2 / condition) / 2
+
+
+def valley(x: Any, y: Any) -> Any:
+    return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+
+
+def gradient(f: Any, w: list[float]) -> list[float]:
+    at = torch.tensor(w, dtype=torch.float64, requires_grad=True)
+    return list(torch.autograd.grad(f(*at), at)[0].tolist())
+
+
+def test_the_decrease_under_each_p_is_that_of_an_exact_line_search(visit: Any) -> None:
+    one = visit()
+    one.goto("playground/")
+    points = [*np.random.default_rng(1).uniform(-1.5, 1.5, (8, 2)).tolist(), [-1.2, 1.0], [0.5, 0.25], [0.0, 1.0]]
+    script = """async points => {
+        const [{ ORDERS, decrease, fit }, { quadratic, rosenbrock }] = await Promise.all(
+            ["fit.js", "surfaces.js"].map(name => import(new URL(name, location.href))));
+        return [quadratic(20, 30), rosenbrock].map(surface => ({
+            orders: ORDERS.map(String), decreases: points.map(w => ORDERS.map(p => decrease(surface, w, p))),
+            fits: points.map(w => fit(surface, w)), still: fit(surface, surface.minimum),
+        }))}"""
+    for f, found in zip((ellipse, valley), one.page.evaluate(script, points), strict=True):
+        orders = [float(p) for p in found["orders"]]
+        assert orders[0] == 1
+        assert orders[-1] == math.inf
+        for w, theirs, fit in zip(points, found["decreases"], found["fits"], strict=True):
+            ours = [largest_decrease(f, gradient(f, w), w, p) for p in orders]
+            np.testing.assert_allclose(theirs, ours, rtol=1e-6, atol=1e-9 * f(*w))
+            assert fit["most"] == max(theirs)
+            assert fit["relative"] == pytest.approx([x / max(theirs) for x in theirs])
+            assert theirs[orders.index(float(fit["best"] or math.inf))] == fit["most"]  # JSON has no ∞, but null
+        assert found["still"]["most"] == 0
+
+
+def test_which_norm_fits_now(visit: Any) -> None:
+    """What the page says of SGD's path, and the numbers beside the picture, from normopt's own SGD."""
+    one = visit()
+    one.goto("playground/")
+    page = one.page
+
+    def put(name: str, value: float) -> None:
+        page.evaluate(
+            """([id, value]) => { const slider = document.getElementById(id); slider.value = value;
+            slider.dispatchEvent(new Event("input")) }""",
+            [f"pg-{name}", value],
+        )
+        one.frame()
+
+    def shown(name: str) -> str:
+        return str(page.inner_text(f"#pg-fit-{name}-text"))
+
+    def percent(text: str) -> float:
+        return float(text.removesuffix(" % of f"))
+
+    cos, sin = math.cos(math.pi / 6), math.sin(math.pi / 6)
+    w = torch.tensor([-1.15 * cos - 0.85 * sin, -1.15 * sin + 0.85 * cos], dtype=torch.float64, requires_grad=True)
+    rule = {"norm": "l2", "scale": "dual", "momentum_rule": "ema"}
+    opt = normopt.SteepestDescent([w], lr=0.3, momentum=0.9, **rule)
+    points = []
+    for _ in range(201):
+        points.append(w.tolist())
+        opt.zero_grad()
+        ellipse(*w).backward()
+        opt.step()
+    for step, best in ((0, "∞"), (20, "1"), (200, "1.96")):
+        put("fit-step", step)
+        at = points[step]
+        parts = {p: 100 * largest_decrease(ellipse, gradient(ellipse, at), at, p) / ellipse(*at) for p in (1, 2, 4)}
+        order, text = shown("best").removeprefix("p = ").split(": ")
+        assert order == best
+        assert percent(text) >= max(parts.values()) * 0.99
+        assert shown("p") == "p = 4"
+        assert percent(shown("two")) == pytest.approx(parts[2], rel=0.02)
+        assert percent(shown("chosen")) == pytest.approx(parts[4], rel=0.02)
+    assert percent(shown("two")) == 100
+    put("step", 0)  # either slider moves both
+    assert page.input_value("#pg-fit-step") == "0"
+    two = shown("two")
+    for angle, best in ((0, "∞"), (45, "1")):
+        put("angle", angle)
+        assert shown("best").startswith(f"p = {best}: ")
+        assert shown("two") == two
+    put("condition", 0)
+    put("angle", 30)
+    for step in (0, 5, 50):
+        put("step", step)
+        assert shown("best") == "p = 2: 100 % of f"
+    put("angle", 45)
+    page.check("[name=pg-surface][value=rosenbrock]")
+    page.check("[name=pg-from][value=signsgd]")
+    one.frame()
+    assert "% of f" in shown("best")
+    assert page.get_attribute("#pg-fit", "aria-label").endswith(f"p = 4: {shown('chosen')}.")
 
 
 def test_p_1_says_where_power_is_not_defined(visit: Any) -> None:
