@@ -1,4 +1,4 @@
-"""What was asked of the speed, beside what was measured: a line for each promise whose cases were run."""
+"""The goals of speed, beside what was measured: a line for each goal whose cases were run."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ MUONS = "Muon steps the matrices alone, without embeddings; models that have few
 
 
 def slower(results: Results) -> str:
-    """Which steps of normopt's take longer than a peer's of the same block, each with the worst, in one sentence."""
+    """Which steps of normopt's take longer than a peer's of the same block, each with the worst, as a list."""
     found: dict[str, list[tuple[Ratio, Case, Entry]]] = {}
     for case in tables(results):
         for mine in (e for e in case.entries if ours(e.optimizer)):
@@ -48,8 +48,8 @@ def slower(results: Results) -> str:
     for code, those in found.items():
         r, case, peer = max(those, key=lambda one: one[0].median)
         models = ", ".join(dict.fromkeys(case.model for _, case, _ in those))
-        told.append(f"`{code}` ({models}) takes up to {r} times as long as `{peer.optimizer}` ({case.model})")
-    return f"Slower than a peer: {'; '.join(told)}." if told else NO_SLOWER
+        told.append(f"- `{code}` on {models}: up to {r} times as long as `{peer.optimizer}` (on {case.model}).")
+    return "\n".join(["Slower than a peer:\n", *told]) if told else NO_SLOWER
 
 
 def tables(results: Results) -> list[Case]:

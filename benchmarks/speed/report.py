@@ -69,13 +69,13 @@ def terminal(case: Case, width: int) -> Table:
 
 
 def promises(results: Results) -> Table | None:
-    """What was asked, measured and met, for a terminal; None if nothing of it was run."""
+    """Goals, what was measured and whether they are met, for a terminal; None if nothing of it was run."""
     rows = [[line.what, line.asked, line.measured, line.met] for line in lines(results)]
-    return framed([(title, True) for title in ASKED], rows, "What was asked") if rows else None
+    return framed([(title, True) for title in ASKED], rows, "Goals") if rows else None
 
 
-ASKED = ("step", "asked", "measured", "met")
-UNCERTAIN = "Met or not is said by the median; it is uncertain if the bound lies within the interval."
+ASKED = ("step", "goal", "measured", "met")
+UNCERTAIN = "A goal is met if the median is; this is uncertain if the goal lies within the interval."
 
 
 def framed(titles: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]], title: str) -> Table:
@@ -120,7 +120,7 @@ def failures(case: Case) -> list[str]:
 
 
 def markdown(results: Results, pictures: Mapping[str, str]) -> str:
-    """The contributors' page: what was asked and every case beside its limit, with pictures at these addresses."""
+    """The contributors' page: goals and every case beside its limit, with pictures at these addresses."""
     cases = [case for case in results.cases if case.part == "limits"]
     device = cases[0].device if cases else "cpu"
     how = textwrap.fill(HOW.format(rounds=results.rounds, where=LIMITS[device], turn=TURNS[device]), 120)
@@ -129,7 +129,7 @@ def markdown(results: Results, pictures: Mapping[str, str]) -> str:
     promised = lines(results)
     if promised:
         rows = [[line.what, line.asked, line.measured, line.met] for line in promised]
-        parts += ["## What was asked", UNCERTAIN, table([(title, True) for title in ASKED], rows)]
+        parts += ["## Goals", UNCERTAIN, table([(title, True) for title in ASKED], rows)]
     parts += [f"![Times of steps: {name}]({at})" for name, at in pictures.items() if not name.startswith("by-")]
     for case in cases:
         shown = columns(case)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 Figures = dict[str, str]
+SHORT = '!!! warning "A short run, for tests"\n    Numbers and figures are not those of the code that is shown.'
 _done: dict[tuple[Path, str], tuple[str, Figures]] = {}  # `mkdocs serve` rebuilds often: run only what changed
 
 
@@ -135,6 +136,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if key not in _done:
             _done[key] = run(script, only is None or script.stem in only.split(","))
         page, figures = _done[key]
+        if os.environ.get("NORMOPT_DOCS_FAST") == "1":
+            page = page.replace("\n\n", f"\n\n{SHORT}\n\n", 1)
         files.append(File.generated(config, f"tutorials/{script.stem}.md", content=page))
         for name, content in figures.items():
             files.append(File.generated(config, f"tutorials/{name}", content=content))

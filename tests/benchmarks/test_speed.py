@@ -387,7 +387,7 @@ def test_quartiles():
     assert records.quartiles(entry("a", [5.0, 1.0, 4.0, 2.0, 3.0])) == (2, 3, 4)
 
 
-# What was asked
+# Goals
 
 
 def test_promises_on_a_cpu():
@@ -624,8 +624,8 @@ def test_what_is_slower_is_said_with_the_worst():
     fast = in_table([0.7] * ROUNDS, ones, model="gpt2")
     found = results_of(in_table([1.3] * ROUNDS, ones, model="mlp"), in_table([1.5] * ROUNDS, ones), fast)
     assert page.slower(found) == (
-        f"Slower than a peer: `{MINE}` (mlp, resnet18) takes up to 1.50 (1.50–1.50) times as long as `{THEIRS}` "
-        "(resnet18)."
+        f"Slower than a peer:\n\n- `{MINE}` on mlp, resnet18: up to 1.50 (1.50–1.50) times as long as `{THEIRS}` "
+        "(on resnet18)."
     )
     assert page.slower(results_of(fast)) == page.NO_SLOWER
 
@@ -636,18 +636,18 @@ def test_what_cannot_be_told_from_equal_is_not_called_slower():
     assert page.cell(unsure, unsure.entries[1]).endswith("(≈ 0.87)")
     assert page.cell(unsure, unsure.entries[0]).endswith(" (1)")
     few = in_table([1.1] * 3, [1.0] * 3, model="mlp")  # too few for an interval
-    assert "(mlp)" in page.slower(results_of(few))
+    assert "(on mlp)" in page.slower(results_of(few))
 
 
-def test_the_users_table_comes_first_below_the_sentence():
+def test_the_users_table_comes_first_below_what_is_slower():
     cases = [
         in_table([0.002] * ROUNDS, [0.001] * ROUNDS, model="mlp"),
         in_table([0.004] * ROUNDS, [0.006] * ROUNDS, failed={"heavyball.SGD(), as it comes": "ValueError: no"}),
         made_up([entry("normopt.Lion()", [0.5] * ROUNDS, candidates.OWN)], part="table", group=typed.SIGNS),
     ]
     text = page.markdown(results_of(*cases, absent=["heavyball"]), {})
-    title, sentence, table, *_ = text.split("\n\n")
-    assert (title, sentence) == ("# Speed", page.slower(results_of(*cases)))
+    title, told, slower, table, *_ = text.split("\n\n")
+    assert (title, f"{told}\n\n{slower}") == ("# Speed", page.slower(results_of(*cases)))
     assert table.splitlines() == [
         "| ms a step (× normopt's) | mlp | resnet18 |",
         "|:--|--:|--:|",
@@ -726,7 +726,7 @@ def test_the_command_from_end_to_end(small_default, monkeypatch, tmp_path):
     arguments = ["speed", "--model", "small", "--threads", "1", "--rounds", "2", "--out", str(out)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    for said in ("small, 1 thread", "What was asked", "ms a step"):
+    for said in ("small, 1 thread", "Goals", "ms a step"):
         assert said in done.output
     found = page.read(out)
     assert {case.part for case in found.cases} == {*run.CASES, "share"}
