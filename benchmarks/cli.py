@@ -208,12 +208,6 @@ def measure_sparsity(out: Out = RESULTS / "sparsity.json", workers: Workers = No
     _measure("sparsity", out, workers or os.cpu_count() or 1)
 
 
-@app.command("regularity")
-def measure_regularity(out: Out = RESULTS / "regularity.json", workers: Workers = None) -> None:
-    """Measure whether trainings that succeed have more regular trajectories."""
-    _measure("regularity", out, workers or os.cpu_count() or 1)
-
-
 @app.command("sharding")
 def measure_sharding(out: Out = RESULTS / "sharding.json") -> None:
     """Count what 2 and 4 ranks tell each other in a step of sharded tensors, beside what arithmetic says."""
