@@ -22,7 +22,7 @@ from rich.text import Text
 from benchmarks import doctor as doctors
 from benchmarks import listing, report
 from benchmarks.environment import mixed
-from benchmarks.programs import adaptive, adaptive_norms, best_norm, kept, radii
+from benchmarks.programs import adaptive_norms, best_norm, kept, radii
 from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
 from benchmarks.results import Results, collect
@@ -214,12 +214,6 @@ def measure_sharding(out: Out = RESULTS / "sharding.json") -> None:
     _measure("sharding", out)
 
 
-@app.command("overhead")
-def measure_overhead(out: Out = RESULTS / "overhead.json") -> None:
-    """Measure what a GeometryMonitor costs in training steps of the digits MLP."""
-    _measure("overhead", out)
-
-
 @app.command("speed")
 @plainly
 def measure_speed(
@@ -275,19 +269,6 @@ def measure_speed(
         )
     written = page or out / pages.USERS
     console.print(f"The report: {written.resolve().as_uri()}", soft_wrap=True)
-
-
-@app.command("adaptive-p")
-@plainly
-def measure_adaptive_p(
-    out: Out = RESULTS / "adaptive_p.json",
-    folder: Annotated[Path, typer.Option(help="Folder of the study itself.")] = RESULTS / adaptive.STUDY,
-    workers: Workers = None,
-) -> None:
-    """Run the study of adaptive p, and keep of it what the documentation shows."""
-    _run(PRESETS[adaptive.STUDY], folder, workers)
-    kept.write(adaptive.condensed(collect(_open(folder))), out)
-    _say_where("For the documentation", out)
 
 
 @app.command("adaptive-norms")

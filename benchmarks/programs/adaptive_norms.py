@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.environment import Environment
-from benchmarks.programs.adaptive import Against, rounded
+from benchmarks.programs.kept import Against, rounded
 from benchmarks.results import Results, Row, test_loss, test_score
 from benchmarks.study.spec import Value
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.environment import Environment
-from benchmarks.programs.adaptive import Against, rounded
+from benchmarks.programs.kept import Against, rounded
 from benchmarks.results import Results, Row, test_loss, test_score, validation_loss
 from benchmarks.study.spec import Arm, Study, Tuning, Value
 from benchmarks.tasks import TASKS
