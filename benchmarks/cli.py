@@ -208,12 +208,6 @@ def measure_sparsity(out: Out = RESULTS / "sparsity.json", workers: Workers = No
     _measure("sparsity", out, workers or os.cpu_count() or 1)
 
 
-@app.command("sharding")
-def measure_sharding(out: Out = RESULTS / "sharding.json") -> None:
-    """Count what 2 and 4 ranks tell each other in a step of sharded tensors, beside what arithmetic says."""
-    _measure("sharding", out)
-
-
 @app.command("speed")
 @plainly
 def measure_speed(

@@ -107,7 +107,8 @@ fig.alt = "All metrics of the monitor over the steps, for both groups"
 # ## What watching costs
 #
 # Training steps of this network (forward, backward, optimizer) under a monitor against the same without, in turns, in
-# processor time on one thread; medians over the turns. The share depends on the machine, and the larger the network is, the smaller it is.
+# processor time on one thread; medians over the turns. The share depends on the machine, and the larger the network is,
+# the smaller it is.
 
 # %%
 EVERY = inspect.signature(normopt.GeometryMonitor).parameters["every"].default
