@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from pathlib import Path
 from statistics import mean
 from typing import Literal
 
@@ -219,14 +220,14 @@ def choose(runs: list[Run]) -> list[Chosen]:
     return found
 
 
-def measure(workers: int, advance: Advance) -> Sparsity:
-    """Train everything, then time what was chosen; ``advance`` is told of each run and timing."""
+def measure(workers: int, advance: Advance, folder: Path) -> Sparsity:
+    """Train everything, then time what was chosen; ``advance`` is told of each, and the folder keeps the runs."""
     from benchmarks.speed.records import machine
 
     began = time.perf_counter()
     runs: list[Run] = []
     nets: dict[tuple[str, str, float, int], tuple[nn.Module, nn.Module]] = {}
-    for run, full, shrunk in each(workers, train, cells()):
+    for run, full, shrunk in each(workers, train, cells(), folder):
         runs.append(run)
         nets[run.task, run.arm, run.weight_decay, run.seed] = full, shrunk
         advance("training", 1)
