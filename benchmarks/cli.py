@@ -27,7 +27,7 @@ from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
 from benchmarks.results import Results, collect
 from benchmarks.store import PARQUET, Store, UnfitStore
-from benchmarks.study import flags, journal
+from benchmarks.study import flags
 from benchmarks.study.clusters import NoCluster, connect
 from benchmarks.study.estimate import estimate
 from benchmarks.study.execute import execute
@@ -336,7 +336,6 @@ def _run(
     finally:
         workers.close()
     store.compact()
-    journal.write(study, store.trials, folder)
     _report(store, folder)
     if store.failures:
         listing.failures(errors, store)
