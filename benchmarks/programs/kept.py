@@ -1,15 +1,11 @@
-"""Measurements as files that are kept in the repository, and what several of them have."""
+"""Measurements as files that are kept in the repository."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
-
-from benchmarks.results import Comparison
+from pydantic import BaseModel
 
 
 def write(result: BaseModel, path: Path) -> None:
@@ -25,28 +21,3 @@ def write(result: BaseModel, path: Path) -> None:
         parts.append(f'"{name}": [\n{lines}\n]')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{" + ", ".join(part for part in parts if part) + "}\n", encoding="utf-8")
-
-
-class Against(BaseModel):
-    """A paired difference in test accuracy, its 95 % t interval and Holm's p-value."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    this: str
-    that: str
-    mean: float
-    low: float
-    high: float
-    p_value: float
-
-    @classmethod
-    def of(cls, c: Comparison, **more: Any) -> Self:
-        """Return what is kept of a comparison."""
-        i = c.difference.interval
-        names = {"this": c.row.name, "that": c.against.name}
-        return cls(**names, mean=i.mean, low=i.low, high=i.high, p_value=c.adjusted, **more)
-
-
-def rounded(values: Iterable[float | None]) -> list[float]:
-    """Return those that are there, to six digits."""
-    return [round(value, 6) for value in values if value is not None]
