@@ -306,15 +306,13 @@ def measure_radii(
 
 
 def _measure(name: str, out: Path, workers: int | None) -> None:
-    """Run one of the programs, write what it measured, and print it; killed and started again, it goes on."""
+    """Run one of the programs, and write what it measured; killed and started again, it goes on."""
     program = import_module(f"benchmarks.programs.{name}")  # some load what no other command needs
     folder = out.with_suffix(".runs")
     with dashboard(console) as watch:
         result = program.measure(workers or os.cpu_count() or 1, counting(watch, program.count()), folder)
     kept.write(result, out)
     shutil.rmtree(folder, ignore_errors=True)
-    for line in program.lines(result):
-        console.print(line, soft_wrap=True)
     _say_where("The results", out)
 
 

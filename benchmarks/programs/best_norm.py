@@ -400,17 +400,3 @@ def changes(checkpoints: Sequence[Checkpoint]) -> list[Change]:
 def _rank(a: Sequence[float], b: Sequence[float]) -> float:
     """Return Spearman's rank correlation; 0 where one of them does not vary."""
     return float(spearmanr(a, b).statistic) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0
-
-
-def lines(result: BestNorm) -> list[str]:
-    """Return a line for every change."""
-
-    def three(x: tuple[float, float, float]) -> str:
-        return f"{x[0]:.2f} ({x[1]:.2f} to {x[2]:.2f})"
-
-    return [
-        f"{c.task}, {c.what}, {c.gradient} gradient{', adaptive' if c.adaptive else ''}, {c.by}: "
-        f"early {three(c.early)}, late {three(c.late)}, p = {c.p_value:.2g}; "
-        f"rank correlation with the anisotropy {three(c.correlation)}"
-        for c in result.changes
-    ]

@@ -294,19 +294,3 @@ def sparse_layer(units: int, zeros: float) -> list[Timing]:
     )
     inputs = torch.randn(max(BATCHES), units, generator=drawn)
     return [versus(dense, sparsity.to_sparse(dense), inputs[:batch]) for batch in BATCHES]
-
-
-def lines(result: Sparsity) -> list[str]:
-    """A line for each task and arm: what was chosen, its test accuracy, its size and its speed."""
-    found = []
-    for choice in result.chosen:
-        runs = [
-            r for r in result.runs if (r.task, r.arm, r.weight_decay) == (choice.task, choice.arm, choice.weight_decay)
-        ]
-        fast = [t.speedup for t in result.networks if (t.task, t.arm, t.batch) == (choice.task, choice.arm, BATCHES[0])]
-        found.append(
-            f"{choice.task:10}  {choice.arm:15}  λ {choice.weight_decay:<5g} test {mean(r.test for r in runs):.1%}  "
-            f"zeros {mean(r.zeros for r in runs):5.1%}  size {mean(r.shrunk / r.parameters for r in runs):6.1%}  "
-            f"speed × {mean(fast):.2f}{'' if choice.keeps else '  (loses accuracy)'}"
-        )
-    return found

@@ -142,8 +142,3 @@ def measure(workers: int, advance: Advance, folder: Path) -> Transfer:
         advance("transfer", 1)
     points = [Point(size=s, optimizer=n, lr=lr, losses=losses[i]) for i, (s, n, lr) in enumerate(cells)]
     return Transfer(torch=torch.__version__, seconds=time.perf_counter() - began, settings=SETTINGS, points=points)
-
-
-def lines(result: Transfer) -> list[str]:
-    """How much there is."""
-    return [f"{len(result.points)} points in {result.seconds:.0f} seconds"]
