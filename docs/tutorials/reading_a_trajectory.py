@@ -215,6 +215,8 @@ for row, (measure, label) in zip(axes, MEASURES.items(), strict=True):
                     markersize=4,
                 )
         ax.set(xscale="log")
+        ax.set_xticks([0.3, 0.5, 1, 2], ["0.3", "0.5", "1", "2"])
+        ax.minorticks_off()
         if ax in axes[0]:
             ax.set_title(optimizer, fontsize=9)
         if ax in axes[-1]:
