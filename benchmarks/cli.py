@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import textwrap
 import warnings
@@ -15,19 +16,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from pydantic import BaseModel
 from rich.console import Console
 from rich.text import Text
 
 from benchmarks import doctor as doctors
 from benchmarks import listing, report
 from benchmarks.environment import mixed
-from benchmarks.programs import adaptive, adaptive_norms, best_norm, kept, radii
+from benchmarks.programs import adaptive_norms, kept, radii
 from benchmarks.progress import counting, dashboard
 from benchmarks.report.tables import terminal
 from benchmarks.results import Results, collect
 from benchmarks.store import PARQUET, Store, UnfitStore
-from benchmarks.study import flags, journal
+from benchmarks.study import flags
 from benchmarks.study.clusters import NoCluster, connect
 from benchmarks.study.estimate import estimate
 from benchmarks.study.execute import execute
@@ -199,31 +199,19 @@ def doctor(
 @app.command("transfer")
 def measure_transfer(out: Out = RESULTS / "transfer.json", workers: Workers = None) -> None:
     """Measure whether one learning rate serves models of every width and depth."""
-    _measure("transfer", out, workers or os.cpu_count() or 1)
+    _measure("transfer", out, workers)
 
 
 @app.command("sparsity")
 def measure_sparsity(out: Out = RESULTS / "sparsity.json", workers: Workers = None) -> None:
     """Measure accuracy against size under weight decay, and how fast the networks are without their dead units."""
-    _measure("sparsity", out, workers or os.cpu_count() or 1)
+    _measure("sparsity", out, workers)
 
 
-@app.command("regularity")
-def measure_regularity(out: Out = RESULTS / "regularity.json", workers: Workers = None) -> None:
-    """Measure whether trainings that succeed have more regular trajectories."""
-    _measure("regularity", out, workers or os.cpu_count() or 1)
-
-
-@app.command("sharding")
-def measure_sharding(out: Out = RESULTS / "sharding.json") -> None:
-    """Count what 2 and 4 ranks tell each other in a step of sharded tensors, beside what arithmetic says."""
-    _measure("sharding", out)
-
-
-@app.command("overhead")
-def measure_overhead(out: Out = RESULTS / "overhead.json") -> None:
-    """Measure what a GeometryMonitor costs in training steps of the digits MLP."""
-    _measure("overhead", out)
+@app.command("best-norm")
+def measure_best_norm(out: Out = RESULTS / "best_norm.json", workers: Workers = None) -> None:
+    """Measure which norm's direction decreases the loss most, at checkpoints along trainings."""
+    _measure("best_norm", out, workers)
 
 
 @app.command("speed")
@@ -283,19 +271,6 @@ def measure_speed(
     console.print(f"The report: {written.resolve().as_uri()}", soft_wrap=True)
 
 
-@app.command("adaptive-p")
-@plainly
-def measure_adaptive_p(
-    out: Out = RESULTS / "adaptive_p.json",
-    folder: Annotated[Path, typer.Option(help="Folder of the study itself.")] = RESULTS / adaptive.STUDY,
-    workers: Workers = None,
-) -> None:
-    """Run the study of adaptive p, and keep of it what the documentation shows."""
-    _run(PRESETS[adaptive.STUDY], folder, workers)
-    kept.write(adaptive.condensed(collect(_open(folder))), out)
-    _say_where("For the documentation", out)
-
-
 @app.command("adaptive-norms")
 @plainly
 def measure_adaptive_norms(
@@ -330,42 +305,14 @@ def measure_radii(
     _say_where("For the documentation", out / "radii.json")
 
 
-@app.command("best-norm")
-@plainly
-def measure_best_norm(
-    out: Out = RESULTS / "best_norm.json",
-    folder: Annotated[Path, typer.Option(help="Folder of the parts, from which it goes on.")] = RESULTS / "best-norm",
-    task: Annotated[list[str] | None, typer.Option(help="A task; repeatable. Instead of all.")] = None,
-    seeds: Annotated[int, typer.Option(min=2, help="Trainings of each task.")] = 8,
-    workers: Workers = None,
-) -> None:
-    """Measure which norm's direction decreases the loss most, at checkpoints along trainings."""
-    setting = best_norm.Setting()
-    for name in task or ():
-        if name not in setting.plans:
-            raise BadStudy(f"the task is one of {', '.join(setting.plans)}, not {name!r}")
-    tasks = task or list(setting.plans)
-    count = len(tasks) * seeds
-    with dashboard(console) as watch:
-        result = best_norm.measure(
-            folder, workers or os.cpu_count() or 1, tasks, range(1, seeds + 1), setting, counting(watch, count)
-        )
-    _keep(result, best_norm.lines(result), out)
-
-
-def _measure(name: str, out: Path, *workers: int) -> None:
-    """Run one of the programs, write what it measured, and print it."""
+def _measure(name: str, out: Path, workers: int | None) -> None:
+    """Run one of the programs, and write what it measured; killed and started again, it goes on."""
     program = import_module(f"benchmarks.programs.{name}")  # some load what no other command needs
+    folder = out.with_suffix(".runs")
     with dashboard(console) as watch:
-        result = program.measure(*workers, counting(watch, program.count()))
-    _keep(result, program.lines(result), out)
-
-
-def _keep(result: BaseModel, lines: list[str], out: Path) -> None:
-    """Write what was measured, print its lines and say where it is."""
+        result = program.measure(workers or os.cpu_count() or 1, counting(watch, program.count()), folder)
     kept.write(result, out)
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    shutil.rmtree(folder, ignore_errors=True)
     _say_where("The results", out)
 
 
@@ -387,7 +334,6 @@ def _run(
     finally:
         workers.close()
     store.compact()
-    journal.write(study, store.trials, folder)
     _report(store, folder)
     if store.failures:
         listing.failures(errors, store)

@@ -53,12 +53,11 @@ def run(spec: RunSpec, folder: Path | None = None, every: float = EVERY) -> RunR
     """
     # More threads than one per worker only fight each other: a small run takes 20 times as long.
     torch.set_num_threads(1)
-    began = time.perf_counter()
     if spec.task not in TASKS:
         raise ValueError(f"unknown task {spec.task!r}{near(spec.task, TASKS)} (known: {', '.join(TASKS)})")
     own = (spec.optimizer,) if ":" in spec.optimizer else ()
     checkpoint = Checkpoint(folder, spec.run_id, here((), own), every) if folder else None
-    training = _Training(spec, TASKS[spec.task], began)
+    training = Training(spec, TASKS[spec.task])
     training.go_on(checkpoint)
     return training.result()
 
@@ -70,11 +69,11 @@ def make_lr_schedule(plan: LRSchedule, optimizer: Optimizer, steps: int) -> LRSc
     return LambdaLR(optimizer, lambda step: plan.factor(step, steps))
 
 
-class _Training:
+class Training:
     """A run under way. Whatever its rest depends on is in `state`."""
 
-    def __init__(self, spec: RunSpec, task: Task, began: float) -> None:
-        self.spec, self.task, self.began = spec, task, began
+    def __init__(self, spec: RunSpec, task: Task) -> None:
+        self.spec, self.task, self.began = spec, task, time.perf_counter()
         self.splits = splits = task.load()
         torch.manual_seed(spec.seed)
         self.model = placed_model(task.build(), splits.device)
@@ -102,7 +101,7 @@ class _Training:
         self.loss_sum = torch.zeros((), device=splits.device)
         self.p: float | None = None
 
-    def go_on(self, checkpoint: Checkpoint | None) -> None:
+    def go_on(self, checkpoint: Checkpoint | None = None) -> None:
         """Train, from the checkpoint if it has a state."""
         state = checkpoint.read() if checkpoint else None
         if state is not None:
@@ -168,6 +167,7 @@ class _Training:
             yield inputs, y[chosen], self.draws.get_state()
 
     def evaluate(self, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        """The mean loss and the score on a part of the data."""
         return evaluate(self.model, self.task, self.splits, data, self.spec.amp)
 
     def result(self) -> RunRecord:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.environment import Environment
-from benchmarks.programs.adaptive import Against, rounded
-from benchmarks.results import Results, Row, test_loss, test_score
+from benchmarks.results import Comparison, Results, Row, test_loss, test_score
 from benchmarks.study.spec import Value
 
 STUDIES = ("adaptive-norms", "adaptive-norms-near")
@@ -30,12 +29,20 @@ class Found(BaseModel):
     loss: list[float]
 
 
-class Held(Against):
-    """A paired difference from the baseline by test score or test loss.
+class Held(BaseModel):
+    """A paired difference from the baseline by test score or test loss, its 95 % t interval and Holm's p-value.
 
     Each task and measure is a family of tests, and another one for the arms that take over a learning rate.
     """
 
+    model_config = ConfigDict(extra="forbid")
+
+    this: str
+    that: str
+    mean: float
+    low: float
+    high: float
+    p_value: float
     task: str
     by: str
 
@@ -57,8 +64,8 @@ def condensed(results: Results) -> AdaptiveNorms:
     """Return what the documentation needs of a finished study."""
     base, arms = results.study.baseline, results.study.arms
     comparisons = [
-        Held.of(c, task=name, by=by)
-        for name, task in results.tasks.items()
+        _held(c, by)
+        for task in results.tasks.values()
         for by, of in MEASURES.items()
         for taken in (False, True)
         for c in task.compare(
@@ -75,6 +82,12 @@ def condensed(results: Results) -> AdaptiveNorms:
     )
 
 
+def _held(c: Comparison, by: str) -> Held:
+    i = c.difference.interval
+    names = {"this": c.row.name, "that": c.against.name, "task": c.row.task, "by": by}
+    return Held(**names, mean=i.mean, low=i.low, high=i.high, p_value=c.adjusted)
+
+
 def _found(row: Row) -> Found:
     whole = [run for run in row.runs if not run.diverged]
     return Found(
@@ -86,6 +99,6 @@ def _found(row: Row) -> Found:
         at_edge=bool(row.at_edge),
         diverged=row.diverged,
         tried=[(t.settings["lr"], round(t.loss, 5) if t.loss < float("inf") else None) for t in row.trials],
-        score=rounded(map(test_score, whole)),
-        loss=rounded(map(test_loss, whole)),
+        score=[round(run.test_score or 0.0, 6) for run in whole],
+        loss=[round(run.test_loss or 0.0, 6) for run in whole],
     )

@@ -32,7 +32,6 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks.progress import Advance
 from benchmarks.stats import holm, interval, paired, pairs_needed
-from benchmarks.store import UnfitStore
 from benchmarks.study.clusters import each
 from benchmarks.study.spec import Frozen
 from benchmarks.tasks import TASKS, Task
@@ -43,6 +42,7 @@ PS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, math.inf)
 P_MAX = 6.0  # the paper's, in most of its experiments
 NORMS = (*(f"ℓ{p:g}".replace("inf", "∞") for p in PS), "spectral", "rows")
 BY = ("best", "held")
+SEEDS = tuple(range(1, 9))
 EARLY, LATE = 0.1, 0.6  # parts of the training: up to the first, from the second on
 # Lengths of steps are relative to that of the weights. Searches move by these ratios, between these lengths.
 RATIOS = (4.0, 2.0, 2**0.5)
@@ -128,15 +128,6 @@ class Checkpoint(Frozen):
     large: Decreases
 
 
-class Part(Frozen):
-    """One training, as it is kept in the folder: ``seconds`` are those of the clock."""
-
-    torch: str
-    setting: Setting
-    seconds: float
-    checkpoints: list[Checkpoint]
-
-
 class Change(Frozen):
     """How a quantity changes from the checkpoints up to EARLY to those from LATE on: means and 95 % intervals.
 
@@ -160,9 +151,13 @@ class Change(Frozen):
     correlation: tuple[float, float, float]
 
 
-class BestNorm(Part):
-    """All trainings; ``norms`` are the columns of `Decreases`."""
+class BestNorm(Frozen):
+    """All trainings; ``norms`` are the columns of `Decreases`, ``seconds`` those of the clock."""
 
+    torch: str
+    setting: Setting
+    seconds: float
+    checkpoints: list[Checkpoint]
     norms: tuple[str, ...] = NORMS
     early: float = EARLY
     late: float = LATE
@@ -333,51 +328,24 @@ def digits(x: float, n: int = 4) -> float:
     return float(f"{max(x, -1e9):.{n}g}")
 
 
-def measure(
-    folder: Path, workers: int, tasks: Sequence[str], seeds: Sequence[int], setting: Setting, advance: Advance
-) -> BestNorm:
-    """Measure every task and seed; trainings that are in the folder are read.
+def count() -> int:
+    """How many trainings there are."""
+    return len(PLANS) * len(SEEDS)
 
-    Raises:
-        UnfitStore: the folder has trainings with other settings or another version of torch.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {(task, seed): folder / f"{task}-{seed}.json" for seed in seeds for task in tasks}
-    parts = {cell: _read(path, setting) for cell, path in paths.items() if path.exists()}
 
-    advance("best-norm", len(parts))
-    todo = [cell for cell in paths if cell not in parts]
-    made = each(workers, _watched, [(*cell, setting, paths[cell]) for cell in todo])
-    for cell, part in zip(todo, made, strict=True):
-        parts[cell] = part
+def measure(workers: int, advance: Advance, folder: Path) -> BestNorm:
+    """Measure every task and seed; ``advance`` is told of each training, and the folder keeps it."""
+    began, setting = time.perf_counter(), Setting()
+    cells = [(task, seed, setting) for seed in SEEDS for task in setting.plans]
+    found: dict[str, list[Checkpoint]] = {task: [] for task in setting.plans}
+    for (task, *_), checkpoints in zip(cells, each(workers, watch, cells, folder), strict=True):
+        found[task] += checkpoints
         advance("best-norm", 1)
-    checkpoints = [c for task in tasks for seed in seeds for c in parts[task, seed].checkpoints]
-    return BestNorm(
-        torch=torch.__version__,
-        seconds=round(sum(part.seconds for part in parts.values()), 1),
-        setting=setting,
-        changes=changes(checkpoints),
-        checkpoints=checkpoints,
-    )
-
-
-def _watched(task: str, seed: int, setting: Setting, path: Path) -> Part:
-    """Measure one training, and keep it in a file."""
-    began = time.perf_counter()
-    checkpoints = watch(task, seed, setting)
+    every = [c for of_task in found.values() for c in of_task]
     seconds = round(time.perf_counter() - began, 1)
-    part = Part(torch=torch.__version__, setting=setting, seconds=seconds, checkpoints=checkpoints)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(part.model_dump_json(), encoding="utf-8")
-    unfinished.replace(path)
-    return part
-
-
-def _read(path: Path, setting: Setting) -> Part:
-    part = Part.model_validate_json(path.read_text(encoding="utf-8"))
-    if (part.setting, part.torch) != (setting, torch.__version__):
-        raise UnfitStore(f"{path} was measured with other settings or another torch: choose another folder")
-    return part
+    return BestNorm(
+        torch=torch.__version__, setting=setting, seconds=seconds, checkpoints=every, changes=changes(every)
+    )
 
 
 def inverse(found: Decreases, by: str, adaptive: bool) -> float:
@@ -432,17 +400,3 @@ def changes(checkpoints: Sequence[Checkpoint]) -> list[Change]:
 def _rank(a: Sequence[float], b: Sequence[float]) -> float:
     """Return Spearman's rank correlation; 0 where one of them does not vary."""
     return float(spearmanr(a, b).statistic) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0
-
-
-def lines(result: BestNorm) -> list[str]:
-    """Return a line for every change."""
-
-    def three(x: tuple[float, float, float]) -> str:
-        return f"{x[0]:.2f} ({x[1]:.2f} to {x[2]:.2f})"
-
-    return [
-        f"{c.task}, {c.what}, {c.gradient} gradient{', adaptive' if c.adaptive else ''}, {c.by}: "
-        f"early {three(c.early)}, late {three(c.late)}, p = {c.p_value:.2g}; "
-        f"rank correlation with the anisotropy {three(c.correlation)}"
-        for c in result.changes
-    ]

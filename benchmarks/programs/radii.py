@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.environment import Environment
-from benchmarks.programs.adaptive import Against, rounded
-from benchmarks.results import Results, Row, test_loss, test_score, validation_loss
+from benchmarks.report.text import p_value
+from benchmarks.results import Results, Row, validation_loss
+from benchmarks.stats import Interval, holm, paired
 from benchmarks.study.spec import Arm, Study, Tuning, Value
 from benchmarks.tasks import TASKS
 
@@ -25,7 +28,6 @@ ADAMW = (1e-3, 3e-3, 1e-2)
 BEYOND = 0.8, 3e-2  # a ratio, and a rate of AdamW's
 SEEDS = tuple(range(1, 9))
 DECAY = 0.01  # of all arms, torch.optim.AdamW's default
-MEASURES = {"score": test_score, "loss": test_loss}
 # Epochs; an epoch has 40, 17 and 422 steps. About 80 minutes of one core; the whole grid on long runs and two seeds
 # for each would take twice as long, so that long runs are tuned on one seed, at Muon's learning rate alone. (Cut to
 # that rate while the first short runs were made, which took longer than estimated, and before any long one.)
@@ -128,9 +130,9 @@ class Tried(BaseModel):
 
 
 class Found(BaseModel):
-    """An arm on fresh seeds, in their order; seeds that diverged are left out of its scores and losses on test data."""
+    """An arm on fresh seeds: its scores and losses on test data in their order; the loss of one that diverged is ∞."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     length: str
     task: str
@@ -138,14 +140,6 @@ class Found(BaseModel):
     settings: dict[str, Value]
     score: list[float]
     loss: list[float]
-
-
-class Held(Against):
-    """A paired difference by test score or test loss; a task, length, measure and question are a family of tests."""
-
-    length: str
-    task: str
-    by: str
 
 
 class Radii(BaseModel):
@@ -158,11 +152,8 @@ class Radii(BaseModel):
     tuned_on: dict[str, tuple[int, ...]]
     seeds: tuple[int, ...]
     seconds: float
-    ratios: dict[str, float]
-    worst: dict[str, list[float]]  # of each ratio: its highest loss over the lowest of any ratio
     tried: list[Tried]
     found: list[Found]
-    comparisons: list[Held]
 
 
 def tried(length: str, results: Results) -> list[Tried]:
@@ -227,46 +218,53 @@ def condensed(grids: Mapping[Cell, Results], edges: Mapping[Cell, Results], fina
         tuned_on=TUNED_ON,
         seeds=SEEDS,
         seconds=round(sum(results.seconds for results in every), 1),
-        ratios=choose(cells),
-        worst={preset: worst(cells, preset) for preset in PRESETS},
         tried=[*cells, *beyond],
         found=[_found(length, row) for (length, _), results in finals.items() for row in results.rows],
-        comparisons=[c for (length, _), results in finals.items() for c in _held(length, results)],
     )
 
 
 def _found(length: str, row: Row) -> Found:
-    whole = [run for run in row.runs if not run.diverged]
     return Found(
         length=length,
         task=row.task,
         arm=row.name,
         settings=dict(row.arm.settings),
-        score=rounded(map(test_score, whole)),
-        loss=rounded(map(test_loss, whole)),
+        score=[round(score, 6) for run in row.runs if (score := run.test_score) is not None],
+        loss=[math.inf if run.test_loss is None else round(run.test_loss, 6) for run in row.runs],
     )
 
 
-def _held(length: str, results: Results) -> list[Held]:
-    (task,) = results.tasks.values()
-    rivals = [row for row in task.rows if row.arm.optimizer == "adamw" and row.sound]
-    found = []
-    for by, of in MEASURES.items():
-        # AdamW's best rate by the very seeds that are compared, which favours AdamW.
-        sign = -1 if by == "score" else 1
-        best = min(rivals, key=lambda row: sign * sum(row.values(of))).name
-        extras = [row.name for row in task.rows if row.name in EXTRAS]
-        families = [
-            [(name, best) for name in PRESETS],
-            *([(name, PRESETS[1]) for name in extras if name.startswith(word)] for word in ("qkv", "match")),
-        ]
-        found += [
-            Held.of(c, length=length, task=task.name, by=by) for family in families for c in task.compare(family, of)
-        ]
+class Held(NamedTuple):
+    """An arm's mean test loss, and its paired difference from another's with Holm's P-value."""
+
+    arm: str
+    loss: float
+    against: str
+    difference: Interval
+    p_value: float
+
+    def __str__(self) -> str:
+        d = self.difference
+        return f"{self.loss:.3f} | {d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
+
+
+def held(kept: Radii, length: str, task: str) -> dict[str, Held]:
+    """Hold the presets against AdamW, and the extras against "muon-adamw": a question is a family of tests.
+
+    It is AdamW at its best rate by the very seeds that are compared, which favours AdamW.
+    """
+    losses = {a.arm: a.loss for a in kept.found if (a.length, a.task) == (length, task)}
+    best = min((name for name in losses if name.startswith("AdamW")), key=lambda name: fmean(losses[name]))
+    extras = ([name for name in losses if name in EXTRAS and name.startswith(word)] for word in ("qkv", "match"))
+    found = {}
+    for names, against in ((PRESETS, best), *((names, PRESETS[1]) for names in extras)):
+        differences = [paired(losses[name], losses[against]) for name in names]
+        for name, d, p in zip(names, differences, holm([d.p_value for d in differences]), strict=True):
+            found[name] = Held(name, fmean(losses[name]), against, d.interval, p)
     return found
 
 
-def tables(kept: Radii) -> tuple[str, str, str]:
+def tables(kept: Radii) -> tuple[str, ...]:
     """Return the Markdown tables of the documentation: what was tried at Muon's rate, the finals, and the extras."""
     ratios = (*RATIOS, BEYOND[0])
     lines = [f"| run | preset | {' | '.join(f'{r:g}' for r in ratios)} |", "|:--|:--|" + "--:|" * len(ratios)]
@@ -276,24 +274,20 @@ def tables(kept: Radii) -> tuple[str, str, str]:
             best = min(losses[ratio] for ratio in RATIOS)
             said = [f"**{x:.3f}**" if x == best else f"{x:.3f}" if x else "" for x in map(losses.get, ratios)]
             lines.append(f"| {_run(kept, length, task)} | {preset} | {' | '.join(said)} |")
-    for preset, of in kept.worst.items():
-        lines.append(f"| worst over best | {preset} | {' | '.join(f'{ratio:.2f}' for ratio in of)} | |")
-    held = {(c.length, c.task, c.this): c for c in kept.comparisons if c.by == "loss"}
+    for preset in PRESETS:
+        of = " | ".join(f"{ratio:.2f}" for ratio in worst(kept.tried, preset))
+        lines.append(f"| worst over best | {preset} | {of} | |")
     final = ["| run | AdamW | muon | minus AdamW | muon-adamw | minus AdamW |", "|:--|--:|--:|--:|--:|--:|"]
-    for length, task in CELLS:
-        means = {a.arm: sum(a.loss) / len(a.loss) for a in kept.found if (a.length, a.task) == (length, task)}
-        pairs = [held[length, task, preset] for preset in PRESETS]
-        said = [f"{means[c.this]:.3f} | {c.mean:+.3f} ({c.low:+.3f} to {c.high:+.3f})" for c in pairs]
-        rival = f"{means[pairs[0].that]:.3f} at {pairs[0].that.removeprefix('AdamW ')}"
-        final.append(f"| {_run(kept, length, task)} | {rival} | {' | '.join(said)} |".replace("-0.", "−0."))
     extras = ["| on bytes, 10 epochs | test loss | minus muon-adamw | P |", "|:--|--:|--:|--:|"]
-    for arm in (a for a in kept.found if a.arm in EXTRAS):
-        c = held[arm.length, arm.task, arm.arm]
-        p = "< 0.001" if c.p_value < 0.001 else f"{c.p_value:.3f}"
-        loss = sum(arm.loss) / len(arm.loss)
-        line = f"| {arm.arm} | {loss:.3f} | {c.mean:+.3f} ({c.low:+.3f} to {c.high:+.3f}) | {p} |"
-        extras.append(line.replace("-0.", "−0."))
-    return "\n".join(lines), "\n".join(final), "\n".join(extras)
+    for length, task in CELLS:
+        cases = held(kept, length, task)
+        (rival,) = {cases[preset].against for preset in PRESETS}
+        loss = fmean(next(a.loss for a in kept.found if (a.length, a.task, a.arm) == (length, task, rival)))
+        said = [f"{loss:.3f} at {rival.removeprefix('AdamW ')}", *(str(cases[preset]) for preset in PRESETS)]
+        final.append(f"| {_run(kept, length, task)} | {' | '.join(said)} |")
+        extras += [f"| {c.arm} | {c} | {p_value(c.p_value, name=False)} |" for c in cases.values() if c.arm in EXTRAS]
+    found = ("\n".join(table).replace("-0.", "−0.").replace("\u00a0", " ") for table in (lines, final, extras))
+    return tuple(found)
 
 
 def _run(kept: Radii, length: str, task: str) -> str:

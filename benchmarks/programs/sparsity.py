@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from pathlib import Path
 from statistics import mean
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks.progress import Advance
 from benchmarks.study.clusters import each
-from benchmarks.study.spec import Frozen
+from benchmarks.study.spec import Frozen, RunSpec
 from benchmarks.tasks.base import Task
 from benchmarks.tasks.digits import Digits
 from benchmarks.tasks.digits_cnn import DigitsCNN
-from benchmarks.training import evaluate
+from benchmarks.training import Training
 from normopt import sparsity
 from normopt.addons import LpDecay
 
@@ -148,23 +148,21 @@ def train(task: str, arm: Arm, weight_decay: float, seed: int) -> tuple[Run, nn.
     batches, whatever the arm.
     """
     torch.set_num_threads(1)
-    splits, settings = TASKS[task].load(), SETTINGS[task]
-    torch.manual_seed(seed)
-    model = TASKS[task].build()
     own = weight_decay if arm.over == "AdamW's own" else 0.0
-    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=own)
+    spec = RunSpec(
+        task=task,
+        optimizer="adamw",
+        settings={"lr": SETTINGS[task]["lr"], "weight_decay": own},
+        seed=seed,
+        epochs=int(SETTINGS[task]["epochs"]),
+        batch_size=BATCH,
+    )
+    training = Training(spec, TASKS[task])
+    model, splits = training.model, training.splits
     if arm.over in ("entries", "rows"):
-        LpDecay(optimizer, p=arm.p or 1.0, weight_decay=weight_decay, over="rows" if arm.over == "rows" else "entries")
-    epochs = int(settings["epochs"])
-    x, y = splits.train
-    schedule = CosineAnnealingLR(optimizer, epochs * -(-len(x) // BATCH))
-    order = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for chosen in torch.split(torch.randperm(len(x), generator=order), BATCH):
-            optimizer.zero_grad()
-            TASKS[task].loss(model(x[chosen]), y[chosen]).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
+        over: Any = arm.over
+        LpDecay(training.optimizer, p=arm.p or 1.0, weight_decay=weight_decay, over=over)
+    training.go_on()
     model.eval()
     shrunk = sparsity.shrink(model, splits.test[0])
     total = sparsity.report(model).total
@@ -173,8 +171,8 @@ def train(task: str, arm: Arm, weight_decay: float, seed: int) -> tuple[Run, nn.
         arm=arm.name,
         weight_decay=weight_decay,
         seed=seed,
-        validation=evaluate(model, TASKS[task], splits, splits.validation)[1],
-        test=evaluate(model, TASKS[task], splits, splits.test)[1],
+        validation=training.evaluate(splits.validation)[1],
+        test=training.evaluate(splits.test)[1],
         zeros=total.zeros / total.entries,
         dead_rows=total.dead_rows,
         rows=total.rows,
@@ -219,14 +217,14 @@ def choose(runs: list[Run]) -> list[Chosen]:
     return found
 
 
-def measure(workers: int, advance: Advance) -> Sparsity:
-    """Train everything, then time what was chosen; ``advance`` is told of each run and timing."""
+def measure(workers: int, advance: Advance, folder: Path) -> Sparsity:
+    """Train everything, then time what was chosen; ``advance`` is told of each, and the folder keeps the runs."""
     from benchmarks.speed.records import machine
 
     began = time.perf_counter()
     runs: list[Run] = []
     nets: dict[tuple[str, str, float, int], tuple[nn.Module, nn.Module]] = {}
-    for run, full, shrunk in each(workers, train, cells()):
+    for run, full, shrunk in each(workers, train, cells(), folder):
         runs.append(run)
         nets[run.task, run.arm, run.weight_decay, run.seed] = full, shrunk
         advance("training", 1)
@@ -293,19 +291,3 @@ def sparse_layer(units: int, zeros: float) -> list[Timing]:
     )
     inputs = torch.randn(max(BATCHES), units, generator=drawn)
     return [versus(dense, sparsity.to_sparse(dense), inputs[:batch]) for batch in BATCHES]
-
-
-def lines(result: Sparsity) -> list[str]:
-    """A line for each task and arm: what was chosen, its test accuracy, its size and its speed."""
-    found = []
-    for choice in result.chosen:
-        runs = [
-            r for r in result.runs if (r.task, r.arm, r.weight_decay) == (choice.task, choice.arm, choice.weight_decay)
-        ]
-        fast = [t.speedup for t in result.networks if (t.task, t.arm, t.batch) == (choice.task, choice.arm, BATCHES[0])]
-        found.append(
-            f"{choice.task:10}  {choice.arm:15}  λ {choice.weight_decay:<5g} test {mean(r.test for r in runs):.1%}  "
-            f"zeros {mean(r.zeros for r in runs):5.1%}  size {mean(r.shrunk / r.parameters for r in runs):6.1%}  "
-            f"speed × {mean(fast):.2f}{'' if choice.keeps else '  (loses accuracy)'}"
-        )
-    return found

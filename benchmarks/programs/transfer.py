@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,22 +128,17 @@ def count() -> int:
     return sum(SETTINGS[size.model]["seeds"] for size, _, _ in plan())
 
 
-def measure(workers: int, advance: Advance) -> Transfer:
-    """Train everything; ``advance`` is told of each run."""
+def measure(workers: int, advance: Advance, folder: Path) -> Transfer:
+    """Train everything; ``advance`` is told of each run, and the folder keeps it."""
     began = time.perf_counter()
     cells = plan()
     runs = [(i, seed) for i, (size, _, _) in enumerate(cells) for seed in range(SETTINGS[size.model]["seeds"])]
     # The largest models first, so that no worker is left with one at the end.
     runs.sort(key=lambda run: -cells[run[0]][0].width * cells[run[0]][0].depth)
     losses: dict[int, list[float | None]] = {i: [] for i in range(len(cells))}
-    made = each(workers, train, [(*cells[i], seed) for i, seed in runs])
+    made = each(workers, train, [(*cells[i], seed) for i, seed in runs], folder)
     for (i, _), loss in zip(runs, made, strict=True):
         losses[i].append(loss)
         advance("transfer", 1)
     points = [Point(size=s, optimizer=n, lr=lr, losses=losses[i]) for i, (s, n, lr) in enumerate(cells)]
     return Transfer(torch=torch.__version__, seconds=time.perf_counter() - began, settings=SETTINGS, points=points)
-
-
-def lines(result: Transfer) -> list[str]:
-    """How much there is."""
-    return [f"{len(result.points)} points in {result.seconds:.0f} seconds"]

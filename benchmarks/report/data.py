@@ -89,7 +89,7 @@ def _summary(task: TaskResults, row: Row) -> dict[str, Any]:
         "score_name": task.task.score_name,
     }
     for name, of in MEANS.items():
-        found |= _interval(name, row, of)
+        found |= ends(name, mean_of(row, of))
     found |= {
         "target": task.target,
         "reached_target": sum(steps is not None for steps in reached),
@@ -101,7 +101,7 @@ def _summary(task: TaskResults, row: Row) -> dict[str, Any]:
         "state_bytes": max((run.state_bytes for run in row.runs), default=None),
     }
     for name in measures(task):
-        found |= _interval(f"measure: {name}", row, measure(name))
+        found |= ends(f"measure: {name}", mean_of(row, measure(name)))
     return found
 
 
@@ -120,13 +120,10 @@ def mean_of(row: Row, of: Callable[[RunRecord], float | None]) -> Interval | Non
     return interval(values) if values else None
 
 
-def _interval(name: str, row: Row, of: Callable[[RunRecord], float | None]) -> dict[str, float | None]:
-    found = mean_of(row, of)
-    return {
-        name: found.mean if found else None,
-        f"{name}_low": found.low if found else None,
-        f"{name}_high": found.high if found else None,
-    }
+def ends(name: str, it: Interval | None) -> dict[str, float | None]:
+    """A number and the ends of its interval, under names of their own."""
+    found = (it.mean, it.low, it.high) if it else (None,) * 3
+    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
 
 
 def measures(task: TaskResults) -> list[str]:
@@ -200,12 +197,7 @@ def standings(results: Results) -> Rows:
         better, worse, ties = tally(results, s.arm)
         row: dict[str, Any] = {"arm": s.arm, "against": other, "better": better, "worse": worse, "ties": ties}
         improved = results.improvements[s.arm, other] if other else None
-        for name, it in (("improvement", improved), ("iqm", s.iqm)):
-            row |= {
-                name: it.mean if it else None,
-                f"{name}_low": it.low if it else None,
-                f"{name}_high": it.high if it else None,
-            }
+        row |= ends("improvement", improved) | ends("iqm", s.iqm)
         row |= {"mean_rank": s.rank, "steps_area": s.steps.area, "seconds_area": s.seconds.area}
         found.append(row | {"solved": s.steps.share(math.nextafter(math.inf, 0))})
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
 import itertools
 import multiprocessing
 import os
@@ -12,12 +14,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+
+import normopt
 
 Result = TypeVar("Result")
 SCHEME = "dask://"
@@ -183,22 +188,42 @@ def connect(cluster: str | None, processes: int) -> Local | Dask:
     return Local(processes) if cluster is None else Dask(cluster)
 
 
-def each(processes: int, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
-    """Yield the result of each call, in order, from a pool of processes; with one, the calls run in this process."""
+def each(
+    processes: int, function: Callable[..., Result], calls: Sequence[tuple[Any, ...]], folder: Path | None = None
+) -> Iterator[Result]:
+    """Yield the result of each call, in order, from a pool of processes; with one, the calls run in this process.
+
+    Args:
+        processes, function, calls: which.
+        folder: keeps each result as soon as it is there; one that is there is not made again. It is another's where
+            the arguments, the file of the function or the version of torch or normopt is another.
+    """
+    source = Path(inspect.getfile(function)).read_bytes()
+    same = hashlib.sha256(source + f"{torch.__version__} {normopt.__version__}".encode()).hexdigest()
+    names = (hashlib.sha256(f"{same}{call!r}".encode()).hexdigest()[:16] for call in calls)
+    tasks = [(function, call, folder and folder / name) for call, name in zip(calls, names, strict=True)]
     if processes == 1:
-        yield from itertools.starmap(function, calls)
+        yield from map(pickle.loads, itertools.starmap(_pickled, tasks))
         return
     local = Local(processes)
     try:
-        for future in [local.submit(_pickled, function, call) for call in calls]:
+        for future in [local.submit(_pickled, *task) for task in tasks]:
             yield pickle.loads(future.result())
     finally:
         local.close()
 
 
-def _pickled(function: Callable[..., object], call: tuple[Any, ...]) -> bytes:
+def _pickled(function: Callable[..., object], call: tuple[Any, ...], path: Path | None) -> bytes:
     """As bytes: of tensors in a result, torch would share the memory, with an open file for each."""
-    return pickle.dumps(function(*call))
+    if path is not None and path.exists():
+        return path.read_bytes()
+    result = pickle.dumps(function(*call))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_bytes(result)
+        unfinished.replace(path)
+    return result
 
 
 def devices() -> list[str]:

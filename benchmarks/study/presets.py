@@ -122,24 +122,6 @@ STANDARD = Study(
     seeds=tuple(range(1, 13)),
 )
 
-FULL = STANDARD.model_copy(
-    update={
-        "name": "full",
-        "purpose": "The standard study with more tasks, arms, trials and seeds.",
-        "tasks": (*STANDARD.tasks, "digits-mix", "quadratic-axes"),
-        "arms": (
-            *STANDARD.arms,
-            _arm("SGD without momentum", "sgd", {"momentum": 0.0}, against="SGD"),
-            *(_arm("SignSGD", "signsgd"), _arm("Lion", "lion"), _arm("NormalizedSGD", "normalizedsgd")),
-            _arm("PowerStep", "powerstep"),
-            MODULAR,
-            *(_with(SGD_EMA, "AGR", {"agr": True}), _with(SGD_EMA, "ℓ0.8 decay", LP)),
-        ),
-        "tuning": Tuning(trials=24, startup=12, reruns=2),
-        "seeds": tuple(range(1, 21)),
-    }
-)
-
 P_SCHEDULE = Study(
     name="p-schedule",
     purpose="Does annealing p help, and is it the direction that helps or the learning rate that p changes with it?",
@@ -237,18 +219,6 @@ ADAPTIVE_NORMS_NEAR = Study(
     seeds=tuple(range(11, 21)),
 )
 
-_AGR_TWINS = (SGD_EMA, ADAMW, LPSGDM, MUON)
-
-AGR = Study(
-    name="agr",
-    purpose="Does adaptive gradient regularization help an optimizer that is tuned with it as well as without?",
-    tasks=("digits", "digits-noise", "breast-cancer", "diabetes-sparse", "bytes"),
-    arms=tuple(a for arm in _AGR_TWINS for a in (arm, _with(arm, "AGR", {"agr": True}))),
-    baseline="AdamW",
-    tuning=Tuning(trials=10, startup=8, reruns=2),
-    seeds=tuple(range(1, 9)),
-)
-
 NORMS_BY_LAYER = Study(
     name="norms-by-layer",
     purpose="Is a norm of its own for each kind of layer better than one norm for all of them?",
@@ -282,7 +252,7 @@ ORDERINGS = Study(
 PRESETS: dict[str, Study] = {
     study.name: study
     for study in (
-        *(SMOKE, QUICK, STANDARD, FULL, P_SCHEDULE, ADAPTIVE_P, ADAPTIVE_NORMS, AGR, NORMS_BY_LAYER),
+        *(SMOKE, QUICK, STANDARD, P_SCHEDULE, ADAPTIVE_P, ADAPTIVE_NORMS, NORMS_BY_LAYER),
         *(ADAPTIVE_NORMS_NEAR, ORDERINGS),
         *(protocol.study for protocol in papers.DECLARED.values()),
     )

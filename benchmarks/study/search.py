@@ -45,19 +45,11 @@ def tpe(search: Mapping[str, Range], history: History, seed: int) -> Settings:
     """What TPE tries after settings that had these losses; a loss of ∞ ranks behind all others."""
     sampler = optuna.samplers.TPESampler(n_startup_trials=0, seed=seed)
     study = optuna.create_study(sampler=sampler)
-    study.add_trials([frozen(search, settings, loss) for settings, loss in history])
-    asked = study.ask(distributions(search))
+    ranges = {name: FloatDistribution(within.low, within.high, log=within.log) for name, within in search.items()}
+    told = (optuna.trial.create_trial(params=tried, distributions={**ranges}, value=loss) for tried, loss in history)
+    study.add_trials(told)
+    asked = study.ask({**ranges})
     return {name: _rounded(float(asked.params[name]), within) for name, within in search.items()}
-
-
-def distributions(search: Mapping[str, Range]) -> dict[str, optuna.distributions.BaseDistribution]:
-    """The ranges in Optuna's words."""
-    return {name: FloatDistribution(within.low, within.high, log=within.log) for name, within in search.items()}
-
-
-def frozen(search: Mapping[str, Range], settings: Settings, loss: float) -> optuna.trial.FrozenTrial:
-    """A finished trial in Optuna's words."""
-    return optuna.trial.create_trial(params=settings, distributions=distributions(search), value=loss)
 
 
 def _at(within: Range, x: float) -> float:

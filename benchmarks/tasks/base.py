@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 Fetch = Callable[[Tensor, torch.Generator | None], Tensor]
+Part = tuple[Tensor, Tensor]
 
 
 def as_they_are(inputs: Tensor, draws: torch.Generator | None) -> Tensor:
@@ -31,13 +32,17 @@ class Splits:
         ahead: so many batches are made ready by a thread while the model is trained on an earlier one.
     """
 
-    train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    train: Part
+    validation: Part
+    test: Part
     per_epoch: int | None = None
     fetch: Fetch = as_they_are
     device: str = "cpu"
     ahead: int = 0
+
+    def each(self, of: Callable[[Part], Part]) -> Splits:
+        """Return the same with a function of each of the three."""
+        return replace(self, train=of(self.train), validation=of(self.validation), test=of(self.test))
 
 
 class Task(Protocol):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.tasks.base import Splits
+from benchmarks.tasks.base import Part, Splits
 
 SPLIT_SEED = 0
+HELD_OUT = 10  # every so many training examples, one is for validation
 
 
 class Plain:
@@ -94,12 +96,17 @@ def split(inputs: object, targets: object, dtype: torch.dtype, by_class: bool) -
     return Splits(train=tensors(x_train, y_train), validation=tensors(x_val, y_val), test=tensors(x_test, y_test))
 
 
+def held_out(data: Part, test: Part, **more: Any) -> Splits:
+    """Training data, of which one example of HELD_OUT, drawn at random, is kept for validation, and test data."""
+    x, y = data
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    held, kept = order[: len(x) // HELD_OUT], order[len(x) // HELD_OUT :]
+    return Splits(train=(x[kept], y[kept]), validation=(x[held], y[held]), test=test, **more)
+
+
 def standardised(splits: Splits) -> Splits:
     """Every feature with the mean 0 and the deviation 1 of the training data, which alone may be looked at."""
     x = splits.train[0]
     mean, deviation = x.mean(0), x.std(0, correction=0)
 
-    def of(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return (data[0] - mean) / deviation, data[1]
-
-    return Splits(train=of(splits.train), validation=of(splits.validation), test=of(splits.test))
+    return splits.each(lambda data: ((data[0] - mean) / deviation, data[1]))

@@ -93,8 +93,4 @@ def _load() -> Splits:
     noise = NOISE * draws.standard_normal(len(real))
     splits = standardised(split(design, noise, torch.float32, by_class=False))
     w = coefficients()
-
-    def explained(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return data[0], (data[0].double() @ w + data[1].double()).float()
-
-    return Splits(train=explained(splits.train), validation=explained(splits.validation), test=explained(splits.test))
+    return splits.each(lambda data: (data[0], (data[0].double() @ w + data[1].double()).float()))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from benchmarks.tasks.base import Splits
 from benchmarks.tasks.common import Classification
-from benchmarks.tasks.digits import Digits
+from benchmarks.tasks.digits import Digits, images
 
 NOISE = 0.3  # the share of training labels that are drawn anew
 NOISE_SEED = 0
@@ -30,14 +32,9 @@ class DigitsCNN(Classification):
 
     def load(self) -> Splits:
         """The splits of the digits as [examples, 1, 8, 8], the training labels with noise."""
-        digits = Digits().load()
-
-        def images(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            pixels, classes = data
-            return pixels.view(-1, 1, 8, 8), classes
-
-        x, y = images(digits.train)
-        return Splits(train=(x, noisy(y)), validation=images(digits.validation), test=images(digits.test))
+        digits = Digits().load().each(images)
+        x, y = digits.train
+        return replace(digits, train=(x, noisy(y)))
 
     def build(self) -> nn.Module:
         """The network; the convolutions have no biases, since batch norm has them."""

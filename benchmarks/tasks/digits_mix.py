@@ -28,13 +28,7 @@ class DigitsMix(Classification):
 
     def load(self) -> Splits:
         """The splits of the digits, the pixels as whole numbers."""
-        digits = Digits().load()
-
-        def levels(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            pixels, classes = data
-            return (pixels * (LEVELS - 1)).long().view(-1, 8, 8), classes
-
-        return Splits(train=levels(digits.train), validation=levels(digits.validation), test=levels(digits.test))
+        return Digits().load().each(lambda data: ((data[0] * (LEVELS - 1)).long().view(-1, 8, 8), data[1]))
 
     def build(self) -> nn.Module:
         """The network."""

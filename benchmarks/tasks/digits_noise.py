@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.tasks.base import Splits
 from benchmarks.tasks.common import Classification
-from benchmarks.tasks.digits import Digits
+from benchmarks.tasks.digits import Digits, images
 
 NOISE_SEED = 0
 WRONG = 0.25  # of the training labels
@@ -46,13 +46,9 @@ class DigitsNoise(Classification):
 
 @cache
 def _load() -> Splits:
-    digits = Digits().load()
-
-    def images(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return data[0].view(-1, 1, 8, 8), data[1]
-
-    x, y = images(digits.train)
-    return replace(digits, train=(x, mislabelled(y)), validation=images(digits.validation), test=images(digits.test))
+    digits = Digits().load().each(images)
+    x, y = digits.train
+    return replace(digits, train=(x, mislabelled(y)))
 
 
 def mislabelled(classes: Tensor) -> Tensor:

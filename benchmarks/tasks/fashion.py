@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tasks.base import Splits
-from benchmarks.tasks.common import SPLIT_SEED, Classification, Deep
-from benchmarks.tasks.images import HELD_OUT, folder, missing
+from benchmarks.tasks.common import SPLIT_SEED, Classification, Deep, held_out
+from benchmarks.tasks.images import folder, missing
 
 PACKAGE = "dataset-fashion-mnist"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -204,10 +204,7 @@ def _arrays(place: Path) -> tuple[bytes, ...]:
 def _load(place: Path) -> Splits:
     parts = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in _arrays(place)]
     (x, tested), (y, classes) = [part.view(-1, 1, 28, 28) for part in parts[::2]], [part.long() for part in parts[1::2]]
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    held, kept = order[: len(x) // HELD_OUT], order[len(x) // HELD_OUT :]
-    splits = (x[kept], y[kept]), (x[held], y[held]), (tested, classes)
-    return Splits(*splits, fetch=_standardised)
+    return held_out((x, y), (tested, classes), fetch=_standardised)
 
 
 def _standardised(images: Tensor, draws: torch.Generator | None) -> Tensor:

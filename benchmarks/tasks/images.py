@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tasks.base import Splits
-from benchmarks.tasks.common import SPLIT_SEED, Classification
+from benchmarks.tasks.common import HELD_OUT, SPLIT_SEED, Classification, held_out
 from benchmarks.vision import allow_torchvision_import
 
 VARIABLE = "NORMOPT_DATA"
-HELD_OUT = 10  # every so many training images, one is for validation
 PADDING = 4
 SIDE = 224  # pixels of ImageNet's crops
 AHEAD = 2  # batches that are made ready while a GPU trains on an earlier one
@@ -176,16 +175,7 @@ def _cifar(classes: int, root: Path) -> Splits:
             raise OSError(f"a file of CIFAR-{classes} in {place} is damaged: unpack {kind.url} there again") from None
         return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
-    x, y = images(train=True)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    held, kept = order[: len(x) // HELD_OUT], order[len(x) // HELD_OUT :]
-    return Splits(
-        train=(x[kept], y[kept]),
-        validation=(x[held], y[held]),
-        test=images(train=False),
-        fetch=_cropped(*_CIFAR_CHANNELS[classes]),
-        **_placed(),
-    )
+    return held_out(images(train=True), images(train=False), fetch=_cropped(*_CIFAR_CHANNELS[classes]), **_placed())
 
 
 def _cropped(

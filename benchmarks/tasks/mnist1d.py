@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tasks.base import Splits
-from benchmarks.tasks.common import SPLIT_SEED, Classification
-from benchmarks.tasks.images import HELD_OUT
+from benchmarks.tasks.common import SPLIT_SEED, Classification, held_out
 
 
 class MNIST1D(Classification):
@@ -68,7 +67,4 @@ def _load() -> Splits:
     def part(x: str, y: str) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(data[x]).float()[:, None], torch.from_numpy(data[y]).long()
 
-    x, y = part("x", "y")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    held, kept = order[: len(x) // HELD_OUT], order[len(x) // HELD_OUT :]
-    return Splits(train=(x[kept], y[kept]), validation=(x[held], y[held]), test=part("x_test", "y_test"))
+    return held_out(part("x", "y"), part("x_test", "y_test"))

@@ -7,17 +7,16 @@ the page says that it is not measured yet.
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the program `mkdocs` does not look there
 from benchmarks.programs import paper_pages
 from benchmarks.report.text import p_value, signed
 from benchmarks.results import test_score
-from benchmarks.stats import ALPHA, holm, interval
+from benchmarks.stats import ALPHA, interval
 from benchmarks.study.papers import DECLARED
 
 if TYPE_CHECKING:
@@ -105,19 +104,6 @@ def ends(mean: float, low: float, high: float) -> str:
     return f"{signed(mean)} ({signed(low)} to {signed(high)})"
 
 
-def correlations(data: dict[str, Any]) -> tuple[str, str]:
-    """Return the verdict on regular trajectories, and a table of Spearman's correlations with Fieller's intervals."""
-    found = [c for c in data["correlations"] if c["measure"] == "median_cosine"]
-    rows, held = [], 0
-    for c, p in zip(found, holm([c["p_value"] for c in found]), strict=True):
-        half = 1.96 * math.sqrt(1.06 / (c["networks"] - 3))
-        low, high = (math.tanh(math.atanh(c["rho"]) + s * half) for s in (-1, 1))
-        held += p < ALPHA and c["rho"] < 0
-        rows.append(f"| {c['optimizer']} | {ends(c['rho'], low, high)} | {p_value(p, name=False)} |")
-    head = ["| optimizer | rank correlation, 95 % interval | P-value (Holm) |", "|:--|--:|--:|"]
-    return f"shown under {held or 'none'} of {len(found)} optimizers", "\n".join(head + rows)
-
-
 def best_norm(path: Path) -> tuple[str, str]:
     """Return the verdict on whether the best p falls during training, and a table."""
     if not path.is_file():
@@ -159,7 +145,6 @@ def page(docs: Path) -> str:
     annealed = held(results, "LPSGDM constant p", "LPSGDM").turned()
     agr = {arm: held(results, f"{arm} + AGR", arm) for arm in ("LPSGDM", "AdamW")}
     decay = {arm: held(results, f"{arm} + ℓ0.8 decay", arm) for arm in ("LPSGDM", "AdamW")}
-    regular, regularity = correlations(json.loads((docs / "data/regularity.json").read_text(encoding="utf-8")))
     sparse, share, difference = zeros(results)
     zeros_found = f"{share} zeros, accuracy {difference}"
     best, norms = best_norm(docs / "data/best_norm.json")
@@ -174,7 +159,7 @@ when this site is built. The tasks are small and run on a CPU. [Run an ablation]
 | [Does annealing p help?](#annealing-p) | yes | {verdict(annealed)} | {short("paper-lpsgdm")} |
 | [Does AGR help?](#agr) | yes | {verdict(*agr.values())} | {short("paper-agr")} |
 | [Does ℓp decay make zeros for free?](#lp-decay) | yes, 83.6 % | {zeros_found} | {short("paper-pwd")} |
-| [Do regular trajectories go with success?](#trajectories) | yes | {regular} | {short("paper-trajectory")} |
+| [Do regular trajectories go with success?](#trajectories) | yes | | {short("paper-trajectory")} |
 | [Does the best p fall during training?](#best-norm) | yes, so p anneals | {best} | |
 
 “Better” and “worse” are significant differences of test scores on the same seeds, corrected for the number of tests;
@@ -213,11 +198,8 @@ accuracy from {sparse}'s. Over all tasks, tuned for the loss and not for zeros:
 
 ## Do regular trajectories go with success? {{#trajectories}}
 
-[A study of 60 networks and optimizers on the digits](tutorials/reading_a_trajectory.md). The claim is a negative
-correlation between the median cosine, of each step with the direction to the final weights, and the final training
-loss, over the 12 networks of an optimizer.
-
-{regularity}
+The claim is that what makes networks train well makes each step point more to the final weights.
+[Reading a trajectory](tutorials/reading_a_trajectory.md) draws the trainings of the study.
 
 {recipe("paper-trajectory")}
 

@@ -16,9 +16,12 @@
 # ([arXiv:1802.04434](https://arxiv.org/abs/1802.04434)): signs are for dense gradients.
 
 # %%
-import json
+import copy
+import inspect
 import os
 from pathlib import Path
+from statistics import mean, median
+from time import process_time
 
 import matplotlib.pyplot as plt
 import torch
@@ -103,35 +106,53 @@ fig.alt = "All metrics of the monitor over the steps, for both groups"
 #
 # ## What watching costs
 #
-# Training steps of a digits MLP (forward, backward, optimizer; batches of 64) under a monitor against the same without,
-# in turns, in processor time on one thread. The network is small: the larger it is, the smaller the share. This is
-# measured by `python -m benchmarks overhead` and kept in this repository.
+# Training steps of this network (forward, backward, optimizer) under a monitor against the same without, in turns, in
+# processor time on one thread; medians over the turns. The share depends on the machine, and the larger the network is,
+# the smaller it is.
 
 # %%
-root = next(
-    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "docs/data").exists()
-)
+EVERY = inspect.signature(normopt.GeometryMonitor).parameters["every"].default
+MAKERS = {
+    "LPSGDM": lambda params: normopt.LPSGDM(params, lr=1e-4),
+    "torch's AdamW": lambda params: torch.optim.AdamW(params, lr=1e-4),
+}
 
 
-def kept(name):
-    return json.loads((root / "docs/data" / name).read_text(encoding="utf-8"))
+def stepper(make, every):
+    """A function that makes as many steps as a whole interval of the monitor has."""
+    net = copy.deepcopy(model)
+    opt = make(net.parameters())
+    if every:
+        normopt.GeometryMonitor(opt, every=every)
+
+    def steps():
+        for _ in range(EVERY):
+            opt.zero_grad()
+            nn.functional.cross_entropy(net(x[:64]), y[:64]).backward()
+            opt.step()
+
+    steps()
+    return steps
 
 
-cost = kept("overhead.json")
-print(
-    f"{cost['machine']['cpu']}, medians of {cost['rounds']} pairs and 95 % intervals"
-)
-print(f"{'':22} {'a bare step':>12}   {'every':>5}   {'takes longer by':>15}")
-for c in cost["costs"]:
-    print(
-        f"{c['optimizer']:22} {c['microseconds']:9.0f} µs   {c['every']:5}   {100 * c['median']:13.1f} %"
-        f"   ({100 * c['low']:.1f} to {100 * c['high']:.1f})"
-    )
-worst = max(c["high"] for c in cost["costs"] if c["every"] == cost["default"])
-verdict = "holds" if worst <= 0.1 else "does not hold"
-print(
-    f"\n{verdict}: at the default, every {cost['default']} steps, it costs at most 10 % of a step"
-)
+def seconds(steps):
+    began = process_time()
+    steps()
+    return process_time() - began
+
+
+for name, make in MAKERS.items():
+    bare, default, each = (stepper(make, every) for every in (None, EVERY, 1))
+    rounds = [
+        [seconds(f) for f in (bare, default, each)]
+        for _ in range(2 if FAST else 40)
+    ]
+    step = 1e6 * median(r[0] for r in rounds) / EVERY
+    print(f"{name:14} {step:5.0f} µs a step", end="")
+    for i, every in ((1, EVERY), (2, 1)):
+        longer = 100 * (median(r[i] / r[0] for r in rounds) - 1)
+        print(f"; every {every:2}: {longer:+5.1f} %", end="")
+    print()
 
 # %% [markdown]
 # ## Is it any better?
@@ -142,38 +163,48 @@ print(
 # training](best_norm.md) shows it), and 1/(p−1) goes from 1 at a = 1 to 1/7, which is p = 8, at a = n, evenly in log a:
 # the paper's premise as a rule. SGD with averaged momentum is
 # p = 2 throughout, and Signum p = ∞. Each learning rate is tuned on the same budget; the accuracies are on test data,
-# over fresh seeds that are the same for all. `python -m benchmarks adaptive-p` makes it anew, with a report, in a few
-# minutes.
+# over fresh seeds that are the same for all. `python -m benchmarks run adaptive-p` makes it anew, with a report, in a
+# quarter of an hour.
 
 # %%
-study = kept("adaptive_p.json")
+from benchmarks.results import collect, test_score
+from benchmarks.store import Store
+
+found = collect(Store.from_parquet(Path("docs/data/adaptive-p.parquet")))
+(task,) = found.tasks.values()
+EPOCHS = len(task.rows[0].runs[0].curve)
 
 
-def mean(values):
-    return sum(values) / len(values)
+def p_of(row):
+    """p at the start of each epoch, the mean over the seeds; None where there is none to set."""
+    by_epoch = zip(
+        *([point.p for point in run.curve] for run in row.runs), strict=True
+    )
+    return [None if None in ps else mean(ps) for ps in by_epoch]
 
 
-print(f"{len(study['seeds'])} seeds, {study['epochs']} epochs\n")
+print(f"{len(found.study.seeds)} seeds, {EPOCHS} epochs\n")
 print(
     f"{'':24} {'learning rate':>13}   {'test accuracy':>13}   p in the last epoch"
 )
-for arm in study["arms"]:
-    p = arm["p"][-1]
+for row in task.rows:
+    p = p_of(row)[-1]
     shown = f"{p:.2f}" if p is not None else ""
     if p is None:
-        shown = {"SGD-EMA": "2 (SGD)", "Signum": "∞ (signs)"}[arm["arm"]]
-    edge = "*" if arm["at_edge"] else " "
+        shown = {"SGD-EMA": "2 (SGD)", "Signum": "∞ (signs)"}[row.name]
+    edge = "*" if row.at_edge else " "
     print(
-        f"{arm['arm']:24} {arm['lr']:12g}{edge}   {100 * mean(arm['accuracies']):11.2f} %   {shown}"
+        f"{row.name:24} {row.lr:12g}{edge}   {100 * mean(row.values(test_score)):11.2f} %   {shown}"
     )
 
 fig, axes = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
+WAYS = ("", "-linear", "-constant", "-adaptive", "-curvature")
 for ax, family in zip(axes, ("LPSGDM-matched", "LPSGDM"), strict=True):
-    for suffix in ("", "-linear", "-constant", "-adaptive", "-curvature"):
-        for arm in study["arms"]:
-            if arm["arm"] == family + suffix:
-                epochs = range(1, study["epochs"] + 1)
-                ax.plot(epochs, arm["p"], label=suffix[1:] or "cosine")
+    for suffix in WAYS:
+        for row in task.rows:
+            if row.name == family + suffix:
+                epochs = range(1, EPOCHS + 1)
+                ax.plot(epochs, p_of(row), label=suffix[1:] or "cosine")
     ax.set(xlabel="epoch", title=family)
 axes[0].set(ylabel="p at the start of the epoch")
 fig.legend(
@@ -182,23 +213,35 @@ fig.legend(
 fig.alt = "p over the epochs under each schedule, mean over the seeds: the adaptive p is near 2 throughout, the p by curvature rises"
 
 # %%
+# Each p that is measured, against the same with another schedule or none, and against the ends of p.
+arms = [row.name for row in task.rows]
+pairs = [
+    (arm, other)
+    for what in ("-adaptive", "-curvature")
+    for arm in arms
+    if arm.endswith(what)
+    for same in [arm.removesuffix(what)]
+    for other in (
+        *(same + way for way in WAYS[:3]),
+        *("SGD-EMA", "Signum"),
+    )
+]
+comparisons = task.compare(pairs, test_score)
+
 print("test accuracy, paired over the seeds, in points; P-values after Holm\n")
-for c in study["comparisons"]:
+for c in comparisons:
+    d = c.difference.interval
     print(
-        f"{c['this']:24} minus {c['that']:24} {100 * c['mean']:+5.2f}"
-        f"  ({100 * c['low']:+.2f} to {100 * c['high']:+.2f})  P-value {c['p_value']:.3f}"
+        f"{c.row.name:24} minus {c.against.name:24} {100 * d.mean:+5.2f}"
+        f"  ({100 * d.low:+.2f} to {100 * d.high:+.2f})  P-value {c.adjusted:.3f}"
     )
 for what in ("adaptive", "curvature"):
-    of = [c for c in study["comparisons"] if c["this"].endswith(what)]
-    better = [c for c in of if c["p_value"] < 0.05 and c["mean"] > 0]
-    worse = [c for c in of if c["p_value"] < 0.05 and c["mean"] < 0]
+    of = [c.verdict for c in comparisons if c.row.name.endswith(what)]
     print(
         f"\nOf {len(of)} comparisons, p by {'density' if what == 'adaptive' else what} is significantly better in"
-        f" {len(better)} and significantly worse in {len(worse)}."
+        f" {of.count(1)} and significantly worse in {of.count(-1)}."
     )
-by_curvature = next(
-    a["p"] for a in study["arms"] if a["arm"].endswith("-curvature")
-)
+by_curvature = p_of(next(r for r in task.rows if r.name.endswith("-curvature")))
 print(
     f"p by curvature begins at {by_curvature[0]:.1f} and is {by_curvature[-1]:.1f} in the last epoch."
 )

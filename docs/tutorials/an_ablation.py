@@ -332,8 +332,9 @@ temporary.cleanup()
 #   differ in their learning rate too. Cross the rates, or sweep them, before you draw a conclusion.
 # - **The luck of the tuning** shrinks with more seeds a trial (`seeds = [1000, 1001, 1002]` under `[tuning]`), which
 #   cost as much as more trials, and with a coarser choice: a rate from the middle of a flat stretch.
-# - **One small network on one data set.** Nothing here says what AGR does in large networks, or for AdamW. The preset
-#   `agr` asks about four optimizers on five tasks, and [the results](../results.md) have pairs of LPSGDM and AdamW.
+# - **One small network on one data set.** Nothing here says what AGR does in large networks, or for AdamW. [The
+#   results](../results.md) have pairs of LPSGDM and AdamW on seven tasks, and [another study](../benchmarks/paper-agr.md)
+#   asks about AdamW and Adan.
 # - **A question asked after the results are in** is a new question. The sweep above was planned once the tuning curve
 #   had been seen; its P-values are as good as they look only because no rate was left out of it afterwards.
 #

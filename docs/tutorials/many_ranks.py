@@ -139,7 +139,7 @@ for name, (norm, scale) in NORMS.items():
 # | what | messages | bytes |
 # |---|---|---|
 # | sums, w numbers of 8 bytes a tensor | 1 a phase | 8·w·n·(k − 1) |
-# | shares of matrices, in float32 | 2 a shape | 4·(2P/k + 2n)·(k − 1)/k |
+# | shares of matrices, in float32 | 2 a shape | 4·(2P/k + n)·(k − 1)/k |
 # | *for comparison:* every matrix to every rank | n | 4·P·(k − 1)/k |
 # | *for comparison:* FSDP's own, of N parameters | | 3·4·N·(k − 1)/k |
 #
@@ -147,28 +147,39 @@ for name, (norm, scale) in NORMS.items():
 # one number, for the monitors. FSDP2 gathers the weights twice, in forward and in backward, and scatters the
 # gradients once, if it frees the weights in between, which is its default.
 #
-# The counts below are of real steps on 2 and 4 processes, as `python -m benchmarks sharding` made them; the last
-# column is the arithmetic above.
+# With `scale="dual"` and 16 tensors on 2 ranks that is one message of 8·2·16 = 256 bytes. The tests count messages and
+# bytes of real steps on 2 and 4 processes, and hold them against this arithmetic:
+
 
 # %%
-from benchmarks.programs import sharding
+def of_sums(numbers, tensors, k):
+    return 8 * numbers * len(tensors) * (k - 1)
 
-kept = sharding.Sharding.model_validate_json(
-    Path("docs/data/sharding.json").read_text(encoding="utf-8")
-)
-print(
-    f"{'':24}{'tensors':>8}{'ranks':>6}{'messages':>10}{'bytes':>9}{'on paper':>10}"
-)
-for case in kept.cases:
-    if case.width == max(c.width for c in kept.cases):
-        paper = sharding.expected(case)
-        counted = case.counted
-        print(
-            f"{case.method:24}{case.tensors:8}{case.ranks:6}{counted.collectives:10}"
-            f"{counted.received:9,.0f}{paper.received:10,.0f}"
-        )
-agree = all(case.counted == sharding.expected(case) for case in kept.cases)
-print(f"\nall {len(kept.cases)} counts are what arithmetic says: {agree}")
+
+def of_shares(matrices, k):
+    entries = sum(torch.Size(s).numel() for s in matrices)
+    return 4 * (2 * entries / k + len(matrices)) * (k - 1) / k
+
+
+def of_all(tensors, k):
+    return 4 * sum(torch.Size(s).numel() for s in tensors) * (k - 1) / k
+
+
+W = 64  # two blocks of a transformer of that width, with biases
+matrices = 2 * [(3 * W, W), (W, W), (4 * W, W), (W, 4 * W)]
+tensors = matrices + 2 * [(3 * W,), (W,), (4 * W,), (W,)]
+print(f"{'':24}{'ranks':>6}{'bytes':>9}")
+for k in (2, 4):
+    for name, received in {
+        "signs": 0,
+        "ℓp, power (LPSGD)": 0,
+        "ℓp, dual": of_sums(2, tensors, k),
+        "ℓp, dual, AGR": of_sums(3 + 2, tensors, k),
+        "ℓp, matched, AGR": of_sums(3 + 2 + 4, tensors, k),
+        "rows, unit (SCALE)": of_sums(1, tensors, k),
+        "spectral, unit (Muon)": of_shares(matrices, k),
+    }.items():
+        print(f"{name:24}{k:6}{received:9,.0f}")
 
 # %% [markdown]
 # The messages of vector norms do not depend on the number of tensors or parameters, and their bytes only on the number
@@ -187,20 +198,11 @@ entries = sum(torch.Size(s).numel() for s in tensors)
 print(f"{entries / 1e9:.2f} billion parameters in {len(tensors)} tensors\n")
 
 RANKS = [2**i for i in range(1, 11)]
-AGR_DUAL, MUON = (
-    sharding.METHODS[name] for name in ("ℓp, dual, AGR", "spectral, unit (Muon)")
-)
 curves = {
-    "FSDP itself": [sharding.of_fsdp(entries, k) for k in RANKS],
-    "matrices, all to all ranks": [
-        sharding.gathered_once(matrices, k).received for k in RANKS
-    ],
-    "matrices, in shares": [
-        sharding.on_paper(MUON, matrices, k).received for k in RANKS
-    ],
-    "ℓp, dual, AGR: sums": [
-        sharding.on_paper(AGR_DUAL, tensors, k).received for k in RANKS
-    ],
+    "FSDP itself": [3 * of_all(tensors, k) for k in RANKS],
+    "matrices, all to all ranks": [of_all(matrices, k) for k in RANKS],
+    "matrices, in shares": [of_shares(matrices, k) for k in RANKS],
+    "ℓp, dual, AGR: sums": [of_sums(3 + 2, tensors, k) for k in RANKS],
 }
 fig, ax = plt.subplots(figsize=(7, 3.6))
 for name, received in curves.items():

@@ -5,15 +5,13 @@
 # [arXiv:2011.06702](https://arxiv.org/abs/2011.06702) finds that in successful trainings they do, and calls such a
 # trajectory regular. [`TrajectoryMonitor`][normopt.TrajectoryMonitor] measures both for any optimizer, in one training,
 # without keeping every weight. This page shows how to use it, how exact its sketches are, and whether the finding holds
-# for hundreds of small networks.
+# on small networks.
 # [`GeometryMonitor`][normopt.GeometryMonitor] measures single steps: see [Can the gradient choose p?](adaptive_p.md)
 
 # %%
-import json
 import os
 import tempfile
 from pathlib import Path
-from statistics import median
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -139,158 +137,135 @@ for name, (sketched, exact) in seen.items():
 # wrong direction. γ depends on the learning rate, so do not compare it between two optimizers.
 
 # %% [markdown]
-# ## Do trainings that succeed have regular trajectories?
+# Beware in reading γ:
 #
-# What follows draws a measurement that is kept in this repository; `python -m benchmarks regularity` makes it anew.
-# A network of eight hidden layers on the digits, with and without batch norm, with and without skip connections, with
-# three activations, is trained by five optimizers: 60 arms, each at the learning rate that was best on validation data
-# in a grid of five, with three seeds, every iterate kept.
-
-# %%
-measured = json.loads(Path("docs/data/regularity.json").read_text(encoding="utf-8"))
-print(*(f"Beware: {trap}\n" for trap in measured["traps"]), sep="\n")
-
-
-def middle(point, name):
-    """The median over the seeds that did not diverge; None if all did."""
-    values = [run[name] for run in point["runs"] if run[name] is not None]
-    return median(values) if values else None
-
-
-points = [p for p in measured["points"] if middle(p, "train_loss") is not None]
-optimizers = list(dict.fromkeys(p["cell"]["optimizer"] for p in points))
+# - It blows up as the loss nears its infimum, which is 0 here: steps whose loss is below a thousandth of the first
+#   one's are left out, and the minimum over the others is still no more than one step's number.
+# - It is proportional to 1/η: compare it within an optimizer only. The cosine and the straightness know no learning
+#   rate.
+# - Where the learning rate falls to 0, as here, γ falls with it: the last step's is ‖U‖²/(2η(ℓ − inf ℓ)), of the order
+#   of η and never negative. A small positive minimum is that of the end.
+# - The final weights are where the training stopped, whether or not it had converged.
 
 # %% [markdown]
-# Every point is a network under its optimizer, the median of three seeds; those that trained stand to the left.
+# ## Do trainings that succeed have regular trajectories?
+#
+# What follows draws [a study that is stored in this repository](../benchmarks/paper-trajectory.md); `python -m
+# benchmarks run paper-trajectory` makes it anew. A deep, narrow network on Fashion-MNIST, with and without batch norm,
+# with and without skip connections, with ReLU or sigmoid, is trained by SGD with momentum and by AdamW: 16 arms, each at
+# a learning rate tuned on validation data, with eight seeds.
+
+# %%
+from benchmarks.results import collect
+from benchmarks.store import Store
+
+study = collect(Store.from_parquet(Path("docs/data/paper-trajectory.parquet")))
+runs = [
+    (task.name, row.name, run)
+    for task in study.tasks.values()
+    for row in task.rows
+    for run in row.runs
+]
+optimizers = [arm.name for arm in study.study.arms]
+
+# %% [markdown]
+# Every point is a training; those that succeeded stand to the left.
 
 # %%
 COLOURS = {
-    (True, True): "tab:blue",
-    (True, False): "tab:orange",
-    (False, True): "tab:green",
-    (False, False): "tab:red",
+    "batch norm and skips": "tab:blue",
+    "batch norm": "tab:orange",
+    "skips": "tab:green",
+    "neither": "tab:red",
 }
-NAMES = {
-    (True, True): "batch norm and skips",
-    (True, False): "batch norm",
-    (False, True): "skips",
-    (False, False): "neither",
-}
-MARKERS = {"relu": "o", "tanh": "s", "sigmoid": "^"}
+MARKERS = {"relu": "o", "sigmoid": "^"}
 MEASURES = {
-    "median_cosine": "median cosine",
+    "median cosine": "median cosine",
     "straightness": "straightness",
-    "negative_gamma": "share of γ < 0",
+    "negative γ": "share of γ < 0",
 }
+
+
+def aids(task):
+    kinds = [
+        label
+        for part, label in (("bn", "batch norm"), ("skip", "skips"))
+        if part in task.split("-")
+    ]
+    return " and ".join(kinds) or "neither"
+
+
 fig, axes = plt.subplots(
     len(MEASURES),
     len(optimizers),
-    figsize=(9.5, 6.4),
+    figsize=(8, 6.4),
     sharex=True,
     sharey="row",
     layout="constrained",
 )
 for row, (measure, label) in zip(axes, MEASURES.items(), strict=True):
     for ax, optimizer in zip(row, optimizers, strict=True):
-        for p in points:
-            cell = p["cell"]
-            if cell["optimizer"] == optimizer:
+        for task, arm, run in runs:
+            if arm == optimizer:
                 ax.plot(
-                    middle(p, "train_loss"),
-                    middle(p, measure),
-                    MARKERS[cell["activation"]],
-                    color=COLOURS[cell["batch_norm"], cell["skip"]],
-                    markersize=5,
+                    run.curve[-1].train_loss,
+                    run.measures[measure],
+                    MARKERS[task.split("-")[-1]],
+                    color=COLOURS[aids(task)],
+                    markersize=4,
                 )
         ax.set(xscale="log")
+        ax.set_xticks([0.3, 0.5, 1, 2], ["0.3", "0.5", "1", "2"])
+        ax.minorticks_off()
         if ax in axes[0]:
             ax.set_title(optimizer, fontsize=9)
         if ax in axes[-1]:
             ax.set(xlabel="final training loss")
     row[0].set(ylabel=label)
 handles = [
-    plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[k], label=NAMES[k])
-    for k in COLOURS
+    plt.Line2D([], [], marker="o", linestyle="", color=colour, label=name)
+    for name, colour in COLOURS.items()
 ]
 handles += [
     plt.Line2D([], [], marker=m, linestyle="", color="gray", label=a)
     for a, m in MARKERS.items()
 ]
-fig.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8)
-fig.alt = "Median cosine, straightness and share of negative γ against the final training loss, of twelve networks under each of five optimizers"
+fig.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8)
+fig.alt = "Median cosine, straightness and share of negative γ against the final training loss, of eight networks under SGD and AdamW, eight seeds each"
 
 # %% [markdown]
-# Each optimizer with two kinds of trainings: those that succeeded, which here means 90 % of the test images right, and
+# Each optimizer with two kinds of trainings: those that succeeded, which here means 80 % of the test images right, and
 # those that did not.
 
-
 # %%
-def runs(optimizer, trained):
-    return [
-        run
-        for p in points
-        if p["cell"]["optimizer"] == optimizer
-        for run in p["runs"]
-        if run["train_loss"] is not None
-        and (run["test_accuracy"] >= 0.9) == trained
-    ]
-
-
 print(
-    f"{'':18} {'runs':>10} {'share of γ < 0':>17} {'median cosine':>15} {'straightness':>15}"
+    f"{'':10} {'runs':>10} {'share of γ < 0':>17} {'median cosine':>15} {'straightness':>15}"
 )
-print(f"{'':18}   good  bad" + 3 * "      good    bad")
-shares, cosines, every = [], [], []
+print(f"{'':10}   good  bad" + 3 * "      good    bad")
 for optimizer in optimizers:
-    kinds = [runs(optimizer, trained) for trained in (True, False)]
-    every += kinds[0] + kinds[1]
-    line = f"{optimizer:18} {len(kinds[0]):6} {len(kinds[1]):4}"
-    for measure in ("negative_gamma", "median_cosine", "straightness"):
-        means = [np.mean([run[measure] for run in kind]) for kind in kinds]
+    kinds = [
+        [
+            run
+            for _, arm, run in runs
+            if arm == optimizer and (run.test_score >= 0.8) == good
+        ]
+        for good in (True, False)
+    ]
+    line = f"{optimizer:10} {len(kinds[0]):6} {len(kinds[1]):4}"
+    for measure in ("negative γ", "median cosine", "straightness"):
+        means = [np.mean([run.measures[measure] for run in kind]) for kind in kinds]
         line += f"{means[0]:10.3f} {means[1]:6.3f}"
-        {"negative_gamma": shares, "median_cosine": cosines}.get(
-            measure, []
-        ).append(means)
     print(line)
-
-print(f"\n{'rank correlation with the final training loss':46} {'ρ':>6} {'p':>8}")
-for c in measured["correlations"]:
-    label = {**MEASURES, "min_gamma": "min γ"}[c["measure"]]
-    print(
-        f"{c['optimizer'] + ': ' + label:46} {c['rho']:+6.2f} {c['p_value']:8.2g}"
-    )
-
-
-def holds(claim: str, true: bool) -> None:
-    print(f"{'holds' if true else 'does not hold'}: {claim}")
-
-
-print()
-holds(
-    "under every optimizer, steps with γ < 0 are more frequent in trainings that failed",
-    all(failed > trained for trained, failed in shares),
-)
-holds(
-    "under every optimizer, steps point more to the end in trainings that succeeded",
-    all(trained > failed for trained, failed in cosines),
-)
-positive = [run for run in every if run["min_gamma"] > 0]
-last = measured["setting"]["steps"] - 10
-late = [run for run in positive if run["min_gamma_step"] >= last]
-print(
-    f"the minimum of γ is positive in {len(positive)} of {len(every)} runs, and lies in the last ten steps in {len(late)} of them"
-)
+failed = {task for task, _, run in runs if run.test_score < 0.8}
+print(f"\nnetworks that failed at least once: {', '.join(sorted(failed))}")
 
 # %% [markdown]
-# So the finding holds here in its weaker form. What sets the failed trainings apart is the sign of γ: more of their
-# steps lead away from where they end. All of them are networks with neither batch norm nor skips. Among trainings that
-# succeed, γ is positive almost throughout, except under the optimizers without momentum, SGD and signSGD. Its minimum
-# is then one of the last steps', where the learning rate goes to 0, and it ranks the networks by the loss that
-# it is divided by.
+# What sets the failed trainings apart is the sign of γ: more of their steps lead away from where they end. They are of
+# networks with neither batch norm nor skips. Among trainings that succeed γ is positive almost throughout.
 #
-# In its stronger form, that steps point more to the end the better a training does, it does not hold. The optimizer
-# decides more about the cosine than the network does, for steps that are averages point more the same way than single
-# gradients or their signs. And networks that never leave the loss of a guess, 2.3, have some of the highest cosines.
+# Trainings that succeed point more to the end under SGD, and not under AdamW: there the failed ones, with sigmoid, have
+# the highest cosines and the straightest paths.
+# [The study's page](../benchmarks/paper-trajectory.md) has the differences with their intervals.
 #
-# The networks and the data of the paper are larger than these: two hundred steps on 1,078 images say nothing about
-# those. They say that a straight trajectory, by itself, is no sign of a training that succeeds.
+# The networks and the data of the paper are larger than these. A straight trajectory, by itself, is no sign of a
+# training that succeeds.

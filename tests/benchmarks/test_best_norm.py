@@ -13,7 +13,6 @@ from benchmarks.cli import app
 from benchmarks.programs import best_norm
 from benchmarks.programs.best_norm import NORMS, PS, Checkpoint, Decreases, Plan, Setting
 from benchmarks.stats import least_exact
-from benchmarks.store import UnfitStore
 from benchmarks.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,52 +162,21 @@ def test_a_training_is_measured_at_its_checkpoints():
     assert 0 < last < first
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """The trainings that were asked for, which take no time."""
-    cells: list[tuple[str, int]] = []
-
+def test_the_command_measures_every_task_and_seed(monkeypatch, tmp_path):
     def watch(task: str, seed: int, setting: Setting) -> list[Checkpoint]:
-        cells.append((task, seed))
         return [made(task, seed, time, 2.0, 1.0 + seed, 8.0 + seed) for time in setting.times]
 
     monkeypatch.setattr(best_norm, "watch", watch)
-    return cells
-
-
-def measured(folder: Path, seeds: range, setting: Setting = TINY) -> best_norm.BestNorm:
-    return best_norm.measure(folder, 1, ["digits", "bytes"], seeds, setting, lambda name, n: None)
-
-
-def test_a_measurement_that_was_killed_goes_on_and_is_the_same(asked, tmp_path, monkeypatch):
-    whole = measured(tmp_path / "whole", range(1, 4))
-    cells = [(task, seed) for seed in (1, 2, 3) for task in ("digits", "bytes")]
-    assert asked == cells  # every task has its first seeds early
-    watch = best_norm.watch
-    monkeypatch.setattr(best_norm, "watch", lambda *cell: watch(*cell) if cell[1] < 3 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        measured(tmp_path / "killed", range(1, 4))
-    (tmp_path / "killed/digits-3.part").write_text("{", encoding="utf-8")  # killed while it wrote
-    monkeypatch.setattr(best_norm, "watch", watch)
-    asked.clear()
-    resumed = measured(tmp_path / "killed", range(1, 4))
-    assert asked == cells[4:]
-    assert resumed.checkpoints == whole.checkpoints
-    assert resumed.changes == whole.changes
-
-
-def test_a_folder_of_other_settings_is_refused_before_anything_is_measured(asked, tmp_path):
-    measured(tmp_path, range(1, 3))
-    asked.clear()
-    with pytest.raises(UnfitStore, match="choose another folder"):
-        measured(tmp_path, range(1, 4), TINY.model_copy(update={"lr": 0.1}))
-    assert not asked
-
-
-def test_the_command_names_the_tasks_there_are(tmp_path):
-    done = CliRunner().invoke(app, ["best-norm", "--task", "rosenbrock", "--out", str(tmp_path / "x.json")])
-    assert done.exit_code == 2
-    assert "digits, mnist1d, fashion-cnn, bytes" in done.output
+    monkeypatch.setattr(best_norm, "SEEDS", (1, 2))
+    out = tmp_path / "best_norm.json"
+    done = CliRunner().invoke(app, ["best-norm", "--out", str(out), "--workers", "1"])
+    assert done.exit_code == 0, done.output
+    found = best_norm.BestNorm.model_validate_json(out.read_text(encoding="utf-8"))
+    assert [(c.task, c.seed, c.time) for c in found.checkpoints] == [
+        (task, seed, time) for task in best_norm.PLANS for seed in (1, 2) for time in Setting().times
+    ]
+    assert found.changes == best_norm.changes(found.checkpoints)
+    assert [*tmp_path.iterdir()] == [out]
 
 
 def test_changes_are_those_that_were_made():

@@ -86,9 +86,9 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_leaves_its_results_a_journal_and_a_report(finished):
+def test_a_run_leaves_its_results_and_a_report(finished):
     out = finished / "out"
-    assert {path.name for path in out.iterdir()} >= {PARQUET, "optuna.log", "report.html", "summary.md", "summary.csv"}
+    assert {path.name for path in out.iterdir()} >= {PARQUET, "report.html", "summary.md", "summary.csv"}
     assert not list(out.glob("*.jsonl"))
     store = Store.from_parquet(out / PARQUET)
     assert len(store.runs) == RUNS + 4

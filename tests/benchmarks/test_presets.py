@@ -11,7 +11,7 @@ ARMS = {(study.name, arm.name): arm for study in PRESETS.values() for arm in stu
 
 
 def test_the_studies_that_are_promised_are_there():
-    wanted = {"smoke", "quick", "standard", "full", "p-schedule", "agr", "norms-by-layer"}
+    wanted = {"smoke", "quick", "standard", "p-schedule", "norms-by-layer"}
     assert wanted <= set(PRESETS)
     assert all(name == study.name and study.purpose for name, study in PRESETS.items())
 
@@ -44,7 +44,7 @@ def test_every_arm_can_be_made(arm):
     assert (schedule is None) == (arm.p_schedule is None)
 
 
-@pytest.mark.parametrize("name", ["quick", "standard", "full", "p-schedule", "agr", "norms-by-layer"])
+@pytest.mark.parametrize("name", ["quick", "standard", "p-schedule", "norms-by-layer"])
 def test_every_arm_of_a_comparison_is_tuned_by_itself(name):
     study = PRESETS[name]
     assert all("lr" in arm.search and arm.tuned_as is None for arm in study.arms)
@@ -56,7 +56,7 @@ def test_every_arm_of_a_comparison_is_tuned_by_itself(name):
 
 
 def test_the_controls_of_lpsgdm_are_in_the_studies_that_speak_of_it():
-    for name in ("quick", "standard", "full", "p-schedule"):
+    for name in ("quick", "standard", "p-schedule"):
         optimizers = {(arm.optimizer, arm.settings.get("scale"), arm.p_schedule is None) for arm in PRESETS[name].arms}
         wanted = {
             ("lpsgdm", None, False),

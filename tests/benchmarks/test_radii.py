@@ -64,7 +64,7 @@ def test_what_the_documentation_shows_is_of_this_study(kept):
     wanted = []
     for length, task in radii.CELLS:
         rates = radii.rates(kept.tried, length, task)
-        wanted += [(length, task, arm) for arm in radii.final(length, task, kept.ratios, rates).arms]
+        wanted += [(length, task, arm) for arm in radii.final(length, task, radii.choose(kept.tried), rates).arms]
     assert [(f.length, f.task, f.arm) for f in kept.found] == [(*key, arm.name) for *key, arm in wanted]
     assert [f.settings for f in kept.found] == [arm.settings for *_, arm in wanted]
     assert all(len(f.loss) == len(f.score) == len(kept.seeds) for f in kept.found)
@@ -73,27 +73,28 @@ def test_what_the_documentation_shows_is_of_this_study(kept):
     assert all(len(losses) == len(radii.TUNED_ON[key[0]]) for key, losses in tried.items())
 
 
-def test_what_was_chosen_and_compared_follows_from_the_runs(kept):
-    assert kept.worst == {preset: radii.worst(kept.tried, preset) for preset in radii.PRESETS}
-    assert kept.ratios == radii.choose(kept.tried)
-    values = {(f.length, f.task, f.arm): {"loss": f.loss, "score": f.score} for f in kept.found}
+def test_the_presets_are_held_against_adamw_at_its_best_and_the_extras_against_a_preset(kept):
     for length, task in radii.CELLS:
-        for by, sign in (("loss", 1), ("score", -1)):
-            family = [
-                c
-                for c in kept.comparisons
-                if (c.length, c.task, c.by) == (length, task, by) and c.this in radii.PRESETS
-            ]
-            assert [c.this for c in family] == list(radii.PRESETS)
-            rivals = {key[2]: sign * sum(v[by]) for key, v in values.items() if key[:2] == (length, task)}
-            best = min((name for name in rivals if name.startswith("AdamW")), key=rivals.__getitem__)
-            found = [paired(values[length, task, c.this][by], values[length, task, best][by]) for c in family]
-            for c, difference, p in zip(family, found, holm([d.p_value for d in found]), strict=True):
-                assert c.that == best
-                assert (c.mean, c.low, c.high) == pytest.approx(
-                    (difference.interval.mean, difference.interval.low, difference.interval.high), abs=2e-6
-                )
-                assert c.p_value == pytest.approx(p, rel=0.01, abs=1e-6)
+        losses = {f.arm: f.loss for f in kept.found if (f.length, f.task) == (length, task)}
+        best = min((name for name in losses if name.startswith("AdamW")), key=lambda name: sum(losses[name]))
+        found = radii.held(kept, length, task)
+        families = [[name for name in found if found[name].against == best]]
+        families += [[name for name in radii.EXTRAS if name in found and name.startswith(word)] for word in ("q", "m")]
+        assert families[0] == list(radii.PRESETS)
+        assert len(found) == (6 if (length, task) == radii.CELLS[0] else 2)
+        for names, against in zip(families, (best, "muon-adamw", "muon-adamw"), strict=True):
+            differences = [paired(losses[name], losses[against]) for name in names]
+            for name, d, p in zip(names, differences, holm([d.p_value for d in differences]), strict=True):
+                mean = sum(losses[name]) / len(losses[name])
+                assert found[name] == (name, pytest.approx(mean), against, d.interval, p)
+
+
+def test_a_run_that_diverged_is_kept_as_infinitely_bad(kept):
+    found = kept.found[0].model_copy(update={"loss": [float("inf"), *kept.found[0].loss[1:]]})
+    again = radii.Found.model_validate_json(found.model_dump_json())
+    assert again == found
+    changed = kept.model_copy(update={"found": [again, *kept.found[1:]]})
+    assert radii.held(changed, found.length, found.task)[found.arm].difference.mean == float("inf")
 
 
 def test_the_page_shows_the_tables_of_the_kept_runs(kept):
@@ -104,6 +105,7 @@ def test_the_page_shows_the_tables_of_the_kept_runs(kept):
 
 def test_the_defaults_of_the_presets_are_what_was_chosen(kept):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    ratios = radii.choose(kept.tried)
     for preset, key in (("muon", "radius"), ("muon-adamw", "lr_ratio")):
         groups = normopt.param_groups(model, preset)
-        assert {g.get(key, 1.0) for g in groups} == {1.0, kept.ratios[preset]}
+        assert {g.get(key, 1.0) for g in groups} == {1.0, ratios[preset]}

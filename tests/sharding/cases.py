@@ -203,12 +203,17 @@ def sharded(shapes: list[tuple[int, ...]], seed: int = 0, dim: int = 0) -> list[
 
 
 def counted(step: Callable[[], object]) -> dict[str, int]:
-    """How many collectives a step makes, by their names in torch.distributed."""
+    """How many collectives a step makes, by their names in torch.distributed; and the bytes that others send here."""
     counts: Counter[str] = Counter()
 
     def noted(name: str) -> Callable[..., Any]:
-        def note(*_: Any, **__: Any) -> Any:
+        def note(into: Any, *more: Any, **__: Any) -> Any:
             counts[name.removesuffix("_single")] += 1
+            mine = dist.get_rank()
+            if name == "all_gather":
+                counts["bytes"] += (len(into) - 1) * more[0].numel() * more[0].element_size()
+            elif name == "all_to_all_single":
+                counts["bytes"] += (sum(more[1]) - more[1][mine]) * more[0].element_size()
             return DEFAULT  # go on with what is wrapped
 
         return note
@@ -218,8 +223,8 @@ def counted(step: Callable[[], object]) -> dict[str, int]:
             stack.enter_context(patch.object(dist, name, wraps=getattr(dist, name), side_effect=noted(name)))
         with CommDebugMode() as functional:  # those that DTensors make of themselves
             step()
-    assert functional.get_total_counts() == sum(counts.values()), functional.get_comm_counts()
-    return dict(counts)
+    assert functional.get_total_counts() == sum(counts.values()) - counts["bytes"], functional.get_comm_counts()
+    return {name: n for name, n in counts.items() if n}
 
 
 def collectives(settings: dict[str, Any], shapes: list[tuple[int, ...]]) -> dict[str, int]:

@@ -206,29 +206,42 @@ def test_more_ranks_than_rows(name: str, four: Ranks) -> None:
 
 def test_what_is_collective_in_a_step_does_not_depend_on_the_number_of_tensors(ranks: Ranks) -> None:
     few, many = ([(5, 4), (3, 3)] * n for n in (1, 20))
-    for settings, expected in (
-        (dict(norm="lp", p=3.0), 1),
-        (dict(norm="lp", p=3.0, agr=True), 2),
-        (dict(norm="l1", agr=True), 2),
-        (dict(norm="lp", p=3.0, scale="matched", agr=True), 3),
-        (dict(norm="lp", p=3.0, scale="power"), 0),
-        (dict(norm="linf", scale="unit"), 0),
-        (dict(norm="row", scale="unit"), 1),
-        (dict(norm="lp", p=3.0, agr=True, foreach=False), 2),
+    for settings, numbers in (  # of each tensor, in each all-gather, 8 bytes each
+        (dict(norm="lp", p=3.0), [2]),
+        (dict(norm="lp", p=3.0, agr=True), [3, 2]),
+        (dict(norm="l1", agr=True), [3, 2]),
+        (dict(norm="lp", p=3.0, scale="matched", agr=True), [3, 2, 4]),
+        (dict(norm="lp", p=3.0, scale="power"), []),
+        (dict(norm="linf", scale="unit"), []),
+        (dict(norm="row", scale="unit"), [1]),
+        (dict(norm="lp", p=3.0, agr=True, foreach=False), [3, 2]),
     ):
         for shapes in (few, many):
-            found = ranks.call(cases.collectives, settings, shapes)
-            assert all(count == {"all_gather": expected} or (not expected and not count) for count in found), settings
+            size = 8 * sum(numbers) * len(shapes)
+            expected = {"all_gather": len(numbers), "bytes": size} if numbers else {}
+            assert all(count == expected for count in ranks.call(cases.collectives, settings, shapes)), settings
 
 
 def test_groups_share_their_collectives(ranks: Ranks) -> None:
-    assert ranks.call(cases.collectives_of_groups)[0] == {"all_gather": 2}
+    assert ranks.call(cases.collectives_of_groups)[0] == {"all_gather": 2, "bytes": 8 * (3 + 2) * 3}
 
 
 def test_two_all_to_alls_a_shape(ranks: Ranks) -> None:
     shapes = [(5, 4)] * 7 + [(3, 3)] * 4
     for settings in (dict(norm="spectral", scale="unit"), dict(norm="spectral", scale="dual", momentum=0.9)):
-        assert ranks.call(cases.collectives, settings, shapes)[0] == {"all_to_all": 4}
+        assert ranks.call(cases.collectives, settings, shapes)[0]["all_to_all"] == 4
+
+
+def test_bytes_are_those_of_the_documentations_arithmetic(four: Ranks) -> None:
+    shapes = 2 * [(24, 8), (8, 8), (32, 8), (8, 32)]  # all ranks have parts of one size
+    entries, n, k = sum(a * b for a, b in shapes), len(shapes), 4
+    found = four.call(cases.collectives, dict(norm="spectral", scale="unit"), shapes)
+    mean = sum(count["bytes"] for count in found) / k
+    assert mean == 4 * (2 * entries / k + n) * (k - 1) / k
+    assert all(count["all_to_all"] == 2 * len(set(shapes)) for count in found)
+    for settings, numbers in ((dict(norm="lp", p=3.0), 2), (dict(norm="lp", p=3.0, agr=True), 3 + 2)):
+        found = four.call(cases.collectives, settings, shapes)
+        assert {count["bytes"] for count in found} == {8 * numbers * n * (k - 1)}
 
 
 WHOLE: list[tuple[Norm, Scale]] = [(Schatten(3.0), scale) for scale in ("unit", "dual", "power", "matched")]

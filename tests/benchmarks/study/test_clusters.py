@@ -88,3 +88,15 @@ def test_each_call_is_made_once_and_given_in_order(processes):
     assert not any(tensor.is_shared() for tensor in tensors)
     with pytest.raises(ValueError, match="-1 is negative"):
         [*each(processes, halved, [(1,), (-1,)])]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_killed_program_has_kept_is_not_made_again(processes, tmp_path):
+    calls = [(1,), (2,), (-1,)]
+    with pytest.raises(ValueError, match="-1 is negative"):
+        [*each(processes, halved, calls, tmp_path)]
+    (tmp_path / "0123456789abcdef.part").write_bytes(b"half")  # killed while it wrote
+    first, second, third = each(1, halved, [(1,), (2,), (3,)], tmp_path)
+    assert (first[0] == os.getpid()) == (processes == 1)
+    assert third[0] == os.getpid()
+    assert [pair[1].tolist() for pair in (first, second, third)] == [[n / 2, n / 2] for n in (1, 2, 3)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import qmc
 
-from benchmarks.study import journal, search
+from benchmarks.study import search
 from benchmarks.study.lanes import Choice, Trial, choices, final_specs, lanes, left, ready
 from benchmarks.study.spec import Range, Study
 from tests.benchmarks.study.mini import RUNS, STUDY, run
@@ -195,19 +195,3 @@ def test_tpe_goes_where_losses_are_low_and_not_where_runs_diverged():
     assert sum(1e-4 <= lr < 1e-2 for lr in asked) >= 18  # two decades of four, with the optimum in their middle
     # Where everything diverged it still has something to try.
     assert 1e-4 <= search.tpe(within, [({"lr": 0.5}, math.inf)] * 3, 0)["lr"] <= 1.0
-
-
-def test_optunas_own_tools_can_read_the_journal(tmp_path):
-    optuna = pytest.importorskip("optuna")
-    whole, _, _ = finish(STUDY)
-    trials = {key: lane.trials for key, lane in whole.items() if lane.trials}
-    path = journal.write(STUDY, trials, tmp_path)
-    assert journal.write(STUDY, trials, tmp_path) == path
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
-    studies = optuna.get_all_study_names(storage)
-    assert sorted(studies) == sorted(f"{task} / {arm}" for task, arm in trials)
-    of = optuna.load_study(study_name="mini / B", storage=storage)
-    assert [t.params for t in of.trials] == [t.settings for t in trials["mini", "B"]]
-    assert [t.value for t in of.trials] == [t.loss for t in trials["mini", "B"]]
-    assert of.best_params == choices(STUDY, trials)["mini", "B"].settings
-    assert [path.name for path in tmp_path.iterdir()] == ["optuna.log"]
