@@ -1,8 +1,6 @@
-"""Count zeros, prune small weights, remove dead units, and store weights in sparse layouts.
+"""Count zeros, prune small weights, remove dead units, and store weights in sparse layouts, with any optimizer."""
 
-Imports run one way: pruning → counting → weights → layouts; shrinking → removal → chain, shrinking → counting. Nothing
-here depends on an optimizer.
-"""
+# Imports run one way: pruning → counting → weights → layouts; shrinking → removal → chain, shrinking → counting.
 
 from normopt.sparsity.counting import Report, WeightCount, report
 from normopt.sparsity.layouts import SparseLinear, dense_state_dict, sparse_state_dict, to_dense, to_sparse
