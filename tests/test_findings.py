@@ -35,7 +35,7 @@ def test_committed_runs_of_a_paper_change_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(paper_pages, "read", lambda name: results if name == "paper-agr" else None)
     after = findings.page(DOCS)
     assert before.count(findings.NOT_YET) == after.count(findings.NOT_YET) + 1
-    assert "better in 1, worse in 0 of 14 comparisons | the claim holds |" in after
+    assert "better in 2, worse in 1 of 14 comparisons | the claim holds |" in after
     assert "The claim holds: AdamW + AGR minus AdamW is +" in " ".join(after.split())
 
 

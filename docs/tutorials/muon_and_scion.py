@@ -79,7 +79,7 @@ for name in ("Muon", "Scion"):
 # ## Train
 #
 # One run each, at the learning rates that the tuning of the [committed study](../results.md) chose for this task and
-# this number of steps, falling to 0 along half a cosine. The study has five seeds, intervals, and the comparisons that
+# this number of steps, falling to 0 along half a cosine. The study has twelve seeds, intervals, and the comparisons that
 # survive a test; a single run like this one is for looking inside.
 
 # %%
