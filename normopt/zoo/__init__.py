@@ -6,7 +6,6 @@ import fnmatch
 
 from normopt._checks import near
 from normopt.engine import SteepestDescent
-from normopt.groups.presets import OPTIMIZERS, PRESETS
 from normopt.zoo.adaptive import LAMB, LARS, Adagrad, Adam, AdamW, Adan, RMSprop
 from normopt.zoo.lp import LPSGD, LPSGDM, SGD, Lion, NormalizedSGD, PowerStep, SignSGD, Signum, Stacey
 from normopt.zoo.matrix import SCALE, Freon, Muon, NorMuon, NucGD, RowNormSGD, Scion, SpectralSGD
@@ -55,6 +54,8 @@ def get_optimizer(name: str) -> type[SteepestDescent]:
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, but is {name!r} ({type(name).__name__})")
     if name.lower() not in ZOO:
+        from normopt.groups.presets import OPTIMIZERS, PRESETS  # loaded with param_groups, when it is asked for
+
         if name in PRESETS:
             raise ValueError(
                 f"{name!r} is a preset of param_groups and no optimizer: give normopt.param_groups(model, {name!r}) to "

@@ -207,13 +207,14 @@ def counted(step: Callable[[], object]) -> dict[str, int]:
     counts: Counter[str] = Counter()
 
     def noted(name: str) -> Callable[..., Any]:
-        def note(into: Any, *more: Any, **__: Any) -> Any:
+        def note(*given: Any, **__: Any) -> Any:  # as broadcast is called by torch, all is named
             counts[name.removesuffix("_single")] += 1
-            mine = dist.get_rank()
             if name == "all_gather":
-                counts["bytes"] += (len(into) - 1) * more[0].numel() * more[0].element_size()
+                into, mine = given[:2]
+                counts["bytes"] += (len(into) - 1) * mine.numel() * mine.element_size()
             elif name == "all_to_all_single":
-                counts["bytes"] += (sum(more[1]) - more[1][mine]) * more[0].element_size()
+                _, x, sizes = given[:3]
+                counts["bytes"] += (sum(sizes) - sizes[dist.get_rank()]) * x.element_size()
             return DEFAULT  # go on with what is wrapped
 
         return note
