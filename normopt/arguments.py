@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -168,8 +168,13 @@ def check_unknown_arguments(name: str, norm: object, arguments: Mapping[str, Any
     fields = {registry.setting_key(f) for f in registry.entry_of(norm).fields} - {"p"}
     for key in arguments.keys() - fields - known.keys():
         takes = f"; the norm {norm!r} takes {', '.join(sorted(fields))}" if key.startswith("norm_") and fields else ""
-        hint = f"; {SYNONYMS[key]}" if key in SYNONYMS else near(key, {*fields, *known} - arguments.keys())
+        hint = hint_for(key, {*fields, *known} - arguments.keys())
         raise TypeError(f"{name} got an unexpected argument {key!r}{hint}{takes}")
+
+
+def hint_for(key: str, known: Iterable[str]) -> str:
+    """Return what an unknown setting may mean, as a clause to append to a message, or an empty string."""
+    return f"; {SYNONYMS[key]}" if key in SYNONYMS else near(key, known)
 
 
 def check_unknown_keys(group: Mapping[str, Any], defaults: Mapping[str, Any], cls: type) -> None:

@@ -99,6 +99,6 @@ def _found(row: Row) -> Found:
         at_edge=bool(row.at_edge),
         diverged=row.diverged,
         tried=[(t.settings["lr"], round(t.loss, 5) if t.loss < float("inf") else None) for t in row.trials],
-        score=[round(run.test_score or 0.0, 6) for run in whole],
-        loss=[round(run.test_loss or 0.0, 6) for run in whole],
+        score=[round(score, 6) for run in whole if (score := run.test_score) is not None],
+        loss=[round(loss, 6) for run in whole if (loss := run.test_loss) is not None],
     )

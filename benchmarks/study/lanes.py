@@ -35,7 +35,9 @@ class Trial(Frozen):
 
 
 class Choice(Frozen):
-    """What tuning found: the settings of the lowest loss, the earliest trial if two tie; with reruns, of these.
+    """What tuning found: the settings of the trial with the lowest loss. With reruns, only trials run again count.
+
+    If two trials tie, the earlier one is taken.
 
     An arm that searches nothing has no trials, and no settings beside its own; one that takes over another's has no
     trials, and the other's settings, its learning rate multiplied by ``lr_factor``.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from normopt._checks import check_choice, check_integer, check_number, near, plain
-from normopt.arguments import ADAN, SYNONYMS, TORCHS, check_unknown_keys, from_torch
+from normopt.arguments import ADAN, TORCHS, check_unknown_keys, from_torch, hint_for
 from normopt.groups.classify import EMBEDDINGS, KINDS, MATRICES, UNDECAYED, Kind, ParamInfo, blocks_of, classify_params
 from normopt.groups.modular import budgets
 from normopt.groups.presets import ADAMW, CONSTRAINED, OPTIMIZERS, PRESETS, PresetName
@@ -312,7 +312,7 @@ def _check_override(settings: Mapping[str, Any]) -> None:
     check_settings({key: plain(value) for key, value in ours.items()})
     known = {*default_settings(), *map(registry.setting_key, fields), "kind", "mass"}
     for key in ours.keys() - known:
-        hint = f"; {SYNONYMS[key]}" if key in SYNONYMS else near(key, known)
+        hint = hint_for(key, known)
         if key == "optimizer":
             hint = (
                 '; a parameter\'s kind decides whose rule it follows: under "muon-adamw", {"kind": "gate"} is AdamW\'s'

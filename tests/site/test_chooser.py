@@ -67,6 +67,8 @@ def test_what_the_pages_say_of_the_study_is_in_its_results() -> None:
     assert "the result is against what is reported (1 better, 2 worse" in results
     better = re.findall(r"(\S+) against AdamW: better on [^;]*bytes \(\S+ points, P-value < 0.001\)", results)
     assert better == ["Muon", "Scion"]
+    (chosen,) = re.findall(r"tuning chose (\S+) \(", (ROOT / "docs/how-to/param-groups.md").read_text(encoding="utf-8"))
+    assert f"| Muon | {chosen} |" in results.split("## bytes", 1)[1].split(" ## ", 1)[0]
     assert len(re.findall(r"against AdamW[^:]*: better on [^;]*bytes", results)) == 2
 
 

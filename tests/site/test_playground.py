@@ -343,7 +343,7 @@ def test_the_decrease_under_each_p_is_that_of_an_exact_line_search(visit: Any) -
 
 
 def test_which_norm_fits_now(visit: Any) -> None:
-    """What the page says of SGD's path, and the numbers beside the picture, from normopt's own SGD."""
+    """The page's sentences about SGD's path and the numbers beside the picture are those of normopt's SGD."""
     one = visit()
     one.goto("playground/")
     page = one.page
