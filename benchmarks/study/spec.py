@@ -171,8 +171,8 @@ class Tuning(Frozen):
 
     @property
     def finalists(self) -> int:
-        """How many trials are run again."""
-        return min(FINALISTS, self.trials) if self.reruns else 0
+        """How many trials are run again; a single one is not, as nothing is chosen."""
+        return min(FINALISTS, self.trials) if self.reruns and self.trials > 1 else 0
 
     def runs(self, closed: int) -> int:
         """How many runs an arm's first so many trials have; those that are run again come last, and count anew."""

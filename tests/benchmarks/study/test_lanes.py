@@ -143,6 +143,14 @@ def test_the_rerun_can_change_the_choice():
     assert lane.choice().settings == {"lr": 0.2}
 
 
+def test_a_single_trial_is_not_run_again():
+    tuning = STUDY.tuning.model_copy(update={"reruns": 2, "trials": 1, "startup": 1})
+    study = Study.model_validate(STUDY.model_dump() | {"tuning": tuning.model_dump()})
+    whole, _, proposed = finish(study)
+    assert {len(lane.trials) for lane in whole.values() if lane.arm.search} == {1}
+    assert sum(lane.runs_wanted for lane in whole.values()) == len(proposed)
+
+
 def test_choices_hold_what_is_tuned_and_final_runs_their_settings():
     whole, losses, _ = finish(STUDY)
     trials = {key: lane.trials for key, lane in whole.items()}
