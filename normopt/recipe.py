@@ -105,6 +105,7 @@ class Recipe:
         why: the reason for that backend, in words.
         differentiable: whether autograd records the step.
         version: how often its numbers have changed.
+        has_tensors: whether some of its numbers are tensors, whose values may change between steps.
     """
 
     backend: Backend
@@ -138,16 +139,16 @@ class Recipe:
         self._ops: dict[type[Stage], Op] = {}
         self._stale: set[type[Stage]] = set()
         self._lowered: dict[str, Any] | None = None
+        self._look_for_tensors()
 
     @property
     def norm(self) -> Norm:
         """The norm, with its fields."""
         return self.direction.map
 
-    @property
-    def has_tensors(self) -> bool:
-        """True if some of its numbers are tensors, whose values may change between steps."""
-        return any(isinstance(x, Tensor) for x in (self.write.lr, self.decay.weight_decay, self.direction.p))
+    def _look_for_tensors(self) -> None:
+        numbers = self.write.lr, self.decay.weight_decay, self.direction.p
+        self.has_tensors = any(isinstance(x, Tensor) for x in numbers)
 
     def lower(self) -> tuple[dict[str, Any], Numbers] | str:
         """Return the fields of `Flags` that the stages set, and the numbers; or the reason why a stage has neither.
@@ -208,6 +209,7 @@ class Recipe:
         for stage in stages.values():
             stage.check()
         self._stale |= stages.keys()
+        self._look_for_tensors()
         self.version += 1
         return True
 
