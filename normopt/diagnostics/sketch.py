@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normopt._checks import check_integer
+from normopt.norms.base import without_autocast
 
-MIXED = 64  # coordinates per rotation block
+SIDE = 8
+MIXED = SIDE**2  # coordinates per rotation block
 SMALLEST, LARGEST = 64, 16384  # bucket and sign share an int16
 # Half-width in standard deviations. A Gaussian error needs 1.96; vectors with few entries have heavier tails.
 WIDTH = 2.25
@@ -64,9 +66,10 @@ class Sketch:
         self.k = k
         generator = torch.Generator().manual_seed(seed)
         signs = 2.0 * torch.randint(2, (MIXED,), generator=generator, device="cpu") - 1
+        # H is the Kronecker product of two smaller ones: two products of 8 × 8 take a quarter of the time of one.
         butterfly = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu")
-        hadamard = functools.reduce(torch.kron, [butterfly] * int(math.log2(MIXED)))
-        self.mix = hadamard * signs / math.sqrt(MIXED)  # a sum of 64 terms ±1/8: exact but for roundoff
+        self.outer = functools.reduce(torch.kron, [butterfly] * int(math.log2(SIDE)))
+        self.inner = self.outer * signs.reshape(SIDE, 1, SIDE) / SIDE  # ±1/8 is exact
         self.signed_buckets: list[Tensor] = []
         for n, device in zip(sizes, devices, strict=True):
             # Indices in [0, 2k): the upper half is subtracted at the end, which saves a multiplication by signs.
@@ -79,12 +82,17 @@ class Sketch:
         home = pieces[0]
         total = home.new_zeros(2 * self.k)
         for piece, signed_buckets in zip(pieces, self.signed_buckets, strict=True):
-            with torch.autocast(piece.device.type, enabled=False):
-                # Mix coordinates that are 1/64 of the vector apart, because neighbours are often correlated.
-                columns = torch.nn.functional.pad(piece, (0, -len(piece) % MIXED)).reshape(MIXED, -1)
-                mixed = (self.mix.to(piece) @ columns).flatten()
+            mixed = without_autocast([piece.device.type], self.mixed, piece)
             total += piece.new_zeros(2 * self.k).scatter_add_(0, signed_buckets.long(), mixed).to(home)
         return total[: self.k] - total[self.k :]
+
+    def mixed(self, piece: Tensor) -> Tensor:
+        """Return HΔx of a piece x, filled up with zeros to a multiple of 64.
+
+        Coordinates that are 1/64 of the vector apart are mixed, because neighbours are often correlated.
+        """
+        x = torch.nn.functional.pad(piece, (0, -len(piece) % MIXED)).reshape(SIDE, SIDE, -1)
+        return (self.outer.to(x) @ (self.inner.to(x) @ x).reshape(SIDE, -1)).flatten()
 
 
 def check_size(k: object) -> None:
