@@ -3,6 +3,7 @@
 Every optimizer here is one engine, [`SteepestDescent`][normopt.SteepestDescent], under another norm.
 """
 
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,14 @@ def __getattr__(name: str) -> Any:
             found = import_module(f"normopt.{module}")
             globals().update({module: found, **{each: getattr(found, each) for each in names}})
             return globals()[name]
-    raise AttributeError(f"module 'normopt' has no attribute {name!r}")
+    message = f"module 'normopt' has no attribute {name!r}"
+    if not name.startswith("_"):
+        modules = {module: import_module(f"normopt.{module}") for module in (*_LAZY, "norms")}
+        homes = [module for module, found in modules.items() if name in getattr(found, "__all__", ())]
+        lower = {known.lower(): known for known in __dir__()}
+        close = [lower[key] for key in get_close_matches(name.lower(), lower, 1)]
+        message += "".join(f"; did you mean normopt.{each}?" for each in [f"{m}.{name}" for m in homes] or close)
+    raise AttributeError(message)
 
 
 def __dir__() -> list[str]:

@@ -616,3 +616,20 @@ class TestCheckpointsOfOthers:
         with pytest.warns(UserWarning, match="mine, which LPSGDM does not read; they are kept"):
             other.load_state_dict(opt.state_dict())
         assert [state["mine"].tolist() for state in other.state.values()] == [[1.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("CosineP", "; did you mean normopt.schedules.CosineP?"),
+        ("Schatten", "; did you mean normopt.norms.Schatten?"),
+        ("sgd", "; did you mean normopt.SGD?"),
+        ("parm_groups", "; did you mean normopt.param_groups?"),
+        ("frobnicate", ""),
+        ("__wrapped__", ""),
+    ],
+)
+def test_a_name_that_is_not_there_says_where_one_like_it_is(name, hint):
+    with pytest.raises(AttributeError) as error:
+        getattr(normopt, name)
+    assert str(error.value) == f"module 'normopt' has no attribute {name!r}{hint}"
