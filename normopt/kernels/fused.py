@@ -9,6 +9,7 @@ closely (`Memory`).
 from __future__ import annotations
 
 import importlib
+from bisect import bisect_right
 from collections.abc import Iterable, MutableMapping
 from functools import cache
 from operator import is_, itemgetter
@@ -39,6 +40,7 @@ except ImportError:  # it is torch's own: without it, all is looked at closely a
 
 offset_of = cast(Any, Tensor.storage_offset)
 State = MutableMapping[Tensor, Any]
+FEW = 64  # tensors, for which a loop takes less time than the calls of NumPy
 
 
 class Memory(NamedTuple):
@@ -110,6 +112,7 @@ class Operand:
         self.tensors: list[Tensor] = []
         self.memory, self.shapes = memory_of([]), list[torch.Size]()
         self.table = self._bytes = np.empty(0, np.int64)
+        self.sizes: list[int] = []  # in bytes
         self.has_moved = True  # or changed its shape, since somebody set this to False
         self._inference = False
         self._in_table: list[int] = []
@@ -142,17 +145,18 @@ class Operand:
             self._inference = any(map(Tensor.is_inference, tensors))
         self.tensors, self.memory, self.shapes = tensors, memory, shapes
         if not same:
-            self._bytes = np.array([x.numel() * x.element_size() for x in tensors], dtype=np.int64)
+            self.sizes = [x.numel() * x.element_size() for x in tensors]
+            self._bytes = np.array(self.sizes, dtype=np.int64)
 
-    def move(self, tensors: list[Tensor], addresses: list[int]) -> bool:
-        """Take tensors that differ from the known ones in nothing but addresses; return whether they do not."""
-        if addresses != self.memory.address:
-            # In as large a storage, from the same place on, is as much room.
-            if 0 in addresses or list(map(offset_of, tensors)) != self.memory.offset:
-                return False
-            self.memory, self.has_moved = self.memory._replace(address=addresses), True
-            self._tabled(addresses)
-        self.tensors = tensors
+    def replace(self, tensors: list[Tensor], addresses: list[int]) -> bool:
+        """Take other tensors in as large storages; return whether they are at the same places in these.
+
+        The table is written in place.
+        """
+        if 0 in addresses or list(map(offset_of, tensors)) != self.memory.offset:
+            return False
+        self.memory.address[:], self.table[:], self._in_table = addresses, addresses, addresses
+        self.has_moved = True
         return True
 
     def extents(self) -> tuple[Array, Array]:
@@ -201,9 +205,9 @@ class FusedUpdate:
         self._rooms: list[int] = []
         self._watched: tuple[Slot, ...] = ()  # the recipe's slots when it was made
         self._names: list[str] = []  # those of them that these parameters have, by name, first those that kernels read
-        self._others: list[int] = []  # the addresses of state that no kernel reads
         self._counts: list[Array] = []  # the steps of each parameter, sharing the memory of the state, on a CPU
-        self._addresses: list[int] = []
+        self._addresses: list[int] = []  # of parameters and all state
+        self._end = 0  # of the parameters, gradients and state that kernels read, in a list of all these
         self._operands: list[Operand] = []
         self._written_to: list[Tensor] = []
         self._unchanged = False  # since the last step, but for addresses
@@ -211,6 +215,7 @@ class FusedUpdate:
         self._dtypes: tuple[torch.dtype, ...] = ()
         # Where it begins and ends, in order, and after all beginnings one that is nowhere.
         self._written = np.empty(0, np.int64), np.empty(0, np.int64)
+        self._written_lists: tuple[list[int], list[int]] = [], []  # the same
 
     def check(self, recipe: Recipe, params: list[Tensor], state: State) -> None:
         """Check all memory that the kernels will read or write. Nothing is written.
@@ -241,7 +246,7 @@ class FusedUpdate:
             self._gradients.look([g.clone() if i in shared else g for i, g in enumerate(known)])
 
     def check_unchanged(self, recipe: Recipe, params: list[Tensor], state: State, gradients: list[Tensor]) -> bool:
-        """Do what `check` does where nothing but addresses has changed since the last step; return whether that is so.
+        """Do what `check` does where at most gradients are others since the last step; return whether that is so.
 
         Args:
             recipe, params, state: as in `check`.
@@ -261,24 +266,17 @@ class FusedUpdate:
                 return False
         except (KeyError, TypeError):  # a state is missing, or no tensor
             return False
-        operands = self._operands
         if rooms_of(tensors) != self._rooms:
             return False
-        end = len(operands) * n
         addresses = list(map(Tensor.data_ptr, tensors))
-        if addresses[end:] != self._others:
-            return False
-        del tensors[end:], addresses[end:]
+        fresh, addresses[n : 2 * n] = addresses[n : 2 * n], []
         if addresses != self._addresses:
-            for i, operand in enumerate(operands):
-                place = slice(i * n, (i + 1) * n)
-                if not operand.move(tensors[place], addresses[place]):
-                    return False
-            self._addresses = addresses
-            if self._shared() or self.overlaps:
+            return False
+        if fresh != self._gradients.memory.address:
+            if not self._gradients.replace(gradients, fresh) or self._hits():
                 return False
-            self._tabulate()
-        self._unchanged, self._written_to = True, tensors[:n] + tensors[2 * n :]
+            self._gradients.has_moved = False
+        self._unchanged, self._written_to = True, params + tensors[2 * n : self._end]
         return True
 
     def _watch(self, recipe: Recipe, state: State) -> None:
@@ -293,12 +291,12 @@ class FusedUpdate:
         self._names = [slot.name for slot in self._states] + others
         read = [state[p][slot.name] for slot in self._states for p in params]
         unread = [state[p][name] for name in others for p in params]
-        self._others = list(map(Tensor.data_ptr, unread))
         steps = [state[p][STEP.name] for p in params] if STEP.name in others else []
         self._counts = [x.numpy() for x in steps] if on_host(steps) else []
         self._guard = guard_of([*params, *self._gradients.tensors, *read, *unread])
         self._rooms = [room for operand in operands for room in operand.memory.room] + rooms_of(unread)
-        self._addresses = [address for operand in operands for address in operand.memory.address]
+        self._addresses = list(map(Tensor.data_ptr, [*params, *read, *unread]))
+        self._end = len(operands) * len(params)
 
     def _check_states(self, recipe: Recipe, state: State, weights: list[Tensor]) -> None:
         params = self._params
@@ -324,18 +322,26 @@ class FusedUpdate:
             begins, ends = begins[order], np.maximum.accumulate(ends[order])
             self.overlaps = bool((begins[1:] < ends[:-1]).any())
             self._written = np.append(begins, np.iinfo(np.int64).max), ends
-        begins, ends = gradients.extents()
-        first, last = self._written
-        there = np.searchsorted(last, begins, side="right")  # of what is written, the first that ends after they begin
-        hit = first[there] < ends
+            self._written_lists = self._written[0].tolist(), ends.tolist()
         for operand in (*written, gradients):
             operand.has_moved = False
-        if not hit.any():
-            return []
-        same = [w.is_set_to(g) for w, g in zip(self._weights.tensors, gradients.tensors, strict=True)]
-        shared: list[int] = np.flatnonzero(hit & ~np.array(same)).tolist()
+        weights = self._weights.tensors
+        shared = [i for i in self._hits() if not weights[i].is_set_to(gradients.tensors[i])]
         gradients.has_moved = bool(shared)  # look again at the next step
         return shared
+
+    def _hits(self) -> list[int]:
+        """Return which gradients share memory with what is written, their own weights included."""
+        gradients = self._gradients
+        # Of what is written, the first that ends after a gradient begins: does it begin before that ends?
+        if len(gradients.sizes) <= FEW and all(gradients.memory.contiguous):
+            begin, end = self._written_lists
+            places = zip(gradients.memory.address, gradients.sizes, strict=True)
+            return [i for i, (a, size) in enumerate(places) if begin[bisect_right(end, a)] < a + size]
+        begins, ends = gradients.extents()
+        first, last = self._written
+        hits: list[int] = np.flatnonzero(first[last.searchsorted(begins, side="right")] < ends).tolist()
+        return hits
 
     def phases(self, batch: FusedBatch) -> list[Phase]:
         """Make the missing state, and return the phases of a step on the tensors that have just been checked."""
