@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,9 @@ ROOM = 1 << 24  # entries of a larger tensor up to which its powers are kept too
 
 
 class Step:
-    """One step of a batch, in place.
+    """One step of a batch, in place, and after `renew` another.
+
+    Its kernels, and the arrays that they read and write beside the tensors, depend on flags and chunks only.
 
     Args:
         flags, numbers: the stages' parts of the step.
@@ -39,49 +41,101 @@ class Step:
     """
 
     def __init__(self, flags: Flags, numbers: Numbers, tables: Tables) -> None:
-        self.flags, self.numbers, self.layouts, self.seed = flags, numbers, tables.layouts, int(tables.seed)
-        self.measured: tuple[Tensor, Tensor] | None = None
         chunks, cache = tables.chunks, tables.cache
-        factor = 1.0 if tables.unscale is None else float(tables.unscale)
-        ready: LaunchConfig | None = cache.get("ready")
-        if ready is None or not ready.renew(flags, numbers, factor):
-            ready = cache["ready"] = LaunchConfig(flags, numbers, bool(self.layouts), chunks, factor, cache)
-        self.ready, self.chunks = ready, chunks
-        if flags.momentum and numbers.first != numbers.take and (new := tables.new.get("momentum_buffer")):
-            ready.rows[new, kernels.TAKE] = numbers.first
-            ready.numbers = ready.same_rows = None  # the next step has the same weight for all
-        if tables.shares is not None:
-            ready.rows[:, kernels.SHARE : kernels.BEGUN] = tables.shares
-        if flags.differs:
-            ready.rows[:, kernels.BEGUN] = 1
-            ready.rows[tables.new.get("previous_grad", []), kernels.BEGUN] = 0
-        none, more = ready.none, (tables.states, tables.compensations)
-        addresses = tables.weights, tables.gradients, *(none if x is None else x for x in more)
-        self.tensors = addresses, tuple(tables.buffers.get(name, none) for name in BUFFERS), ready.cuts
-        self.powers_cached = ready.powers_cached
         n = len(chunks.sizes)
+        self.flags, self.chunks, self.sharded = flags, chunks, bool(tables.layouts)
+        self.cuts = chunks.tensor, chunks.start, chunks.count
+        self.rows = np.zeros((n, COLUMNS), F)
+        self.rows[:, kernels.WIDE] = chunks.wide | (not flags.decay_wide)
+        self.rows[:, [kernels.ROOT_SHARE, kernels.DIFFERENCE_SHARE]] = 1
+        self.none = np.zeros(n, np.int64)
+        self.sums, self.partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 5))
+        # Powers that have a way of their own are cheaper to take twice than to keep; those above 1 may overflow.
+        self.below_1 = bool(numbers.exponent <= 1)
+        general = flags.sums and flags.mode == GENERAL and self.below_1
+        self.caches_powers = general and not self.sharded and bool(chunks.sizes.max() <= ROOM)
+        blocks = chunks.blocks(BLOCK) if self.caches_powers else [Block(0, n, 0, len(chunks))]
+        self.blocks = [(block, chunks.before[:-1] - chunks.before[block.chunk]) for block in blocks]
+        if self.caches_powers and "powers" not in cache:
+            cache["powers"] = np.empty(max(chunks.before[b.chunks] - chunks.before[b.chunk] for b in blocks), F)
+        self.powers: Array = cache["powers"] if self.caches_powers else np.empty(0, F)
+        momentum_written = bool(flags.sums and flags.momentum & SAME and flags.state == torch.float32)
+        self.agr = kernels.agr_kernel(flags.gradient == torch.bfloat16)
+        undecayed = flags._replace(decay=False, scales_weight=False, decay_mode=LINEAR, decay_inverse=False)
+        plain = undecayed._replace(dual=False, cautious=False, coupling=False, inside=False)
+        self.norms = kernels.norm_kernel(plain, momentum_written, self.caches_powers)
+        one = flags._replace(matched=False, dual=False, decay_wide=True)  # other values change nothing in this kernel
+        self.update, self.update_without_cache = (
+            kernels.update_kernel(one, momentum_written, cached) for cached in (self.caches_powers, False)
+        )
+        self.values = np.empty(kernels.DECAY_EXPONENT + 12, F)
+        self.numbers: Numbers = cast(Any, None)
+        self.measured: tuple[Tensor, Tensor] | None = None
+        self.unscale, self.exponents = 1.0, (math.nan, math.nan)
+        self.same_rows: tuple[Any, Any] | None = None  # whose columns are the same for all tensors
+        self.buffers: dict[str, Array] | None = None
+        self.renew(flags, numbers, tables)
+        cache["step"] = self
+
+    def renew(self, flags: Flags, numbers: Numbers, tables: Tables) -> bool:
+        """Begin another step of tensors of the same shapes; return whether that is possible for these flags."""
+        factor = 1.0 if tables.unscale is None else float(tables.unscale)
+        if self.numbers is not numbers or self.unscale != factor or flags is not self.flags:
+            plain: Any = numbers
+            if Tensor in set(map(type, numbers)):
+                plain = [float(x) for x in numbers]
+            exponent, decay_exponent = plain[EXPONENT], plain[DECAY_EXPONENT]
+            if (flags is not self.flags and flags != self.flags) or (exponent <= 1) != self.below_1:
+                return False
+            self.flags, self.numbers, self.unscale = flags, numbers, factor
+            self.values[: kernels.EXPONENT] = factor, *plain
+            if (exponent, decay_exponent) != self.exponents:
+                self.exponents = exponent, decay_exponent
+                self.values[kernels.EXPONENT :] = *exponent_of(exponent), *exponent_of(decay_exponent)
+        if bool(tables.layouts) != self.sharded:
+            return False
+        if self.same_rows != (same := (numbers.take, numbers.coupled)):
+            self.same_rows = same
+            self.rows[:, kernels.TAKE], self.rows[:, kernels.INSIDE] = numbers.take, self.values[kernels.COUPLED]
+        if flags.momentum and numbers.first != numbers.take and (new := tables.new.get("momentum_buffer")):
+            self.rows[new, kernels.TAKE] = numbers.first
+            self.same_rows = None  # the next step has the same weight for all
+        if tables.shares is not None:
+            self.rows[:, kernels.SHARE : kernels.BEGUN] = tables.shares
+        if flags.differs:
+            self.rows[:, kernels.BEGUN] = 1
+            self.rows[tables.new.get("previous_grad", []), kernels.BEGUN] = 0
+        if tables.buffers is not self.buffers:  # other tables of addresses, all of them
+            self.buffers, none = tables.buffers, self.none
+            more = (none if x is None else x for x in (tables.states, tables.compensations))
+            buffers = tuple(tables.buffers.get(name, none) for name in BUFFERS)
+            self.tensors = (tables.weights, tables.gradients, *more), buffers, self.cuts
+        self.layouts, self.seed, self.measured = tables.layouts, int(tables.seed), None
+        self.powers_cached = self.caches_powers
         if flags.sums:
+            n = len(self.rows)
             self.duals, self.factors = np.empty(n), np.empty(n)
             self.radii = np.empty(n) if tables.radii is None else tables.radii.numpy()
+        return True
 
     def phases(self) -> list[Phase]:
         """Return the phases: for unsharded tensors one, which goes block by block, so that a block stays cached."""
         if not self.layouts:
             return [Phase(nothing, lambda _, __: self._run_blocks())]
-        flags, (block, place) = self.flags, self.ready.blocks[0]
+        flags, (block, place) = self.flags, self.blocks[0]
         last = Phase(nothing, lambda _, __: self._update(block, place))
         norms = [Phase(lambda _: self._norms_of_shards(block, place), self._set_norms)] if flags.sums else []
         return ([Phase(lambda _: self._sums_of_shards(block), self._set_agr)] if flags.agr else []) + norms + [last]
 
     def _run_blocks(self) -> None:
-        for block, place in self.ready.blocks:
+        for block, place in self.blocks:
             where = self.chunks.first, self.chunks.ends, block.tensor, block.tensors
             if self.flags.agr:
                 self._measure_agr(block)
-                self._regularize(self.ready.sums, where)
+                self._regularize(self.sums, where)
             if self.flags.sums:
                 self._measure_norms(block, place)
-                self._combine_norms(self.ready.partials, where)
+                self._combine_norms(self.partials, where)
             self._update(block, place)
 
     def _everywhere(self, block: Block, kernel: kernels.Kernel, *more: object) -> None:
@@ -89,12 +143,12 @@ class Step:
         run(kernel, self.tensors, self.chunks, block.chunk, block.chunks, *more)
 
     def _measure_agr(self, block: Block) -> None:
-        self._everywhere(block, self.ready.agr, self.ready.values[kernels.UNSCALE], self.ready.sums)
+        self._everywhere(block, self.agr, self.values[kernels.UNSCALE], self.sums)
 
     def _sums_of_shards(self, block: Block) -> Tensor:
         self._measure_agr(block)
         found, chunks = np.empty((len(self.layouts), 2)), self.chunks
-        call_with_jit_lock(totals.largest_of_each, self.ready.sums, chunks.first, chunks.ends, found)
+        call_with_jit_lock(totals.largest_of_each, self.sums, chunks.first, chunks.ends, found)
         return torch.from_numpy(found)
 
     def _set_agr(self, _: Any, found: Tensor | None) -> None:
@@ -102,38 +156,36 @@ class Step:
 
     def _regularize(self, sums: Array, where: Places) -> None:
         sizes = np.array([lay.shape.numel() for lay in self.layouts]) if self.layouts else self.chunks.sizes
-        call_with_jit_lock(totals.regularizers, sums, sizes, *where, self.ready.rows)
+        call_with_jit_lock(totals.regularizers, sums, sizes, *where, self.rows)
 
     def _measure_norms(self, block: Block, place: Array) -> None:
-        ready = self.ready
-        self._everywhere(block, ready.norms, ready.rows, ready.values, ready.partials, ready.powers, place)
+        self._everywhere(block, self.norms, self.rows, self.values, self.partials, self.powers, place)
 
     def _norms_of_shards(self, block: Block, place: Array) -> Tensor:
         self._measure_norms(block, place)
         found, chunks = np.empty((len(self.duals), 5)), self.chunks
         how = float(self.numbers.exponent), self.flags.matched or self.flags.lengths
-        call_with_jit_lock(totals.merge_each, self.ready.partials, chunks.first, chunks.ends, *how, found)
+        call_with_jit_lock(totals.merge_each, self.partials, chunks.first, chunks.ends, *how, found)
         return torch.from_numpy(found)
 
     def _set_norms(self, _: Any, found: Tensor | None) -> None:
         self._combine_norms(*_all_ranks(found))
 
     def _combine_norms(self, partials: Array, where: Places) -> None:
-        ready, flags = self.ready, self.flags
+        flags = self.flags
         other = totals.UNIT if flags.scaled else totals.POWER
         scale = totals.MATCHED if flags.matched else totals.DUAL if flags.dual else other
         length = totals.SPHERE if flags.sphere else totals.RELATIVE if flags.relative else totals.NO_LENGTH
         how = length, float(self.numbers.coupled) * flags.inside, float(self.numbers.step_size)
-        known = float(self.numbers.exponent), scale, ready.powers_cached, how
-        written = ready.rows, self.duals, self.factors, self.radii
+        known = float(self.numbers.exponent), scale, self.caches_powers, how
+        written = self.rows, self.duals, self.factors, self.radii
         self.powers_cached = call_with_jit_lock(totals.duals, partials, *where, *known, *written)
         if flags.scaled:
             self.measured = torch.from_numpy(self.duals), torch.from_numpy(self.factors)
 
     def _update(self, block: Block, place: Array) -> None:
-        ready = self.ready
-        kernel = ready.update if self.powers_cached == ready.powers_cached else ready.update_without_cache
-        self._everywhere(block, kernel, ready.rows, ready.values, self.seed, ready.powers, place)
+        kernel = self.update if self.powers_cached == self.caches_powers else self.update_without_cache
+        self._everywhere(block, kernel, self.rows, self.values, self.seed, self.powers, place)
 
 
 def run(kernel: kernels.Kernel, tensors: tuple[Any, ...], chunks: Chunks, begin: int, end: int, *more: object) -> None:
@@ -172,64 +224,6 @@ def _all_ranks(found: Tensor | None) -> tuple[Array, Places]:
     n, ranks = found.shape[:2]
     first = np.arange(n) * ranks
     return found.reshape(n * ranks, -1).numpy(), (first, first + ranks, 0, n)
-
-
-class LaunchConfig:
-    """The kernels and tables that depend on flags and chunks only, kept while those stay the same."""
-
-    def __init__(
-        self, flags: Flags, numbers: Numbers, at_once: bool, chunks: Chunks, unscale: float, cache: dict[str, Any]
-    ) -> None:
-        n = len(chunks.sizes)
-        self.flags, self.cuts = flags, (chunks.tensor, chunks.start, chunks.count)
-        self.rows = np.zeros((n, COLUMNS), F)
-        self.rows[:, kernels.WIDE] = chunks.wide | (not flags.decay_wide)
-        self.rows[:, [kernels.ROOT_SHARE, kernels.DIFFERENCE_SHARE]] = 1
-        self.none = np.zeros(n, np.int64)
-        self.sums, self.partials = np.empty((len(chunks), 2)), np.empty((len(chunks), 5))
-        # Powers that have a way of their own are cheaper to take twice than to keep; those above 1 may overflow.
-        self.below_1 = bool(numbers.exponent <= 1)
-        general = flags.sums and flags.mode == GENERAL and self.below_1
-        self.powers_cached = general and not at_once and bool(chunks.sizes.max() <= ROOM)
-        blocks = chunks.blocks(BLOCK) if self.powers_cached else [Block(0, n, 0, len(chunks))]
-        self.blocks = [(block, chunks.before[:-1] - chunks.before[block.chunk]) for block in blocks]
-        if self.powers_cached and "powers" not in cache:
-            cache["powers"] = np.empty(max(chunks.before[b.chunks] - chunks.before[b.chunk] for b in blocks), F)
-        self.powers: Array = cache["powers"] if self.powers_cached else np.empty(0, F)
-        momentum_written = bool(flags.sums and flags.momentum & SAME and flags.state == torch.float32)
-        self.agr = kernels.agr_kernel(flags.gradient == torch.bfloat16)
-        undecayed = flags._replace(decay=False, scales_weight=False, decay_mode=LINEAR, decay_inverse=False)
-        plain = undecayed._replace(dual=False, cautious=False, coupling=False, inside=False)
-        self.norms = kernels.norm_kernel(plain, momentum_written, self.powers_cached)
-        one = flags._replace(matched=False, dual=False, decay_wide=True)  # other values change nothing in this kernel
-        self.update, self.update_without_cache = (
-            kernels.update_kernel(one, momentum_written, powers_cached) for powers_cached in (self.powers_cached, False)
-        )
-        self.values = np.empty(kernels.DECAY_EXPONENT + 12, F)
-        self.numbers: Numbers | None = None
-        self.unscale, self.exponents = unscale, (math.nan, math.nan)
-        self.same_rows: tuple[Any, Any] | None = None  # whose columns are the same for all tensors
-        self.renew(flags, numbers, unscale)
-
-    def renew(self, flags: Flags, numbers: Numbers, unscale: float) -> bool:
-        """Take other numbers; return whether that suffices for these flags."""
-        if self.numbers is numbers and self.unscale == unscale and flags is self.flags:
-            return True
-        plain: Any = numbers
-        if Tensor in set(map(type, numbers)):
-            plain = [float(x) for x in numbers]
-        exponent, decay_exponent = plain[EXPONENT], plain[DECAY_EXPONENT]
-        if (flags is not self.flags and flags != self.flags) or (exponent <= 1) != self.below_1:
-            return False
-        self.flags, self.numbers, self.unscale = flags, numbers, unscale
-        self.values[: kernels.EXPONENT] = unscale, *plain
-        if (exponent, decay_exponent) != self.exponents:
-            self.exponents = exponent, decay_exponent
-            self.values[kernels.EXPONENT :] = *exponent_of(exponent), *exponent_of(decay_exponent)
-        if self.same_rows != (same := (numbers.take, numbers.coupled)):
-            self.same_rows = same
-            self.rows[:, kernels.TAKE], self.rows[:, kernels.INSIDE] = numbers.take, self.values[kernels.COUPLED]
-        return True
 
 
 @lru_cache(maxsize=256)

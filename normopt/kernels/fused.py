@@ -369,7 +369,9 @@ class FusedUpdate:
         if radii:
             unknown = torch.full((), torch.nan, device=tables.device)
             tables.radii = stack([unknown if r is None else r for r in radii]).double()
-        step = kernels_for(tables.device.type).Step(self._flags, self._numbers, tables)
+        step = self._cache.get("step")  # of a backend whose steps can be used again
+        if step is None or not step.renew(self._flags, self._numbers, tables):
+            step = kernels_for(tables.device.type).Step(self._flags, self._numbers, tables)
 
         def finish(batch: FusedBatch, _: Tensor | None) -> None:
             for operand, copy in copies:

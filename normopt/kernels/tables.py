@@ -97,10 +97,12 @@ class Tables:
         weights, gradients: the addresses of their memory, shape [n], int64.
         states: those of the momentum, None without one.
         compensations: those of what Kahan's rounding keeps, None without it.
-        buffers: those of further float32 state, by the names in `BUFFERS`.
+        buffers: those of further float32 state, by the names in `BUFFERS`. If it is the dict of the step before, all
+            arrays of addresses are those of the step before, with other entries at most in the gradients'.
         shares: what c, √v and d of each tensor are multiplied by, [n, 3] on the device; None without bias corrections.
         new: of each slot the indices of what was made in this step.
-        cache: what a backend keeps from step to step, such as tables on its device.
+        cache: what a backend keeps from step to step, such as tables on its device. A "step" in it is asked to
+            ``renew(flags, numbers, tables)`` before another is made.
         unscale: what gradients are multiplied by, for a GradScaler; one element on the device.
         found_inf: where it is not 0, nothing is written; likewise.
         seed: of stochastic rounding. In a captured graph an int is the same at every replay.
