@@ -101,7 +101,7 @@ class Step:
             self.rows[new, kernels.TAKE] = numbers.first
             self.same_rows = None  # the next step has the same weight for all
         if tables.shares is not None:
-            self.rows[:, kernels.SHARE : kernels.BEGUN] = tables.shares
+            self.rows[:, kernels.SHARE : kernels.BEGUN] = tables.shares.numpy()
         if flags.differs:
             self.rows[:, kernels.BEGUN] = 1
             self.rows[tables.new.get("previous_grad", []), kernels.BEGUN] = 0

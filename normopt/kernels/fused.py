@@ -437,8 +437,9 @@ class FusedUpdate:
         if not numbers:
             return torch.stack(columns(stack(steps).double().clamp_(min=1)), 1)
         rows = {t: columns(max(1.0, t)) for t in set(numbers)}  # 0 at a first step that is skipped
-        each = [rows[t] for t in numbers] if len(rows) > 1 else [*rows.values()]
-        return torch.tensor(each, dtype=torch.float64).expand(len(numbers), 3).contiguous()
+        shares = np.empty((len(numbers), 3))
+        shares[:] = [rows[t] for t in numbers] if len(rows) > 1 else [*rows.values()]
+        return torch.from_numpy(shares)
 
     def _complete(self, slot: Slot, operand: Operand, state: State) -> list[int]:
         """Make the state that is missing, or has another dtype than it should; return the indices of the new."""
