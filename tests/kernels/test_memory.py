@@ -488,7 +488,8 @@ def test_a_state_in_the_memory_of_another():
 
 
 @rules
-def test_a_gradient_in_memory_that_is_written(name):
+@pytest.mark.parametrize("more", [0, fused.FEW])
+def test_a_gradient_in_memory_that_is_written(name, more):
     """Its entries are those from before the step; eager operations that would read some later refuse them."""
     torch.manual_seed(0)
     x, y = torch.randn(400_000), torch.randn(400_000)
@@ -496,10 +497,13 @@ def test_a_gradient_in_memory_that_is_written(name):
     for how in (dict(fused=True), dict(foreach=False)):
         own, theirs = x.clone(), y.clone()
         a, b, c = (torch.nn.Parameter(v) for v in (own[:300_000], own[300_000:], theirs))
-        opt = normopt.SteepestDescent([a, b, c], lr=1e-2, **how, **RULES[name])
-        for where in (own[100_000:], theirs[:300_000], own[:300_000]):
+        others = [torch.nn.Parameter(torch.ones(5)) for _ in range(more)]
+        opt = normopt.SteepestDescent([a, b, c, *others], lr=1e-2, **how, **RULES[name])
+        apart = torch.linspace(-1, 1, 300_000)
+        for where in (own[100_000:], apart, apart.flip(0), theirs[:300_000], apart, own[:300_000], own[1:300_001]):
             a.grad = where if "fused" in how else where.clone()
-            b.grad, c.grad = torch.ones_like(b), torch.ones_like(c)
+            for p in (b, c, *others):
+                p.grad = torch.ones_like(p)
             opt.step()
         found.append(torch.cat([own, theirs]))
     torch.testing.assert_close(*found, rtol=2e-4, atol=2e-5)
@@ -634,6 +638,19 @@ class Handled(RuleBasedStateMachine):
             params[i].grad = params[i].grad.to(dtype)
 
         self.both(do)
+        self.trio.step_with_these()
+
+    @rule(i=st.integers(0, 2), j=st.integers(0, 2), buffer=st.booleans())
+    def let_a_gradient_be_in_memory_that_is_written(self, i, j, buffer):
+        """Eager steps, which read some entries too late, get a copy of it."""
+        self.trio.gradients()
+        params, opt = self.trio.params[0], self.trio.opts[0]
+        where = opt.state.get(params[j], {}).get(BUFFER) if buffer else params[j].data
+        if where is None or where.numel() < params[i].numel() or where.dtype != params[i].dtype:
+            return
+        for same in self.trio.params:
+            same[i].grad = where.reshape(-1)[: params[i].numel()].reshape(params[i].shape).clone()
+        params[i].grad = where.reshape(-1)[: params[i].numel()].reshape(params[i].shape)
         self.trio.step_with_these()
 
     @rule(lr=st.sampled_from([1e-2, 1e-3, 0.0]))
