@@ -489,8 +489,9 @@ def test_a_state_in_the_memory_of_another():
 
 @rules
 @pytest.mark.parametrize("more", [0, fused.FEW])
-def test_a_gradient_in_memory_that_is_written(name, more):
+def test_a_gradient_in_memory_that_is_written(name, more, monkeypatch):
     """Its entries are those from before the step; eager operations that would read some later refuse them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # tensors are stepped one after the other
     torch.manual_seed(0)
     x, y = torch.randn(400_000), torch.randn(400_000)
     found = []
@@ -498,15 +499,15 @@ def test_a_gradient_in_memory_that_is_written(name, more):
         own, theirs = x.clone(), y.clone()
         a, b, c = (torch.nn.Parameter(v) for v in (own[:300_000], own[300_000:], theirs))
         others = [torch.nn.Parameter(torch.ones(5)) for _ in range(more)]
-        opt = normopt.SteepestDescent([a, b, c, *others], lr=1e-2, **how, **RULES[name])
-        apart = torch.linspace(-1, 1, 300_000)
-        for where in (own[100_000:], apart, apart.flip(0), theirs[:300_000], apart, own[:300_000], own[1:300_001]):
+        opt = normopt.SteepestDescent([c, a, b, *others], lr=0.1, **how, **RULES[name])
+        apart = torch.linspace(-1, 1, 400_000)[:300_000]  # in as large a storage, as `theirs` has
+        for where in (own[100_000:], apart, theirs[:300_000], apart, apart.flip(0), own[:300_000], own[1:300_001]):
             a.grad = where if "fused" in how else where.clone()
             for p in (b, c, *others):
                 p.grad = torch.ones_like(p)
             opt.step()
         found.append(torch.cat([own, theirs]))
-    torch.testing.assert_close(*found, rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(*found, rtol=2e-4, atol=2e-5 * max(1.0, float(found[1].abs().max())))
 
 
 def test_steps_go_back_to_one_batch_when_memory_is_shared_no_longer():
