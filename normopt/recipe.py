@@ -135,10 +135,11 @@ class Recipe:
         averages = [stage for stage in (self.count, self.momentum, self.difference, self.metric) if stage.runs()]
         self.counted = [slot.name for stage in averages for slot in stage.slots()] if self.count.runs() else []
         self.differentiable: bool = self.run.differentiable
-        # What the stages have lowered to, which of them have other numbers since, and the flags of all.
+        # What the stages have lowered to, which of them have other numbers since, and what all have together.
         self._ops: dict[type[Stage], Op] = {}
         self._stale: set[type[Stage]] = set()
-        self._lowered: dict[str, Any] | None = None
+        self._flags: dict[str, Any] = {}
+        self._numbers: dict[str, Any] = {}
         self._look_for_tensors()
 
     @property
@@ -155,25 +156,24 @@ class Recipe:
 
         As long as the flags stay the same, so does the object that is returned for them.
         """
-        kept, ops = self._lowered, self._ops
+        ops, same = self._ops, True
         for stage in self.stages:
             cls = type(stage)
             if cls in self._stale or cls not in ops or stage.lowers_others or self.has_tensors:
                 op = stage.lower()
                 if isinstance(op, str):
                     return op
-                kept = kept if cls in ops and ops[cls].flags == op.flags else None
+                old = ops.get(cls)
+                same &= old is not None and old.flags == op.flags and old.numbers.keys() == op.numbers.keys()
                 ops[cls] = op
+                self._numbers |= op.numbers
         self._stale.clear()
-        numbers: dict[str, Any] = {}
-        for op in ops.values():
-            numbers |= op.numbers
-        if kept is None:
-            kept = {}
+        if not same:
+            self._flags, self._numbers = {}, {}
             for op in ops.values():
-                kept |= op.flags
-        self._lowered = kept
-        return kept, Numbers(**numbers)
+                self._flags |= op.flags
+                self._numbers |= op.numbers
+        return self._flags, Numbers(**self._numbers)
 
     def take_numbers(self, settings: Mapping[str, Any], changed: Iterable[str]) -> bool:
         """Take the new values of some settings in place; return False if more than numbers has changed.

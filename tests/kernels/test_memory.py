@@ -626,6 +626,9 @@ class Handled(RuleBasedStateMachine):
             for p in params:
                 p.data = p.data.to(torch.float32 if p.dtype == torch.bfloat16 else torch.bfloat16)
                 p.grad = None
+                # Kernels round the state before the step, eager operations after it: signs would part.
+                for x in opt.state.get(p, {}).values():
+                    x.copy_(x.bfloat16())
 
         self.both(do)
 
