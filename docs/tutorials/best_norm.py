@@ -105,7 +105,7 @@ def draw(adaptive):
     for ax, last, title in zip(axes[0], axes[-1], titles, strict=True):
         ax.set_title(title, fontsize=10)
         last.set_xticks(at, [f"{100 * t:g}" for t in times])
-        last.set_xlabel("of the training (%)")
+        last.set_xlabel("part of the training (%)")
     fig.legend(
         *axes[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=2
     )
