@@ -35,10 +35,10 @@ class PSchedule(LRScheduler, ABC):
     ``LRScheduler``, which do not call ``step()`` alone, are refused.
 
     Each group keeps its initial p as ``group["initial_p"]`` and the number of steps made as
-    ``group["last_epoch_of_p"]``, as torch keeps ``initial_lr``. Both are saved with the optimizer, and a schedule goes
-    on from there: one made before ``optimizer.load_state_dict()`` at its next ``step()``, one made after it at once.
-    So the optimizer's state is enough to resume; ``state_dict()`` is for trainers that save schedulers. Of the
-    optimizer's state and the schedule's, the last one loaded counts.
+    ``group["last_epoch_of_p"]``, as torch keeps ``initial_lr``. Both are saved with the optimizer, and a schedule
+    continues from there: at its next ``step()`` if it was made before ``optimizer.load_state_dict()``, at once if
+    after. So the optimizer's state is enough to resume; ``state_dict()`` is for trainers that save schedulers. If both
+    the optimizer's state and the schedule's are loaded, the one loaded last is used.
 
     Subclasses define p at step s, given the group's initial p (``p_at``).
 
