@@ -37,7 +37,7 @@ from benchmarks.study.spec import Study
 from benchmarks.study.toml import BadStudy
 from benchmarks.tasks import TASKS
 
-app = typer.Typer(help="Programs that measure normopt.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(help="Compare optimizers, and measure normopt.", no_args_is_help=True, pretty_exceptions_enable=False)
 console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
 
 RESULTS = Path("results")
@@ -58,14 +58,14 @@ INTERRUPTED = 130
 
 
 def plainly(command: Callable[..., None]) -> Callable[..., None]:
-    """What is wrong with what a user gave is said in a sentence, without a traceback."""
+    """Turn expected errors into a one-line message without a traceback."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
         except (BadStudy, UnfitStore, NoCluster, ModuleNotFoundError, OSError) as error:
-            # A file that is not there is what was given; the others are what the disk or the system refuses.
+            # A missing file is a wrong argument; other OSErrors come from the disk or the system.
             code = DISK if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else 2
             errors.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
             raise typer.Exit(code) from None
@@ -85,29 +85,27 @@ def run(
     cluster: Cluster = None,
     timeout: Timeout = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how many runs there are and about how long they take; run nothing.")
+        bool, typer.Option("--dry-run", help="Print how many runs there are and about how long they take; run nothing.")
     ] = False,
-    task: Annotated[list[str] | None, typer.Option(help="A task; repeatable. Instead of the preset's.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task; repeatable. Replaces those of the preset.")] = None,
     arm: Annotated[
         list[str] | None,
         typer.Option(
             "--arm",
             "--optimizer",
             help='An optimizer and its settings, "lpsgdm p=8 agr=true lr=1e-3..1", or one of your own, '
-            'my_module:MyOptimizer; repeatable. Beside the preset\'s. A name with blanks: name="no decay".',
+            'my_module:MyOptimizer; repeatable. Added to those of the preset. A name with blanks: name="no decay".',
         ),
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Settings that tuning tries for each arm.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each arm.")] = None,
-    budget: Annotated[
-        float | None, typer.Option(min=0.001, help="What the epochs of every task are multiplied by.")
-    ] = None,
+    budget: Annotated[float | None, typer.Option(min=0.001, help="Factor on the epochs of every task.")] = None,
     baseline: Annotated[str | None, typer.Option(help="The name of the arm that the others are compared with.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Of every task, instead of each task's own.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Batch size. Default: each task's own.")] = None,
     tuning_seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each setting that tuning tries.")] = None,
     amp: Annotated[bool, typer.Option("--amp", help="Make forward passes under bfloat16 autocast.")] = False,
 ) -> None:
-    """Run a study and write its report. Killed and started again, it goes on where it was."""
+    """Run a study and write its report. The same command continues a study that was interrupted."""
     study = flags.study(what, task or (), arm or (), trials, seeds, budget, baseline, batch_size, tuning_seeds, amp)
     folder = out or RESULTS / study.name
     if dry_run:
@@ -120,16 +118,16 @@ def run(
 @app.command()
 @plainly
 def resume(folder: Folder, workers: Workers = None, cluster: Cluster = None, timeout: Timeout = None) -> None:
-    """Go on with a study that was stopped or killed."""
+    """Continue a study that was stopped or killed."""
     _run(_study(_open(folder)), folder, workers, cluster, timeout)
 
 
 @app.command("list")
 @plainly
 def list_(
-    folder: Annotated[Path | None, typer.Argument(help="List the studies in the folders in this one.")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="List the studies in this folder instead.")] = None,
 ) -> None:
-    """List the presets, tasks and optimizers, or studies and how far they are."""
+    """List presets, tasks and optimizers, or the progress of the studies in a folder."""
     if folder is None:
         listing.names(console)
     else:
@@ -144,7 +142,7 @@ def again(
         Path | None, typer.Option(help="Write a page of the docs, Markdown, instead of the report.")
     ] = None,
 ) -> None:
-    """Make the report again from stored results, of an unfinished study too."""
+    """Write the report again from stored results; the study may be unfinished."""
     store = _open(folder)
     if page is None:
         _report(store, store.folder)
@@ -157,11 +155,9 @@ def again(
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders of results, or Parquet files of runs: two or more.")],
     out: Annotated[Path, typer.Option(help="Folder of the comparison.")] = RESULTS / "compared",
-    rename: Annotated[
-        list[str] | None, typer.Option(help="OLD=NEW: an arm's name, wherever a study has it; repeatable.")
-    ] = None,
+    rename: Annotated[list[str] | None, typer.Option(help="OLD=NEW: rename an arm in all studies; repeatable.")] = None,
 ) -> None:
-    """Hold studies side by side, where their tasks and arms have the same names."""
+    """Compare studies on tasks and arms of the same names."""
     if len(folders) < 2:
         raise UnfitStore("a comparison needs two folders or more")
     stores = [_open(folder) for folder in folders]
@@ -186,10 +182,10 @@ def _renaming(text: str, arms: set[str]) -> tuple[str, str]:
 @app.command()
 @plainly
 def doctor(
-    folder: Annotated[Path, typer.Argument(help="Where results are to go.")] = RESULTS,
+    folder: Annotated[Path, typer.Argument(help="Folder for results.")] = RESULTS,
     cluster: Cluster = None,
 ) -> None:
-    """Look whether everything is here that studies need: versions, data, disk, cluster."""
+    """Check that everything that studies need is installed: versions, data, disk, cluster."""
     checks = doctors.examine(folder, cluster)
     listing.examined(console, checks)
     if any(check.fatal for check in checks):
@@ -198,13 +194,13 @@ def doctor(
 
 @app.command("transfer")
 def measure_transfer(out: Out = RESULTS / "transfer.json", workers: Workers = None) -> None:
-    """Measure whether one learning rate serves models of every width and depth."""
+    """Measure whether the best learning rate changes with width and depth."""
     _measure("transfer", out, workers)
 
 
 @app.command("sparsity")
 def measure_sparsity(out: Out = RESULTS / "sparsity.json", workers: Workers = None) -> None:
-    """Measure accuracy against size under weight decay, and how fast the networks are without their dead units."""
+    """Measure accuracy against size under weight decay, and the speed of networks without their dead units."""
     _measure("sparsity", out, workers)
 
 
@@ -232,13 +228,13 @@ def measure_speed(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/speed"),
     compiled: Annotated[
-        bool, typer.Option("--compiled", help="Beside the limits, have torch compile its own steps; takes minutes.")
+        bool, typer.Option("--compiled", help="Also measure torch's compiled steps, beside the limits; takes minutes.")
     ] = False,
     page: Annotated[
         Path | None, typer.Option(help="Measure nothing: write the pages of the docs from the results in --out.")
     ] = None,
 ) -> None:
-    """Measure how fast steps are: what is typed today beside normopt's default, how that grows, and the limits."""
+    """Measure the speed of steps: normopt and other libraries, growth with model size, and the limits."""
     from benchmarks.speed import models, run  # matplotlib and the compilers, which no other command needs
     from benchmarks.speed import page as pages
 
@@ -277,7 +273,7 @@ def measure_adaptive_norms(
     out: Annotated[Path, typer.Option(help="Folder of the JSON files and of the studies.")] = RESULTS,
     workers: Workers = None,
 ) -> None:
-    """Run the two studies of ℓp directions in adaptive coordinates, and keep of them what the documentation shows."""
+    """Run the two studies of ℓp directions in adaptive coordinates, and store what the documentation shows."""
     for study in adaptive_norms.STUDIES:
         _run(PRESETS[study], out / study, workers)
         kept.write(adaptive_norms.condensed(collect(_open(out / study))), out / f"{study.replace('-', '_')}.json")
@@ -290,7 +286,7 @@ def measure_radii(
     out: Annotated[Path, typer.Option(help="Folder of the JSON file and of the studies.")] = RESULTS / "radii",
     workers: Workers = None,
 ) -> None:
-    """Measure which radius and ratio of learning rates Muon's presets need, and hold them against AdamW."""
+    """Measure which radius and learning-rate ratio Muon's presets need, and compare them with AdamW."""
 
     def made(study: Study) -> Results:
         _run(study, out / study.name, workers)
@@ -306,7 +302,7 @@ def measure_radii(
 
 
 def _measure(name: str, out: Path, workers: int | None) -> None:
-    """Run one of the programs, and write what it measured; killed and started again, it goes on."""
+    """Run one of the programs, and write its results; run again, it continues."""
     program = import_module(f"benchmarks.programs.{name}")  # some load what no other command needs
     folder = out.with_suffix(".runs")
     with dashboard(console) as watch:
@@ -329,7 +325,7 @@ def _run(
         with stopping() as stop, dashboard(console) as watch:
             execute(study, store, workers, watch, stop=stop, timeout=timeout)
     except KeyboardInterrupt:
-        errors.print(f"Stopped with {len(store.runs)} runs stored; `python -m benchmarks resume {folder}` goes on.")
+        errors.print(f"Stopped with {len(store.runs)} runs stored; `python -m benchmarks resume {folder}` continues.")
         raise typer.Exit(INTERRUPTED) from None
     finally:
         workers.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -21,27 +22,28 @@ from benchmarks.study.presets import PRESETS
 from benchmarks.tasks import TASKS
 
 SHOWN = 10  # failures; the rest are counted
+DESCRIBED = 100  # characters of a task's description; a report has all of it
 
 
 def names(console: Console) -> None:
-    """The presets, the tasks and the optimizers."""
+    """Print the presets, the tasks and the optimizers."""
     presets = _table("Preset", "Question", "Tasks", "Arms", "Runs")
     for study in PRESETS.values():
         runs = sum(lane.runs_wanted for lane in lanes(study).values())
         presets.add_row(study.name, study.purpose, *map(str, (len(study.tasks), len(study.arms), runs)))
     tasks = _table("Task", "What is learned", "Epochs")
     for task in TASKS.values():
-        tasks.add_row(task.name, task.description, str(task.epochs))
+        tasks.add_row(task.name, shorten(task.description, DESCRIBED, placeholder=" …"), str(task.epochs))
     optimizers = _table("Optimizer", "Rule")
     for name, entry in OPTIMIZERS.items():
         optimizers.add_row(name, entry.rule)
     for table in (presets, tasks, optimizers):
         console.print(table)
-    console.print("An optimizer of your own is named my_module:MyOptimizer.")
+    console.print("Name an optimizer of your own as my_module:MyOptimizer. Try: python -m benchmarks run quick")
 
 
 def studies(console: Console, found: Sequence[tuple[Path, Store]], folder: Path) -> None:
-    """Studies and how far they are."""
+    """Print the progress of studies."""
     if not found:
         console.print(f"No study in {folder}.")
         return

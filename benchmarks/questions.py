@@ -24,7 +24,7 @@ REST = "Every arm against its reference"
 
 ABOUT = {
     ANNEALING: "In LPSGDM, p falls from a high value to 2; arXiv 2606.02078 reports gains on CIFAR and ImageNet. Under "
-    "its power map a smaller p also means shorter steps, so that annealing p is a learning rate schedule too: the "
+    "its power map a smaller p also means shorter steps, so annealing p is also a learning-rate schedule: the "
     "controls separate the two.",
     REGULARIZED: "Adaptive gradient regularization (arXiv 2407.16944) is reported to improve the optimizers that use "
     "it.",

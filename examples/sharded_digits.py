@@ -27,8 +27,8 @@ import normopt
 
 
 def build(optimizer: str, epochs: int) -> tuple[torch.nn.Module, normopt.SteepestDescent, Any]:
-    """A sharded MLP, an optimizer of its shards, and a schedule of p where there is a p."""
-    torch.manual_seed(0)  # the same weights on every rank, before they are cut
+    """Return a sharded MLP, its optimizer, and a schedule of p if the optimizer has a p."""
+    torch.manual_seed(0)  # the same weights on every rank, before sharding
     model = torch.nn.Sequential(
         torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)
     )

@@ -190,8 +190,8 @@ def check_unknown_keys(group: Mapping[str, Any], defaults: Mapping[str, Any], cl
             raise ValueError(f"a param group has {key!r}: as a setting it is called {registry.setting_key(key)!r}")
         if cls.__module__.startswith("normopt.") and key in inspect.signature(cls).parameters:
             raise ValueError(
-                f"a param group has {key!r}, which is an argument of {cls.__name__} and no setting of groups: print an "
-                "optimizer made with it, and give the group the settings that it stands for"
+                f"a param group has {key!r}, which is an argument of {cls.__name__}, not a setting of groups: print an "
+                "optimizer that was made with it, and set in the group what it sets"
             )
         meant = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
         if meant or key in SYNONYMS:

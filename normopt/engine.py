@@ -61,7 +61,7 @@ REFUSALS = (ValueError, TypeError)  # of settings
 class SteepestDescent(Optimizer):
     """Steepest descent under any norm: the engine of every optimizer of normopt.
 
-    One step takes every gradient through the same stages, each of which is optional but the norm::
+    One step takes every gradient through these stages, each optional except the norm::
 
         g ← −g                                   maximize
         g ← g·(1 − |g|/Σ|g|)                     agr; Σ over each tensor, or agr_scope "group"
@@ -151,31 +151,31 @@ class SteepestDescent(Optimizer):
     like it, if a 16-bit weight is rounded so; ``exp_avg_sq`` under metric="diagonal" (and ``max_exp_avg_sq`` under
     its rule "max"), float32 for 16-bit weights; ``step``, float32 and 0-d, under bias_correction; likewise float32 for
     16-bit weights ``exp_avg_diff`` and ``previous_grad`` with difference_beta, ``dual_iterate`` with coupling,
-    ``row_avg_sq`` (one number a row) with row_beta, and ``sphere_radius`` (0-d) under the constraint. Complex
-    parameters are taken as pairs of reals. 16-bit parameters are computed in float32. Of DTensors, such as FSDP2's,
-    each rank steps its local shard by norms of the whole tensor, and the state has their placements; all ranks must
-    make the same step. lr, p and weight_decay given as tensors are never read on the host. Each group has its own
-    copies, as ``group["lr"]``: changing those in place neither syncs nor recompiles, and changing the tensor that
-    was given does nothing. One that requires a gradient is not copied. The momentum of a complex parameter has its
-    dtype.
+    ``row_avg_sq`` (one number per row) with row_beta, and ``sphere_radius`` (0-d) under the constraint. Complex
+    parameters are treated as pairs of reals, and their momentum has their dtype. Steps of 16-bit parameters are
+    computed in float32. With DTensors, such as FSDP2's, each rank steps its local shard, with norms of the whole
+    tensor; the state has the placements of its parameter, and all ranks must make the same step. lr, p and
+    weight_decay given as tensors are never read on the host. Each group has its own copy, such as ``group["lr"]``:
+    changing it in place neither syncs nor recompiles, and changing the tensor that was passed does nothing. A tensor
+    that requires a gradient is not copied.
 
     Raises:
-        ValueError: at construction and in ``add_param_group``, for a setting that is out of range,
-            unknown, or in contradiction to another; in ``step()``, for one that was made so since. At construction
-            also for one that does nothing in any group, such as decay="lp" without weight_decay, for a parameter
-            that has no shape yet (a lazy module's), and for the groups of a preset that is for another optimizer.
+        ValueError: at construction and in ``add_param_group``, for a setting that is out of range or unknown, or
+            contradicts another; in ``step()``, for one that became so later. At construction also for a setting that
+            does nothing in any group, such as decay="lp" without weight_decay, for a parameter without a shape (of a
+            lazy module), and for the groups of a preset that is for another optimizer.
         TypeError: likewise, for a setting of the wrong type; at construction, for one that does not exist.
         RuntimeError: in ``step()``, before anything is written: for a gradient that is not dense, and for a gradient or
-            state that has not the shape and device of its parameter, or, if fused, whose memory was freed; under
-            bias_correction for averages that did not begin together.
+            state that does not have the shape and device of its parameter, or, if fused, whose memory was freed;
+            under bias_correction for averages that did not begin together.
 
     Warns:
-        UserWarning: a tensor that ℓp decay with p < 2 will hold at zero for ever because it starts there; vectors
-            under a norm of matrices that their group does not name; a setting that does nothing unless a schedule
-            moves the momentum or p: dampening or state_dtype without momentum, eps at p = 2.
+        UserWarning: a tensor starts at zero, where ℓp decay with p < 2 keeps it; vectors are under a norm of matrices
+            that their group does not name; a setting does nothing unless a schedule changes the momentum or p:
+            dampening or state_dtype without momentum, eps at p = 2.
 
-    Source: the frame is Bernstein and Newhouse, "Old Optimizer, New Norm", arXiv:2409.20325. metric="diagonal" under ℓ2
-    with scale="dual" is Adam, arXiv:1412.6980. Each stage's docstring names its own source.
+    Source: the framework is Bernstein and Newhouse, "Old Optimizer, New Norm", arXiv:2409.20325. metric="diagonal"
+    under ℓ2 with scale="dual" is Adam, arXiv:1412.6980. Each stage's docstring names its own source.
 
     Example:
         >>> opt = normopt.SteepestDescent(model.parameters(), lr=0.01, norm="lp", p=3.0, scale="dual",
@@ -244,20 +244,20 @@ class SteepestDescent(Optimizer):
         self._agreed = self._loaded = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch.optim does, after checking its settings; a refused group leaves no trace.
+        """Add a group, as torch.optim does, after checking its settings; after an error the optimizer is unchanged.
 
         Args:
             param_group: a dict with ``params``, and the settings in which it differs from the optimizer's own. With a
                 metric, ``betas``, ``alpha``, ``eps`` and ``amsgrad`` are read as torch.optim's adaptive optimizers do.
 
         Raises:
-            ValueError: a setting is out of range, in contradiction to another, or misspelt; a parameter is in another
+            ValueError: a setting is out of range, contradicts another, or is misspelt; a parameter is in another
                 group already or has no shape yet, or the norm does not take its shape or dtype.
             TypeError: the group is no dict, or a setting of the wrong type.
 
         Warns:
-            UserWarning: a tensor that ℓp decay with p < 2 will hold at zero for ever because it starts there; vectors
-                under a norm of matrices that the group does not name.
+            UserWarning: a tensor starts at zero, where ℓp decay with p < 2 keeps it; vectors are under a norm of
+                matrices that the group does not name.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, but is a {type(param_group).__name__}")
@@ -356,10 +356,10 @@ class SteepestDescent(Optimizer):
             state_dict: of an optimizer of the same parameters, in the same groups and order.
 
         Raises:
-            ValueError: a momentum has not the shape of its parameter, a setting is refused, or there are other groups
-                or the same names in another order;
-                the checkpoint is another optimizer's: it has another norm, scale or momentum rule, or was not written
-                by normopt and has state that no stage here reads. Nothing is changed then.
+            ValueError: a momentum does not have the shape of its parameter, a setting is invalid, the groups differ,
+                or their names are in another order; the checkpoint is another optimizer's: it has another norm, scale
+                or momentum rule, or was not written by normopt and has state that no stage here reads. Nothing is
+                changed then.
             TypeError: a setting is of the wrong type; nothing is changed then.
 
         Warns:
@@ -437,12 +437,12 @@ class SteepestDescent(Optimizer):
             The closure's loss, None without one.
 
         Raises:
-            ValueError: a setting was made wrong since construction; nothing has been written then.
-            TypeError: one was made of the wrong type; nothing has been written then.
-            RuntimeError: a gradient is not dense; a gradient or a state has not the shape or device of its parameter,
-                or, if fused, its memory was freed; averages under bias_correction did not begin together; or the
-                ranks of DTensors are about to make different steps, which the first step checks. Nothing has been
-                written then.
+            ValueError: a setting became invalid after construction; nothing has been written then.
+            TypeError: a setting became one of the wrong type; nothing has been written then.
+            RuntimeError: a gradient is not dense; a gradient or a state does not have the shape or device of its
+                parameter, or, if fused, its memory was freed; averages under bias_correction did not begin together;
+                or the ranks of DTensors are about to make different steps, which the first step checks. Nothing has
+                been written then.
         """
         loss = None
         if closure is not None:
@@ -501,7 +501,7 @@ class SteepestDescent(Optimizer):
         """Return a group's recipe, and its parameters that have gradients, batch by batch, after checking all.
 
         Raises:
-            RuntimeError: a gradient or a state has not the shape of its parameter, or a tensor has lost its memory.
+            RuntimeError: a gradient or a state does not have its parameter's shape, or a tensor has lost its memory.
         """
         compiling = torch.compiler.is_compiling()
         # Taken out, so that a recipe whose change is refused is not used again.

@@ -159,7 +159,7 @@ def _from_adam(state_dict: dict[str, Any], param_groups: Groups) -> dict[str, An
 
 
 def to_torch_state_dict(optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's state as torch.optim.AdamW or Adam, or SGD, loads it and goes on from it.
+    """Return an optimizer's state as torch.optim.AdamW or Adam, or SGD, loads it and continues from it.
 
     Args:
         optimizer: one of normopt, whose groups all have Adam's rule (`AdamW`, `Adam`) or all SGD's.
@@ -247,7 +247,7 @@ def warn_if_unscheduled(optimizer: Optimizer) -> None:
                 warn(
                     f"the checkpoint's {name} = {group.get(name)} was set by a schedule, of which "
                     f"{group[f'last_epoch_of_{name}']} steps are done, but this optimizer has no schedule of {name}: "
-                    "it stays as it is. Make the schedule again, and it goes on from there; or, if it is to stay, "
-                    f"delete initial_{name} and last_epoch_of_{name} from the param groups"
+                    f"it stays constant. Make the schedule again to continue it; to keep {name} constant, delete "
+                    f"initial_{name} and last_epoch_of_{name} from the param groups"
                 )
                 return

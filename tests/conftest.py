@@ -53,12 +53,13 @@ ONE_WORKER = {
 
 PREAMBLE = """# Conformance: PyTorch's own optimizer tests
 
-Every optimizer of normopt passes the tests that PyTorch runs on its own optimizers. The inputs come from
-`torch.testing._internal.common_optimizers`, which ships in torch's wheel. Each test runs once for each kind of input
-that an optimizer takes (its learning rates, decays, momenta, regularizers), and where it matters for the for-loop and
-the multi-tensor path, and for several dtypes.
+Every optimizer of normopt is held to the properties that PyTorch's test suite requires of PyTorch's own optimizers,
+and to some more. The inputs come from `torch.testing._internal.common_optimizers`, which is part of torch's wheel;
+the tests themselves are not, and are rewritten in `tests/conformance`. Each test runs once for each kind of input
+that an optimizer takes (learning rates, decays, momenta, regularizers), and where it matters for the for-loop path,
+the multi-tensor path and several dtypes.
 
-This page is written by the test run: `make conformance`, here with torch {version}. {total} cases passed,
+The test run, `make conformance`, writes this page, here with torch {version}. {total} cases passed,
 {skipped} were skipped{failed}.
 """
 
@@ -184,7 +185,7 @@ class Table:
         ]
         for question, row in sorted(self.cells.items()):  # not in the order of the workers
             lines.append(f"| {question} | {len(row)} | {summary([o for cell in row.values() for o in cell])} |")
-        lines += ["", "| optimizer | questions | cases passed |", "|---|---|---|"]
+        lines += ["", "| optimizer | tests | cases passed |", "|---|---|---|"]
         for name in self.columns:
             cells = [row[name] for row in self.cells.values() if name in row]
             lines.append(f"| {name} | {len(cells)} | {summary([o for cell in cells for o in cell])} |")

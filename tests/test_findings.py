@@ -54,7 +54,7 @@ def test_the_best_norm_is_counted_by_its_changes(tmp_path):
     ]
     path.write_text(json.dumps({"changes": changes}), encoding="utf-8")
     verdict, table = findings.best_norm(path)
-    assert verdict == "the best p falls on 1 of 3 tasks, and rises on 1"
+    assert verdict == "the best p falls significantly on 1 of 3 tasks, and rises on 1"
     assert "| digits | 0.10 | 0.40 | +0.30 (+0.20 to +0.40) | 0.010 |" in table
     assert "| fashion-cnn | 0.10 | 0.40 | −0.30 (−0.40 to −0.20) | 0.010 |" in table
 

@@ -72,7 +72,7 @@ def test_the_optimizers_state_is_enough(name, order, stop, p, tmp_path):
     put(again, saved)
     with warnings.catch_warnings():
         if stop >= STEPS:
-            warnings.filterwarnings("ignore", "(CosineP|LinearP) goes on from step 8.*nothing is left")
+            warnings.filterwarnings("ignore", "(CosineP|LinearP) continues from step 8.*nothing is left")
         if order == "make, load":
             resumed = make(again)
             again.load_state_dict(state)
@@ -200,7 +200,7 @@ def test_a_checkpoint_without_a_schedule_is_said(cls):
     opt = make()
     sched = LinearP(opt, 5, setting="momentum", end=0.5)
     opt.load_state_dict(make(0.7).state_dict())
-    with pytest.warns(UserWarning, match="of an optimizer without a schedule.* goes on from step 0"):
+    with pytest.warns(UserWarning, match="of an optimizer without a schedule.* continues from step 0"):
         sched.step()
     assert sched.get_last_p() == [0.8]
 
@@ -210,7 +210,7 @@ def test_nothing_left_to_do_is_said():
     first = CosineP(opt, 3)
     for _ in range(2):
         first.step()
-    with pytest.warns(UserWarning, match="goes on from step 2, which the param groups keep.*last_epoch=-1"):
+    with pytest.warns(UserWarning, match="continues from step 2, which the param groups keep.*last_epoch=-1"):
         CosineP(opt, 3)
     second = LinearP(opt, 3, p_end=6.0, last_epoch=-1)
     second.step()

@@ -312,6 +312,16 @@ def test_agr_holds_one_sharp_coordinate_and_not_many() -> None:
 # What the pages quote
 
 
+def test_the_formulas_are_where_the_overview_says() -> None:
+    page = (DOCS / "theory/index.md").read_text(encoding="utf-8")
+    table = re.findall(r"\| ((?:`\w+`(?:, | and )?)+) in `(normopt/\S+)`", page)
+    assert len(table) >= 8
+    for names, path in table:
+        code = (DOCS.parent / path).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(?:def |class )?{name}\b", code, re.MULTILINE), f"{path} has no {name}"
+
+
 def test_the_counts_are_those_of_the_results() -> None:
     results = " ".join((DOCS / "results.md").read_text(encoding="utf-8").split())
     page = (DOCS / "theory/annealing-p.md").read_text(encoding="utf-8")

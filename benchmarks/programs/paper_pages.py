@@ -25,7 +25,7 @@ from benchmarks.tasks.fashion import DEEP, FashionDeep
 
 MARGIN = 0.005  # of accuracy: equal is above −0.5 points
 MANY_ZEROS = 0.8
-NOT_YET = "No runs are stored yet: the page shows what was declared."
+NOT_YET = "No runs are stored yet: the page shows the declaration only."
 
 
 def page(protocol: Protocol, results: Results | None) -> str:
@@ -36,14 +36,14 @@ def page(protocol: Protocol, results: Results | None) -> str:
     if results is None:
         parts.append(NOT_YET)
     else:
-        done = "" if results.whole else f" So far {results.done} of {results.wanted} runs are made: this can change."
+        done = "" if results.whole else f" Only {results.done} of {results.wanted} runs are done: this can change."
         lost = (
             sorted({row.name for row in results.rows if row.diverged or row.failed}) if len(results.tasks) == 1 else []
         )
         if lost:
             verdict = f"no verdict, as final runs of {', '.join(lost)} were lost."
         elif not all(len(row.runs) > 1 or row.diverged for row in results.rows):
-            verdict = "too few runs are made for a verdict."
+            verdict = "too few runs are done for a verdict."
         else:
             verdict = VERDICTS[name](results)
         parts += [f"**Here:** {verdict}{done}", *_beside(protocol, results), *TABLES[name](results)]
@@ -53,7 +53,7 @@ def page(protocol: Protocol, results: Results | None) -> str:
         f"**Declared rule.** {protocol.decision}",
         "**What differs from the paper.**",
         *(f"- {line}." for line in protocol.differs),
-        f"**Chosen before.** {protocol.chosen_by}.".replace("..", "."),
+        f"**Chosen before.** {protocol.chosen_by[0].upper()}{protocol.chosen_by[1:]}.".replace("..", "."),
         f"The declaration is [{name}.protocol.json](../data/{name}.protocol.json), sha256 `{papers.digest(name)}`, "
         "which the stored runs carry. Every number on this page is computed from "
         + (f"[the stored runs](../data/{name}.parquet)." if results else "them."),
@@ -72,8 +72,8 @@ def _filled_in(protocol: Protocol, results: Results | None) -> str:
     tuned = sum(bool(arm.search) for arm in study.arms)
     trials = f", {tuned} of them tuned by {study.tuning.trials} trials each on the validation data" if tuned else ""
     ends = (
-        " Intervals hold with 95 % (Student's t over the seeds, not corrected); P-values are of paired t tests, "
-        "corrected by Holm's method over the comparisons of the page."
+        " Intervals are 95 % (Student's t over the seeds, not corrected for their number); P-values are of paired t "
+        "tests, Holm-corrected over the comparisons of the page."
         if results
         else ""
     )
@@ -83,7 +83,7 @@ def _filled_in(protocol: Protocol, results: Results | None) -> str:
 def _beside(protocol: Protocol, results: Results) -> list[str]:
     """Return the paper's numbers beside ours."""
     if not protocol.reported:
-        return ["The paper's numbers are not available, so nothing is shown beside ours."]
+        return ["We do not have the paper's numbers, so the tables show only ours."]
     ours = OURS[protocol.study.name](results)
     return [_table(("", "the paper", "here"), [(w, value, ours.get(w, "–")) for w, value in protocol.reported.items()])]
 
@@ -104,7 +104,7 @@ def _pwd(results: Results) -> str:
     return (
         f"the claim {'holds' if equal else 'does not hold'}: {held.row.name} makes {_share(held.row)} of the weights "
         f"exactly zero, and its test accuracy differs from {held.against.name}'s by {_difference(held)}. "
-        + " ".join(f"{c.row.name}, held against {c.against.name}: {_difference(c)}, {_word(c)}." for c in pruned)
+        + f"Magnitude pruning beside it: {'; '.join(f'{_pair(c)} is {_difference(c)}, {_word(c)}' for c in pruned)}."
     )
 
 
@@ -120,14 +120,14 @@ def _lpsgdm(results: Results) -> str:
         f"the claim {'holds' if len(beaten) == len(others) else 'does not hold'}: of {len(others)} comparisons with "
         f"SGD, AdamW and Lion, at the paper's settings and tuned, LPSGDM is significantly better in {len(beaten)}, "
         f"significantly worse in {len(lost)}, with no significant difference in {rest}. "
-        f"SGD at LPSGDM's length differs from LPSGDM tuned by {_difference(length)}, {_word(length)}: "
-        f"{_of(length, 'the direction helps')}. A constant p = 6 differs by {_difference(constant)}, "
-        f"{_word(constant)}: {_of(constant, 'annealing p helps')}."
+        f"The controls: {_pair(length)} is {_difference(length)}, {_word(length)}: "
+        f"{_of(length, 'the direction helps')}; {_pair(constant)} is {_difference(constant)}, {_word(constant)}: "
+        f"{_of(constant, 'annealing p helps')}."
     )
 
 
 def _of(c: Comparison, claim: str) -> str:
-    """Return the claim if the arm held against LPSGDM is significantly worse, else that it is not shown."""
+    """Return the claim if the arm is significantly worse than LPSGDM, else that it is not shown."""
     return {-1: claim, 1: claim.replace("helps", "hurts"), 0: f"that {claim} is not shown"}[c.verdict]
 
 
@@ -137,12 +137,12 @@ def _agr(results: Results) -> str:
     twins = [cases["AdamW + AGR"], cases["Adan + AGR"]]
     hooks = cases["torch's AdamW + AGR on hooks"]
     better = [c.against.name for c in twins if c.verdict > 0]
-    holds = f"holds for {better[0]} alone, and was declared for both" if len(better) == 1 else "holds"
+    holds = f"holds for {better[0]} alone, but was declared for both" if len(better) == 1 else "holds"
     within = max(-hooks.difference.interval.low, hooks.difference.interval.high) < MARGIN
     return (
         f"the claim {holds if better else 'does not hold'}: "
         + "; ".join(f"{c.row.name} minus {c.against.name} is {_difference(c)}, {_word(c)}" for c in twins)
-        + f". On hooks AGR is {'the same as' if within else 'not shown to be the same as'} in the optimizer: "
+        + f". AGR on hooks is {'equivalent' if within else 'not shown to be equivalent'} to AGR in the optimizer: "
         f"{_difference(hooks)}."
     )
 
@@ -152,6 +152,7 @@ _AIDS: tuple[tuple[str, Callable[[FashionDeep], bool]], ...] = (
     ("skips", lambda task: task.skip),
     ("ReLU", lambda task: task.activation == "relu"),
 )
+_AIDS_IN_WORDS = "batch normalisation, skips or ReLU"
 _MEASURES: dict[str, tuple[Callable[[RunRecord], float | None], int]] = {
     "median cosine": (measure("median cosine"), 1),
     "final training loss": (lambda run: run.curve[-1].train_loss, -1),
@@ -200,11 +201,12 @@ def _trajectory(results: Results) -> str:
         for aid, _ in _AIDS
         if all(effect.better for effect in found if (effect.arm, effect.aid) == (arm, aid))
     ]
-    of = f"of {len(_AIDS) * len(results.study.arms)} cases, three aids under {len(results.study.arms)} optimizers"
+    arms = " or ".join(arm.name for arm in results.study.arms)
+    of = f"of {len(_AIDS) * len(results.study.arms)} cases ({_AIDS_IN_WORDS}, under {arms})"
     lost = sum(row.diverged for row in results.rows)
     said = f"{len(both) or 'none'} {of}{': ' if both else ''}{', '.join(both)}"
     diverged = f" {lost} final runs diverged and are left out." if lost else ""
-    return f"the claim holds for {said}. The table has each difference with its interval and P-value.{diverged}"
+    return f"the claim holds in {said}. The table has each difference with its interval and P-value.{diverged}"
 
 
 # Tables.
@@ -217,11 +219,11 @@ def _arms(results: Results) -> list[str]:
     for row in task.rows:
         edge = "†" if row.at_edge else ""
         rate = f"{row.lr:.3g}{edge}" if row.lr else "–"
-        how = "tuned" if row.arm.search else f"of {row.arm.tuned_as}" if row.arm.tuned_as else "set"
+        how = "tuned" if row.arm.search else f"as {row.arm.tuned_as}" if row.arm.tuned_as else "fixed"
         score = _percent(row.values(test_score)) if row.values(test_score) else f"{row.diverged} diverged"
         shown = [row.name, rate, how, score]
         rows.append((*shown, _share(row)) if zeros else tuple(shown))
-    heads = ("arm", "learning rate", "which is", "test accuracy", *(["exact zeros"] if zeros else []))
+    heads = ("arm", "learning rate", "chosen", "test accuracy", *(["exact zeros"] if zeros else []))
     notes = ["† At an end of the range: a better one may lie beyond."] if any("†" in row[1] for row in rows) else []
     return ["## Arms", _table(heads, rows), *notes, "## Differences", _differences(task)]
 
@@ -231,7 +233,7 @@ def _differences(task: TaskResults) -> str:
         (c.row.name, c.against.name, _ends(c.difference.interval), p_value(c.adjusted, name=False), _word(c))
         for c in task.comparisons
     ]
-    return _table(("arm", "minus", "points of test accuracy", "P-value (Holm)", "it is"), rows)
+    return _table(("arm", "minus", "points of test accuracy", "P-value (Holm)", "verdict"), rows)
 
 
 def _networks(results: Results) -> list[str]:
@@ -249,7 +251,8 @@ def _networks(results: Results) -> list[str]:
         if e.difference is not None
     ]
     heads = ("optimizer", "with − without", "measure", "difference", "P-value (Holm)", "significantly better")
-    parts = ["## What the aids change", _table(heads, rows), "## Does regularity go with success?"]
+    effect = f"## Effect of {_AIDS_IN_WORDS.replace(' or ', ' and ')} on the cosine and the loss"
+    parts = [effect, _table(heads, rows), "## Does regularity go with success?"]
     for arm in (arm.name for arm in results.study.arms):
         of = [task.row(arm) for task in results.tasks.values()]
         rhos = []
@@ -265,7 +268,7 @@ def _networks(results: Results) -> list[str]:
         if len(rhos) > 1:
             parts.append(
                 f"{arm}: the rank correlation over {len(of)} networks between the median cosine and the final training "
-                f"loss is {_ends(interval(rhos), 1)}, the mean over {len(rhos)} seeds; negative is what the paper says."
+                f"loss is {_ends(interval(rhos), 1)}, the mean over {len(rhos)} seeds; the paper expects it below 0."
             )
     networks: list[tuple[str, ...]] = []
     for task in results.tasks.values():
@@ -294,6 +297,10 @@ def _by_seed(row: Row, of: Callable[[RunRecord], float | None]) -> dict[int, flo
 
 def _mean(row: Row, name: str) -> float:
     return mean(row.values(measure(name)))
+
+
+def _pair(c: Comparison) -> str:
+    return f"“{c.row.name}” minus “{c.against.name}”"
 
 
 def _word(c: Comparison) -> str:

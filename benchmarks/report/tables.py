@@ -151,7 +151,7 @@ def standings(results: Results) -> Grid | None:
 
 STANDINGS = (
     "Better, worse and tie count tasks. Improvement is the probability that a run of the arm has a better test score "
-    "than that of the arm it is held against on the same seed; 50\u00a0% is no difference. IQM is the interquartile "
+    "than that of the arm it is compared with on the same seed; 50\u00a0% is no difference. IQM is the interquartile "
     "mean of the normalised test scores: 1 is a task's best arm, 0 its median one. Both have 95\u00a0% bootstrap "
     "intervals over tasks and seeds; where they overlap, no order is shown. Areas are those under the performance "
     "profiles of steps and seconds to the target, up to 4 times the fastest arm's (AlgoPerf's score). IQM, ranks and "

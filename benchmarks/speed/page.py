@@ -16,23 +16,23 @@ from benchmarks.speed.report import digits
 from benchmarks.speed.typed import MUON, ours
 
 JSON, USERS, CONTRIBUTORS = "speed.json", "speed.md", "contributing-speed.md"
-NO_SLOWER = "No step of normopt's in this table is measurably slower than a peer's in the same block."
+NO_SLOWER = "No step of normopt in this table is significantly slower than another library's in the same block."
 HOW = """\
-Milliseconds a step, and in brackets how many times normopt's first line of the block that is; above 1, it is slower.
-"≈" is a difference that the measurement cannot tell from none (the 95 % interval has 1 in it). All backends are the
-default but for torch.optim's `fused=True`. lr changes before every step, and p in LPSGDM with p = 2.7, as schedulers
-do. Gradients are new tensors at every step, as after `zero_grad()`, and were just written. A model is its list of
-parameters, in {dtype}{threads}. Steps of a block are timed in turns, in another order in each of {rounds} rounds; shown
-are medians, of the ratios too, each of which is of one round. What an optimizer compiles is compiled before."""
+Milliseconds per step; in brackets, the ratio to normopt's first line of the block: above 1 is slower than that line.
+"≈" means not significantly different (the 95 % interval of the ratio contains 1). All backends are the default, except
+for torch.optim's `fused=True`. lr changes before every step, as a scheduler does, and p too in LPSGDM with p = 2.7.
+Gradients are new tensors at every step, as after `zero_grad()`, and were just written. A model is its list of
+parameters, in {dtype}{threads}. Steps of a block are timed in turns, in another order in each of {rounds} rounds. Times
+are medians, and ratios are medians of the rounds' ratios. Compilation is not included."""
 MEMORY = """\
-Bytes of state that are kept for each parameter, and the peak of what one step allocates besides, as a multiple of the
-weights, by the events of torch's allocator; arrays that are made past it are not in them."""
+Bytes of state per parameter, and the peak memory that one step allocates in addition, as a multiple of the weights.
+Only allocations by torch's allocator are counted."""
 SHARE = """\
-Percent of a training step that the optimizer's step is, beside forward and backward of a batch of 64; in brackets the
-95 % interval. These models are small: the larger the batch, the less it is. lr and p change as above."""
-GROWTH = "Milliseconds a step: of 10,000,000 parameters in more and more tensors, and of 100 tensors that grow."
-LIMITS = f"What the memory of the machine allows, and each backend beside it: [Limits of speed]({CONTRIBUTORS})."
-MUONS = "Muon steps the matrices alone, without embeddings; models that have few of them, or too many, are left out."
+The optimizer's step in percent of a training step with forward and backward of a batch of 64; in brackets the 95 %
+interval. These models are small; with larger batches the percentage is smaller. lr and p change as above."""
+GROWTH = "Milliseconds per step of 10,000,000 parameters in more and more tensors, and of 100 tensors of growing size."
+LIMITS = f"[Limits of speed]({CONTRIBUTORS}) compares each backend with the bandwidth of the memory."
+MUONS = "Muon steps only matrices, without embeddings; models with few matrices, or with too many, are left out."
 
 
 def slower(results: Results) -> str:
@@ -49,7 +49,7 @@ def slower(results: Results) -> str:
         r, case, peer = max(those, key=lambda one: one[0].median)
         models = ", ".join(dict.fromkeys(case.model for _, case, _ in those))
         told.append(f"- `{code}` on {models}: up to {r} times as long as `{peer.optimizer}` (on {case.model}).")
-    return "\n".join(["Slower than a peer:\n", *told]) if told else NO_SLOWER
+    return "\n".join(["Slower than another library in the same block:\n", *told]) if told else NO_SLOWER
 
 
 def tables(results: Results) -> list[Case]:
@@ -85,7 +85,7 @@ def terminal(results: Results) -> Table | None:
     """The users' table for a terminal; None if it was not measured."""
     cases = tables(results)
     models = [*sizes(cases)]
-    titles = [("ms a step (× normopt's)", True), *((model, False) for model in models)]
+    titles = [("ms per step (× normopt's)", True), *((model, False) for model in models)]
     found = [[name, *cells] for name, cells in rows(cases, models)]
     return report.framed(titles, found, slower(results).replace("`", "")) if cases else None
 
@@ -104,7 +104,7 @@ def _typed(results: Results) -> Iterable[str]:
         threads = f", on {first.threads} thread{'' if first.threads == 1 else 's'}" if first.device == "cpu" else ""
         yield slower(results)
         yield report.table(
-            [("ms a step (× normopt's)", True), *((model, False) for model in models)],
+            [("ms per step (× normopt's)", True), *((model, False) for model in models)],
             ([f"`{name}`" if any(cells) else f"**{name}**", *cells] for name, cells in rows(cases, models)),
         )
         yield textwrap.fill(HOW.format(dtype=first.dtype, threads=threads, rounds=results.rounds), 120)
@@ -173,7 +173,7 @@ def _rows_shared(results: Results, quote: str) -> tuple[list[tuple[str, bool]], 
 def _shared(results: Results) -> Iterable[str]:
     titles, rows = _rows_shared(results, "`")
     if rows:
-        yield from ("## Of a whole training step", SHARE, report.table(titles, rows))
+        yield from ("## Share of a training step", SHARE, report.table(titles, rows))
     yield from (line for case in results.cases if case.part == "share" for line in report.failures(case))
 
 

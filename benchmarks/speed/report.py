@@ -16,15 +16,15 @@ from benchmarks.speed.records import Case, Entry, Machine, Results, quartiles, r
 
 WIDE = 110  # characters of a terminal that shows all columns
 HOW = """\
-All steps of a case are timed in one run: every round gives each of them a turn, in another order, on the same
-weights, gradients and buffers of state. {turn} Times are medians over {rounds} rounds, with the quartiles in
-brackets. A ratio is made in every round by itself, to the reference measured in that round; shown are the median of
-those ratios and, in brackets, its 95 % interval (order statistics). The reference is the limit{where}; of matrices it
-is torch's Muon. Bytes are what the rule has to read and write of each parameter at least: its weight, gradient and
-state; GB/s count them. The first step, in which kernels are
-compiled or read from a cache, is outside of all that, and two more are; it is the last column."""
+All steps of a case are timed in one run: in every round each of them has a turn, in another order, on the same weights,
+gradients and state. {turn} Times are medians over {rounds} rounds, with the quartiles in brackets. A ratio is computed
+in every round, to the reference measured in the same round; the table has the median of these ratios and, in brackets,
+its 95 % interval (order statistics). The reference is the limit{where}; for matrices it is torch's Muon. "As it comes"
+is another library's default. "Bytes" are the least that the rule must read and write for each parameter: its weight,
+gradient and state; GB/s are computed from them. The last column is the first step, in which kernels are compiled or
+read from a cache; it and two more steps are not in the times."""
 TURNS = {
-    "cpu": f"A turn is a step, or as many as take {1000 * TURN:g} ms; where gradients are fresh it is one.",
+    "cpu": f"A turn is as many steps as take {1000 * TURN:g} ms, at least one; with fresh gradients it is one step.",
     "cuda": "A turn is one step, from an idle device.",
 }
 LIMITS = {
@@ -75,7 +75,7 @@ def promises(results: Results) -> Table | None:
 
 
 ASKED = ("step", "goal", "measured", "met")
-UNCERTAIN = "A goal is met if the median is; this is uncertain if the goal lies within the interval."
+UNCERTAIN = "A goal is met if the median meets it; this is uncertain if the goal lies within the interval."
 
 
 def framed(titles: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]], title: str) -> Table:

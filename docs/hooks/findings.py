@@ -46,9 +46,8 @@ class Held(NamedTuple):
     def __str__(self) -> str:
         tasks = self.better + self.worse + self.ties
         return (
-            f"better on {self.better} of {tasks} tasks, worse on {self.worse} and tied on {self.ties}. With a "
-            f"probability of {self.improvement} % (95 % interval {self.low} to {self.high}) it has the better test "
-            "score on a seed"
+            f"better on {self.better} of {tasks} tasks, worse on {self.worse} and tied on {self.ties}. Its probability "
+            f"of a better test score on the same seed is {self.improvement} % (95 % interval {self.low} to {self.high})"
         )
 
 
@@ -118,7 +117,7 @@ def best_norm(path: Path) -> tuple[str, str]:
         for c in found
     ]
     head = ["| task | 1/p early | 1/p late | difference, 95 % interval | P-value (Holm) |", "|:--|--:|--:|--:|--:|"]
-    said = f"the best p falls on {falls or 'none'} of {len(found)} tasks, and rises on {rises or 'none'}"
+    said = f"the best p falls significantly on {falls or 'none'} of {len(found)} tasks, and rises on {rises or 'none'}"
     return said, "\n".join(head + rows)
 
 
@@ -133,9 +132,9 @@ def rates() -> str:
         return ""
     score = 100 * interval(tuned.values(test_score)).mean
     return (
-        f"Each arm has the learning rate that tuning found: AdamW {plain.lr:.3g}, AdamW + AGR {regular.lr:.3g}. In the "
-        f"study of LPSGDM, on the same network, tuning gave AdamW {tuned.lr:.3g}, and {score:.2f} % without AGR: the "
-        "difference may be one of learning rates."
+        f"The learning rates that tuning chose differ: AdamW {plain.lr:.3g}, AdamW + AGR {regular.lr:.3g}. In the "
+        f"study of LPSGDM, on the same network, tuning chose {tuned.lr:.3g} for AdamW, which reached {score:.2f} % "
+        "without AGR. So the gain may come from the learning rate."
     )
 
 
@@ -167,7 +166,7 @@ all others are ties.
 
 ## Does annealing p help? {{#annealing-p}}
 
-{study} compares LPSGDM, whose p falls from 8 to 2, with the same at a constant p = 8. LPSGDM is {annealed}.
+{study} compares LPSGDM, whose p falls from 8 to 2, with LPSGDM at a constant p = 8. With the schedule it is {annealed}.
 
 {recipe("paper-lpsgdm")}
 
@@ -186,8 +185,8 @@ all others are ties.
 
 ## Does ℓp decay make zeros for free? {{#lp-decay}}
 
-{study}. On digits-noise {sparse} + ℓ0.8 decay makes {share} of the weights exactly zero, at {difference} of test
-accuracy from {sparse}'s. Over all tasks, tuned for the loss and not for zeros:
+{study}: on digits-noise, {sparse} + ℓ0.8 decay makes {share} of the weights exactly zero, and its test accuracy differs
+from {sparse}'s by {difference}. Over all tasks, with settings tuned for the loss and not for zeros:
 
 - LPSGDM + ℓ0.8 decay is {decay["LPSGDM"]}.
 - AdamW + ℓ0.8 decay is {decay["AdamW"]}.
@@ -198,7 +197,8 @@ accuracy from {sparse}'s. Over all tasks, tuned for the loss and not for zeros:
 
 ## Do regular trajectories go with success? {{#trajectories}}
 
-The claim is that what makes networks train well makes each step point more to the final weights.
+The claim is that architecture choices that make networks train well also make each step point more towards the final
+weights.
 [Reading a trajectory](tutorials/reading_a_trajectory.md) draws the trainings of the study.
 
 {recipe("paper-trajectory")}
@@ -208,7 +208,7 @@ The claim is that what makes networks train well makes each step point more to t
 ## Does the best p fall during training? {{#best-norm}}
 
 At several times of a training by AdamW, a line search along the steepest direction of each ℓp norm finds the p that
-decreases the held-out loss most. If p should be annealed, 1/p of that norm is larger late in training than early.
+decreases the held-out loss most. If this is the reason to anneal p, 1/p of that norm is larger late than early.
 
 {norms}
 

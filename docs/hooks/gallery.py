@@ -193,7 +193,7 @@ def hinton(ax: Axes, x: Tensor) -> None:
 
 
 def draw_playground() -> str:
-    """The way of D(g) from a tip of the diamond to a corner of the square, as p goes from 1 to ∞."""
+    """Draw the path of D(g) from a corner of the diamond to a corner of the square, as p goes from 1 to ∞."""
     g = torch.tensor(GRADIENT, dtype=torch.float64)
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(3.2, 2.2))
@@ -350,7 +350,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 card(f"[![{alt}]({small}){{ loading=lazy }}]({page})", f"**[{title}]({page})**", alt)
             )
     picture = add("playground", thumbnail(draw_playground()))
-    said = "The way of D(g) from a tip of the diamond to a corner of the square, as p goes from 1 to ∞"
+    said = "The path of D(g) from a corner of the diamond to a corner of the square, as p goes from 1 to ∞"
     _cards["playground"] = [
         card(f"[![{said}]({picture}){{ loading=lazy }}](playground.md)", "**[Playground](playground.md)**", said)
     ]

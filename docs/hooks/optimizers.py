@@ -72,7 +72,7 @@ def facts(name: str) -> str:
         else f'`normopt.get_optimizer("{name}")`',
     }
     return "\n".join(
-        ["| | read off the code |", "|---|---|", *(f"| **{key}** | {value} |" for key, value in rows.items())]
+        ["| | defaults, from the code |", "|---|---|", *(f"| **{key}** | {value} |" for key, value in rows.items())]
     )
 
 
@@ -101,7 +101,7 @@ def used_in(name: str, docs: Path) -> str:
             title = re.search(heading, text, re.MULTILINE)
             page = path.relative_to(docs).with_suffix(".md")
             found.append(f"- [{title[1] if title else page.stem}](../{page.as_posix()})")
-    return "\n".join(found or ["No tutorial or guide makes one yet."])
+    return "\n".join(found or ["No tutorial or guide uses it yet."])
 
 
 def classes() -> str:

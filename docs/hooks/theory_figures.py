@@ -81,7 +81,7 @@ def annealing() -> str:
             opt.step()
             schedule.step()
         left.plot(np.linspace(0, 100, steps), exponents, label=name)
-    left.set(xlabel="of the training (%)", ylabel="κ = 1/(p−1)", ylim=(0, 1.05))
+    left.set(xlabel="part of the training (%)", ylabel="κ = 1/(p−1)", ylim=(0, 1.05))
     left.legend(loc="upper left")
     uneven, even = 1 / torch.arange(1, N + 1, dtype=torch.float64), torch.ones(N, dtype=torch.float64)
     cases = [("h = 1/i, Gaussian g", uneven, gaussian()), ("h = 1/i, g = h", uneven, uneven)]

@@ -17,8 +17,8 @@ const choices = FILTERED.map((name) => {
   return { column, select };
 });
 
-const words = Object.assign(document.createElement("input"), { type: "search", placeholder: "a word", name: "words" });
-words.setAttribute("aria-label", "A word in the row");
+const words = Object.assign(document.createElement("input"), { type: "search", placeholder: "search", name: "words" });
+words.setAttribute("aria-label", "Search the table");
 
 function filter() {
   for (const row of rows) {

@@ -1,12 +1,14 @@
 # %% [markdown]
 # # AdamW under another norm
 #
-# AdamW is steepest descent under ℓ2 in adaptive coordinates: every axis is stretched by the square root of
-# P = diag(√v̂ + ε), where v̂ averages the squared gradients. Any other norm can be measured in them, as ‖P^½x‖. A step
-# then divides the momentum by P^½, applies the norm's dual map, and divides by P^½ again. With the same state, each
-# norm so gives a twin of AdamW. [The theory](../theory/adaptive-coordinates.md) has the formulas.
+# AdamW is steepest descent under ℓ2 in adaptive coordinates: every axis is scaled by the square root of P = diag(√v̂ +
+# ε), where v̂ averages the squared gradients. Any other norm can be used in these coordinates, as ‖P^½x‖. A step then
+# divides the momentum by P^½, applies the norm's dual map, and divides by P^½ again. So each norm gives a variant of
+# AdamW with the same state, which this page calls a twin. [The theory](../theory/adaptive-coordinates.md) has the
+# formulas.
 #
-# This page makes AdamW, then its ℓp twins, and shows what a study of two tasks found: whether any of them is better.
+# This page builds AdamW, then its ℓp twins, and shows the result of a study of two tasks: no norm is shown to be better
+# than AdamW's.
 
 # %%
 import json
@@ -58,8 +60,8 @@ def train(make):
 # %% [markdown]
 # ## AdamW is the ℓ2 member
 #
-# [`AdamW`][normopt.AdamW] is a norm, its coordinates and an average. Trained beside torch's, it ends at the same weights,
-# up to rounding:
+# [`AdamW`][normopt.AdamW] is a norm, its coordinates and a momentum. It ends at the same weights as torch's, up to
+# rounding:
 
 # %%
 ours, _ = train(lambda ps: normopt.AdamW(ps, lr=3e-3))
@@ -73,8 +75,8 @@ print(f"largest difference of a weight after {STEPS} steps: {far:.0e}")
 # %% [markdown]
 # ## The twins
 #
-# [`SteepestDescent`][normopt.SteepestDescent] takes the same settings with any norm. With r = 1/(p − 1), the direction
-# under ℓp is, up to its length,
+# [`SteepestDescent`][normopt.SteepestDescent] takes the same settings with any norm. With c the momentum and r = 1/(p −
+# 1), the direction under ℓp is, up to its length,
 #
 # ```text
 # u = sign(c)·|c|^r / v^((1+r)/4)
@@ -87,12 +89,12 @@ print(f"largest difference of a weight after {STEPS} steps: {far:.0e}")
 # | 3 | ½ | sign(c)·√\|c\|/v^⅜ | |
 # | ∞ | 0 | sign(c)/v^¼ | every sign counts; not Signum, which has no v |
 #
-# Multiply all gradients of one entry by a. Its step is multiplied by a^((r−1)/2), so that only p = 2 does not depend
-# on the size of an entry's gradients: for p > 2 entries with small gradients make longer steps, for p < 2 shorter
-# ones.
+# If all gradients of one entry are multiplied by a, its step is multiplied by a^((r−1)/2). So only at p = 2 does the
+# step not depend on the size of an entry's gradients: for p > 2 entries with small gradients make longer steps, for p <
+# 2 shorter ones.
 #
-# `scale="matched"` gives the step AdamW's length in every tensor, whatever p is. So a learning rate that is good for
-# AdamW is one to begin with, and what differs is the direction alone.
+# `scale="matched"` gives the step AdamW's length in every tensor, whatever p is. So AdamW's learning rate is a good
+# start, and only the direction differs.
 
 # %%
 adamw = dict(
@@ -127,19 +129,19 @@ ax.legend()
 fig.alt = "Training loss over the steps for four values of p, one seed each at one learning rate"
 
 # %% [markdown]
-# One seed and one untuned learning rate decide nothing.
+# One seed and one untuned learning rate show nothing reliable.
 #
 # ## Is a twin better than AdamW?
 #
 # The protocol was fixed before the first run. Two tasks: an MLP on the digits, and a byte-level GPT on Python's
-# standard library, both small. Every arm tunes its learning rate for itself, by 12 trials in a range of four decades,
-# 8 of them quasi-random and 4 by TPE, and the lowest validation loss is taken. Under "matched" the range is AdamW's
-# own. Then 10 fresh seeds, the same for all arms, are measured on test data. Differences from torch's AdamW are
-# paired by seed, with 95 % intervals. P-values are Holm's, over the arms of a task. `python -m benchmarks
-# adaptive-norms` repeats it.
+# standard library, both small. Every arm has its own tuned learning rate: the lowest validation loss of 12 trials in a
+# range of four decades, 8 of them quasi-random and 4 by TPE. Under "matched" the range is AdamW's. Then 10 fresh seeds,
+# the same for all arms, are measured on test data. Differences from torch's AdamW are paired by seed, with 95 %
+# intervals. P-values are Holm-corrected over the arms of a task. `python -m benchmarks adaptive-norms` repeats the
+# study.
 #
-# Two arms are controls. At p = 2, "matched" is AdamW itself with a tuning of its own: what it differs by is the luck
-# of tuning. "dual" is the scale without matched lengths, where the step depends on the size of the tensor.
+# Two arms are controls. At p = 2, "matched" is AdamW itself, tuned separately: its difference from AdamW is the luck of
+# tuning. "dual" is the scale without matched lengths, where the step depends on the size of the tensor.
 
 
 # %%
@@ -190,9 +192,9 @@ wide = kept("adaptive_norms.json")
 show(wide)
 
 # %% [markdown]
-# On the bytes nearly every twin is better, and so is the control. ℓ2 "matched" is AdamW with other tuning trials: it
-# found a learning rate of 0.0074 instead of 0.0049, which gains a point of accuracy. So on this task the differences
-# in this table are as large as the luck of 12 trials in four decades. Here are the trials:
+# On the bytes nearly every twin is better than AdamW, but so is the control. ℓ2 "matched" is AdamW with other tuning
+# trials: they chose a learning rate of 0.0074 instead of 0.0049, which gains a point of accuracy. So on this task the
+# differences in the table are as large as the luck of 12 trials in four decades. The figure shows the trials:
 
 # %%
 tasks = list(wide["epochs"])
@@ -214,13 +216,13 @@ fig.alt = "Validation loss of the tuning trials against the learning rate, for A
 # %% [markdown]
 # ## Again, near the best learning rates
 #
-# A second study was fixed after the first one and before its own first run: the twins with the best means, each with 8
-# learning rates evenly spread over the one decade in which the best lay, tuned on a seed of its own, and 10 new seeds on
-# test data. ℓ2 "matched" is the control again.
+# A second study was declared after the first one and before its own first run. It has the twins with the best means,
+# each with 8 learning rates evenly spread over the decade that contained the best one, tuned on a separate seed, and 10
+# new seeds on test data. ℓ2 "matched" is again the control.
 #
-# The last two arms were added when the others were known, and are a family of tests of their own. λ acts through ηλ, and
-# the learning rate of the "dual" twin is ten to twenty times AdamW's, so that at one λ it decays that much more. So each
-# is run with about the other's ηλ, at its own learning rate.
+# The last two arms were added after the other results were known, and are a separate family of tests. λ acts through
+# ηλ, and the learning rate of the "dual" twin is ten to twenty times AdamW's, so at the same λ it decays that much
+# more. Therefore each is also run with about the other's ηλ, at its own learning rate.
 
 # %%
 near = kept("adaptive_norms_near.json")
@@ -245,20 +247,21 @@ fig.suptitle("minus AdamW, on test data")
 fig.alt = "Differences of four twins and of two arms with other decays from AdamW in test accuracy and test loss with 95 % intervals, on both tasks"
 
 # %% [markdown]
-# ## What comes out
+# ## Conclusions
 #
 # No norm is shown to be better than AdamW's.
 #
-# - In the second study the control agrees with AdamW on both tasks, so that luck of tuning is small there.
-# - At AdamW's step length neither ℓ1.5 nor ℓ4 is better. On the bytes ℓ1.5 is worse by 0.6 points, P = 0.024: what the
-#   first study had found there did not hold. On the digits ℓ∞ is worse by 1.6 points, in the first study.
-# - ℓ1.5 under "dual" is better on the bytes in both studies, by 0.6 points of accuracy in the second, P = 0.028, and has
-#   the lower loss on both tasks. More than half of it goes with its decay: at about AdamW's ηλ the twin is not
-#   significantly different from AdamW on either task, and at about the twin's ηλ AdamW is better on the bytes than with
-#   its own, by 0.3 points, P = 0.006.
+# - In the second study the control agrees with AdamW on both tasks, so the luck of tuning is small there.
+# - At AdamW's step length neither ℓ1.5 nor ℓ4 is better. On the bytes ℓ1.5 is worse by 0.6 points, P = 0.024: the first
+#   study's result was not reproduced. On the digits ℓ∞ is worse by 1.6 points, in the first study.
+# - ℓ1.5 under "dual" is better on the bytes in both studies, by 0.6 points of accuracy in the second, P = 0.028, and
+#   has the lower loss on both tasks. More than half of the gain is due to its larger decay: at about AdamW's ηλ the
+#   twin is not significantly different from AdamW on either task, and with about the twin's ηλ AdamW itself improves on
+#   the bytes, by 0.3 points, P = 0.006.
 #
-# The practical lesson is one about studies. At one λ, optimizers with other learning rates have other decays: compare
-# them at one ηλ, or tune both. And a control that is the baseline itself, tuned again, shows how large luck is.
+# Two lessons for studies. At the same λ, optimizers with different learning rates decay differently: compare them at
+# the same ηλ, or tune both. And a control that is the baseline itself, tuned again, shows how large the luck of tuning
+# is.
 #
-# These are two small tasks, and ten seeds find only differences of about half a point. Twins that were not tried again,
-# and other tasks, may differ.
+# These are two small tasks, and ten seeds detect only differences of about half a point. Twins that were not in the
+# second study, and other tasks, may differ.

@@ -1,18 +1,18 @@
 # %% [markdown]
 # # Can the gradient choose p?
 #
-# [`CosineP`][normopt.schedules.CosineP] moves p by the number of the step. This page watches what gradients look like
-# while a small network trains, with [`GeometryMonitor`][normopt.GeometryMonitor], lets
-# [`AdaptiveP`][normopt.schedules.AdaptiveP] set p by what is measured, and asks an ablation whether that is any better.
+# [`CosineP`][normopt.schedules.CosineP] sets p from the step count. This page measures the gradients of a small network
+# during training with [`GeometryMonitor`][normopt.GeometryMonitor], lets [`AdaptiveP`][normopt.schedules.AdaptiveP] set
+# p from the measurement, and shows an ablation of whether that is better. It is not.
 #
-# The number that decides is the density of the gradient,
+# AdaptiveP uses the density of the gradient,
 #
 # ```text
 # φ = ‖g‖₁²/(d‖g‖₂²)
 # ```
 #
-# It is 1 where all d entries are as large, 2/π where they are Gaussian, f·2/π where a fraction f of them is Gaussian and
-# the rest zero, and 1/d where one entry is all there is. signSGD's guarantee is divided by it
+# It is 1 if all d entries have equal magnitude, 2/π if they are Gaussian, f·2/π if a fraction f of them is Gaussian and
+# the rest zero, and 1/d if only one entry is nonzero. signSGD's convergence bound is divided by it
 # ([arXiv:1802.04434](https://arxiv.org/abs/1802.04434)): signs are for dense gradients.
 
 # %%
@@ -40,12 +40,11 @@ x, y = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(digit)
 x, x_test, y, y_test = x[:1200], x[1200:], y[:1200], y[1200:]
 
 # %% [markdown]
-# ## Watching a run
+# ## Monitor a run
 #
-# Matrices and biases have a group each, so that each has a p of its own. `scale="matched"` keeps the length of SGD's
-# step at every p: only the direction changes. AdaptiveP is stepped after the optimizer and before the gradients are
-# cleared. The monitor hangs on the optimizer's hooks and would do so with any other optimizer; `every=1` is for a figure
-# with all the steps.
+# Matrices and biases have separate groups, so each has its own p. `scale="matched"` keeps the length of SGD's step at
+# every p: only the direction changes. Step AdaptiveP after the optimizer and before the gradients are cleared. The
+# monitor uses the optimizer's hooks, and works with any optimizer; `every=1` records all steps, for the figure.
 
 # %%
 torch.manual_seed(0)
@@ -93,22 +92,22 @@ right.legend()
 fig.alt = "Density of the gradient and the p that follows from it, for matrices and biases, over the steps; the dotted line is the density of Gaussian entries"
 
 # %% [markdown]
-# Behind a ReLU many units are silent, and so many rows and columns of the matrices' gradients are zero: their density is
-# far below that of Gaussian entries, and p stays near 2. Everything that the monitor saw:
+# After a ReLU many units are zero, so many rows and columns of the matrices' gradients are zero: their density is far
+# below that of Gaussian entries, and p stays near 2. All metrics of the monitor:
 
 # %%
 fig = monitor.plot()
 fig.alt = "All metrics of the monitor over the steps, for both groups"
 
 # %% [markdown]
-# `monitor.rows` is a NumPy structured array with these columns, `to_csv` writes it, and `to_tensorboard(writer)` gives
-# it to a `SummaryWriter`.
+# `monitor.rows` is a NumPy structured array with these columns. `to_csv` writes it to a file, and
+# `to_tensorboard(writer)` to a `SummaryWriter`.
 #
-# ## What watching costs
+# ## The cost of the monitor
 #
-# Training steps of this network (forward, backward, optimizer) under a monitor against the same without, in turns, in
-# processor time on one thread; medians over the turns. The share depends on the machine, and the larger the network is,
-# the smaller it is.
+# Training steps of this network (forward, backward, optimizer) are timed in turns with and without a monitor, in
+# processor time on one thread; the table has medians. The relative cost depends on the machine, and is smaller for
+# larger networks.
 
 # %%
 EVERY = inspect.signature(normopt.GeometryMonitor).parameters["every"].default
@@ -157,13 +156,13 @@ for name, make in MAKERS.items():
 # %% [markdown]
 # ## Is it any better?
 #
-# The ablation has the same digits and four ways to move p from 8: by cosine, in a straight line, not at all, and by the
-# gradient; with steps as long as SGD's ("matched") and with the power map's own length. A fifth way is by the curvature,
-# with matched steps: once an epoch the anisotropy a of the Hessian of n weights is measured ([The best norm over a
-# training](best_norm.md) shows it), and 1/(p−1) goes from 1 at a = 1 to 1/7, which is p = 8, at a = n, evenly in log a:
-# the paper's premise as a rule. SGD with averaged momentum is
-# p = 2 throughout, and Signum p = ∞. Each learning rate is tuned on the same budget; the accuracies are on test data,
-# over fresh seeds that are the same for all. `python -m benchmarks run adaptive-p` makes it anew, with a report, in a
+# The ablation uses the same digits and four schedules of p, starting at 8: cosine, linear, constant, and from the
+# gradient's density. Each has steps as long as SGD's ("matched") and, separately, of the power map's own length. A
+# fifth schedule, with matched steps, sets p from the curvature: once an epoch the anisotropy a of the Hessian of n
+# weights is measured ([The best norm over a training](best_norm.md) shows it), and 1/(p−1) goes from 1 at a = 1 to 1/7,
+# which is p = 8, at a = n, linearly in log a. That is the paper's premise as a rule. SGD with averaged momentum has p =
+# 2 throughout, and Signum p = ∞. Each learning rate is tuned with the same budget; the accuracies are on test data,
+# over fresh seeds that are the same for all. `python -m benchmarks run adaptive-p` repeats it, with a report, in a
 # quarter of an hour.
 
 # %%
@@ -247,14 +246,15 @@ print(
 )
 
 # %% [markdown]
-# That is the result for this task, where every one of these optimizers, from p = 2 to p = ∞, ends at about the same
-# accuracy: what little there is to gain by moving p, the density does not find. It is a small network, and one task;
-# the result is no proof that a measured p never helps, and no reason to prefer it. Prefer `CosineP`, the paper's
-# schedule, which needs no measurement and no host sync, unless you want to study this.
+# On this task all these optimizers, from p = 2 to p = ∞, end at about the same accuracy, so there is little to gain by
+# moving p, and the density does not gain it. This is one task and a small network: it does not prove that a measured p
+# never helps, but gives no reason to prefer it. Use `CosineP`, the paper's schedule, which needs no measurement and no
+# host sync, unless you want to study this question.
 #
-# Nor does the curvature find it. The anisotropy is low at the start and rises, so p rises too, where the paper's schedule
-# has it fall. The arm's accuracy is not significantly different from the cosine's, and its mean is below.
+# The curvature does not gain it either. The anisotropy is low at the start and rises, so p rises too, whereas p falls
+# in the paper's schedule. The arm's accuracy is not significantly different from the cosine's, and its mean is lower.
 #
-# What it did show: the power map ties the length of a step to p. An earlier form of `AdaptiveP` made its first step at
-# p = 8, with the learning rate that suits the p near 2 of all later ones: many times too long a step, from which the
-# network did not recover. Since then what is not measured counts as sparse, and the first step is made at `p_end`.
+# The study did show that under the power map the length of a step depends strongly on p. An earlier version of
+# `AdaptiveP` made its first step at p = 8, with a learning rate that suits the p near 2 of all later steps. That step
+# was many times too long, and the network did not recover. Now an unmeasured gradient counts as sparse, and the first
+# step is made at `p_end`.

@@ -1,14 +1,14 @@
 # %% [markdown]
 # # An ablation, from question to report
 #
-# Adaptive gradient regularization ([arXiv:2407.16944](https://arxiv.org/abs/2407.16944)) holds back the entries that
-# dominate a gradient, and is reported to improve the optimizers that have it. Does it help an optimizer that steps by
-# *signs*, when a quarter of the training labels is wrong? This page answers it with the program that made every study
-# of this repository, and then checks how far the answer can be trusted. [Run an ablation](../ablations.md) is the
-# reference for every flag and key.
+# Adaptive gradient regularization ([arXiv:2407.16944](https://arxiv.org/abs/2407.16944)) reduces the entries that
+# dominate a gradient, and is reported to improve the optimizers that use it. Does it help an optimizer that steps by
+# *signs*, when a quarter of the training labels is wrong? This page answers the question with the program that made
+# every study of this repository, and then checks how far the answer can be trusted. [Run an ablation](../ablations.md)
+# is the reference for every flag and key.
 #
-# All of it ran while this page was built. The program's output is shown unchanged, and where a sentence depends on
-# the numbers, the run chose it.
+# Everything ran when this page was built. The program's output is shown unchanged, and the run itself chose every
+# sentence that depends on the numbers.
 #
 # ## Think before you run
 #
@@ -18,17 +18,17 @@
 # g_i \;\leftarrow\; g_i \left(1 - \frac{|g_i|}{\sum_j |g_j|}\right).
 # \]
 #
-# The factor is never negative, and zero only where one entry is the whole gradient, so it changes no sign.
-# [`SignSGD`][normopt.SignSGD] looks at nothing but signs: AGR *cannot* change its steps. [`Signum`][normopt.Signum]
-# takes the sign of an average of gradients, and in an average the entries' sizes count: a batch with one huge entry
-# says less there under AGR. So the question is Signum's, and SignSGD is a free test of the program: the two SignSGD
-# arms must come out the same, to the last digit.
+# The factor is never negative, and zero only if one entry is the whole gradient, so it changes no sign.
+# [`SignSGD`][normopt.SignSGD] uses only signs: AGR *cannot* change its steps. [`Signum`][normopt.Signum] takes the sign
+# of an average of gradients, which depends on magnitudes: under AGR a batch with one huge entry has less influence. So
+# the question is about Signum, and SignSGD is a free test of the program: the two SignSGD arms must have the same
+# results, to the last digit.
 #
 # ## Write it down
 #
-# Six arms. The two Signums are tuned, each with the same budget. An arm with `tuned_as` takes over what was found for
-# another one: so the two SignSGDs share a learning rate, and each Signum is run at the other's rate too. The results
-# show why.
+# There are six arms. The two Signum arms are tuned, each with the same budget. An arm with `tuned_as` uses the tuned
+# settings of another arm: so the two SignSGD arms share a learning rate, and each Signum arm also runs at the other's
+# rate. The results show why.
 
 # %%
 import os
@@ -125,11 +125,11 @@ said = benchmarks("run", study_file, "--out", results, *workers)
 print(said[said.index("Study ") : said.index("How far to trust this.")].strip())
 
 # %% [markdown]
-# The paragraph "What AGR does" is the program's own. It finds by their settings which arms differ in AGR alone, tests
-# each pair over the seeds, and corrects the P-values for the number of pairs.
+# The program wrote the paragraph "What AGR does". It finds the arms whose settings differ only in AGR, tests each pair
+# over the seeds, and corrects the P-values for the number of pairs.
 #
-# The same, longer, is in `report.html`, with figures; in `summary.md`; and in tables in `data/`. It also states its
-# own limits:
+# The full report is `report.html`, with figures; `summary.md` has its text, and `data/` its tables. The report also
+# states its own limits:
 
 # %%
 start, end = "- **How far to trust this.** ", "\n"
@@ -139,8 +139,8 @@ print(summary.split(start)[1].split(end)[0].replace(". ", ".\n"))
 # %% [markdown]
 # ## Read the store
 #
-# Every run is kept, with its settings and its seed, in `runs.parquet`, which pandas and DuckDB read. From Python,
-# `collect` puts a store in order: a row an arm, with its tuning and its final runs. First the test of the program.
+# Every run is stored, with its settings and its seed, in `runs.parquet`, which pandas and DuckDB read. In Python,
+# `collect` groups the runs: one row per arm, with its tuning and its final runs. First, the test of the program:
 
 # %%
 from benchmarks.results import collect
@@ -159,8 +159,8 @@ print(
 )
 
 # %% [markdown]
-# Now the pairs. An arm and its control start from the same weights and see the same batches, seed by seed, so it is
-# their differences that count.
+# Now the pairs. For each seed, an arm and its control start from the same weights and see the same batches, so the test
+# uses their differences.
 
 # %%
 PAIRS = [
@@ -174,19 +174,17 @@ print("\nwith AGR minus without, test accuracy in points")
 
 fig, ax = plt.subplots(figsize=(7, 2.6))
 found = {}
-for i, (arm, control, what) in enumerate(PAIRS):
+comparisons = task.compare([pair[:2] for pair in PAIRS], lambda r: r.test_score)
+for i, ((arm, control, what), c) in enumerate(zip(PAIRS, comparisons, strict=True)):
     each = [
         a - b for a, b in zip(accuracies(arm), accuracies(control), strict=True)
     ]
-    difference = task.compare([(arm, control)], lambda r: r.test_score)[
-        0
-    ].difference
-    interval = difference.interval
-    found[what] = difference
+    interval = c.difference.interval
+    found[what] = c
     low, high = 100 * interval.low, 100 * interval.high
     print(
         f"{what:22} {100 * interval.mean:+6.2f}  ({low:+.2f} to {high:+.2f})"
-        f"  P-value {max(difference.p_value, 0.001):.3f}{' or less' if difference.p_value < 0.001 else ''}"
+        f"  P-value {max(c.adjusted, 0.001):.3f}{' or less' if c.adjusted < 0.001 else ''}"
     )
     ax.plot(each, [i] * len(each), "o", mfc="none", color="C0")
     ax.plot([low, high], [i, i], color="C1", linewidth=3, alpha=0.6)
@@ -197,20 +195,20 @@ ax.set(xlabel="with AGR minus without (points of test accuracy)", ylim=(2.5, -0.
 fig.alt = "The difference that AGR makes, seed by seed (rings) with the mean and its 95 % interval, for each arm at its own learning rate, and for both at the one's and at the other's"
 
 # %% [markdown]
-# The first line is the report's: each arm at the rate that tuning found for it. It mixes two things, what AGR does to
-# a run and what tuning happened to find. The other two lines take the second out. (These P-values are for one pair
-# each; the report's are corrected for all of its pairs.)
+# The first line is the report's: each arm at its own tuned learning rate. It mixes two things: the effect of AGR on a
+# run, and the learning rates that tuning happened to find. The other two lines remove the second. (These P-values are
+# Holm-corrected over the three pairs; the report's over all pairs of a question.)
 
 
 # %%
-def better(difference):
-    return difference.p_value < 0.05 and difference.interval.mean > 0
+def better(comparison):
+    return comparison.verdict > 0
 
 
 own, *shared = (found[what] for *_, what in PAIRS)
 if not better(own):
     print("Each at its own rate, the arm with AGR is not shown to be better.")
-elif any(better(difference) for difference in shared):
+elif any(better(comparison) for comparison in shared):
     print("AGR is better each at its own rate, and at a shared rate too.")
 else:
     print(
@@ -221,8 +219,8 @@ else:
 # %% [markdown]
 # ## What tuning saw
 #
-# Why would tuning give one arm a better rate than the other? Here is all that it had to choose by: the validation loss
-# of one run a trial.
+# Why would tuning give one arm a better rate than the other? Its only criterion was the validation loss of one run per
+# trial:
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.2))
@@ -243,15 +241,14 @@ fig.legend(loc="outside upper center", ncols=2)
 fig.alt = "Validation loss of each trial against its learning rate, for Signum with and without AGR; the chosen ones are ringed"
 
 # %% [markdown]
-# Where the curve is flat or jagged over a factor of ten in the learning rate, one run a trial picks a place on it by
-# luck, and test accuracy need not be flat where validation loss is. The seeds of the final runs do not average that
-# luck away: they all run at the rate that was picked. It is in no interval and in no P-value.
+# If the curve is flat or jagged over a factor of ten in the learning rate, one run per trial chooses a rate by luck,
+# and test accuracy need not be flat where validation loss is. The seeds of the final runs do not average out that luck,
+# because all run at the chosen rate. No interval or P-value includes it.
 #
-# ## A second study, without luck to tune by
+# ## A second study, at fixed rates
 #
-# So fix the rates instead. An arm whose `lr` is set is not tuned, and a `grid` crosses settings: every rate with and
-# without AGR. Now there are several comparisons, of the same arm with one thing changed, and they are corrected
-# together.
+# So fix the rates instead. An arm with a fixed `lr` is not tuned, and a `grid` crosses settings: every rate with and
+# without AGR. Now there are several comparisons of arms that differ only in AGR, and they are corrected together.
 
 # %%
 RATES = [1e-3, 1e-2] if FAST else [3e-4, 1e-3, 3e-3, 1e-2]
@@ -298,8 +295,8 @@ fig.alt = "Test accuracy against the learning rate for Signum with and without A
 # %% [markdown]
 # ## How small a difference could have been found?
 #
-# A tie is no proof of equality. The half width of an interval says what the study could see: a true difference much
-# smaller than it would mostly have been missed. It shrinks with the square root of the number of seeds.
+# A tie is no proof of equality. The half width of an interval shows what the study could detect: it would mostly miss a
+# true difference that is much smaller. The half width shrinks with the square root of the number of seeds.
 
 # %%
 halves, verdicts = [], []
@@ -324,19 +321,19 @@ print(
 temporary.cleanup()
 
 # %% [markdown]
-# ## What one may conclude, and what not
+# ## What you can conclude, and what not
 #
-# - **That AGR does nothing to SignSGD** follows from the formula, and the run confirmed it. No number of seeds would
-#   prove it, and one difference would refute it.
-# - **"Better, P-value below 0.05"** is about two tuned arms on fresh seeds. It is not about AGR as long as the arms
-#   differ in their learning rate too. Cross the rates, or sweep them, before you draw a conclusion.
-# - **The luck of the tuning** shrinks with more seeds a trial (`seeds = [1000, 1001, 1002]` under `[tuning]`), which
-#   cost as much as more trials, and with a coarser choice: a rate from the middle of a flat stretch.
+# - **That AGR does not change SignSGD** follows from the formula, and the run agrees. No number of seeds could prove
+#   it, and a single difference would refute it.
+# - **"Better, P-value below 0.05"** is a statement about two tuned arms on fresh seeds. It is not about AGR if the arms
+#   also differ in their learning rate. Exchange the rates, or sweep them, before you draw a conclusion.
+# - **The luck of the tuning** shrinks with more seeds per trial (`seeds = [1000, 1001, 1002]` under `[tuning]`), which
+#   cost as much as more trials, or if you choose a rate in the middle of a flat stretch.
 # - **One small network on one data set.** Nothing here says what AGR does in large networks, or for AdamW. [The
 #   results](../results.md) have pairs of LPSGDM and AdamW on seven tasks, and [another study](../benchmarks/paper-agr.md)
 #   asks about AdamW and Adan.
-# - **A question asked after the results are in** is a new question. The sweep above was planned once the tuning curve
-#   had been seen; its P-values are as good as they look only because no rate was left out of it afterwards.
+# - **A question asked after seeing the results** is a new question. The sweep above was planned after the tuning curve
+#   had been seen; its P-values are valid only because no rate was left out afterwards.
 #
-# To hold two finished studies side by side, arm by arm, there is `python -m benchmarks compare FOLDER FOLDER`; to go on
-# with one that was stopped, `resume`.
+# `python -m benchmarks compare FOLDER FOLDER` compares two finished studies arm by arm; `resume` continues one that was
+# stopped.

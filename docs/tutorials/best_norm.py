@@ -2,11 +2,11 @@
 # # The best norm over a training
 #
 # The paper of LPSGD ([arXiv:2606.02078](https://arxiv.org/abs/2606.02078)) starts from a premise: early in a training
-# the curvature is anisotropic, and a large p is right; later it is flatter, and p → 2 is right. This page tests the
-# premise on four small networks. [Which norm fits now?](which_norm_fits.md) shows how to do so on your own.
+# the curvature is anisotropic, which favours a large p; later it is flatter, which favours p → 2. This page tests the
+# premise on four small networks. [Which norm fits now?](which_norm_fits.md) shows how to test it on your own.
 #
-# `python -m benchmarks best-norm` trains each network by AdamW with eight seeds. At seven checkpoints it stops. From the
-# same weights and the same gradient, each norm gives its direction:
+# `python -m benchmarks best-norm` trains each network by AdamW with eight seeds. At seven checkpoints, from the same
+# weights and the same gradient, each norm gives its direction:
 #
 # | norm | direction |
 # |:--|:--|
@@ -15,9 +15,9 @@
 # | rows | every row of a matrix divided by its length |
 # | adaptive | the same in AdamW's coordinates: P^(−½) D(P^(−½) c), P = diag(√v̂ + ε); ℓ2 is then c/(√v̂ + ε) |
 #
-# A line search finds the largest decrease of the loss along each direction, once on the data of the gradient and once on
-# held-out data. So a norm is judged at its own best length of step, and on directions alone. Gradients are those of two
-# mini-batches, of the task's batch size, and of one large batch.
+# A line search finds the largest decrease of the loss along each direction, once on the data of the gradient and once
+# on held-out data. So each norm is judged at its best step length, by its direction alone. The gradients are those of
+# two mini-batches of the task's batch size, and of one large batch.
 #
 # Anisotropy is max|λ|/mean|λ| of the Hessian on the large batch ([`hessian_spectrum`][normopt.hessian_spectrum]).
 
@@ -74,8 +74,8 @@ print(f"{hours:.1f} hours on one core, torch {kept['torch']}")
 # %% [markdown]
 # ## The best p, beside the anisotropy
 #
-# Medians over the seeds, and bands from the first to the third quartile. The vertical axis is even in 1/p, and p grows
-# upwards: the paper's schedule is a fall from 6 to 2.
+# Lines are medians over the seeds, bands the range from the first to the third quartile. The vertical axis is linear in
+# 1/p, and p grows upwards: the paper's schedule would fall from 6 to 2.
 
 
 # %%
@@ -105,7 +105,7 @@ def draw(adaptive):
     for ax, last, title in zip(axes[0], axes[-1], titles, strict=True):
         ax.set_title(title, fontsize=10)
         last.set_xticks(at, [f"{100 * t:g}" for t in times])
-        last.set_xlabel("of the training (%)")
+        last.set_xlabel("part of the training (%)")
     fig.legend(
         *axes[0, 1].get_legend_handles_labels(), loc="outside upper center", ncols=2
     )
@@ -125,9 +125,10 @@ fig.alt = "The same in adaptive coordinates"
 # %% [markdown]
 # ## How much it matters
 #
-# The decrease under each norm over that under ℓ2 in the same coordinates, medians over the seeds of each training's
-# mean, early (up to 10 % of the training) and late (from 60 % on), for the large-batch gradient on its own data and
-# for mini-batch gradients on held-out data. Below the dotted line, a norm is worse than ℓ2.
+# The figure shows the decrease under each norm divided by that under ℓ2 in the same coordinates, early (up to 10 % of
+# the training) and late (from 60 % on), for the large-batch gradient on its own data and for mini-batch gradients on
+# held-out data. Points are medians over the seeds of each training's mean. Below the dotted line, a norm is worse than
+# ℓ2.
 
 
 # %%
@@ -185,7 +186,7 @@ fig.legend(
 fig.alt = "Decrease of the loss under each norm relative to that under ℓ2, early and late, for each task, gradient and kind of coordinates"
 
 # %% [markdown]
-# Which norm is best of all, in parts of the checkpoints of all tasks:
+# The share of checkpoints, over all tasks, at which each norm is the best:
 
 # %%
 print(
@@ -205,9 +206,10 @@ for title, kind in KINDS.items():
 # %% [markdown]
 # ## The premise, tested
 #
-# The premise has four parts, and each is tested. Early and late are a training's means over the checkpoints up to 10 %
-# and from 60 % of it, with 95 % intervals over the seeds. P is of the change from early to late, by the exact paired
-# sign-flip test (by the t test with fewer than eight seeds), Holm-corrected over the tasks. Significant is P < 0.05.
+# The premise has four parts, which are tested one by one. Early and late are a training's means over the checkpoints up
+# to 10 % and from 60 % of it, with 95 % intervals over the seeds. P is for the change from early to late, by the exact
+# paired sign-flip test (the t test with fewer than eight seeds), Holm-corrected over the tasks. Significant means P <
+# 0.05.
 
 
 # %%
@@ -307,22 +309,23 @@ low, high = np.array([c["correlation"][1:] for c in found]).T
 print(f"  4. {sum(high < 0):3}{sum(low > 0):3}{sum((low <= 0) & (high >= 0)):3}")
 
 # %% [markdown]
-# ## What comes out
+# ## Conclusions
 #
-# - **The anisotropy does not fall from the start.** It is lower there than at the end in all trainings. On digits and
-#   mnist1d it rises and stays high. On fashion-cnn and bytes it peaks within the first 3 % and falls, as in the paper's
-#   figure, but not to where it began.
-# - **On the data of its gradient, a large p stays the better one.** Late, ℓ6 still decreases the loss more than ℓ2 on
-#   three of the four tasks, and on fashion-cnn its lead has grown. Best of all is the spectral norm.
-# - **On held-out data, its lead is there early and not late.** This is what the paper's schedule needs. With mini-batches,
-#   early, the interval is above 0 on all four tasks, and late on none. The change itself is significant on digits, and in
-#   AdamW's coordinates on digits and bytes; on the other tasks the means move the same way.
+# - **The anisotropy does not fall from the start.** It is lower at the start than at the end in all trainings. On
+#   digits and mnist1d it rises and stays high. On fashion-cnn and bytes it peaks within the first 3 % and then falls,
+#   as in the paper's figure, but not to its initial value.
+# - **On the data of the gradient, a large p is better throughout.** Late, ℓ6 still decreases the loss more than ℓ2 on
+#   three of the four tasks, and on fashion-cnn by more than early. The spectral norm is the best of all.
+# - **On held-out data, a large p is better early but not late**, which is what the paper's schedule assumes. With
+#   mini-batches, the interval is above 0 on all four tasks early, and on none late. The change itself is significant on
+#   digits, and in AdamW's coordinates on digits and bytes; on the other tasks the means change in the same direction.
 # - **The best p does not follow the anisotropy**: no rank correlation is shown to be negative, and some are positive.
 #
-# So the schedule's direction has some support, and the reason that is given for it has none here. Noise is another
-# possible reason: late in a training, the gradient of a batch says less about other data, and a sign makes full steps in
-# coordinates that are all noise ([arXiv:1802.04434](https://arxiv.org/abs/1802.04434)). This measurement does not test it.
+# So the direction of the schedule has some support here, but the reason given for it has none. Noise is another
+# possible reason: late in a training, the gradient of a batch says less about other data, and a sign makes full steps
+# in coordinates that are pure noise ([arXiv:1802.04434](https://arxiv.org/abs/1802.04434)). This measurement does not
+# test that.
 #
-# Limits: four small networks, trained by AdamW at one learning rate; held-out data of 32 to 360 examples, so that late
-# ratios have wide intervals; single steps at their best lengths, which is not how a training chooses them.
-# [Why p anneals](../theory/annealing-p.md) has what whole trainings gain.
+# Limits: four small networks, trained by AdamW at one learning rate; held-out data of 32 to 360 examples, so late
+# ratios have wide intervals; single steps at their best lengths, which a training does not use. [Why p
+# anneals](../theory/annealing-p.md) shows what whole trainings gain.

@@ -2,8 +2,8 @@
 # # ℓp decay and AGR on the optimizer you already have
 #
 # [`LpDecay`][normopt.LpDecay] and [`AGR`][normopt.AGR] attach to any `torch.optim.Optimizer`, which stays the same
-# object. ℓp decay makes weights, or whole neurons, exactly zero. This page makes a network that AdamW trains on the
-# digits sparse, and measures what that costs.
+# object. ℓp decay makes weights, or whole neurons, exactly zero. This page applies it to a network that AdamW trains on
+# the digits, and measures the cost in accuracy.
 
 # %%
 import os
@@ -54,9 +54,8 @@ def train(model, opt, steps, after_step=lambda: None):
 # %% [markdown]
 # ## From dense to sparse
 #
-# Two things to mind: AdamW has a weight decay of its own by default, 0.01, which `LpDecay` refuses to come on top of
-# unless you say `elastic=True`; and λ acts through η·λ only, so the learning rate's schedule is a schedule of the decay
-# too.
+# Two things to note. AdamW has its own weight decay, 0.01 by default; `LpDecay` raises an error if it is not 0, unless
+# you pass `elastic=True`. And λ acts only through η·λ, so the learning-rate schedule is also a schedule of the decay.
 
 
 # %%
@@ -160,15 +159,17 @@ fig.alt = (
 )
 
 # %% [markdown]
-# With p below 1 most of the weights go before the accuracy does; at p = 1.5 few arrive at zero, and at p = 2, which
-# is plain weight decay, none would. Two seeds and no tuning: differences of half a per cent mean nothing. Too large a
-# λ makes all weights zero without an error, as at the largest λ with p = 0.5: count the zeros while you raise it.
+# With p below 1 most of the weights become zero before the accuracy falls; at p = 1.5 few reach zero, and at p = 2,
+# which is plain weight decay, none would. With two seeds and no tuning, differences of half a per cent mean nothing. If
+# λ is too large, all weights become zero without an error, as at the largest λ with p = 0.5: count the zeros as you
+# increase λ.
 #
 # ## And AGR
 #
-# AGR can be attached before or after LpDecay. Its effect depends on the share of a gradient that its largest entry
-# has. In a tensor of thousands of entries that is small, so that AGR hardly changes the gradient, and AdamW divides
-# by the size of the rest anyway. On this network the loss changes little. Its authors report gains on larger ones.
+# AGR can be attached before or after LpDecay. Its effect depends on the share of the largest entries in the ℓ1 norm of
+# a gradient. In a tensor of thousands of entries that share is small, so AGR hardly changes the gradient; and AdamW's
+# normalisation cancels any factor of an entry that is constant over time. On this network the loss changes little.
+# AGR's authors report gains on larger networks.
 
 # %%
 print("mean of the seeds           exact zeros   test accuracy   test loss")
@@ -184,14 +185,13 @@ for name, settings in (
 # %% [markdown]
 # ## Whole neurons
 #
-# Scattered zeros make a small file, and no faster network. `over="rows"` gives all weights that come into a unit one
-# factor, by their common length, so that a unit disappears as a whole. The output layer's rows are the classes: its
-# group says `lp_decay=0`. Rows have larger norms than entries, and need a larger λ or more steps: here more steps,
+# Scattered zeros make a file smaller, but not a network faster. `over="rows"` gives all incoming weights of a unit one
+# common factor, by their norm, so the unit disappears as a whole. The output layer's rows are the classes, so its group
+# has `lp_decay=0`. Rows have larger norms than entries, so they need a larger λ or more steps: here they get more steps
 # and a larger learning rate.
 #
-# The fair question is whether a network trained wide and thinned is better than one that is trained narrow, with as
-# many weights as are left. A unit counts as left if its row is not all zero; the weights left are those between units
-# that are.
+# The fair comparison is between a wide network that is thinned and a narrow network with as many weights. A unit is
+# left if its row is not all zero; the weights left are those between such units.
 
 
 # %%
@@ -241,7 +241,7 @@ ax.legend()
 fig.alt = "Test accuracy against the weights left, for networks thinned by decay over rows and for narrow ones"
 
 # %% [markdown]
-# Thinned networks are the better ones here where few weights are left: training decides how many units each layer
-# keeps, and which. Their dead units still cost time until they are removed. The bias of a dead unit does not decay,
-# so that its output is a constant, not always zero. [Sparsity that pays](sparsity_that_pays.md) takes them out,
-# constants and all, and measures what that is worth.
+# Here thinned networks are better if few weights are left: training decides how many units each layer keeps, and which.
+# Dead units cost time until they are removed. The bias of a dead unit does not decay, so its output is a constant, not
+# always zero. [Sparsity that pays](sparsity_that_pays.md) removes dead units, with their constants, and measures the
+# gain in speed.

@@ -3,16 +3,16 @@
 #
 # [`LPSGDM`][normopt.LPSGDM] with [`CosineP`][normopt.schedules.CosineP] is the method of
 # [arXiv:2606.02078](https://arxiv.org/abs/2606.02078): start near signSGD (large p), end as SGD (p = 2). This page
-# trains a small network with it on scikit-learn's digits and measures what the schedule did.
+# trains a small network with it on scikit-learn's digits and measures the effect of the schedule.
 #
 # Three things are easy to get wrong, and each has a section:
 #
-# - **Constant p is not the paper's method.** The schedule has to be added and stepped.
+# - **Constant p is not the paper's method.** You have to add the schedule, and call its `step()`.
 # - **The schedule changes two things at once**: the direction of a step and its length. They are separated here.
-# - **A learning rate belongs to a length of step.** Comparing two p's at one learning rate compares step lengths.
+# - **The best learning rate depends on p.** Comparing two values of p at one learning rate compares step lengths.
 #
-# Every number and figure below comes from running this page's code while the site was built, and every line that
-# begins with "holds" or "does not hold" was decided by the run, not by the author.
+# Every number and figure below comes from running this page's code when the site was built. The run itself decides
+# every line that begins with "holds" or "does not hold".
 
 # %%
 import os
@@ -61,9 +61,10 @@ def holds(claim: str, true: bool) -> None:
 # %% [markdown]
 # ## What p does to a gradient
 #
-# Under `scale="power"`, the paper's, an entry g of the gradient becomes `sign(g)·|g|^(1/(p−1))`. At p = 2 the
-# exponent is 1 and nothing happens; as p grows it tends to 0 and every entry tends to ±1. Here is the gradient of an
-# untrained network's first layer, sent through four p's. Each curve is divided by its largest entry.
+# Under `scale="power"`, the paper's, an entry g of the gradient becomes `sign(g)·|g|^(1/(p−1))`. At p = 2 the exponent
+# is 1 and the entry does not change; as p grows the exponent tends to 0, and every nonzero entry to ±1. The figure
+# shows the gradient of the first layer of an untrained network for four values of p. Each curve is divided by its
+# largest entry.
 
 
 # %%
@@ -98,15 +99,15 @@ fig.legend(loc="outside upper center", ncols=4)
 fig.alt = "Sizes of the update's entries, sorted, for four p: the larger p, the flatter the curve"
 
 # %% [markdown]
-# Both columns matter. The cosine says how the *direction* turns away from the gradient. The ratio says how much
-# *longer* the step is at the same learning rate: entries far below 1 become larger when a
-# root is taken. Exact zeros stay zero at every p: a pixel that is blank in every image, or in every image that
-# switches a unit on, gives its weight no gradient.
+# Both columns matter. The cosine shows how far the *direction* turns away from the gradient. The ratio shows how much
+# *longer* the step is at the same learning rate: a root makes entries far below 1 larger. Exact zeros stay zero at
+# every p. They occur here because a weight gets no gradient if its pixel is blank in every image that activates its
+# unit.
 #
 # ## Five ways to train
 #
-# "Annealed" means from p = 8 to p = 2 with `CosineP`, one step of the schedule an epoch. All five have the same
-# moving-average momentum of 0.9.
+# "Annealed" means from p = 8 to p = 2 with `CosineP`, stepped once per epoch. All five have the same moving-average
+# momentum of 0.9.
 #
 # | name | direction of a step | length of a step |
 # |---|---|---|
@@ -116,10 +117,10 @@ fig.alt = "Sizes of the update's entries, sorted, for four p: the larger p, the 
 # | matched | annealed | of p = 2 |
 # | twin | p = 2 | of the annealed p |
 #
-# "Matched" is `scale="matched"`, normopt's control: each tensor's direction is that of p, its length that of SGD's
-# own step. "Twin" is the opposite control, SGD's direction at the length the power map would have had, in effect SGD
-# with a learning rate that decays, tensor by tensor. normopt has no such optimizer, so we write it as a norm of our
-# own. It is none in the mathematical sense (its "dual map" has no unit length), but the engine runs it, and `CosineP`
+# "Matched" is `scale="matched"`, normopt's control: each tensor's direction is that of p, its length that of SGD's own
+# step. "Twin" is the opposite control: SGD's direction at the length of the power map's step. It is SGD with a learning
+# rate that decays, separately for each tensor. normopt has no such optimizer, so we write it as a custom norm.
+# Mathematically it is not a norm (its "dual map" does not have unit norm), but the engine runs it, and `CosineP`
 # schedules its p.
 
 
@@ -192,10 +193,9 @@ def train(make: Maker, annealed: bool, lr: float, seed: int) -> Run:
 
 
 # %% [markdown]
-# ## One learning rate for all is no comparison
+# ## Tune each learning rate
 #
-# Every arm gets its own learning rate, the one with the lowest validation loss on seeds that are used for nothing
-# else.
+# Every arm has its own learning rate: the one with the lowest validation loss, on seeds that are not used again.
 
 # %%
 chosen = {}
@@ -222,11 +222,10 @@ holds(
 )
 
 # %% [markdown]
-# ## What the schedule did
+# ## The effect of the schedule
 #
-# The same five, each at its own learning rate, on fresh seeds. The left panel is the training loss (the mean over
-# seeds, with the range of the seeds shaded); the right one is how far the first layer's weights moved in the last
-# step of each epoch.
+# The same five arms, each at its own learning rate, on fresh seeds. Left: the training loss (mean over the seeds, their
+# range shaded). Right: how far the first layer's weights moved in the last step of each epoch.
 
 # %%
 runs = {}
@@ -260,9 +259,9 @@ fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=
 fig.alt = "Training loss and length of the steps over the epochs for the five ways to train"
 
 # %% [markdown]
-# Do the differences mean anything? Runs of one seed start from the same weights and see the same batches, so they
-# are compared in pairs. A difference counts here only if every seed agrees on its sign; with five seeds that is a
-# coarse test, and a table of many such lines will hold a lucky one now and then.
+# Are the differences significant? Runs of one seed start from the same weights and see the same batches, so they are
+# compared in pairs. Here a difference counts only if every seed agrees on its sign. With five seeds that is a coarse
+# test, and among many such lines a few agree by chance.
 
 
 # %%
@@ -302,10 +301,10 @@ for name, rs in runs.items():
 # %% [markdown]
 # How to read this:
 #
-# - LPSGDM − constant p is the usual ablation. It credits the schedule with everything that changes, the shrinking
-#   step included.
-# - matched − SGD is the annealed *direction* alone, at SGD's step length; LPSGDM − twin is that direction when both
-#   have the annealed length. Only where these two agree is there evidence for the direction itself.
+# - LPSGDM − constant p is the usual ablation. It attributes everything that changes to the schedule, including the
+#   shrinking steps.
+# - matched − SGD is the annealed *direction* alone, at SGD's step length; LPSGDM − twin is the same direction at the
+#   annealed length. Only if these two agree is there evidence for the direction itself.
 # - twin − SGD is the annealed *length* alone, in SGD's direction; LPSGDM − matched is that length in the annealed
 #   direction.
 #
@@ -329,16 +328,16 @@ gain = paired("LPSGDM", "SGD", percent_right)
 holds("LPSGDM's test accuracy beat SGD's on every seed", all(v > 0 for v in gain))
 
 # %% [markdown]
-# What this page cannot show: digits is a small and easy data set; one network, one starting p and one number of
-# epochs were used; the learning rates come from a coarse grid and two seeds. That matters: while this page was
-# written, runs of 15 and of 20 epochs instead of 12 gave the same first three verdicts and the opposite fourth. It
-# shows how to make the comparison, and says nothing about the paper's results on CIFAR and ImageNet.
+# The limits of this page: digits is a small and easy data set; there is one network, one initial p and one number of
+# epochs; the learning rates come from a coarse grid and two seeds. With 15 and with 20 epochs instead of 12, the same
+# four verdicts came out. The page shows how to make the comparison. It says nothing about the paper's results on CIFAR
+# and ImageNet.
 #
 # ## Adding ℓp decay, and reading the sparsity
 #
-# ℓp weight decay ([arXiv:2404.10824](https://arxiv.org/abs/2404.10824)) is a setting of every optimizer:
-# `decay="lp"` with `decay_p` below 2 drives small weights to zero. As its authors do, we count a weight as zero if
-# `|w| < 1e-13`, without pruning anything, in the tensors of at least 2 dims (biases are not ℓp-decayed).
+# ℓp weight decay ([arXiv:2404.10824](https://arxiv.org/abs/2404.10824)) is a setting of every optimizer: `decay="lp"`
+# with `decay_p` below 2 drives small weights to zero. As the authors do, we count a weight as zero if `|w| < 1e-13`,
+# without pruning, in tensors of at least 2 dims (biases are not ℓp-decayed).
 
 
 # %%
@@ -389,5 +388,5 @@ holds(
 )
 
 # %% [markdown]
-# Zero is absorbing under this decay: a weight that *starts* at zero never trains, and normopt warns of a tensor that
-# is zero throughout.
+# Zero is absorbing under this decay: a weight that *starts* at zero never trains, and normopt warns about a tensor that
+# is all zero.

@@ -1,19 +1,18 @@
 # %% [markdown]
 # # Training on many ranks
 #
-# A norm is a sum over a whole tensor, and under FSDP no rank has a whole tensor. An optimizer that takes the norm of
-# its local shard is wrong without an error: its steps are too long, by a factor that depends on the number of ranks.
-# normopt's optimizers know the placement of a tensor and reduce the sums of all tensors in one message. This page
-# trains on several processes, stops, resumes with another number of them, and counts the messages.
+# A norm is a sum over a whole tensor, but under FSDP no rank has a whole tensor. An optimizer that takes the norm of
+# its local shard is wrong, without an error: its steps are too long, by a factor that depends on the number of ranks.
+# normopt's optimizers know the placement of a tensor and gather the partial sums of all tensors in one message. This
+# page trains on several processes, stops, resumes on another number of them, and counts the messages.
 #
 # [Train on many ranks](../how-to/sharded-training.md) is the reference: what works, what is refused, DDP, ZeRO.
 #
 # ## One command
 #
-# The program is `examples/sharded_digits.py` of the repository: an MLP on handwritten digits under FSDP2, which saves
-# a checkpoint after every epoch, and starts from the last one that it finds. Below is the function that makes the
-# model and the optimizer. One order matters: the optimizer is made **after** `fully_shard`, which replaces the
-# parameters.
+# The program is `examples/sharded_digits.py` of the repository: an MLP on handwritten digits under FSDP2, which saves a
+# checkpoint after every epoch, and starts from the last one that it finds. Below is the function that makes the model
+# and the optimizer. The order matters: make the optimizer **after** `fully_shard`, which replaces the parameters.
 
 # %%
 import inspect
@@ -34,8 +33,8 @@ example = runpy.run_path("examples/sharded_digits.py")
 print(inspect.getsource(example["build"]))
 
 # %% [markdown]
-# On one machine `torchrun` starts the processes, one a GPU or here one a core; on many, the same command is started on
-# each of them, with an address at which they meet. In a terminal:
+# On one machine `torchrun` starts the processes, one per GPU, or here one per core. On several machines, start the same
+# command on each, with a common rendezvous address. In a terminal:
 #
 # ```bash
 # torchrun --nproc-per-node 2 examples/sharded_digits.py --folder run
@@ -45,7 +44,7 @@ print(inspect.getsource(example["build"]))
 #     examples/sharded_digits.py --folder /shared/run
 # ```
 #
-# Here a function runs it, and gives what it printed.
+# Here a function runs the command and returns its output.
 
 # %%
 temporary = tempfile.TemporaryDirectory()
@@ -76,11 +75,11 @@ if not FAST:
     print(torchrun(2, "--folder", str(folder / "run"), "--epochs", str(EPOCHS)))
 
 # %% [markdown]
-# ## Stop, and go on with others
+# ## Stop, and resume on another number of ranks
 #
-# The same run, stopped after some epochs on two ranks, goes on with one. Checkpoints are PyTorch's distributed ones:
-# each rank writes its shards, and a rank that loads reads those that it needs. The optimizer's state, momentum and
-# Kahan's compensation, is sharded as the parameters are; p is in the param groups, with its schedule.
+# The same run, stopped after some epochs on two ranks, continues on one. Checkpoints are PyTorch's distributed ones:
+# each rank writes its shards, and a loading rank reads the shards that it needs. The optimizer's state, momentum and
+# Kahan compensation, is sharded like the parameters; p and its schedule are in the param groups.
 
 # %%
 stop = str(EPOCHS // 2)
@@ -89,10 +88,10 @@ print(torchrun(2, *words, "--stop-after", stop))
 print(torchrun(1, *words))
 
 # %% [markdown]
-# On the same number of ranks the run is bit for bit the one that was not stopped. On another number the sums are
-# added in another order, and it is the same to roundoff. The tests check both, 2 → 2 and 2 → 1 → 4, with momentum,
-# schedules of p and Kahan buffers. They also kill a rank: the others fail within the time-out of the process group,
-# with an error that says that the connection is lost, and the job goes on from its last checkpoint.
+# On the same number of ranks the run equals an uninterrupted one bit for bit. On another number the sums are added in
+# another order, and it is equal up to roundoff. The tests check both, 2 → 2 and 2 → 1 → 4, with momentum, schedules of
+# p and Kahan buffers. They also kill a rank: the others fail within the time-out of the process group, with an error
+# that says that the connection is lost, and the job resumes from its last checkpoint.
 #
 # ## What a norm needs
 #
@@ -128,13 +127,13 @@ for name, (norm, scale) in NORMS.items():
 
 # %% [markdown]
 # AGR needs sums of every gradient before the momentum, whatever the norm. All sums of a phase, of all tensors and all
-# param groups, travel in one message, in float64, and are combined in the order of the ranks: so every rank computes
-# the same bits. Whole matrices are assigned, the costliest first, to the rank with the least work: each rank receives
-# its matrices, maps them, and sends the shards back. That is two messages for each shape.
+# param groups, are in one message, in float64, and are combined in the order of the ranks, so every rank computes the
+# same bits. Whole matrices are assigned, the costliest first, to the rank with the least work. Each rank receives its
+# matrices, maps them, and sends the shards back: two messages for each shape.
 #
 # ## What it costs
 #
-# With k ranks, n tensors and P entries in matrices, a rank receives from the others in a step, in the mean:
+# With k ranks, n tensors and P entries in matrices, a rank receives from the others in a step, on average:
 #
 # | what | messages | bytes |
 # |---|---|---|
@@ -143,12 +142,12 @@ for name, (norm, scale) in NORMS.items():
 # | *for comparison:* every matrix to every rank | n | 4·P·(k − 1)/k |
 # | *for comparison:* FSDP's own, of N parameters | | 3·4·N·(k − 1)/k |
 #
-# In "dual" and "unit" w is 2; AGR is a phase of its own with w = 3, and "matched" a third one with w = 4. Rows send
-# one number, for the monitors. FSDP2 gathers the weights twice, in forward and in backward, and scatters the
-# gradients once, if it frees the weights in between, which is its default.
+# For "dual" and "unit" w is 2; AGR is a separate phase with w = 3, and "matched" a third one with w = 4. Rows send one
+# number, for the monitors. FSDP2 gathers the weights twice, in forward and in backward, and scatters the gradients
+# once, if it frees the weights in between, which is its default.
 #
 # With `scale="dual"` and 16 tensors on 2 ranks that is one message of 8·2·16 = 256 bytes. The tests count messages and
-# bytes of real steps on 2 and 4 processes, and hold them against this arithmetic:
+# bytes of real steps on 2 and 4 processes, and compare them with this arithmetic:
 
 
 # %%
@@ -182,9 +181,10 @@ for k in (2, 4):
         print(f"{name:24}{k:6}{received:9,.0f}")
 
 # %% [markdown]
-# The messages of vector norms do not depend on the number of tensors or parameters, and their bytes only on the number
-# of tensors. What would 1,024 ranks receive? On paper, for a transformer of 7 billion parameters (width 4096, 32
-# blocks, feed-forward width 11,008, 32,000 tokens), against what FSDP moves anyway:
+# For vector norms the number of messages does not depend on the number of tensors or parameters, and the number of
+# bytes depends only on the number of tensors. What would 1,024 ranks receive? By calculation, for a transformer of 7
+# billion parameters (width 4096, 32 blocks, feed-forward width 11,008, 32,000 tokens), beside the traffic of FSDP
+# itself:
 
 # %%
 WIDTH, FORWARD, BLOCKS, TOKENS = 4096, 11008, 32, 32000
@@ -225,11 +225,11 @@ for i, k in enumerate(RANKS):
         print(f"{k:6}{row}")
 
 # %% [markdown]
-# - **Sums** grow with the number of ranks, because each is sent to all: at 1,024 ranks a rank receives some
-#   megabytes, a ten-thousandth of what FSDP moves. A reduction would not grow, but the network would decide its
-#   order, and with it the last bits.
+# - **Sums** grow with the number of ranks, because each is sent to all: at 1,024 ranks a rank receives some megabytes,
+#   about a ten-thousandth of FSDP's traffic. An all-reduce would not grow, but the network would decide the order of
+#   its additions, and so the last bits.
 # - **Shares of matrices** shrink as ranks are added, up to the number of matrices: with more ranks than matrices the
-#   mean still falls, but a rank that maps a matrix receives all of it, and the others wait. Gathering every matrix
-#   everywhere would cost a third of FSDP's own traffic, and every rank would do all the work.
-# - Messages and bytes are measured here, with gloo on up to 4 ranks. How long they take on a network has not been
+#   mean still falls, but a rank that maps a matrix receives all of it, and the others wait. Gathering every matrix on
+#   every rank would cost a third of FSDP's traffic, and every rank would do all the work.
+# - The tests measured messages and bytes with gloo on up to 4 ranks. The time that they take on a network has not been
 #   measured.

@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Muon and Scion on a byte-level GPT
 #
-# [Muon](../optimizers/muon.md) and [Scion](../optimizers/scion.md) step alike in the hidden layers of a transformer:
-# each replaces the momentum matrix UΣVᵀ by UVᵀ, all of whose singular values are 1. They differ in everything around
-# that: in the embedding, the output layer and the biases, in the length of each layer's step, in the momentum, and in
-# what the weight decay is for. This page trains a small GPT with both, and with AdamW, and measures each difference in
-# the weights.
+# [Muon](../optimizers/muon.md) and [Scion](../optimizers/scion.md) take the same kind of step in the hidden layers of a
+# transformer: each replaces the momentum matrix UΣVᵀ by UVᵀ, all of whose singular values are 1. They differ in
+# everything else: the embedding, the output layer and the biases, the length of each layer's step, the momentum, and
+# the purpose of the weight decay. This page trains a small GPT with both, and with AdamW, and measures the differences
+# in the weights.
 #
-# The text is the source code of Python's standard library, which is on every machine that runs Python; the model reads
-# 64 bytes and predicts the next one at every place.
+# The text is the source code of Python's standard library, which every machine with Python has. The model reads 64
+# bytes and predicts the next one at every position.
 
 # %%
 import os
@@ -33,27 +33,29 @@ print(bytes(x[1000].tolist()).decode(errors="replace"))
 # %% [markdown]
 # ## Two ways to divide a model
 #
-# Both optimizers are for matrices that are maps. An embedding is a table, an output layer's rows are scores, a bias is
-# a vector: these need another norm, and each method has its answer. [`param_groups`][normopt.param_groups] gives them.
+# Both methods orthogonalise matrices that are linear maps. An embedding is a table, an output layer's rows give scores,
+# a bias is a vector: these need another rule, and each method has its own. [`param_groups`][normopt.param_groups]
+# applies it.
 
 # %%
 for preset in ("muon", "scion"):
     print(normopt.param_groups(GPT(), preset), "\n")
 
 # %% [markdown]
-# **Muon** keeps to the hidden matrices and leaves the rest to another optimizer: AdamW in its author's code, sign
-# steps here, which are the member of the same family that Adam comes nearest to. The radius 0.1 of those groups
-# is measured ([Where 0.1 and 0.4 come from](../how-to/param-groups.md#where-01-and-04-come-from)); one `lr` serves both.
+# **Muon** updates only the hidden matrices and leaves the rest to another optimizer: AdamW in its author's code, sign
+# steps with this preset, because among steepest-descent steps signs are closest to Adam. The radius 0.1 of these groups
+# was measured ([Where 0.1 and 0.4 come from](../how-to/param-groups.md#where-01-and-04-come-from)); one `lr` serves
+# both.
 #
-# **Scion** gives *every* layer a norm that fits what goes in and what comes out: for the embedding, whose input is
-# one-hot, every row it reads at RMS 1; for hidden layers the largest gain from RMS to RMS, which is the spectral norm
-# with the factor √(out/in); for the output the largest entry. The radii 50 and 3000 are its paper's for a GPT
+# **Scion** gives *every* layer a norm that fits its input and output. For the embedding, whose input is one-hot, it is
+# the largest RMS of an embedding vector. For hidden layers it is the largest gain from RMS to RMS, whose unit steps are
+# UVᵀ times √(out/in). For the output layer it is the largest entry. The radii 50 and 3000 are its paper's for a GPT
 # ([arXiv:2502.07529](https://arxiv.org/abs/2502.07529)).
 #
 # ## What the defaults say
 #
-# Momentum has two conventions. In normopt μ always weighs the *old* momentum; Scion's paper writes α = 1 − μ. The
-# learning rates look far apart only because Scion's are multiplied by its radii.
+# Momentum has two conventions. In normopt μ is always the weight of the *old* momentum; Scion's paper writes α = 1 − μ.
+# The learning rates look very different only because Scion's are multiplied by its radii.
 
 # %%
 MAKE = {
@@ -78,9 +80,9 @@ for name in ("Muon", "Scion"):
 # %% [markdown]
 # ## Train
 #
-# One run each, at the learning rates that the tuning of the [committed study](../results.md) chose for this task and
-# this number of steps, falling to 0 along half a cosine. The study has twelve seeds, intervals, and the comparisons that
-# survive a test; a single run like this one is for looking inside.
+# Each optimizer has one run, at the learning rate that the tuning of the [committed study](../results.md) chose for
+# this task and number of steps; it falls to 0 along half a cosine. For a comparison see the study, which has twelve
+# seeds, intervals and tests; single runs like these only show what happens inside.
 
 # %%
 from benchmarks.results import collect
@@ -143,11 +145,10 @@ fig.alt = "Training loss of the GPT under AdamW, Muon and Scion against steps"
 # %% [markdown]
 # ## What a step looks like
 #
-# Halfway through, each run noted how one step changed the feed-forward matrices. Their singular values are the
-# difference between a step that follows the few directions that the gradient is largest in and one that moves in all
-# of them: Muon's and Scion's lie on a plateau, AdamW's fall off. The plateau is not quite flat, because
-# Newton–Schulz's five iterations leave singular values between 0.68 and 1.21, and lift those below 1.5·10⁻³ of the
-# Frobenius norm only part of the way; with `method="svd"` it is flat.
+# Halfway through, each run recorded how one step changed the hidden matrices. The singular values of this change show
+# in how many directions a step moves: Muon's and Scion's form a plateau, so their steps move in all directions, while
+# AdamW's fall off. The plateau is not quite flat, because five Newton–Schulz iterations leave singular values between
+# 0.68 and 1.21, and those below 1.5·10⁻³ of the Frobenius norm lower still; with `method="svd"` it is flat.
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.2))
@@ -174,11 +175,10 @@ for name, (_, _, _, step_of) in trained.items():
     print(f"{name:6} {low:.2f} to {high:.2f} over {len(ratios)} matrices")
 
 # %% [markdown]
-# A number that needs no copy of the weights: [`norm_pairs`][normopt.SteepestDescent.norm_pairs] has, for every group,
-# the update's norm and the dual norm of the momentum, as the last step computed them. Multiplied by the radius, the
-# dual norm is by how much the loss would fall for one unit of `lr` if the momentum were the gradient and the loss
-# linear: it shows which layers can still reduce the loss. AdamW has no such number, because its step is the steepest
-# descent of no fixed norm.
+# Another measure needs no copy of the weights: [`norm_pairs`][normopt.SteepestDescent.norm_pairs] has, for every group,
+# the update's norm and the dual norm of the momentum, as the last step computed them. The dual norm times the radius is
+# the decrease of the loss for one unit of `lr`, if the momentum were the gradient and the loss linear: it shows which
+# layers can still reduce the loss. torch's AdamW does not report it.
 
 # %%
 for name in ("Muon", "Scion"):
@@ -196,11 +196,11 @@ for name in ("Muon", "Scion"):
 # %% [markdown]
 # ## What the decay is for
 #
-# Muon's weight decay is 0 by default here. Scion's is 1 and belongs to the method: with λ = 1 a step,
-# `w ← (1 − η)w − η·r·D(m)`, is a mean of the old weights and a point on the sphere of radius r, so that a layer that
-# starts inside the ball stays inside (up to 1.2r, because Newton–Schulz's D(m) may be that long). Nothing has to be
-# clipped. How much of the ball is used says whether the constraint did anything: in a layer far from the edge, λ was
-# a weight decay like any other.
+# Muon's weight decay is 0 by default here. Scion's is 1 and is part of the method: with λ = 1 a step, `w ← (1 − η)w −
+# η·r·D(m)`, is a weighted mean of the old weights and a point of norm r. So a layer that starts inside the ball of
+# radius r stays inside (up to about 1.2r, because Newton–Schulz's D(m) can have that norm), without any clipping. The
+# part of the radius that a layer uses shows whether the constraint was active: in a layer far inside the ball, λ acted
+# as an ordinary weight decay.
 
 
 # %%
@@ -226,8 +226,8 @@ print(f"\nScion's layers use up to {100 * largest:.0f} % of their balls' radius"
 # %% [markdown]
 # ## What it writes
 #
-# The last 64 bytes go in, one byte comes out, drawn with a temperature of 0.7. After a few hundred steps of a small model
-# nothing here is Python; what can be seen is how much of Python's shape is there.
+# The model reads the last 64 bytes and the next byte is sampled at temperature 0.7. After a few hundred steps of a
+# small model the output is not valid Python, but it shows how much of Python's layout the model has learned.
 
 
 # %%
@@ -256,7 +256,7 @@ for name in MAKE:
 # ```
 #
 # Read what `param_groups` prints before you train: a parameter in the wrong group is the most common mistake with both
-# methods, and nothing fails when it happens. [Set param groups](../how-to/param-groups.md) says how to overrule it,
-# [A norm for each layer](norms_by_layer.md) asks whether a learning rate found on a small model serves a large one,
-# and [Move from another optimizer](../how-to/migrating.md) has the settings under which normopt's Muon is
-# `torch.optim.Muon`, and its Scion the authors'.
+# methods, and raises no error. [Set param groups](../how-to/param-groups.md) shows how to override it, [A norm for each
+# layer](norms_by_layer.md) measures whether a learning rate found on a small model suits a large one, and [Move from
+# another optimizer](../how-to/migrating.md) has the settings under which normopt's Muon is `torch.optim.Muon`, and its
+# Scion the authors'.

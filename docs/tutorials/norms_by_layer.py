@@ -1,10 +1,10 @@
 # %% [markdown]
 # # A norm for each layer
 #
-# An embedding is a table of vectors, a linear layer a map, a bias a vector: a *short* step means something else for
-# each, and so the norm should differ. [`param_groups`][normopt.param_groups] gives every layer of a model its norm, by
-# the preset of a method. This page shows which layer gets which norm, reads the norms of a step, and measures whether
-# a learning rate that is good for a small model is good for a large one.
+# An embedding is a table of vectors, a linear layer a map, a bias a vector. A *short* step means something different
+# for each, so each should have its own norm. [`param_groups`][normopt.param_groups] gives every layer of a model its
+# norm, by the preset of a method. This page shows which layer gets which norm, reads the norms of a step, and measures
+# whether the best learning rate of a small model is good for a large one.
 
 # %%
 import json
@@ -26,7 +26,7 @@ FAST = os.environ.get("NORMOPT_DOCS_FAST") == "1"
 # %% [markdown]
 # ## Which layer gets which norm
 #
-# A network with one layer of every kind, for the digits as pixels of 17 grey levels.
+# The model is a network with one layer of every kind, for the digits as pixels of 17 grey levels.
 
 
 # %%
@@ -49,8 +49,8 @@ for preset in ("muon", "scion-cnn", "scale", "modular"):
     print(normopt.param_groups(Net(), preset), "\n")
 
 # %% [markdown]
-# A parameter that belongs to no known layer is an error, not a guess. An override says what it is, or gives it
-# settings of its own; a later one is laid over an earlier one.
+# A parameter that belongs to no known layer is an error, not a guess. An override sets its kind, or its settings; later
+# overrides replace earlier ones.
 
 
 # %%
@@ -75,10 +75,10 @@ print(groups)
 # %% [markdown]
 # ## Training with them
 #
-# The groups go to the optimizer that the preset is named after, which brings momentum, decay and the default learning
-# rate; "modular" goes to any. After a step, [`norm_pairs`][normopt.SteepestDescent.norm_pairs] has the norm of every
-# group's update and the dual norm of its momentum, which the step has computed anyway, or None for a group whose step
-# needs neither, such as signs. Each is printed below.
+# Pass the groups to the optimizer that the preset is named after, which has the momentum, decay and default learning
+# rate. "modular" works with any. After a step, [`norm_pairs`][normopt.SteepestDescent.norm_pairs] has the norm of every
+# group's update and the dual norm of its momentum, which the step has computed anyway. It is None for a group whose
+# step needs neither, such as signs. The last run prints them.
 
 # %%
 pixels, digit = load_digits(return_X_y=True)
@@ -123,27 +123,27 @@ for group, pair in zip(opt.param_groups, opt.norm_pairs(), strict=True):
     )
 
 # %% [markdown]
-# The learning rates above are not tuned, and there is one seed: this is no comparison. The ablation has one: `python
-# -m benchmarks run norms-by-layer`, on the digits and on a byte-level GPT.
+# The learning rates above are not tuned, and there is one seed, so this is not a comparison. For one, run `python -m
+# benchmarks run norms-by-layer`, on the digits and on a byte-level GPT.
 #
-# ## Does one learning rate serve every size?
+# ## Does one learning rate fit every size?
 #
-# The modular norm ([arXiv:2405.14813](https://arxiv.org/abs/2405.14813)) promises that a step with learning rate η
-# moves the model's output by at most about η, however wide and deep the model is, as long as every weight's norm, its
-# group's, and the RMS of what every layer reads are at most 1. Nothing here keeps them there: where a weight's norm is
-# 2, the steps of all layers before it can move the output twice as far. (A `weight_decay` that is the group's radius
-# does keep norms of at most 1 there.) If the promise is what decides the best learning rate, then the rate that is best
-# for a small model is best for a large one.
+# The modular norm ([arXiv:2405.14813](https://arxiv.org/abs/2405.14813)) guarantees that a step with learning rate η
+# moves the model's output by at most about η, however wide and deep the model is. It assumes that the norm of every
+# weight and the RMS of every layer's input are at most 1. Nothing here enforces that: if a weight's norm is 2, the
+# steps of all layers before it can move the output twice as far. (With `weight_decay` equal to the group's radius,
+# norms that start at or below 1 stay there.) If this guarantee decides the best learning rate, then the best rate of a
+# small model is also the best of a large one.
 #
-# The measurement below is stored in this repository; `python -m benchmarks transfer` repeats it. Two models, an MLP
-# on the digits and a byte-level GPT on Python's standard library, grow in width by 8 and in depth by 4. Each is
-# trained at ten rates, a factor of 2 apart, under two optimizers:
+# The measurement below is stored in this repository; `python -m benchmarks transfer` repeats it. Two models, an MLP on
+# the digits and a byte-level GPT on Python's standard library, grow in width by 8 and in depth by 4. Each is trained at
+# ten learning rates, a factor of 2 apart, with two optimizers:
 #
 # - **Modular**: unit steps of the averaged momentum 0.9 under `preset="modular"`;
-# - **AdamW**: `torch.optim.AdamW` at its defaults: the standard parametrization.
+# - **AdamW**: `torch.optim.AdamW` at its defaults, in the standard parametrization.
 #
-# Both start from PyTorch's own initial weights, so that only the steps differ; the modular norm's authors start
-# orthogonally, and damp each residual branch, which an ordinary GPT does not.
+# Both start from PyTorch's own initial weights, so only the steps differ. The modular norm's authors initialise
+# orthogonally and damp each residual branch, which an ordinary GPT does not.
 
 # %%
 measured = json.loads(Path("docs/data/transfer.json").read_text(encoding="utf-8"))
@@ -251,6 +251,6 @@ for model in ("MLP", "GPT"):
         )
 
 # %% [markdown]
-# A star marks a best rate at the edge of the grid: the true one may lie beyond, and moves more. Three seeds a point for
-# the MLP and two for the GPT: differences of a fraction of a factor of 2 mean nothing, and the MLP's losses are so small
-# that a cost of some per cent means little.
+# A star marks a best rate at an end of the grid: the true one may lie beyond, and move more. A point is the mean of
+# three seeds for the MLP and of two for the GPT, so differences well below a factor of 2 mean nothing. The MLP's losses
+# are so small that a cost of a few per cent means little.

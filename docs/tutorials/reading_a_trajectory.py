@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Reading a trajectory
 #
-# Did the steps of a training point to its final weights? How much longer was the path than the distance?
-# [arXiv:2011.06702](https://arxiv.org/abs/2011.06702) finds that in successful trainings they do, and calls such a
-# trajectory regular. [`TrajectoryMonitor`][normopt.TrajectoryMonitor] measures both for any optimizer, in one training,
-# without keeping every weight. This page shows how to use it, how exact its sketches are, and whether the finding holds
-# on small networks.
-# [`GeometryMonitor`][normopt.GeometryMonitor] measures single steps: see [Can the gradient choose p?](adaptive_p.md)
+# Do the steps of a training point to its final weights? How much longer is the path than the distance?
+# [arXiv:2011.06702](https://arxiv.org/abs/2011.06702) finds that in successful trainings the steps do point there, and
+# calls such a trajectory regular. [`TrajectoryMonitor`][normopt.TrajectoryMonitor] measures both for any optimizer, in
+# one training, without storing all weights. This page shows how to use it, how accurate its sketches are, and whether
+# the finding holds on small networks. [`GeometryMonitor`][normopt.GeometryMonitor] measures single steps: see [Can the
+# gradient choose p?](adaptive_p.md)
 
 # %%
 import os
@@ -29,9 +29,9 @@ STEPS = 20 if FAST else 300
 # %% [markdown]
 # ## One training, two optimizers
 #
-# The monitor uses the hooks of the optimizer's steps; the loop only adds `record(loss)`, once a step. Here each
-# optimizer is watched twice: by sketches, which is the default, and exactly, with every iterate on disk. Neither
-# changes a bit of what the optimizer does.
+# The monitor uses the optimizer's step hooks; the training loop only adds `record(loss)`, once per step. Here each
+# optimizer has two monitors: one with sketches, which is the default, and an exact one, which writes every iterate to
+# disk. Neither changes the training by a single bit.
 
 # %%
 pixels, digit = load_digits(return_X_y=True)
@@ -75,8 +75,8 @@ for name, (sketched, exact) in seen.items():
         )
 
 # %% [markdown]
-# [`plot`][normopt.Trajectory.plot] draws what there is; the shades are 95 % intervals. The last cosines are high in
-# any training: the last step ends at the end, so its cosine is 1.
+# [`plot`][normopt.Trajectory.plot] draws all measures, with 95 % intervals shaded. The last cosines are high in any
+# training: the last step ends at the final weights, so its cosine is 1.
 
 # %%
 fig = seen["AdamW"][0].plot()
@@ -129,31 +129,31 @@ for name, (sketched, exact) in seen.items():
     )
 
 # %% [markdown]
-# The errors of one run go together, because one sketch makes them all: an interval holds for a step, not for a
-# hundred of them at once. The tests hold the intervals against exact values over two hundred seeds.
+# The errors within one run are correlated, because one sketch makes them all: an interval holds for a single step, not
+# for a hundred of them at once. The tests compare the intervals with exact values over two hundred seeds.
 #
-# A step's γ = (D_t² − D_{t+1}²)/(2η_t(ℓ_t − inf ℓ)) is something else than its cosine: how much nearer to the final
-# weights the step came, relative to the loss. Where it is negative the step led away: it was too long, or in the
-# wrong direction. γ depends on the learning rate, so do not compare it between two optimizers.
+# A step's γ = (D_t² − D_{t+1}²)/(2η_t(ℓ_t − inf ℓ)) measures something else than its cosine: how much closer the step
+# came to the final weights, relative to the loss. If it is negative, the step led away from them: it was too long, or
+# in the wrong direction. γ depends on the learning rate, so do not compare it between optimizers.
 
 # %% [markdown]
-# Beware in reading γ:
+# Cautions about γ:
 #
-# - It blows up as the loss nears its infimum, which is 0 here: steps whose loss is below a thousandth of the first
-#   one's are left out, and the minimum over the others is still no more than one step's number.
-# - It is proportional to 1/η: compare it within an optimizer only. The cosine and the straightness know no learning
-#   rate.
-# - Where the learning rate falls to 0, as here, γ falls with it: the last step's is ‖U‖²/(2η(ℓ − inf ℓ)), of the order
-#   of η and never negative. A small positive minimum is that of the end.
+# - It diverges as the loss approaches its infimum, which is 0 here: steps whose loss is below a thousandth of the first
+#   loss are left out, and the minimum over the others is still a single step's value.
+# - It is proportional to 1/η: compare it only within an optimizer. The cosine and the straightness do not depend on the
+#   learning rate.
+# - If the learning rate falls to 0, as here, γ falls with it: the last step's is ‖U‖²/(2η(ℓ − inf ℓ)), where U is the
+#   update; it is of the order of η and never negative. So a small positive minimum is that of the last steps.
 # - The final weights are where the training stopped, whether or not it had converged.
 
 # %% [markdown]
 # ## Do trainings that succeed have regular trajectories?
 #
-# What follows draws [a study that is stored in this repository](../benchmarks/paper-trajectory.md); `python -m
-# benchmarks run paper-trajectory` makes it anew. A deep, narrow network on Fashion-MNIST, with and without batch norm,
-# with and without skip connections, with ReLU or sigmoid, is trained by SGD with momentum and by AdamW: 16 arms, each at
-# a learning rate tuned on validation data, with eight seeds.
+# This section shows [a study that is stored in this repository](../benchmarks/paper-trajectory.md); `python -m
+# benchmarks run paper-trajectory` repeats it. A deep, narrow network on Fashion-MNIST, with and without batch norm,
+# with and without skip connections, with ReLU or sigmoid, is trained by SGD with momentum and by AdamW: 16 arms, each
+# at a learning rate tuned on validation data, with eight seeds.
 
 # %%
 from benchmarks.results import collect
@@ -169,7 +169,7 @@ runs = [
 optimizers = [arm.name for arm in study.study.arms]
 
 # %% [markdown]
-# Every point is a training; those that succeeded stand to the left.
+# Every point is a training; successful ones are on the left.
 
 # %%
 COLOURS = {
@@ -234,7 +234,7 @@ fig.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8)
 fig.alt = "Median cosine, straightness and share of negative γ against the final training loss, of eight networks under SGD and AdamW, eight seeds each"
 
 # %% [markdown]
-# Each optimizer with two kinds of trainings: those that succeeded, which here means 80 % of the test images right, and
+# For each optimizer, the table compares trainings that succeeded, which here means at least 80 % test accuracy, with
 # those that did not.
 
 # %%
@@ -260,12 +260,12 @@ failed = {task for task, _, run in runs if run.test_score < 0.8}
 print(f"\nnetworks that failed at least once: {', '.join(sorted(failed))}")
 
 # %% [markdown]
-# What sets the failed trainings apart is the sign of γ: more of their steps lead away from where they end. They are of
-# networks with neither batch norm nor skips. Among trainings that succeed γ is positive almost throughout.
+# The failed trainings differ in the sign of γ: more of their steps lead away from the final weights. All are of
+# networks with neither batch norm nor skips. In successful trainings γ is almost always positive.
 #
-# Trainings that succeed point more to the end under SGD, and not under AdamW: there the failed ones, with sigmoid, have
-# the highest cosines and the straightest paths.
-# [The study's page](../benchmarks/paper-trajectory.md) has the differences with their intervals.
+# Under SGD, the steps of successful trainings point more towards the final weights. Under AdamW they do not: there the
+# failed trainings, with sigmoid, have the highest cosines and the straightest paths. [The study's
+# page](../benchmarks/paper-trajectory.md) has the differences with their intervals.
 #
-# The networks and the data of the paper are larger than these. A straight trajectory, by itself, is no sign of a
-# training that succeeds.
+# The networks and the data of the paper are larger than these. Here, a straight trajectory by itself does not indicate
+# a successful training.

@@ -2,9 +2,9 @@
 # # Sparsity that pays
 #
 # ℓp decay ([arXiv:2404.10824](https://arxiv.org/abs/2404.10824)) makes weights exactly zero. Scattered zeros make a
-# network neither smaller nor faster: a matrix with zeros costs as much as before. Removing a dead unit
-# does both. This page trains a network whose units die, counts the zeros, removes the dead units with a proof that
-# the outputs stay the same, and shows what that costs in accuracy and gains in speed.
+# network neither smaller nor faster: a matrix with zeros costs as much as before. Removing dead units does both. This
+# page trains a network whose units die, counts the zeros, removes the dead units with a check that the outputs stay the
+# same, and measures the cost in accuracy and the gain in speed.
 
 # %%
 import json
@@ -28,9 +28,9 @@ FAST = os.environ.get("NORMOPT_DOCS_FAST") == "1"
 # %% [markdown]
 # ## A network to make smaller
 #
-# The digits, with three training labels in ten drawn at random: something to overfit. The network is a stack of
-# convolutions with batch norm. [`LpDecay`][normopt.LpDecay] is attached to AdamW; with `over="rows"` it decays the
-# norm of everything that comes into a channel, so that a channel disappears as one.
+# The data are the digits with three training labels in ten drawn at random, so the network can overfit. The network is
+# a stack of convolutions with batch norm. [`LpDecay`][normopt.LpDecay] is attached to AdamW; with `over="rows"` it
+# decays the norm of all incoming weights of a channel, so a channel disappears as a whole.
 
 # %%
 pixels, digit = load_digits(return_X_y=True)
@@ -97,12 +97,12 @@ fig = counts.figure()
 fig.alt = "For each weight of the network the percentages of zeros, dead rows and dead columns"
 
 # %% [markdown]
-# ## Take it out
+# ## Remove dead units
 #
-# A channel without incoming weights has a constant output, also after batch norm and ReLU. Where that constant is
-# zero, [`shrink`][normopt.sparsity.shrink] removes the channel. Where it is not, the zero padding of the next
-# convolution keeps it from being a bias, and one channel stays for all of them. The result is an ordinary, smaller
-# network; `shrink` has compared both in float64.
+# A channel without incoming weights has a constant output, also after batch norm and ReLU. If that constant is zero,
+# [`shrink`][normopt.sparsity.shrink] removes the channel. If it is not, it cannot become a bias, because the next
+# convolution pads with zeros, so one channel is kept for all such constants. The result is an ordinary, smaller
+# network; `shrink` compares the outputs of both in float64.
 
 # %%
 shrunk = sparsity.shrink(model, x_test)
@@ -110,10 +110,10 @@ print(shrunk)
 print(f"\ntest accuracy of the small network: {accuracy(shrunk.model):.1%}")
 
 # %% [markdown]
-# The equality is that of eval mode: in training mode, batch norm takes its statistics from the batch, and a constant
-# channel gives other values there than its running statistics do. The small network can still be trained further.
+# The outputs are equal in eval mode. In training mode, batch norm takes its statistics from the batch, and a constant
+# channel then has other values than with the running statistics. The small network can still be trained further.
 #
-# Is it faster? The two in turns, one thread:
+# Is it faster? The two networks are timed in turns, on one thread:
 
 
 # %%
@@ -138,16 +138,16 @@ for size in (1, 256):
 # %% [markdown]
 # ## What it costs and what it is worth
 #
-# One seed and one λ prove nothing. The measurement below is stored in this repository; `python -m benchmarks
-# sparsity` repeats it. An MLP 64-128-128-10 on the digits with true labels, and the convolutions from above on those
-# with noise, both under AdamW: without decay, with AdamW's own, and with ℓp decay of entries and of rows, at a few p
-# and a grid of λ, three seeds each. Whatever is dead is taken out.
+# One seed and one λ are not enough. The measurement below is stored in this repository; `python -m benchmarks sparsity`
+# repeats it. An MLP 64-128-128-10 on the digits with true labels, and the convolutions from above on those with noise,
+# both under AdamW: without decay, with AdamW's own, and with ℓp decay of entries and of rows, at a few p and a grid of
+# λ, three seeds each. All dead units are removed.
 #
-# A point is the mean over the seeds at one λ, a line one kind of decay: the larger λ, the further to the left. The
-# ring marks the choice by the validation set: of all λ whose accuracy is within a hundredth of that without decay,
-# the one that leaves the smallest network. The figure shows the test set, by which nothing was chosen. Where AdamW's
-# own decay chooses between networks of one size, it is the most accurate one. Points below 75 % are left out: a λ
-# slightly too large leaves no weight at all.
+# A point is the mean over the seeds at one λ, and a line is one kind of decay: the larger λ, the further to the left.
+# The ring marks the choice by the validation set: of all λ whose accuracy is within a hundredth of that without decay,
+# the one that leaves the smallest network, and the most accurate one if sizes are equal, as under AdamW's own decay.
+# The figure shows the test set, which no choice used. Points below 75 % are not shown: a λ slightly too large leaves no
+# weight at all.
 
 # %%
 measured = json.loads(Path("docs/data/sparsity.json").read_text(encoding="utf-8"))
@@ -304,27 +304,27 @@ for task, title in TITLES.items():
     )
 
 # %% [markdown]
-# - **Zeros are not size.** Decay of entries leaves about nine zeros in ten in the convolutions, scattered so that
-#   hardly a channel dies. That is worth something for storage
+# - **Zeros do not reduce the size by themselves.** Decay of entries makes about nine in ten weights of the convolutions
+#   zero, but scattered, so hardly a channel dies. That helps storage
 #   ([`sparse_state_dict`][normopt.sparsity.sparse_state_dict]), but not for speed.
-# - **Rows pay where there is something to regularize.** With noisy labels, networks of a third to a half of the
-#   parameters are more accurate than the full one, and two to five times as fast on 256 inputs. One input at a time
-#   gains little: there the cost of calling a dozen modules is most of it.
-# - **They do not pay everywhere.** On the true labels all ringed networks are a little less accurate than the full
-#   one, within the hundredth that was allowed, and only a quarter of the parameters is removed. A few units fewer can
+# - **Rows pay if regularization helps.** With noisy labels, networks with a third to a half of the parameters are more
+#   accurate than the full one, and two to five times as fast on 256 inputs. A single input gains little: most of its
+#   time is the overhead of calling a dozen modules.
+# - **They do not always pay.** On the true labels all ringed networks are slightly less accurate than the full one,
+#   within the hundredth that was allowed, and only a quarter of the parameters is removed. Removing a few units can
 #   even be *slower*, as with ℓ1 decay of entries there: a width of 128 suits the processor's kernels, and one of 123
 #   does not.
-# - **Other decay regularizes, too.** Where accuracy alone counts, AdamW's own does as well on the noisy labels as any
-#   ℓp decay, and its best λ is the largest that was tried. It leaves no zero at all.
+# - **Other decay regularizes, too.** For accuracy alone, AdamW's own decay is as good on the noisy labels as any ℓp
+#   decay, and its best λ is the largest that was tried. It makes no zeros at all.
 # - **λ has a cliff.** On the convolutions, ℓ1 decay of rows leaves two thirds of the parameters at λ = 3, one third at
-#   λ = 4, and nothing at λ = 6. Look at the report before the end of the training.
+#   λ = 4, and nothing at λ = 6. Check the report during training.
 #
-# Three seeds, two small networks, one learning rate for each task and one processor: the direction is clear, the
-# numbers are these networks' own.
+# There are three seeds, two small networks, one learning rate for each task and one processor: the trend is clear, but
+# the numbers hold for these networks only.
 #
 # ## Zeros that are scattered
 #
-# A linear layer can store and use its nonzero weights only ([`to_sparse`][normopt.sparsity.to_sparse]). Square layers
+# A linear layer can store and use only its nonzero weights ([`to_sparse`][normopt.sparsity.to_sparse]). Square layers
 # with zeros at random places, against the dense layer:
 
 # %%
@@ -340,4 +340,4 @@ for units in (128, 512, 2048):
 print(f"\nmeasured on one thread: {measured['cpu']}, torch {measured['torch']}")
 
 # %% [markdown]
-# Large layers that are almost empty gain; layers of this page's size do not, or on large batches only.
+# Large layers with very few nonzero weights gain. Layers of the size on this page do not, or only on large batches.

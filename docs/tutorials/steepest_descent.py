@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Steepest descent in pictures
 #
-# Steepest descent goes downhill as fast as a step of a given length allows. Every definition of "length", a norm,
-# gives an optimizer. This page has pictures: one gradient on a ball, four lengths of a step, paths on a valley, a
-# logistic regression whose features differ by five orders in scale, and last a matrix.
+# Of all steps of a given length, steepest descent takes the one that decreases the loss most, to first order. "Length"
+# means a norm, and every norm gives an optimizer. This page shows it in pictures: one gradient on a ball, four lengths
+# of a step, paths in a valley, a logistic regression whose features differ in scale by five orders of magnitude, and a
+# matrix.
 #
 # For a norm \(\|\cdot\|\), the **dual map** of a gradient g is the step no longer than 1 that goes furthest along it,
 # and the **dual norm** is how far that is:
@@ -14,8 +15,8 @@
 # \|g\|_\star = \max_{\|d\| \le 1} \langle g, d\rangle .
 # \]
 #
-# The frame is that of Bernstein and Newhouse ([arXiv:2409.20325](https://arxiv.org/abs/2409.20325)). Every figure below
-# is drawn by the package's own norms and optimizers while the page is built.
+# The framework is that of Bernstein and Newhouse ([arXiv:2409.20325](https://arxiv.org/abs/2409.20325)). The package's
+# own norms and optimizers draw every figure below when the page is built.
 
 # %%
 import math
@@ -42,9 +43,8 @@ def named(p):
 # %% [markdown]
 # ## One gradient on a ball
 #
-# For every point on the edge of each unit ball, compute how far along g it is. The highest point of the curve is the
-# dual map, its height is the dual norm. The dots are not found from the curve: they are what [`Lp`][normopt.norms.Lp]
-# returns.
+# For every point d on the boundary of each unit ball, the curve shows ⟨g, d⟩. Its highest point is the dual map, and
+# its height is the dual norm. The dots are not found from the curve: they are what [`Lp`][normopt.norms.Lp] returns.
 
 # %%
 g = torch.tensor([2.0, 1.0])
@@ -77,15 +77,15 @@ fig.legend(loc="outside upper center", ncols=5)
 fig.alt = "Left: five unit balls and on each the dual map of one gradient. Right: how far along the gradient each point of the balls' edges lies; the dual maps sit on the highest points"
 
 # %% [markdown]
-# At p = 1 the ball is a diamond, and its furthest point a corner: the step moves the largest entry alone. At p = ∞ it
-# is a square, and all entries move by as much. Between the two the dual map turns smoothly:
+# At p = 1 the ball is a diamond, and its furthest point is a corner: the step moves the largest entry alone. At p = ∞
+# it is a square, and all entries move by the same amount. In between, the dual map turns smoothly:
 #
 # \[
 # D(g)_i = \operatorname{sign}(g_i) \left(\frac{|g_i|}{\|g\|_q}\right)^{q-1},
 # \qquad \frac1p + \frac1q = 1 .
 # \]
 #
-# Drawn over 1/p, from signs on the left to a single coordinate on the right:
+# The angle of D(g) against 1/p, from signs on the left to a single coordinate on the right:
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.2))
@@ -111,13 +111,13 @@ fig.alt = "The angle of the dual map over 1/p for four gradients: 45 degrees at 
 
 # %% [markdown]
 # All curves begin at 45°, the sign vector's angle, pass through the gradient's own angle at p = 2 (the dots), and end
-# on the axis. The less alike the entries, the more of the turn from signs to the gradient happens at large p.
+# on the axis. The more the entries differ, the more of the turn from signs to the gradient happens at large p.
 #
 # ## Four lengths
 #
-# The dual map gives the direction; `scale` gives the length. This is the length of one step at learning rate 1 for a
-# gradient of 1000 Gaussian entries: on the left at p = 4, as the gradient shrinks; on the right for a gradient of RMS
-# 0.001, as p grows.
+# The dual map gives the direction; `scale` gives the length. The figure shows the length of one step at learning rate 1
+# for a gradient of 1000 Gaussian entries: on the left at p = 4, as the gradient shrinks; on the right for a gradient of
+# RMS 0.001, as p grows.
 
 # %%
 torch.manual_seed(0)
@@ -151,9 +151,9 @@ fig.alt = "Length of one step against the size of the gradient at p = 4, and aga
 
 # %% [markdown]
 # - **unit** has a constant length: near a minimum it oscillates, and the learning rate has to fall.
-# - **dual** shrinks as the gradient does, and is \(\|g\|_\star\) long by its own norm. It is longer the larger p is.
-# - **power** shrinks as the (p−1)-th root of it. Its length changes with p by orders of magnitude: annealing p also
-#   anneals the learning rate.
+# - **dual** is proportional to the gradient: its norm is \(\|g\|_\star\). It grows with p.
+# - **power** is proportional to the (p−1)-th root of the gradient's size. Its length changes with p by orders of
+#   magnitude: annealing p also anneals the learning rate.
 # - **matched** is exactly as long as SGD's step, at every p.
 #
 # ## A valley, along the axes and across
@@ -165,9 +165,9 @@ fig.alt = "Length of one step against the size of the gradient at p = 4, and aga
 # f(x - \tfrac1L \|g\|_\star D(g)) \;\le\; f(x) - \frac{\|g\|_\star^2}{2L} .
 # \]
 #
-# So each norm pays by its L for the \(\|g\|_\star\) that it gains. Two valleys have the same curvatures, 1 and 30; one
-# lies along the axes, the other is turned by 35°, start and all. Every norm gets the learning rate 1/L of its own,
-# found on a fine mesh of its ball's edge.
+# So what counts is \(\|g\|_\star^2/L\): as p grows, \(\|g\|_\star\) grows, but so does L. Two valleys have the same
+# curvatures, 1 and 30; one is aligned with the axes, the other, with its start, is turned by 35°. Every norm has its
+# own learning rate 1/L; L is found on a fine mesh of the boundary of its ball.
 
 
 # %%
@@ -233,17 +233,17 @@ print(
 )
 
 # %% [markdown]
-# ℓ1 steps along one axis at a time: it is greedy coordinate descent. ℓ2 takes the gradient, and ℓ∞ only ever goes
-# along diagonals. Turn the valley, and ℓ2's path is the same path, turned; the others are other paths, with another
-# L. An ℓp norm with p ≠ 2 depends on the axes. That can help where the axes mean something. Which norm is ahead also
+# ℓ1 steps along one axis at a time: it is greedy coordinate descent. ℓ2 steps along the gradient, and ℓ∞ only along
+# diagonals. In the turned valley ℓ2's path is the same path, turned; the paths of ℓ1 and ℓ∞ change, and so does their
+# L. An ℓp norm with p ≠ 2 depends on the axes, which can help if the axes have a meaning. Which norm is better also
 # depends on the start: do not read a ranking from these paths.
 #
-# ## The scale of a feature is a matter of the norm
+# ## Scaling features is choosing a norm
 #
 # The features of scikit-learn's breast-cancer table are lengths, areas and ratios of different scales: their standard
-# deviations differ by a factor of two hundred thousand. A feature of small numbers needs a large weight, and gets a
-# small gradient. The usual cure is to standardise the features. Another is to keep them, and to measure each weight
-# by the standard deviation s of its feature:
+# deviations differ by a factor of two hundred thousand. A feature with small values needs a large weight, but its
+# gradient is small. The usual remedy is to standardise the features. Another is to keep the features, and to scale each
+# weight in the norm by the standard deviation s of its feature:
 #
 # \[
 # \|d\| = \|s \odot d\|_p,
@@ -251,7 +251,7 @@ print(
 # \qquad D(g) = D_p(g / s) / s .
 # \]
 #
-# That is a norm of its own in a few lines:
+# That is a custom norm of a few lines:
 
 # %%
 features, labels = load_breast_cancer(return_X_y=True)
@@ -277,8 +277,8 @@ class ByFeature(normopt.norms.TensorNorm):
 
 
 # %% [markdown]
-# Full-batch logistic regression on the table as it is. Steps are unit ones, and the learning rate falls to zero along a
-# straight line. Each curve is at the best of the rates that were tried, by its final training loss.
+# This is full-batch logistic regression on the table as it is, with unit steps and a learning rate that falls linearly
+# to zero. Each curve has the best of the learning rates that were tried, by final training loss.
 
 # %%
 STEPS = 20 if FAST else 120
@@ -331,17 +331,17 @@ print(
 )
 
 # %% [markdown]
-# On the left a larger p comes nearer, but no p corrects the scales: signs move all weights by the same amount, where
-# they have to move by very different amounts. On the right nothing was done to the data. To standardise features *is*
-# to choose a norm. (A star marks a best rate at the edge of those tried. This is training loss, on one table.)
+# On the left a larger p reaches a lower loss, but no p corrects the scales: signs move all weights by the same amount,
+# while the weights need very different amounts. On the right the data are the same. To standardise features *is* to
+# choose a norm. (A star marks a best learning rate at an end of those tried. This is training loss, on one table.)
 #
 # ## A matrix is not a long vector
 #
-# A linear layer's weight is a map, and norms of its singular values see it as one. With
-# \(G = U \Sigma V^\top\), the dual map of the spectral norm is the **polar factor** \(UV^\top\), the step of
-# [`Muon`][normopt.Muon] and [`Scion`][normopt.Scion]: every direction of the map is moved by as much. It is to the
-# singular values what the sign is to the entries, and the nuclear norm's dual map, \(u_1 v_1^\top\), is to them what a
-# single coordinate is.
+# A linear layer's weight is a linear map, and norms of its singular values treat it as one. With \(G = U \Sigma
+# V^\top\), the dual map of the spectral norm is the **polar factor** \(UV^\top\), the step of [`Muon`][normopt.Muon]
+# and [`Scion`][normopt.Scion]: all singular directions move by the same amount. The polar factor does to the singular
+# values what the sign does to the entries, and the nuclear norm's dual map, \(u_1 v_1^\top\), corresponds to a single
+# coordinate.
 
 # %%
 torch.manual_seed(0)
@@ -378,10 +378,9 @@ ax.legend(loc="lower left")
 fig.alt = "The dual maps of one matrix under four norms, as pictures, and their singular values: falling, a single one, uneven, all equal to 1"
 
 # %% [markdown]
-# In each row ⟨G, D⟩ is the dual norm, as it has to be. The gradient's singular values fall by half each time; SGD keeps
-# them so, and hardly moves what they are small for. The sign evens out the *entries*, which leaves the singular values
-# uneven; the polar factor makes every one of them 1.
+# In each row ⟨G, D⟩ equals the dual norm, as it must. Each singular value of the gradient is half of the one before.
+# SGD's step has the same ratios, so it hardly moves the directions with small singular values. The sign equalises the
+# *entries*, but not the singular values; the polar factor sets every singular value to 1.
 #
-# From here: [move p and the gradient yourself](../playground.md), [train with a schedule of
-# p](lp_schedule_on_digits.md), or [give each layer its norm](norms_by_layer.md). The mathematics is in
-# [Norms and duals](../theory/norms-and-duals.md).
+# Next: [move p and the gradient yourself](../playground.md), [train with a schedule of p](lp_schedule_on_digits.md), or
+# [give each layer its norm](norms_by_layer.md). The mathematics is in [Norms and duals](../theory/norms-and-duals.md).

@@ -7,7 +7,8 @@
 # - [`CurvatureMonitor`][normopt.CurvatureMonitor] follows the eigenvalues of the Hessian;
 # - at the same moments, the best step under each ℓp norm is found by a line search.
 #
-# [`hessian_spectrum`][normopt.hessian_spectrum] is what the monitor calls. It can be called once, on any model.
+# [`hessian_spectrum`][normopt.hessian_spectrum] is the function that the monitor calls. You can call it yourself, on
+# any model.
 
 # %%
 import copy
@@ -47,8 +48,8 @@ def network():
 # %% [markdown]
 # ## One spectrum
 #
-# At the start, the eigenvalues are nearly symmetric about 0 but for a few that are large. The ticks are the 16
-# eigenvalues of largest magnitude, found one by one; the curve counts all of them, smoothed.
+# At the start, the eigenvalues are nearly symmetric about 0, except for a few large ones. The ticks are the 16
+# eigenvalues of largest magnitude, computed individually; the curve is the smoothed density of all eigenvalues.
 
 # %%
 steps, probes = (8, 1) if FAST else (64, 10)
@@ -63,10 +64,10 @@ fig = found.plot()
 fig.alt = "Density of the eigenvalues at the start of the training on a logarithmic scale, with a tick for each outlier"
 
 # %% [markdown]
-# ## A training, watched
+# ## The curvature during training
 #
-# The monitor needs one call per step. It measures one fixed batch, which the training does not see, and changes nothing
-# in the training. The weights at each measurement are kept for the next section.
+# The monitor needs one call per step. It measures one fixed batch that is not used for training, and does not change
+# the training. The weights at each measurement are kept for the next section.
 
 # %%
 EVERY, STEPS = (4, 9) if FAST else (40, 401)
@@ -97,9 +98,9 @@ for row in monitor.rows:
 # %% [markdown]
 # ## The best step under each norm
 #
-# The steepest step under ℓp is sign(g)·|g|^(1/(p−1)): the gradient at p = 2, its sign at p = ∞. Each direction is
-# scaled to unit Euclidean length, and a line search finds the length with the lowest loss on the batch whose gradient
-# it is. What remains is a comparison of directions alone, at the best length of each.
+# The steepest direction under ℓp is sign(g)·|g|^(1/(p−1)): the gradient at p = 2, its sign at p = ∞. Each direction is
+# scaled to unit Euclidean length, and a line search finds the length with the lowest loss on the batch of the gradient.
+# So only directions are compared, each at its best length.
 
 # %%
 ORDERS = [1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0, math.inf]
@@ -195,11 +196,11 @@ holds(
 
 # %% [markdown]
 # On this network the premise of [arXiv:2606.02078](https://arxiv.org/abs/2606.02078), that curvature is anisotropic
-# early and flatter late, is the wrong way round: the effective rank is highest at the start, and later a few large
-# eigenvalues carry most of the sum. The link between anisotropy and p is as the paper has it: while the effective rank
-# is high, p = 2 or 2.5 decreases the loss most, and once it is low, the sign does. On held-out data there is no such
-# order: the best p varies from one moment to the next.
+# early and flatter late, is reversed: the effective rank is highest at the start, and falls to about a tenth of that.
+# The relation between anisotropy and p agrees with the paper: while the effective rank is high, p = 2 or 2.5 decreases
+# the loss most, and once it is low, the sign does. On held-out data there is no such order: the best p varies from one
+# measurement to the next.
 #
-# This is one network, one seed, and the gradient of a large batch. [The best norm over a training](best_norm.md) has four
-# networks, eight seeds and mini-batches. A best step is also not a best training. The
+# This is one network, one seed, and the gradient of a large batch. [The best norm over a training](best_norm.md) has
+# four networks, eight seeds and mini-batches. And the best single step need not give the best training. The
 # [playground](../playground.md#which-norm-fits-now) shows the same comparison in two dimensions.

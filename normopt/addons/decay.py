@@ -76,7 +76,7 @@ class LpDecay(AddOn):
         p_s = 2 + (p − 2)·s/n              s = 0 … n − 1, then p
 
     so that weights that start at zero can leave it in the first step, in which zero is not absorbing. Without a
-    warm-up, a zero-initialised layer stays at zero for ever, and a warning says so. s is the group's ``lp_step``,
+    warm-up, a zero-initialised layer stays at zero, and a warning says so. s is the group's ``lp_step``,
     which counts calls of ``step()``, except those with the number 0 as the lr, in which no weight can leave zero. A
     weight that is still zero after the first step stays zero, as when a GradScaler skipped a fused step.
 
@@ -119,7 +119,7 @@ class LpDecay(AddOn):
         RuntimeError: in ``step()``, for a sparse gradient.
 
     Warns:
-        UserWarning: a tensor starts at zero and would stay there for ever, with p < 2 and no warm-up; a group that
+        UserWarning: a tensor starts at zero and would stay there, with p < 2 and no warm-up; a group that
             already had all settings keeps some that differ from the arguments.
 
     Source: Decoupled weight decay for any p norm, arXiv:2404.10824. Over blocks and the warm-up as written: ours.

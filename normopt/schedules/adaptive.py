@@ -67,8 +67,7 @@ class AdaptiveP(PSchedule):
         ValueError: an argument out of range, or an order of 1, where 1/(p−1) is undefined; no group of the optimizer
             has a p.
         TypeError: an argument is not a number, or ``optimizer`` is not an optimizer.
-        RuntimeError: in ``step()``, if no parameter with a p has a gradient, or a gradient is sharded; nothing is
-            changed then.
+        RuntimeError: in ``step()``, if no parameter with a p has a gradient; nothing is changed then.
 
     Source: ours; the density is that of signSGD's analysis, arXiv:1802.04434.
 

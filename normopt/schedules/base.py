@@ -35,17 +35,17 @@ class PSchedule(LRScheduler, ABC):
     ``LRScheduler``, which do not call ``step()`` alone, are refused.
 
     Each group keeps its initial p as ``group["initial_p"]`` and the number of steps made as
-    ``group["last_epoch_of_p"]``, as torch keeps ``initial_lr``. Both are saved with the optimizer, and a schedule goes
-    on from there: one made before ``optimizer.load_state_dict()`` at its next ``step()``, one made after it at once.
-    So the optimizer's state is enough to resume; ``state_dict()`` is for trainers that save schedulers. Of the
-    optimizer's state and the schedule's, the last one loaded counts.
+    ``group["last_epoch_of_p"]``, as torch keeps ``initial_lr``. Both are saved with the optimizer, and a schedule
+    continues from there: at its next ``step()`` if it was made before ``optimizer.load_state_dict()``, at once if
+    after. So the optimizer's state is enough to resume; ``state_dict()`` is for trainers that save schedulers. If both
+    the optimizer's state and the schedule's are loaded, the one loaded last is used.
 
     Subclasses define p at step s, given the group's initial p (``p_at``).
 
     Args:
         optimizer: any optimizer with a p in its param groups.
         setting: the name of the setting. Default "p".
-        last_epoch: None (default) goes on from the step that the groups keep, if they do, and else starts; −1 starts at
+        last_epoch: None (default) continues from the step that the groups keep, if any, or starts; −1 starts at
             the current p in any case; n ≥ 0 is the last step done, as in torch, and needs ``initial_p`` in the groups.
 
     Attributes:
@@ -262,7 +262,7 @@ class PSchedule(LRScheduler, ABC):
         self.last_epoch = group.get(self._done, self.last_epoch)
 
     def _recall(self) -> None:
-        """Go on from the param groups, if a state of the optimizer was loaded; warn if something else moved p."""
+        """Continue from the param groups, if a state of the optimizer was loaded; warn if something else changed p."""
         groups = self.optimizer.param_groups[: len(self.base_ps)]
         kept = [self._memory(i) for i in range(len(groups))]
         known = self._known or [(None, None)] * len(groups)
@@ -275,7 +275,7 @@ class PSchedule(LRScheduler, ABC):
                 another = " and a checkpoint of an optimizer without a schedule" if group is not seen else ""
                 warn(
                     f"the {self.setting} of group {i} is {now}, but {type(self).__name__} has set it to {p}: something "
-                    f"else has changed it, such as another schedule{another}. It goes on from step "
+                    f"else has changed it, such as another schedule{another}. It continues from step "
                     f"{group.get(self._done, self.last_epoch)}; for another step give last_epoch, or load the "
                     "schedule's state"
                 )

@@ -47,7 +47,7 @@ class AnnealedP(PSchedule):
         super().__init__(optimizer, setting, last_epoch)
         if last_epoch is None and 0 < self.last_epoch >= total_steps - 1:
             warn(
-                f"{type(self).__name__} goes on from step {self.last_epoch}, which the param groups keep: with "
+                f"{type(self).__name__} continues from step {self.last_epoch}, which the param groups keep: with "
                 f"total_steps = {total_steps} nothing is left to do. To start at the current {setting}, give "
                 "last_epoch=-1"
             )
@@ -100,7 +100,7 @@ class CosineP(AnnealedP):
         space: anneal "p" (the default, as in the paper) or the "exponent" 1/(p−1), which can start at p = ∞.
         setting: another number of the param groups to move in place of p, from each group's own value. Default "p".
         end: the final value of that setting; None for p.
-        last_epoch: the last step done, or None, to go on from where the param groups are; see `PSchedule`.
+        last_epoch: the last step done, or None, to continue from the param groups; see `PSchedule`.
 
     Raises:
         ValueError: S < 1, p_end < 1, an unknown space; p = ∞ in the space "p", p = 1 in the space "exponent", or
@@ -140,7 +140,7 @@ class LinearP(AnnealedP):
         space: anneal "p" (the default) or the "exponent" 1/(p−1), which can start at p = ∞.
         setting: another number of the param groups to move in place of p, from each group's own value. Default "p".
         end: the final value of that setting; None for p.
-        last_epoch: the last step done, or None, to go on from where the param groups are; see `PSchedule`.
+        last_epoch: the last step done, or None, to continue from the param groups; see `PSchedule`.
 
     From p = ∞ in the space "exponent", with a ``step()`` after every optimizer step, this is the schedule of gradual
     SGD (GSGD): `LPSGD` goes from signSGD, |g|⁰, to SGD, |g|¹.
@@ -167,7 +167,7 @@ class ConstantP(PSchedule):
     Args:
         optimizer: any optimizer with a p in its param groups.
         setting: another number of the param groups to keep in place of p. Default "p".
-        last_epoch: the last step done, or None, to go on from where the param groups are; see `PSchedule`.
+        last_epoch: the last step done, or None, to continue from the param groups; see `PSchedule`.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer.
@@ -192,7 +192,7 @@ class PiecewiseP(PSchedule):
         milestones: the number of ``step()`` calls before each change: increasing integers ≥ 1, as in MultiStepLR.
         values: p from each milestone on, one value per milestone; ∞ is allowed.
         setting: another number of the param groups to set in place of p. Default "p".
-        last_epoch: the last step done, or None, to go on from where the param groups are; see `PSchedule`.
+        last_epoch: the last step done, or None, to continue from the param groups; see `PSchedule`.
 
     Raises:
         ValueError: milestones are missing or not increasing, their number differs from that of values, or a value is

@@ -224,7 +224,7 @@ class NucGD(SteepestDescent):
 
 
 class Freon(SteepestDescent):
-    """A power of the singular values, ``(GGᵀ)^(−c) G``: from SGD (c = 0) to Muon (c = 1/2) and beyond.
+    """A power of the singular values, ``(GGᵀ)^(−c) G``: from normalized SGD (c = 0) to Muon (c = 1/2) and on.
 
     ::
 

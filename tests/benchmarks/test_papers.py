@@ -112,7 +112,7 @@ def test_the_page_of_pwd_judges_by_zeros_and_equal_accuracy(tmp_path, loss, hold
     arm = "ℓ0.8, ηλ = 0.00012"
     text = page_of(tmp_path, "paper-pwd", {arm: -loss, "pruned, 86 %": 0.01}, {arm: 0.86, "ℓ0.8, ηλ = 8e-05": 0.7})
     assert f"**Here:** the claim {'holds' if holds else 'does not hold'}: {arm} makes 86.00 %" in text
-    assert "pruned, 86 %, held against ℓ0.8, ηλ = 0.00012: +1.0" in text or not holds
+    assert "“pruned, 86 %” minus “ℓ0.8, ηλ = 0.00012” is +1.0" in text or not holds
     assert "| exact zeros | 83.6 % |" in text
 
 
@@ -141,13 +141,13 @@ def test_the_page_of_agr_asks_for_both_and_for_the_hooks(tmp_path):
     gains = {"AdamW + AGR": 0.01, "Adan + AGR": 0.01, "torch's AdamW + AGR on hooks": 0.01}
     text = page_of(tmp_path / "both", "paper-agr", gains)
     assert "**Here:** the claim holds: AdamW + AGR minus AdamW is +" in text
-    assert "On hooks AGR is the same as in the optimizer" in text
+    assert "AGR on hooks is equivalent to AGR in the optimizer" in text
     text = page_of(tmp_path / "one", "paper-agr", gains | {"Adan + AGR": 0.0})
-    assert "**Here:** the claim holds for AdamW alone, and was declared for both: " in text
+    assert "**Here:** the claim holds for AdamW alone, but was declared for both: " in text
     text = page_of(tmp_path / "none", "paper-agr", {"AdamW": 0.01, "Adan + AGR": 0.0})
     assert "**Here:** the claim does not hold: " in text
     text = page_of(tmp_path / "other", "paper-agr", gains | {"torch's AdamW + AGR on hooks": 0.02})
-    assert "not shown to be the same" in text
+    assert "not shown to be equivalent" in text
 
 
 def test_the_page_of_trajectories_counts_what_helps_both(tmp_path):
@@ -155,8 +155,8 @@ def test_the_page_of_trajectories_counts_what_helps_both(tmp_path):
         return 0.3 + 0.2 * ("-bn-" in spec.task) - 0.1 * ("skip" in spec.task) * (spec.optimizer == "sgd")
 
     text = page_of(tmp_path, "paper-trajectory", regular=regular)
-    assert "the claim holds for 2 of 6 cases" in text
-    assert "optimizers: batch normalisation under SGD, batch normalisation under AdamW." in text
+    assert "the claim holds in 2 of 6 cases" in text
+    assert "under SGD or AdamW): batch normalisation under SGD, batch normalisation under AdamW." in text
     assert "| SGD | skips | median cosine | −0.100" in text
     assert (
         "SGD: the rank correlation over 8 networks between the median cosine and the final training loss is −1.00"
@@ -184,7 +184,7 @@ def test_lost_runs_and_too_few_are_said_instead_of_a_verdict(tmp_path):
     (task,) = results.tasks.values()
     for changes, words in (
         ({"failed": 1}, "no verdict, as final runs of AdamW were lost."),
-        ({"runs": task.rows[0].runs[:1]}, "too few runs are made for a verdict."),
+        ({"runs": task.rows[0].runs[:1]}, "too few runs are done for a verdict."),
     ):
         rows = (replace(task.rows[0], **changes), *task.rows[1:])
         found = replace(results, tasks={task.name: replace(task, rows=rows)})

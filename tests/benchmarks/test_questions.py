@@ -27,12 +27,10 @@ def test_annealing_is_held_against_its_controls(results, tmp_path):
         r"LPSGDM against LPSGDM constant p \(p stays constant\): better on toy-up \(\+[23]\.\d\d points, P-value ", text
     )
     assert re.search(r"LPSGDM against Lengths \(SGD's direction .*\): a tie on every task", text)
-    assert (
-        "Against the arm whose p stays constant: the result is in line with what is reported (2 better, 0 ties" in text
-    )
+    assert "Against the arm whose p stays constant: the result agrees with the reported one (2 better, 0 ties" in text
     assert "On no task is it significantly better than SGD's direction at its step lengths" in text
     other = words(told(tmp_path, {"LPSGDM": Truth(gain=-0.06), "Lengths": Truth(gain=-0.1)}))[questions.ANNEALING]
-    assert "against what is reported (0 better, 2 worse, 0 ties)" in other
+    assert "contradicts the reported one (0 better, 2 worse, 0 ties)" in other
     assert "On toy-up and toy-down its direction is better than SGD's" in other
 
 
@@ -42,7 +40,7 @@ def test_agr_is_held_against_the_same_without(results, tmp_path):
     assert "Both comparisons are ties." in text
     assert "The reported gain does not show here (0 better, 0 worse, 2 ties)." in text
     better = words(told(tmp_path, {"LPSGDM + AGR": Truth(gain=0.05)}))[questions.REGULARIZED]
-    assert "The result is in line with what is reported (2 better, 0 ties)." in better
+    assert "The result agrees with the reported one (2 better, 0 ties)." in better
 
 
 def swept() -> Study:

@@ -270,7 +270,7 @@ def test_what_was_lost_is_named(tmp_path):
     assert "AdamW (2 of 6 diverged) and LPSGDM + AGR (1 of 6 failed)" in text["Task toy-up"]
     lost = "Final runs diverged or failed for AdamW on toy-up and toy-down and LPSGDM + AGR on"
     assert lost in text["How far to trust this"]
-    assert "LPSGDM + AGR against LPSGDM (the same without): not compared, for runs are missing" in text[REGULARIZED]
+    assert "LPSGDM + AGR against LPSGDM (the same without): not compared, because runs are missing" in text[REGULARIZED]
     assert "2 runs raised an error" in text["How far to trust this"]
     assert "ValueError: no" in text["How far to trust this"]
     cells = tables.grid(tables.columns(found.tasks[UP.name]), found.tasks[UP.name].rows).rows

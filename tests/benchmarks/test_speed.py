@@ -578,7 +578,7 @@ def test_a_share_is_of_forward_backward_and_step_together():
     assert str(share.percent(case, step)) == "25.00 (25.00–25.00)"
     text = page.markdown(results_of(case), {})
     assert f"| `{MINE}` | 25.00 (25.00–25.00) |" in text
-    assert "Of a whole training step" not in page.markdown(results_of(), {})
+    assert "Share of a training step" not in page.markdown(results_of(), {})
 
 
 @pytest.mark.parametrize("name", share.TRAININGS)
@@ -624,8 +624,8 @@ def test_what_is_slower_is_said_with_the_worst():
     fast = in_table([0.7] * ROUNDS, ones, model="gpt2")
     found = results_of(in_table([1.3] * ROUNDS, ones, model="mlp"), in_table([1.5] * ROUNDS, ones), fast)
     assert page.slower(found) == (
-        f"Slower than a peer:\n\n- `{MINE}` on mlp, resnet18: up to 1.50 (1.50–1.50) times as long as `{THEIRS}` "
-        "(on resnet18)."
+        "Slower than another library in the same block:\n\n"
+        f"- `{MINE}` on mlp, resnet18: up to 1.50 (1.50–1.50) times as long as `{THEIRS}` (on resnet18)."
     )
     assert page.slower(results_of(fast)) == page.NO_SLOWER
 
@@ -649,7 +649,7 @@ def test_the_users_table_comes_first_below_what_is_slower():
     title, told, slower, table, *_ = text.split("\n\n")
     assert (title, f"{told}\n\n{slower}") == ("# Speed", page.slower(results_of(*cases)))
     assert table.splitlines() == [
-        "| ms a step (× normopt's) | mlp | resnet18 |",
+        "| ms per step (× normopt's) | mlp | resnet18 |",
         "|:--|--:|--:|",
         f"| **{typed.SGD}** |  |  |",
         f"| `{MINE}` | 2.00 (1) | 4.00 (1) |",

@@ -64,11 +64,19 @@ def test_what_the_pages_say_of_the_study_is_in_its_results() -> None:
     assert re.search(r"\| SCALE \| AdamW \| 3–0–4 \| 77 % \(58 to 93\)", results.replace("\u00a0", " "))
     assert "| Muon | AdamW | 5–1–1 |" in results
     assert "| Scion | AdamW | 4–1–2 |" in results
-    assert "the result is against what is reported (1 better, 2 worse" in results
+    assert "the result contradicts the reported one (1 better, 2 worse" in results
     better = re.findall(r"(\S+) against AdamW: better on [^;]*bytes \(\S+ points, P-value < 0.001\)", results)
     assert better == ["Muon", "Scion"]
-    (chosen,) = re.findall(r"tuning chose (\S+) \(", (ROOT / "docs/how-to/param-groups.md").read_text(encoding="utf-8"))
-    assert f"| Muon | {chosen} |" in results.split("## bytes", 1)[1].split(" ## ", 1)[0]
+    guide = " ".join((ROOT / "docs/how-to/param-groups.md").read_text(encoding="utf-8").split())
+    (chosen,) = re.findall(r"tuning chose (\S+) \(", guide)
+    table = results.split("## bytes", 1)[1].split(" ## ", 1)[0]
+    assert f"| Muon | {chosen} |" in table
+    accuracies = {arm: float(mean) for arm, mean in re.findall(r"\| ([^|]+) \| [\d.e-]+ \| ([\d.]+) % ±", table)}
+    assert sorted(accuracies, key=accuracies.__getitem__)[-2:] == ["Scion", "Muon"]
+    assert "second-best mean of all arms, after Muon" in (ROOT / "docs/optimizers/scion.md").read_text(encoding="utf-8")
+    (lost,) = re.findall(r" SGD against AdamW: [^;]*; worse on bytes \(−([\d.]+) points", results)
+    sgd = " ".join((ROOT / "docs/optimizers/sgd.md").read_text(encoding="utf-8").split())
+    assert f"its accuracy is {lost} points below AdamW's" in sgd
     assert len(re.findall(r"against AdamW[^:]*: better on [^;]*bytes", results)) == 2
 
 
