@@ -23,6 +23,8 @@ import torch
 
 import normopt
 from benchmarks.vision import allow_torchvision_import
+from normopt.norms import registry
+from normopt.stages import base, decay, momentum
 
 allow_torchvision_import()  # which timm and transformers import
 gc.disable()  # until the tests are collected: of a million objects that stay, to look for garbage takes a third longer
@@ -62,6 +64,17 @@ the multi-tensor path and several dtypes.
 The test run, `make conformance`, writes this page, here with torch {version}. {total} cases passed,
 {skipped} were skipped{failed}.
 """
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Forget the rules, stages and norms that a test registers."""
+    registered: list[Any] = [momentum.RULES, decay.RULES, base._stages, base._owners, registry._entries]
+    before = [each.copy() for each in registered]
+    yield
+    for each, kept in zip(registered, before, strict=True):
+        each.clear()
+        (each.extend if isinstance(each, list) else each.update)(kept)
 
 
 @pytest.fixture

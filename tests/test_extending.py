@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +21,6 @@ from normopt.stages import (
     Op,
     Slot,
     Stage,
-    base,
-    decay,
-    momentum,
     register_decay,
     register_momentum,
     register_stage,
@@ -41,14 +37,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def registries() -> Iterator[None]:
-    """Restore the registries after each test."""
-    kept = dict(momentum.RULES), dict(decay.RULES), list(base._stages), dict(base._owners)
-    yield
-    for registry, before in zip((momentum.RULES, decay.RULES, base._stages, base._owners), kept, strict=True):
-        registry.clear()  # type: ignore[attr-defined]
-        (registry.extend if isinstance(registry, list) else registry.update)(before)  # type: ignore[arg-type]
+pytestmark = pytest.mark.usefixtures("registries")
 
 
 def steps(n: int = 4, **settings: Any) -> tuple[list[np.ndarray], list[list[np.ndarray]], list[list[np.ndarray]]]:

@@ -17,7 +17,7 @@ import torch
 import normopt
 from benchmarks.optimizers import check as check_settings
 from benchmarks.optimizers import find
-from normopt.norms import Lp, TensorNorm, list_norms, registry
+from normopt.norms import Lp, TensorNorm, list_norms
 from tests.test_docs import python_of
 
 ROOT = Path(__file__).parents[1]
@@ -53,9 +53,8 @@ def gallery(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def page(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the blocks of docs/contributing.md define; the norm that they register is forgotten afterwards."""
-    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+def page(monkeypatch: pytest.MonkeyPatch, registries: None) -> dict[str, Any]:
+    """What the blocks of docs/contributing.md define; what they register is forgotten afterwards."""
     module = ModuleType("my_norms")
     monkeypatch.setitem(sys.modules, "my_norms", module)  # dataclasses look their module up, and so does the ablation
     exec(compile(python_of(ROOT / "docs/contributing.md"), "contributing.md", "exec"), module.__dict__)
