@@ -7,12 +7,12 @@ those of the protocol that was declared before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean
 
 from scipy import stats
 
-from benchmarks.report.tables import Grid
+from benchmarks.grid import Grid
 from benchmarks.report.text import filled, number, p_value, percent, signed, unit
 from benchmarks.results import Comparison, Results, Row, TaskResults, collect, measure, test_score
 from benchmarks.stats import ALPHA, Interval, holm, interval, paired
@@ -85,7 +85,8 @@ def _beside(protocol: Protocol, results: Results) -> list[str]:
     if not protocol.reported:
         return ["The paper's numbers are not available, so nothing is shown beside ours."]
     ours = OURS[protocol.study.name](results)
-    return [_table(("", "the paper", "here"), [(w, value, ours.get(w, "–")) for w, value in protocol.reported.items()])]
+    rows = [(what, value, ours.get(what, "–")) for what, value in protocol.reported.items()]
+    return [Grid(("", "the paper", "here"), rows).markdown]
 
 
 # Every page's own words.
@@ -223,7 +224,7 @@ def _arms(results: Results) -> list[str]:
         rows.append((*shown, _share(row)) if zeros else tuple(shown))
     heads = ("arm", "learning rate", "which is", "test accuracy", *(["exact zeros"] if zeros else []))
     notes = ["† At an end of the range: a better one may lie beyond."] if any("†" in row[1] for row in rows) else []
-    return ["## Arms", _table(heads, rows), *notes, "## Differences", _differences(task)]
+    return ["## Arms", Grid(heads, rows).markdown, *notes, "## Differences", _differences(task)]
 
 
 def _differences(task: TaskResults) -> str:
@@ -231,7 +232,7 @@ def _differences(task: TaskResults) -> str:
         (c.row.name, c.against.name, _ends(c.difference.interval), p_value(c.adjusted, name=False), _word(c))
         for c in task.comparisons
     ]
-    return _table(("arm", "minus", "points of test accuracy", "P-value (Holm)", "it is"), rows)
+    return Grid(("arm", "minus", "points of test accuracy", "P-value (Holm)", "it is"), rows).markdown
 
 
 def _networks(results: Results) -> list[str]:
@@ -249,7 +250,7 @@ def _networks(results: Results) -> list[str]:
         if e.difference is not None
     ]
     heads = ("optimizer", "with − without", "measure", "difference", "P-value (Holm)", "significantly better")
-    parts = ["## What the aids change", _table(heads, rows), "## Does regularity go with success?"]
+    parts = ["## What the aids change", Grid(heads, rows).markdown, "## Does regularity go with success?"]
     for arm in (arm.name for arm in results.study.arms):
         of = [task.row(arm) for task in results.tasks.values()]
         rhos = []
@@ -276,7 +277,7 @@ def _networks(results: Results) -> list[str]:
             rate = f"{row.lr:.3g}{'†' if row.at_edge else ''}" if row.lr else "–"
             networks.append((task.name.removeprefix("fashion-deep-"), row.name, rate, *cells, *more, score))
     columns = ("network", "optimizer", "learning rate", *_MEASURES, "straightness", "steps with γ < 0", "test accuracy")
-    return [*parts, "## Networks", _table(columns, networks)]
+    return [*parts, "## Networks", Grid(columns, networks).markdown]
 
 
 # How numbers are written.
@@ -319,10 +320,6 @@ def _plain(values: Sequence[float]) -> str:
 
 def _share(row: Row) -> str:
     return _percent(row.values(measure("zeros")))
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return Grid([*heads], [True, *[False] * (len(heads) - 1)], [[*row] for row in rows]).markdown
 
 
 def _ours_of_pwd(results: Results) -> dict[str, str]:

@@ -261,21 +261,21 @@ def measure(workers: int, advance: Advance, folder: Path) -> Sparsity:
 def versus(full: nn.Module, small: nn.Module, inputs: Tensor) -> Timing:
     """The two in turns on one thread, in inference mode; each round begins with the other one."""
     from benchmarks.speed.measure import TURN, Entrant, on_cpu, take_turns, threads_set
-    from benchmarks.speed.records import ratio
+    from benchmarks.speed.records import Entry, ratio
 
     entrants = [
-        Entrant(name, "", partial(net, inputs), 0.0, 0.0)
-        for name, net in (("full", full.eval()), ("small", small.eval()))
+        Entrant(Entry(optimizer=name, backend="", streams=0, first=0), partial(net.eval(), inputs))
+        for name, net in (("full", full), ("small", small))
     ]
     with threads_set(1), torch.inference_mode():
         for entrant in entrants:
             entrant.times = max(1, round(TURN / 2 / min(on_cpu(entrant.step) for _ in range(5))))
         take_turns(entrants, ROUNDS, on_cpu)
-    times = [entrant.entry() for entrant in entrants]
-    faster = ratio(*times)
+    times, others = (entrant.entry for entrant in entrants)
+    faster = ratio(times, others)
     return Timing(
         batch=len(inputs),
-        milliseconds=round(1000 * sorted(times[0].seconds)[ROUNDS // 2], 5),
+        milliseconds=round(1000 * sorted(times.seconds)[ROUNDS // 2], 5),
         speedup=round(faster.median, 3),
         interval=faster.interval and (round(faster.interval[0], 3), round(faster.interval[1], 3)),
     )

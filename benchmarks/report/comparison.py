@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import Environment
+from benchmarks.grid import Grid
 from benchmarks.report import data
 from benchmarks.report.data import Rows
 from benchmarks.report.forest import Forest, on_task
-from benchmarks.report.tables import Grid, state
+from benchmarks.report.tables import state
 from benchmarks.report.text import counted, listed, of, p_value, unit
 from benchmarks.report.words import ENGINE
 from benchmarks.results import Comparison, Results, TaskResults, family, test_score
@@ -143,7 +144,7 @@ def _grid(named: Mapping[str, Results], task: str, arms: Sequence[str], cases: S
         differences = [it.difference(c.difference.interval) if c else "" for c in told]
         p_values = [p_value(c.adjusted, name=False) if c else "" for c in told]
         rows.append([arm, *(_score(results.tasks[task], arm) for results in named.values()), *differences, *p_values])
-    return Grid(titles, [True] + [False] * (len(titles) - 1), rows)
+    return Grid(titles, rows)
 
 
 def _score(task: TaskResults, arm: str) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from benchmarks.grid import Grid
 from benchmarks.report import data
 from benchmarks.report.text import NBSP, counted, number, of, percent, ratio, signed, unit
 from benchmarks.results import Results, Row, TaskResults, measure, ms_per_step, test_loss, test_score, validation_loss
@@ -26,38 +26,19 @@ class Column:
 
     title: str
     cell: Callable[[Row], str]
-    left: bool = False
     least: float = 0  # characters of the narrowest terminal that shows it
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as text: what is in the cells, and under which titles."""
-
-    titles: list[str]
-    left: list[bool]
-    rows: list[list[str]]
-
-    @property
-    def markdown(self) -> str:
-        """As Markdown; a bar in a name would end its cell."""
-        lines = ["| " + " | ".join(self.titles) + " |"]
-        lines += ["|" + "|".join(":--" if left else "--:" for left in self.left) + "|"]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows]
-        return "\n".join(lines)
 
 
 def grid(columns: Sequence[Column], rows: Sequence[Row]) -> Grid:
     """The rows under the columns."""
-    cells = [[column.cell(row) for column in columns] for row in rows]
-    return Grid([c.title for c in columns], [c.left for c in columns], cells)
+    return Grid([column.title for column in columns], [[column.cell(row) for column in columns] for row in rows])
 
 
 def columns(task: TaskResults) -> list[Column]:
     """The columns of a task's table; without those in which no arm has anything."""
     it = unit(task.task)
     return [
-        Column("arm", lambda row: row.name, left=True),
+        Column("arm", lambda row: row.name),
         *_tuned(task),
         Column(f"test {it.title}", _mean(test_score, it.score)),
         Column("test loss", _mean(test_loss, number), least=WIDE),
@@ -146,7 +127,7 @@ def standings(results: Results) -> Grid | None:
         areas = f"{s.steps.area:.2f}", f"{s.seconds.area:.2f}"
         rows.append([s.arm, against, told, improved, iqm, f"{s.rank:.1f}", *areas])
     titles = ["arm", "against", "better–worse–tie", "improvement", "IQM", "mean rank", "steps area", "seconds area"]
-    return Grid(titles, [True, True] + [False] * 6, rows)
+    return Grid(titles, rows, left=2)
 
 
 STANDINGS = (
@@ -166,20 +147,10 @@ def terminal(results: Results, width: int) -> list[Table]:
 
 def _terminal(task: TaskResults, width: int) -> Table:
     runs = counted(max((len(row.runs) for row in task.rows), default=0), "seed")
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-        title=f"{task.name}, {runs}".replace(NBSP, " "),
-        title_justify="left",
-        title_style="bold",
-    )
-    shown = [column for column in columns(task) if width >= column.least]
-    cells = [[column.cell(row) for column in shown] for row in task.rows]
-    for i, column in enumerate(shown):
+    shown = grid([column for column in columns(task) if width >= column.least], task.rows)
+    table = shown.terminal(f"{task.name}, {runs}".replace(NBSP, " "))
+    table.collapse_padding = True
+    for column, title, cells in zip(table.columns, shown.titles, zip(*shown.rows, strict=True), strict=True):
         # Titles may be broken into lines at plain spaces, a number and its interval may not.
-        needed = max(len(text) for text in [*column.title.split(" "), *(line[i] for line in cells)])
-        table.add_column(column.title, justify="left" if column.left else "right", width=needed)
-    for line in cells:
-        table.add_row(*line)
+        column.width = max(map(len, [*title.split(" "), *cells]))
     return table

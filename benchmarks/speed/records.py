@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from scipy import stats
 
 import normopt
 from benchmarks.stats import LEVEL
+
+DIGITS = 7  # of seconds behind the point
 
 
 class Record(BaseModel):
@@ -51,8 +54,8 @@ class Entry(Record):
     optimizer: str
     backend: str
     streams: float
-    first: float
-    seconds: list[float]
+    first: Annotated[float, AfterValidator(lambda seconds: round(seconds, DIGITS))]
+    seconds: list[float] = []
     launches: int | None = None
 
 

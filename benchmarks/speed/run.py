@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from benchmarks.grid import Grid
 from benchmarks.speed import page, report
 from benchmarks.speed.candidates import Candidate, candidates
 from benchmarks.speed.measure import copied, measure, told
@@ -82,7 +83,7 @@ def run(
         tell(f"Timing {model.name}: {len(who)} candidates in {rounds} rounds.")
         case = measure(model, who, rounds=rounds, dtype=dtype, device=device, **how)
         found = found.model_copy(update={"cases": [*found.cases, case]})
-        tell(report.terminal(case, width))
+        tell(report.grid(case, width).terminal(f"{case.title}: {report.size(case)}"))
         for line in report.failures(case):
             tell(line)
         page.write(found, out)
@@ -102,10 +103,21 @@ def run(
         case = share(name, who, rounds=rounds, dtype=dtype, device=device, threads=counts[-1])
         found = found.model_copy(update={"cases": [*found.cases, case]})
         page.write(found, out)
-    for shown in (report.promises(found), page.memory(found), page.shares(found), page.terminal(found)):
-        if shown is not None:
-            tell(shown)
+    for title, grid in summaries(found):
+        tell(grid.terminal(title))
     return found
+
+
+def summaries(results: Results) -> Iterator[tuple[str, Grid]]:
+    """The tables over all cases, each with a title: what was not measured has none, and Markdown's marks are away."""
+    for title, grid in (
+        ("Goals", report.goals(results)),
+        ("Memory", page.memory(results)),
+        ("Percent of a training step", page.shares(results)),
+        (page.slower(results).replace("`", ""), page.users(results)),
+    ):
+        if grid.rows:
+            yield title, Grid(grid.titles, [[name.strip("`*"), *cells] for name, *cells in grid.rows], grid.left)
 
 
 def stepping(model: Model) -> Iterator[tuple[Model, str]]:
