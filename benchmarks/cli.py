@@ -108,7 +108,8 @@ def run(
     amp: Annotated[bool, typer.Option("--amp", help="Make forward passes under bfloat16 autocast.")] = False,
 ) -> None:
     """Run a study and write its report. Killed and started again, it goes on where it was."""
-    study = flags.study(what, task or (), arm or (), trials, seeds, budget, baseline, batch_size, tuning_seeds, amp)
+    others = {"seeds": seeds, "budget": budget, "baseline": baseline, "batch_size": batch_size, "amp": amp}
+    study = flags.study(what, task or (), arm or (), trials, tuning_seeds, **others)
     folder = out or RESULTS / study.name
     if dry_run:
         rehearse(study)

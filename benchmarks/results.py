@@ -15,7 +15,7 @@ from benchmarks.environment import Environment
 from benchmarks.questions import Pair, Question, questions
 from benchmarks.stats import ALPHA, Difference, Draws, Interval, Profile, holm, paired
 from benchmarks.store import Failure, Store, UnfitStore
-from benchmarks.study.lanes import Choice, Key, Trial, choices, final_specs
+from benchmarks.study.lanes import Choice, Key, Trial, choices, lanes
 from benchmarks.study.record import RunRecord
 from benchmarks.study.spec import Arm, Range, Study
 from benchmarks.tasks import TASKS
@@ -330,7 +330,8 @@ def collect(store: Store) -> Results:
         raise UnfitStore(f"the study has the tasks {', '.join(unknown)}, which this version of the program has not")
     trials = store.trials
     found = choices(study, trials)
-    ids = {key: [spec.run_id for spec in specs] for key, specs in final_specs(study, found).items()}
+    all_lanes = lanes(study)
+    ids = {key: [s.run_id for s in all_lanes[key].final_specs(choice)] for key, choice in found.items()}
     tasks = {task: _task(study, task, store, trials, found, ids) for task in study.tasks}
     asked = questions(study)
     answers = [_answer(question, tasks) for question in asked]

@@ -209,9 +209,3 @@ def choices(study: Study, trials: Mapping[Key, Sequence[Trial]]) -> dict[Key, Ch
     all_lanes = lanes(study, trials)
     found = {key: chosen(lane, all_lanes) for key, lane in all_lanes.items()}
     return {key: choice for key, choice in found.items() if choice is not None}
-
-
-def final_specs(study: Study, found: Mapping[Key, Choice]) -> dict[Key, list[RunSpec]]:
-    """The final runs of every arm on every task that has its settings, in the order of the seeds."""
-    all_lanes = lanes(study)
-    return {key: all_lanes[key].final_specs(choice) for key, choice in found.items()}

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import qmc
 
 from benchmarks.study import search
-from benchmarks.study.lanes import Choice, Trial, choices, final_specs, lanes, left, ready
+from benchmarks.study.lanes import Choice, Trial, choices, lanes, left, ready
 from benchmarks.study.spec import Range, Study
 from tests.benchmarks.study.mini import RUNS, STUDY, run
 
@@ -157,7 +157,7 @@ def test_choices_hold_what_is_tuned_and_final_runs_their_settings():
     del trials["mini-2", "A"]
     found = choices(STUDY, trials)
     assert set(found) == set(whole) - {("mini-2", "A"), ("mini-2", "A again")}
-    specs = final_specs(STUDY, found)
+    specs = {key: lanes(STUDY)[key].final_specs(choice) for key, choice in found.items()}
     assert all([spec.seed for spec in of] == [1, 2, 3] for of in specs.values())
     assert {spec.epochs for of in specs.values() for spec in of} == {4, 3}
     lr = found["mini", "A"].settings["lr"]
