@@ -664,7 +664,7 @@ def test_the_users_table_comes_first_below_what_is_slower():
 
 
 def test_muon_steps_matrices_where_they_are_most_and_not_too_many():
-    asked_for = [*run.CASES["table"]([MODELS[name] for name in run.DEFAULT["table"]], [1, 2], False)]
+    asked_for = [*run.asked({"table": [MODELS[name] for name in run.DEFAULT["table"]]}, [1, 2], False)]
     assert all(typed.ours(who[0].optimizer) for _, who, _ in asked_for)
     muon = [(model.name, model.parameters) for model, _, how in asked_for if how["group"] == typed.MUON]
     assert muon == [("mlp", 25_856), ("vit-s", 21_617_664)]
@@ -730,7 +730,7 @@ def test_the_command_from_end_to_end(small_default, monkeypatch, tmp_path):
     for said in ("small, 1 thread", "Goals", "ms a step"):
         assert said in done.output
     found = page.read(out)
-    assert {case.part for case in found.cases} == {*run.CASES, "share"}
+    assert {case.part for case in found.cases} == {"table", "growth", "limits", "share"}
     assert {h.model for h in found.held} == {"small"}
     assert {len(e.seconds) for case in found.cases for e in case.entries} == {2}
     done = CliRunner().invoke(app, ["speed", "--out", str(out), "--page", str(tmp_path / "speed.md")])
