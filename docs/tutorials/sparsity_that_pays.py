@@ -306,10 +306,10 @@ for task, title in TITLES.items():
 # %% [markdown]
 # - **Zeros are not size.** Decay of entries leaves about nine zeros in ten in the convolutions, scattered so that
 #   hardly a channel dies. That is worth something for storage
-#   ([`sparse_state_dict`][normopt.sparsity.sparse_state_dict]), but not for speed.
+#   ([`sparse_state_dict`][normopt.sparsity.sparse_state_dict]), but hardly for speed.
 # - **Rows pay where there is something to regularize.** With noisy labels, networks of a third to a half of the
-#   parameters are more accurate than the full one, and two to five times as fast on 256 inputs. One input at a time
-#   gains little: there the cost of calling a dozen modules is most of it.
+#   parameters are more accurate than the full one, and one and a half to three times as fast on 256 inputs. One input
+#   at a time gains little: there the cost of calling a dozen modules is most of it.
 # - **They do not pay everywhere.** On the true labels all ringed networks are a little less accurate than the full
 #   one, within the hundredth that was allowed, and only a quarter of the parameters is removed. A few units fewer can
 #   even be *slower*, as with ℓ1 decay of entries there: a width of 128 suits the processor's kernels, and one of 123
