@@ -254,9 +254,12 @@ class Answer:
 
     def counts(self, arm: str = "", against: str = "") -> tuple[int, int, int]:
         """(better, worse, ties), of all pairs or of one."""
-        cases = [c for c in self.comparisons if not arm or (c.row.name, c.against.name) == (arm, against)]
-        verdicts = [c.verdict for c in cases]
+        verdicts = [c.verdict for c in (self.between(arm, against) if arm else self.comparisons)]
         return verdicts.count(1), verdicts.count(-1), verdicts.count(0)
+
+    def between(self, arm: str, against: str) -> list[Comparison]:
+        """The comparisons of one pair."""
+        return [c for c in self.comparisons if (c.row.name, c.against.name) == (arm, against)]
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,7 @@ class Store:
             )
         self._check(environment)
         if self.study is None:
-            self._append("study", study)
-            self.study = study
+            self._keep("study", study)
         self.note(environment)
 
     def note(self, environment: Environment) -> None:
@@ -164,27 +163,22 @@ class Store:
         """
         if environment not in self.environments:
             self._check(environment)
-            self._append("environment", environment)
-            self.environments.append(environment)
+            self._keep("environment", environment)
 
     def add(self, record: RunRecord) -> None:
         """Store a run, safely on disk when this returns; one that is stored already is left as it is."""
         if record.id not in self.runs:
-            self._append("run", record)
-            self._take({"run": record})
+            self._keep("run", record)
 
     def add_failure(self, failure: Failure) -> None:
         """Store that a run failed."""
         if failure.id not in self.runs and failure.id not in self.failures:
-            self._append("failure", failure)
-            self._take({"failure": failure})
+            self._keep("failure", failure)
 
     def add_trial(self, task: str, arm: str, trial: Trial) -> None:
         """Store a trial; one with this number that is stored already is left as it is."""
         if trial.number not in self._trials.get((task, arm), {}):
-            told = Told(task=task, arm=arm, trial=trial)
-            self._append("trial", told)
-            self._take({"trial": told})
+            self._keep("trial", Told(task=task, arm=arm, trial=trial))
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Give arms other names, here and not in the folder: for a comparison; nothing can be stored from then on.
@@ -255,6 +249,10 @@ class Store:
                             f"{environment.python}): put it back as it was, to go on, or run the study in a new folder "
                             "(run … --out FOLDER)"
                         )
+
+    def _keep(self, kind: str, content: BaseModel) -> None:
+        self._append(kind, content)
+        self._take({kind: content})
 
     def _append(self, kind: str, content: BaseModel | dict[str, str], safely: bool = True) -> None:
         if self._own is None:
