@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_jsonable_python
 
 from benchmarks import parquet
 from benchmarks.environment import Environment
@@ -396,16 +397,14 @@ class Store:
 
     def _others(self) -> dict[str, Any]:
         """Return the data of the study, as opposed to those of its runs."""
-        return {
-            "study": None if self.study is None else self.study.model_dump(mode="json"),
-            "environments": [environment.model_dump(mode="json") for environment in self.environments],
-            "trials": [
-                Told(task=task, arm=arm, trial=trial).model_dump(mode="json")
-                for (task, arm), trials in self._trials.items()
-                for _, trial in sorted(trials.items())
-            ],
-            "failures": [failure.model_dump(mode="json") for failure in self.failures.values()],
-        }
+        trials = [
+            Told(task=task, arm=arm, trial=trial)
+            for (task, arm), trials in self._trials.items()
+            for _, trial in sorted(trials.items())
+        ]
+        failures = [*self.failures.values()]
+        others = {"study": self.study, "environments": self.environments, "trials": trials, "failures": failures}
+        return {kind: to_jsonable_python(content) for kind, content in others.items()}
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

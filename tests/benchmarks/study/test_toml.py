@@ -139,7 +139,7 @@ def test_errors_of_all_keys_are_told_at_once(tmp_path):
     with pytest.raises(BadStudy) as caught:
         read(file(tmp_path, text))
     assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
-        "tasks", "arms.1.settings", "arms.1.search",
+        "tasks.1", "arms.1.settings", "arms.1.search",
     ]  # fmt: skip
 
 
