@@ -113,15 +113,14 @@ def _pwd(results: Results) -> str:
 def _lpsgdm(results: Results) -> str:
     (task,) = results.tasks.values()
     others = [c for c in task.comparisons if c.row.name.removesuffix(" tuned") in ("SGD", "AdamW", "Lion")]
-    beaten = [c for c in others if c.verdict < 0]
+    verdicts = [c.verdict for c in others]
+    better, worse, ties = map(verdicts.count, (-1, 1, 0))  # of LPSGDM: the verdicts are the others'
     cases = {c.row.name: c for c in task.comparisons}
     length, constant = cases["SGD at LPSGDM's length"], cases["p = 6 tuned"]
-    lost = [c for c in others if c.verdict > 0]
-    rest = len(others) - len(beaten) - len(lost)
     return (
-        f"the claim {'holds' if len(beaten) == len(others) else 'does not hold'}: of {len(others)} comparisons with "
-        f"SGD, AdamW and Lion, at the paper's settings and tuned, LPSGDM is significantly better in {len(beaten)}, "
-        f"significantly worse in {len(lost)}, with no significant difference in {rest}. "
+        f"the claim {'holds' if better == len(others) else 'does not hold'}: of {len(others)} comparisons with "
+        f"SGD, AdamW and Lion, at the paper's settings and tuned, LPSGDM is significantly better in {better}, "
+        f"significantly worse in {worse}, with no significant difference in {ties}. "
         f"SGD at LPSGDM's length differs from LPSGDM tuned by {_difference(length)}, {_word(length)}: "
         f"{_of(length, 'the direction helps')}. A constant p = 6 differs by {_difference(constant)}, "
         f"{_word(constant)}: {_of(constant, 'annealing p helps')}."
@@ -216,15 +215,12 @@ def _arms(results: Results) -> list[str]:
     heads = ("arm", "learning rate", "which is", "test accuracy", *(["exact zeros"] if zeros else []))
     edge = any(row.at_edge for row in task.rows)
     notes = ["† At an end of the range: a better one may lie beyond."] if edge else []
-    return ["## Arms", Grid(heads, rows).markdown, *notes, "## Differences", _differences(task)]
-
-
-def _differences(task: TaskResults) -> str:
-    rows = [
+    held = [
         (c.row.name, c.against.name, _ends(c.difference.interval), p_value(c.adjusted, name=False), _word(c))
         for c in task.comparisons
     ]
-    return Grid(("arm", "minus", "points of test accuracy", "P-value (Holm)", "it is"), rows).markdown
+    differences = Grid(("arm", "minus", "points of test accuracy", "P-value (Holm)", "it is"), held)
+    return ["## Arms", Grid(heads, rows).markdown, *notes, "## Differences", differences.markdown]
 
 
 def _networks(results: Results) -> list[str]:
@@ -265,8 +261,8 @@ def _networks(results: Results) -> list[str]:
 
 
 def _family(task: TaskResults, start: str) -> list[Row]:
-    tuned = [row for row in task.rows if row.name.startswith(start) and row.arm.tuned_as]
-    return [row for row in tuned if row.values(measure("zeros"))]
+    rows = [row for row in task.rows if row.name.startswith(start) and row.arm.tuned_as]
+    return [row for row in rows if row.values(measure("zeros"))]
 
 
 def _by_seed(row: Row, of: Callable[[RunRecord], float | None]) -> dict[int, float]:
