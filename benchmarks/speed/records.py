@@ -150,7 +150,7 @@ def machine(device: torch.device, peers: Sequence[str], copied: float | None) ->
         except PackageNotFoundError:
             continue
     return Machine(
-        cpu=_cpu(),
+        cpu=told_by_linux("cpuinfo", "model name") or platform.processor() or "unknown",
         cores=os.cpu_count() or 1,
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
@@ -160,11 +160,11 @@ def machine(device: torch.device, peers: Sequence[str], copied: float | None) ->
     )
 
 
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
+def told_by_linux(file: str, name: str) -> str | None:
+    """What the first line of a file in /proc with this name says; None where there is none."""
+    path = Path("/proc") / file
     lines = path.read_text().splitlines() if path.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or "unknown")
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
 
 
 @dataclass(frozen=True)
