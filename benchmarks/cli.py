@@ -280,8 +280,8 @@ def measure_adaptive_norms(
 ) -> None:
     """Run the two studies of ℓp directions in adaptive coordinates, and keep of them what the documentation shows."""
     for study in adaptive_norms.STUDIES:
-        _run(PRESETS[study], out / study, workers)
-        kept.write(adaptive_norms.condensed(collect(_open(out / study))), out / f"{study.replace('-', '_')}.json")
+        results = _made(PRESETS[study], out, workers)
+        kept.write(adaptive_norms.condensed(results), out / f"{study.replace('-', '_')}.json")
     _say_where("For the documentation", out)
 
 
@@ -292,18 +292,20 @@ def measure_radii(
     workers: Workers = None,
 ) -> None:
     """Measure which radius and ratio of learning rates Muon's presets need, and hold them against AdamW."""
-
-    def made(study: Study) -> Results:
-        _run(study, out / study.name, workers)
-        return collect(_open(out / study.name))
-
-    grids = {(length, task): made(radii.grid(length, task)) for length, task in radii.CELLS}
+    made = functools.partial(_made, out=out, workers=workers)
+    grids = {key: made(radii.grid(*key)) for key in radii.CELLS}
     cells = [cell for (length, _), results in grids.items() for cell in radii.tried(length, results)]
     ratios = radii.choose(cells)
     finals = {key: made(radii.final(*key, ratios, radii.rates(cells, *key))) for key in radii.CELLS}
     edges = {key: made(radii.edge(*key)) for key in radii.CELLS}
     kept.write(radii.condensed(grids, edges, finals), out / "radii.json")
     _say_where("For the documentation", out / "radii.json")
+
+
+def _made(study: Study, out: Path, workers: int | None) -> Results:
+    """Run a study in a folder of its own in this one."""
+    _run(study, out / study.name, workers)
+    return collect(_open(out / study.name))
 
 
 def _measure(name: str, out: Path, workers: int | None) -> None:

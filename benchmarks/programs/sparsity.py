@@ -42,20 +42,18 @@ ROUNDS = 101
 class Arm(Frozen):
     """A way to decay weights, and the λ that are tried; p is None where it has none."""
 
-    over: Literal["nothing", "AdamW's own", "entries", "rows"]
+    over: Literal["no decay", "AdamW's own", "entries", "rows"]
     p: float | None
     weight_decays: tuple[float, ...]
 
     @property
     def name(self) -> str:
         """What tables call it."""
-        return (
-            ("no decay" if self.over == "nothing" else self.over) if self.p is None else f"ℓ{self.p:g} of {self.over}"
-        )
+        return self.over if self.p is None else f"ℓ{self.p:g} of {self.over}"
 
 
 ARMS = (
-    Arm(over="nothing", p=None, weight_decays=(0.0,)),
+    Arm(over="no decay", p=None, weight_decays=(0.0,)),
     Arm(over="AdamW's own", p=None, weight_decays=(1.0, 3.0, 10.0)),
     *(Arm(over="entries", p=p, weight_decays=(0.05, 0.1, 0.2, 0.4)) for p in (0.5, 0.8, 1.0)),
     *(Arm(over="rows", p=p, weight_decays=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0)) for p in (0.5, 1.0)),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from math import inf
 
 from rich.table import Table
@@ -20,56 +20,30 @@ WIDE = 120  # characters of a terminal that shows losses too
 EDGE = "†"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A title and a row's text under it."""
-
-    title: str
-    cell: Callable[[Row], str]
-    least: float = 0  # characters of the narrowest terminal that shows it
-
-
-def grid(columns: Sequence[Column], rows: Sequence[Row]) -> Grid:
-    """The rows under the columns."""
-    return Grid([column.title for column in columns], [[column.cell(row) for column in columns] for row in rows])
-
-
-def columns(task: TaskResults) -> list[Column]:
-    """The columns of a task's table; without those in which no arm has anything."""
+def grid(task: TaskResults, width: float = inf) -> Grid:
+    """A task's table, without measures of which no arm has any, and without what so many characters do not hold."""
     it = unit(task.task)
-    return [
-        Column("arm", lambda row: row.name),
-        *_tuned(task),
-        Column(f"test {it.title}", _mean(test_score, it.score)),
-        Column("test loss", _mean(test_loss, number), least=WIDE),
-        Column("validation loss", _mean(validation_loss, number), least=WIDE),
-        Column(f"steps to {it.rounded(task.target)}", lambda row: _steps(task, row)),
-        Column("seconds to it", lambda row: _seconds(task, row), least=WIDE),
-        *(_measure(name) for name in data.measures(task) if _found(task, name)),
-        Column("ms/step", _mean(ms_per_step, lambda interval: f"{interval.mean:.2f}"), least=inf),
-        Column("state KiB", lambda row: f"{row.runs[0].state_bytes / 1024:.0f}" if row.runs else "", least=inf),
-    ]
-
-
-def _tuned(task: TaskResults) -> list[Column]:
-    def column(name: str) -> Column:
-        def cell(row: Row) -> str:
-            value = row.settings.get(name)
-            text = f"{value:g}" if isinstance(value, int | float) else "" if value is None else str(value)
-            return text + EDGE if name in row.at_edge else text
-
-        return Column("learning rate" if name == "lr" else name, cell)
-
     searched = dict.fromkeys(name for row in task.rows for name in row.arm.search)
-    return [column(name) for name in searched]
+    measured = [n for n in data.measures(task) if any(value for row in task.rows for value in row.values(measure(n)))]
+    cells: dict[str, Callable[[Row], str]] = {"arm": lambda row: row.name}
+    cells |= {"learning rate" if name == "lr" else name: partial(_setting, name) for name in searched}
+    cells[f"test {it.title}"] = _mean(test_score, it.score)
+    if width >= WIDE:
+        cells |= {"test loss": _mean(test_loss, number), "validation loss": _mean(validation_loss, number)}
+    cells[f"steps to {it.rounded(task.target)}"] = partial(_steps, task)
+    if width >= WIDE:
+        cells["seconds to it"] = partial(_seconds, task)
+    cells |= {name: _mean(measure(name), percent if name == "zeros" else number) for name in measured}
+    if width == inf:
+        cells["ms/step"] = _mean(ms_per_step, lambda interval: f"{interval.mean:.2f}")
+        cells["state KiB"] = lambda row: f"{row.runs[0].state_bytes / 1024:.0f}" if row.runs else ""
+    return Grid([*cells], [[cell(row) for cell in cells.values()] for row in task.rows])
 
 
-def _found(task: TaskResults, name: str) -> bool:
-    return any(value for row in task.rows for value in row.values(measure(name)))
-
-
-def _measure(name: str) -> Column:
-    return Column(name, _mean(measure(name), percent if name == "zeros" else number))
+def _setting(name: str, row: Row) -> str:
+    value = row.settings.get(name)
+    text = f"{value:g}" if isinstance(value, int | float) else "" if value is None else str(value)
+    return text + EDGE if name in row.at_edge else text
 
 
 def _mean(value: Callable[[RunRecord], float | None], write: Callable[[Interval], str]) -> Callable[[Row], str]:
@@ -147,7 +121,7 @@ def terminal(results: Results, width: int) -> list[Table]:
 
 def _terminal(task: TaskResults, width: int) -> Table:
     runs = counted(max((len(row.runs) for row in task.rows), default=0), "seed")
-    shown = grid([column for column in columns(task) if width >= column.least], task.rows)
+    shown = grid(task, width)
     table = shown.terminal(f"{task.name}, {runs}".replace(NBSP, " "))
     table.collapse_padding = True
     for column, title, cells in zip(table.columns, shown.titles, zip(*shown.rows, strict=True), strict=True):

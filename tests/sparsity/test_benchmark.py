@@ -22,7 +22,7 @@ from benchmarks.training import evaluate
 def miniature(monkeypatch):
     """A few short runs, one of which surely kills units, and timings of a few rounds."""
     arms = (
-        Arm(over="nothing", p=None, weight_decays=(0.0,)),
+        Arm(over="no decay", p=None, weight_decays=(0.0,)),
         Arm(over="AdamW's own", p=None, weight_decays=(1.0,)),
         Arm(over="rows", p=0.5, weight_decays=(1.0, 30.0)),
     )
@@ -74,7 +74,7 @@ def test_the_choice_is_by_validation_alone_and_of_the_smallest(monkeypatch):
         return Run(arm=arm, weight_decay=decay, validation=validation, shrunk=shrunk, error=0.0, **same)
 
     arms = (
-        Arm(over="nothing", p=None, weight_decays=(0.0,)),
+        Arm(over="no decay", p=None, weight_decays=(0.0,)),
         Arm(over="entries", p=1.0, weight_decays=(1.0, 2.0, 3.0)),
         Arm(over="rows", p=1.0, weight_decays=(1.0, 2.0)),
     )
