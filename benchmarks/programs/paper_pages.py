@@ -233,14 +233,10 @@ def _networks(results: Results) -> list[str]:
     parts = ["## What the aids change", Grid(heads, rows).markdown, "## Does regularity go with success?"]
     for arm in (arm.name for arm in results.study.arms):
         of = [task.row(arm) for task in results.tasks.values()]
+        columns = [[_by_seed(row, measured) for measured, _ in _MEASURES.values()] for row in of]
         rhos = []
         for seed in results.study.seeds:
-            pairs = [
-                (cosine, run.curve[-1].train_loss)
-                for row in of
-                for run in row.runs
-                if run.spec.seed == seed and not run.diverged and (cosine := run.measures.get("median cosine"))
-            ]
+            pairs = [(cosine[seed], loss[seed]) for cosine, loss in columns if seed in cosine]
             if len(pairs) > 3:
                 rhos.append(float(stats.spearmanr(*zip(*pairs, strict=True)).statistic))
         if len(rhos) > 1:
@@ -253,8 +249,8 @@ def _networks(results: Results) -> list[str]:
     for row in results.rows:
         cells = [number(it) if (it := mean_of(row, of)) else "–" for of in shown]
         networks.append([row.task.removeprefix("fashion-deep-"), row.name, _rate(row), *cells, _score(row)])
-    columns = ("network", "optimizer", "learning rate", *_MEASURES, "straightness", "steps with γ < 0", "test accuracy")
-    return [*parts, "## Networks", Grid(columns, networks).markdown]
+    titles = ("network", "optimizer", "learning rate", *_MEASURES, "straightness", "steps with γ < 0", "test accuracy")
+    return [*parts, "## Networks", Grid(titles, networks).markdown]
 
 
 # How numbers are written.
