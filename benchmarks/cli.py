@@ -292,13 +292,7 @@ def measure_radii(
     workers: Workers = None,
 ) -> None:
     """Measure which radius and ratio of learning rates Muon's presets need, and hold them against AdamW."""
-    made = functools.partial(_made, out=out, workers=workers)
-    grids = {key: made(radii.grid(*key)) for key in radii.CELLS}
-    cells = [cell for (length, _), results in grids.items() for cell in radii.tried(length, results)]
-    ratios = radii.choose(cells)
-    finals = {key: made(radii.final(*key, ratios, radii.rates(cells, *key))) for key in radii.CELLS}
-    edges = {key: made(radii.edge(*key)) for key in radii.CELLS}
-    kept.write(radii.condensed(grids, edges, finals), out / "radii.json")
+    kept.write(radii.measure(functools.partial(_made, out=out, workers=workers)), out / "radii.json")
     _say_where("For the documentation", out / "radii.json")
 
 

@@ -370,9 +370,9 @@ def _task(task: str, rows: Sequence[Row], baseline: str) -> TaskResults:
     worst = -math.inf if higher else math.inf
     finals = [worst if (score := validation_score(run)) is None else score for run in base.runs]
     target = median(finals) if finals else worst
-    alone = TaskResults(task, TASKS[task], tuple(rows), (), target if math.isfinite(target) else own, None)
     sound = [row.values(test_score) for row in rows if row.sound and not row.missing]
-    return replace(alone, noise=stats.noise_floor(np.array(sound)) if sound else None)
+    noise = stats.noise_floor(np.array(sound)) if sound else None
+    return TaskResults(task, TASKS[task], tuple(rows), (), target if math.isfinite(target) else own, noise)
 
 
 def _answer(question: Question, tasks: Mapping[str, TaskResults]) -> Answer:

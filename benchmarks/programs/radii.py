@@ -8,7 +8,7 @@ rate are held against AdamW at its best rate, by test data, on fresh seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -204,23 +204,22 @@ def rates(cells: Sequence[Tried], length: str, task: str) -> tuple[float, ...]:
     return (min(of_adamw, key=lambda cell: cell.loss).lr,)
 
 
-Cell = tuple[str, str]  # a length and a task
-
-
-def condensed(grids: Mapping[Cell, Results], edges: Mapping[Cell, Results], finals: Mapping[Cell, Results]) -> Radii:
-    """Return what the documentation needs of all studies."""
-    cells = [cell for (length, _), results in grids.items() for cell in tried(length, results)]
-    beyond = [cell for (length, _), results in edges.items() for cell in tried(length, results)]
-    every = [*grids.values(), *edges.values(), *finals.values()]
-    environments = {repr(e): e for results in every for e in results.environments}
+def measure(made: Callable[[Study], Results]) -> Radii:
+    """Have every study made, the grids first, by which the others are chosen; keep what the documentation needs."""
+    grids = [(length, made(grid(length, task))) for length, task in CELLS]
+    cells = [cell for length, results in grids for cell in tried(length, results)]
+    ratios = choose(cells)
+    finals = [(length, made(final(length, task, ratios, rates(cells, length, task)))) for length, task in CELLS]
+    edges = [(length, made(edge(length, task))) for length, task in CELLS]
+    every = [results for _, results in (*grids, *edges, *finals)]
     return Radii(
-        environments=list(environments.values()),
+        environments=list({repr(e): e for results in every for e in results.environments}.values()),
         epochs=EPOCHS,
         tuned_on=TUNED_ON,
         seeds=SEEDS,
         seconds=round(sum(results.seconds for results in every), 1),
-        tried=[*cells, *beyond],
-        found=[_found(length, row) for (length, _), results in finals.items() for row in results.rows],
+        tried=[*cells, *(cell for length, results in edges for cell in tried(length, results))],
+        found=[_found(length, row) for length, results in finals for row in results.rows],
     )
 
 
