@@ -134,7 +134,8 @@ def list_(
     if folder is None:
         listing.names(console)
     else:
-        listing.studies(console, [(path, _open(path)) for path in _folders(folder)], folder)
+        candidates = [folder, *sorted(path for path in folder.glob("*/") if path.is_dir())]
+        listing.studies(console, [(path, _open(path)) for path in candidates if Store.begun(path)], folder)
 
 
 @app.command("report")
@@ -384,12 +385,6 @@ def _study(store: Store) -> Study:
     if store.study is None:
         raise UnfitStore(f"{store.folder} holds no study: begin one with `python -m benchmarks run`")
     return store.study
-
-
-def _folders(folder: Path) -> list[Path]:
-    """The folders of studies: this one, or those in it."""
-    candidates = [folder, *sorted(path for path in folder.glob("*/") if path.is_dir())]
-    return [path for path in candidates if Store.begun(path)]
 
 
 def _report(store: Store, folder: Path) -> None:

@@ -7,6 +7,7 @@ goes on. When a study is finished, `Store.compact` gathers the files in one ``ru
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,6 @@ import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from io import FileIO
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,10 @@ class Store:
     @property
     def trials(self) -> dict[Key, list[Trial]]:
         """The trials of every task and arm in the order of their numbers, up to the first that is not there."""
-        return {key: [found[n] for n in range(_run_of(found))] for key, found in self._trials.items()}
+        return {
+            key: [found[number] for number in itertools.takewhile(found.__contains__, itertools.count())]
+            for key, found in self._trials.items()
+        }
 
     def begin(self, study: Study, environment: Environment) -> None:
         """Note the study and the environment, each once.
@@ -384,7 +387,7 @@ class Store:
             others, runs = parquet.read(Path(temporary))
             again = (RunRecord.model_validate(run).model_dump_json() for run in runs)
             mine = (run.model_dump_json() for run in self.runs.values())
-            if others != self._others() or any(one != other for one, other in zip_longest(mine, again)):
+            if others != self._others() or any(one != other for one, other in itertools.zip_longest(mine, again)):
                 raise OSError(f"{path} could not be written: what was read back is not what was to be stored")
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
@@ -430,14 +433,6 @@ def _opened(line: bytes) -> Any:
     if isinstance(content, dict) and "crc" in content and _sealed(line[:-SEAL]) != line:
         raise ValueError("its checksum is another")
     return content
-
-
-def _run_of(numbers: dict[int, Trial]) -> int:
-    """How many numbers there are from 0 on without a gap."""
-    n = 0
-    while n in numbers:
-        n += 1
-    return n
 
 
 def _warn(text: str) -> None:
