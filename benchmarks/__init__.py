@@ -1,8 +1,8 @@
 """Programs that measure normopt: ``python -m benchmarks`` from the root of the repository.
 
 ``study/`` is what an ablation is and how it runs, ``tasks/``, ``optimizers`` and ``training`` what a run is, ``store``
-where results go, ``results``, ``stats`` and ``report/`` what they say. ``speed/`` times steps, and ``programs/`` has a
-file for each smaller measurement.
+where results go, ``results``, ``stats`` and ``report/`` what they say. ``speed/`` times steps, ``programs/`` has a file
+for each smaller measurement, and ``grid`` is the tables of all of them.
 
 Imports run one way: cli → report → results → stats, store, study.lanes → training → optimizers, tasks → study.spec.
 Nothing imports upward, and normopt imports nothing from here.

@@ -106,7 +106,8 @@ def run(
     amp: Annotated[bool, typer.Option("--amp", help="Make forward passes under bfloat16 autocast.")] = False,
 ) -> None:
     """Run a study and write its report. The same command continues a study that was interrupted."""
-    study = flags.study(what, task or (), arm or (), trials, seeds, budget, baseline, batch_size, tuning_seeds, amp)
+    others = {"seeds": seeds, "budget": budget, "baseline": baseline, "batch_size": batch_size, "amp": amp}
+    study = flags.study(what, task or (), arm or (), trials, tuning_seeds, **others)
     folder = out or RESULTS / study.name
     if dry_run:
         rehearse(study)
@@ -131,7 +132,8 @@ def list_(
     if folder is None:
         listing.names(console)
     else:
-        listing.studies(console, [(path, _open(path)) for path in _folders(folder)], folder)
+        candidates = [folder, *sorted(path for path in folder.glob("*/") if path.is_dir())]
+        listing.studies(console, [(path, _open(path)) for path in candidates if Store.begun(path)], folder)
 
 
 @app.command("report")
@@ -275,8 +277,8 @@ def measure_adaptive_norms(
 ) -> None:
     """Run the two studies of ℓp directions in adaptive coordinates, and store what the documentation shows."""
     for study in adaptive_norms.STUDIES:
-        _run(PRESETS[study], out / study, workers)
-        kept.write(adaptive_norms.condensed(collect(_open(out / study))), out / f"{study.replace('-', '_')}.json")
+        results = _made(PRESETS[study], out, workers)
+        kept.write(adaptive_norms.condensed(results), out / f"{study.replace('-', '_')}.json")
     _say_where("For the documentation", out)
 
 
@@ -287,18 +289,14 @@ def measure_radii(
     workers: Workers = None,
 ) -> None:
     """Measure which radius and learning-rate ratio Muon's presets need, and compare them with AdamW."""
-
-    def made(study: Study) -> Results:
-        _run(study, out / study.name, workers)
-        return collect(_open(out / study.name))
-
-    grids = {(length, task): made(radii.grid(length, task)) for length, task in radii.CELLS}
-    cells = [cell for (length, _), results in grids.items() for cell in radii.tried(length, results)]
-    ratios = radii.choose(cells)
-    finals = {key: made(radii.final(*key, ratios, radii.rates(cells, *key))) for key in radii.CELLS}
-    edges = {key: made(radii.edge(*key)) for key in radii.CELLS}
-    kept.write(radii.condensed(grids, edges, finals), out / "radii.json")
+    kept.write(radii.measure(functools.partial(_made, out=out, workers=workers)), out / "radii.json")
     _say_where("For the documentation", out / "radii.json")
+
+
+def _made(study: Study, out: Path, workers: int | None) -> Results:
+    """Run a study in a folder of its own in this one."""
+    _run(study, out / study.name, workers)
+    return collect(_open(out / study.name))
 
 
 def _measure(name: str, out: Path, workers: int | None) -> None:
@@ -383,12 +381,6 @@ def _study(store: Store) -> Study:
     if store.study is None:
         raise UnfitStore(f"{store.folder} holds no study: begin one with `python -m benchmarks run`")
     return store.study
-
-
-def _folders(folder: Path) -> list[Path]:
-    """The folders of studies: this one, or those in it."""
-    candidates = [folder, *sorted(path for path in folder.glob("*/") if path.is_dir())]
-    return [path for path in candidates if Store.begun(path)]
 
 
 def _report(store: Store, folder: Path) -> None:

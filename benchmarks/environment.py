@@ -66,7 +66,7 @@ def here(tasks: tuple[str, ...], optimizers: tuple[str, ...] = ()) -> Environmen
         sklearn=version("scikit-learn"),
         gpu=_gpu(tasks),
         commit=_commit(),
-        data=_fingerprints(tasks),
+        data={task: digest for task in tasks if (digest := TASKS[task].fingerprint()) is not None},
         code={name: _code(name.partition(":")[0]) for name in optimizers},
     )
 
@@ -100,11 +100,6 @@ def _code(module: str) -> str:
             finder.import_hook(module)
         files |= {file for found in finder.modules.values() if (file := getattr(found, "__file__", None))}
     return hashlib.sha256(b"\0".join(sorted(Path(file).read_bytes() for file in files))).hexdigest()
-
-
-def _fingerprints(tasks: Iterable[str]) -> dict[str, str]:
-    found = {task: TASKS[task].fingerprint() for task in tasks}
-    return {task: print_ for task, print_ in found.items() if print_ is not None}
 
 
 def _gpu(tasks: Iterable[str]) -> str | None:

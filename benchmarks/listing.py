@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from benchmarks.doctor import Check
+from benchmarks.grid import Grid
 from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.progress import clock_time
 from benchmarks.store import Store
@@ -27,18 +26,20 @@ DESCRIBED = 100  # characters of a task's description; a report has all of it
 
 def names(console: Console) -> None:
     """Print the presets, the tasks and the optimizers."""
-    presets = _table("Preset", "Question", "Tasks", "Arms", "Runs")
+    presets = []
     for study in PRESETS.values():
         runs = sum(lane.runs_wanted for lane in lanes(study).values())
-        presets.add_row(study.name, study.purpose, *map(str, (len(study.tasks), len(study.arms), runs)))
-    tasks = _table("Task", "What is learned", "Epochs")
-    for task in TASKS.values():
-        tasks.add_row(task.name, shorten(task.description, DESCRIBED, placeholder=" …"), str(task.epochs))
-    optimizers = _table("Optimizer", "Rule")
-    for name, entry in OPTIMIZERS.items():
-        optimizers.add_row(name, entry.rule)
-    for table in (presets, tasks, optimizers):
-        console.print(table)
+        presets.append([study.name, study.purpose, *map(str, (len(study.tasks), len(study.arms), runs))])
+    tasks = [
+        (task.name, shorten(task.description, DESCRIBED, placeholder=" …"), str(task.epochs)) for task in TASKS.values()
+    ]
+    optimizers = [(name, entry.rule) for name, entry in OPTIMIZERS.items()]
+    for titles, rows in (
+        (("Preset", "Question", "Tasks", "Arms", "Runs"), presets),
+        (("Task", "What is learned", "Epochs"), tasks),
+        (("Optimizer", "Rule"), optimizers),
+    ):
+        console.print(Grid(titles, rows, left=2).terminal())
     console.print("Name an optimizer of your own as my_module:MyOptimizer. Try: python -m benchmarks run quick")
 
 
@@ -47,7 +48,7 @@ def studies(console: Console, found: Sequence[tuple[Path, Store]], folder: Path)
     if not found:
         console.print(f"No study in {folder}.")
         return
-    table = _table("Folder", "Study", "Runs", "Diverged", "Failed", "Last change")
+    rows = []
     for path, store in found:
         if store.study is None:
             continue
@@ -56,13 +57,15 @@ def studies(console: Console, found: Sequence[tuple[Path, Store]], folder: Path)
         done = total - sum(left(lane, all_lanes, store.losses) for lane in all_lanes.values())
         diverged = sum(record.diverged for record in store.runs.values())
         changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(store.changed))
-        table.add_row(str(path), store.study.name, f"{done}/{total}", str(diverged), str(len(store.failures)), changed)
-    console.print(table)
+        failed = str(len(store.failures))
+        rows.append([str(path), store.study.name, f"{done}/{total}", str(diverged), failed, changed])
+    titles = ("Folder", "Study", "Runs", "Diverged", "Failed", "Last change")
+    console.print(Grid(titles, rows, left=2).terminal())
 
 
 def estimated(console: Console, of: Estimate, workers: int) -> None:
     """How many runs a study has, and about how long they take."""
-    table = _table("Task", "Arm", "Trials", "Runs", "Missing", "Seconds a run", "Time")
+    table = Grid(("Task", "Arm", "Trials", "Runs", "Missing", "Seconds a run", "Time"), (), left=2).terminal()
     for (task, arm), lane in of.lanes.items():
         key, tuning = (task, arm), lane.study.tuning
         seconds = of.seconds.get(key)
@@ -107,11 +110,3 @@ def examined(console: Console, checks: Sequence[Check]) -> None:
     for check in checks:
         sign, style = ("✓", "green") if check.good else ("✗", "bold red") if check.fatal else ("–", "yellow")
         console.print(Text.assemble((f"{sign} ", style), (check.what, "bold"), f": {check.found}"), soft_wrap=True)
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in titles:
-        number = title in ("Tasks", "Arms", "Runs", "Epochs", "Trials", "Missing", "Seconds a run", "Time", "Failed")
-        table.add_column(title, justify="right" if number or title == "Diverged" else "left")
-    return table

@@ -15,7 +15,7 @@ from benchmarks.environment import Environment
 from benchmarks.questions import Pair, Question, questions
 from benchmarks.stats import ALPHA, Difference, Draws, Interval, Profile, holm, paired
 from benchmarks.store import Failure, Store, UnfitStore
-from benchmarks.study.lanes import Choice, Key, Trial, choices, final_specs
+from benchmarks.study.lanes import Choice, Lane, Trial, chosen, lanes
 from benchmarks.study.record import RunRecord
 from benchmarks.study.spec import Arm, Range, Study
 from benchmarks.tasks import TASKS
@@ -254,9 +254,12 @@ class Answer:
 
     def counts(self, arm: str = "", against: str = "") -> tuple[int, int, int]:
         """(better, worse, ties), of all pairs or of one."""
-        cases = [c for c in self.comparisons if not arm or (c.row.name, c.against.name) == (arm, against)]
-        verdicts = [c.verdict for c in cases]
+        verdicts = [c.verdict for c in (self.between(arm, against) if arm else self.comparisons)]
         return verdicts.count(1), verdicts.count(-1), verdicts.count(0)
+
+    def between(self, arm: str, against: str) -> list[Comparison]:
+        """The comparisons of one pair."""
+        return [c for c in self.comparisons if (c.row.name, c.against.name) == (arm, against)]
 
 
 @dataclass(frozen=True)
@@ -328,19 +331,15 @@ def collect(store: Store) -> Results:
     unknown = [task for task in study.tasks if task not in TASKS]
     if unknown:
         raise UnfitStore(f"the study has the tasks {', '.join(unknown)}, which this version of the program has not")
-    trials = store.trials
-    found = choices(study, trials)
-    ids = {key: [spec.run_id for spec in specs] for key, specs in final_specs(study, found).items()}
-    tasks = {task: _task(study, task, store, trials, found, ids) for task in study.tasks}
+    all_lanes = lanes(study, store.trials)
+    rows = [_row(store, lane, chosen(lane, all_lanes)) for lane in all_lanes.values()]
+    tasks = {task: _task(task, [row for row in rows if row.task == task], study.baseline) for task in study.tasks}
     asked = questions(study)
     answers = [_answer(question, tasks) for question in asked]
     for name, task in tasks.items():
         mine = tuple(c for answer in answers for c in answer.comparisons if c.row.task == name)
         tasks[name] = replace(task, comparisons=mine)
     standings, improvements = _over_tasks(study, asked, [task for task in tasks.values() if task.whole])
-    rows = [row for task in tasks.values() for row in task.rows]
-    tuning = study.tuning
-    tried = tuning.runs(tuning.trials + tuning.finalists) * sum(bool(arm.search) for arm in study.arms)
     return Results(
         folder=store.folder,
         study=study,
@@ -349,46 +348,31 @@ def collect(store: Store) -> Results:
         answers=answers,
         standings=standings,
         improvements=improvements,
-        done=sum(tuning.runs(len(row.trials)) + len(row.runs) + row.failed for row in rows),
-        wanted=len(study.tasks) * (tried + len(study.arms) * len(study.seeds)),
+        done=sum(study.tuning.runs(len(row.trials)) + len(row.runs) + row.failed for row in rows),
+        wanted=sum(lane.runs_wanted for lane in all_lanes.values()),
         failures=store.failures,
         seconds=sum(run.seconds for run in store.runs.values()),
     )
 
 
-def _task(
-    study: Study,
-    task: str,
-    store: Store,
-    trials: Mapping[Key, Sequence[Trial]],
-    found: Mapping[Key, Choice],
-    final: Mapping[Key, Sequence[str]],
-) -> TaskResults:
-    rows = []
-    for arm in study.arms:
-        ids = final.get((task, arm.name), ())
-        failed = sum(run_id in store.failures for run_id in ids)
-        runs = tuple(store.runs[run_id] for run_id in ids if run_id in store.runs)
-        rows.append(
-            Row(
-                task=task,
-                arm=arm,
-                trials=tuple(trials.get((task, arm.name), ())),
-                choice=found.get((task, arm.name)),
-                runs=runs,
-                failed=failed,
-                missing=len(study.seeds) - len(runs) - failed,
-            )
-        )
-    base = next(row for row in rows if row.name == study.baseline)
+def _row(store: Store, lane: Lane, choice: Choice | None) -> Row:
+    ids = [spec.run_id for spec in lane.final_specs(choice)] if choice else []
+    runs = tuple(store.runs[run_id] for run_id in ids if run_id in store.runs)
+    failed = sum(run_id in store.failures for run_id in ids)
+    missing = len(lane.study.seeds) - len(runs) - failed
+    return Row(lane.task, lane.arm, tuple(lane.trials), choice, runs, failed, missing)
+
+
+def _task(task: str, rows: Sequence[Row], baseline: str) -> TaskResults:
+    base = next(row for row in rows if row.name == baseline)
     own, higher = TASKS[task].target, TASKS[task].higher_is_better
     # A baseline that diverged on most seeds sets no target.
     worst = -math.inf if higher else math.inf
     finals = [worst if (score := validation_score(run)) is None else score for run in base.runs]
     target = median(finals) if finals else worst
-    alone = TaskResults(task, TASKS[task], tuple(rows), (), target if math.isfinite(target) else own, None)
     sound = [row.values(test_score) for row in rows if row.sound and not row.missing]
-    return replace(alone, noise=stats.noise_floor(np.array(sound)) if sound else None)
+    noise = stats.noise_floor(np.array(sound)) if sound else None
+    return TaskResults(task, TASKS[task], tuple(rows), (), target if math.isfinite(target) else own, noise)
 
 
 def _answer(question: Question, tasks: Mapping[str, TaskResults]) -> Answer:

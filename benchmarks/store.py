@@ -7,6 +7,7 @@ goes on. When a study is finished, `Store.compact` gathers the files in one ``ru
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -19,11 +20,11 @@ import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from io import FileIO
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_jsonable_python
 
 from benchmarks import parquet
 from benchmarks.environment import Environment
@@ -137,7 +138,10 @@ class Store:
     @property
     def trials(self) -> dict[Key, list[Trial]]:
         """The trials of every task and arm in the order of their numbers, up to the first that is not there."""
-        return {key: [found[n] for n in range(_run_of(found))] for key, found in self._trials.items()}
+        return {
+            key: [found[number] for number in itertools.takewhile(found.__contains__, itertools.count())]
+            for key, found in self._trials.items()
+        }
 
     def begin(self, study: Study, environment: Environment) -> None:
         """Note the study and the environment, each once.
@@ -152,8 +156,7 @@ class Store:
             )
         self._check(environment)
         if self.study is None:
-            self._append("study", study)
-            self.study = study
+            self._keep("study", study)
         self.note(environment)
 
     def note(self, environment: Environment) -> None:
@@ -164,27 +167,22 @@ class Store:
         """
         if environment not in self.environments:
             self._check(environment)
-            self._append("environment", environment)
-            self.environments.append(environment)
+            self._keep("environment", environment)
 
     def add(self, record: RunRecord) -> None:
         """Store a run, safely on disk when this returns; one that is stored already is left as it is."""
         if record.id not in self.runs:
-            self._append("run", record)
-            self._take({"run": record})
+            self._keep("run", record)
 
     def add_failure(self, failure: Failure) -> None:
         """Store that a run failed."""
         if failure.id not in self.runs and failure.id not in self.failures:
-            self._append("failure", failure)
-            self._take({"failure": failure})
+            self._keep("failure", failure)
 
     def add_trial(self, task: str, arm: str, trial: Trial) -> None:
         """Store a trial; one with this number that is stored already is left as it is."""
         if trial.number not in self._trials.get((task, arm), {}):
-            told = Told(task=task, arm=arm, trial=trial)
-            self._append("trial", told)
-            self._take({"trial": told})
+            self._keep("trial", Told(task=task, arm=arm, trial=trial))
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Give arms other names, here and not in the folder: for a comparison; nothing can be stored from then on.
@@ -255,6 +253,10 @@ class Store:
                             f"{environment.python}): put it back as it was, to go on, or run the study in a new folder "
                             "(run … --out FOLDER)"
                         )
+
+    def _keep(self, kind: str, content: BaseModel) -> None:
+        self._append(kind, content)
+        self._take({kind: content})
 
     def _append(self, kind: str, content: BaseModel | dict[str, str], safely: bool = True) -> None:
         if self._own is None:
@@ -385,7 +387,7 @@ class Store:
             others, runs = parquet.read(Path(temporary))
             again = (RunRecord.model_validate(run).model_dump_json() for run in runs)
             mine = (run.model_dump_json() for run in self.runs.values())
-            if others != self._others() or any(one != other for one, other in zip_longest(mine, again)):
+            if others != self._others() or any(one != other for one, other in itertools.zip_longest(mine, again)):
                 raise OSError(f"{path} could not be written: what was read back is not what was to be stored")
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
@@ -398,16 +400,14 @@ class Store:
 
     def _others(self) -> dict[str, Any]:
         """Return the data of the study, as opposed to those of its runs."""
-        return {
-            "study": None if self.study is None else self.study.model_dump(mode="json"),
-            "environments": [environment.model_dump(mode="json") for environment in self.environments],
-            "trials": [
-                Told(task=task, arm=arm, trial=trial).model_dump(mode="json")
-                for (task, arm), trials in self._trials.items()
-                for _, trial in sorted(trials.items())
-            ],
-            "failures": [failure.model_dump(mode="json") for failure in self.failures.values()],
-        }
+        trials = [
+            Told(task=task, arm=arm, trial=trial)
+            for (task, arm), trials in self._trials.items()
+            for _, trial in sorted(trials.items())
+        ]
+        failures = [*self.failures.values()]
+        others = {"study": self.study, "environments": self.environments, "trials": trials, "failures": failures}
+        return {kind: to_jsonable_python(content) for kind, content in others.items()}
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -433,14 +433,6 @@ def _opened(line: bytes) -> Any:
     if isinstance(content, dict) and "crc" in content and _sealed(line[:-SEAL]) != line:
         raise ValueError("its checksum is another")
     return content
-
-
-def _run_of(numbers: dict[int, Trial]) -> int:
-    """How many numbers there are from 0 on without a gap."""
-    n = 0
-    while n in numbers:
-        n += 1
-    return n
 
 
 def _warn(text: str) -> None:

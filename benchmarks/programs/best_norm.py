@@ -24,6 +24,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -126,42 +127,6 @@ class Checkpoint(Frozen):
     step: float
     batch: Decreases
     large: Decreases
-
-
-class Change(Frozen):
-    """How a quantity changes from the checkpoints up to EARLY to those from LATE on: means and 95 % intervals.
-
-    Attributes:
-        what: "1/p" of the best ℓp norm; "ℓ6/ℓ2", log₂ of the ratio of decreases; or "anisotropy", its log₂.
-        early, late, difference: over the seeds, each training's own mean: mean, low, high.
-        p_value: of the difference, Holm-corrected over the tasks: by the exact sign-flip test if there are seeds enough
-            for it to reject, else by the paired t test.
-        correlation: Spearman's with the anisotropy over the checkpoints of a training, over the seeds.
-    """
-
-    what: str
-    gradient: str
-    adaptive: bool
-    by: str
-    task: str
-    early: tuple[float, float, float]
-    late: tuple[float, float, float]
-    difference: tuple[float, float, float]
-    p_value: float
-    correlation: tuple[float, float, float]
-
-
-class BestNorm(Frozen):
-    """All trainings; ``norms`` are the columns of `Decreases`, ``seconds`` those of the clock."""
-
-    torch: str
-    setting: Setting
-    seconds: float
-    checkpoints: list[Checkpoint]
-    norms: tuple[str, ...] = NORMS
-    early: float = EARLY
-    late: float = LATE
-    changes: list[Change]
 
 
 def directions(c: Sequence[Tensor], roots: Sequence[Tensor]) -> Tensor:
@@ -333,8 +298,11 @@ def count() -> int:
     return len(PLANS) * len(SEEDS)
 
 
-def measure(workers: int, advance: Advance, folder: Path) -> BestNorm:
-    """Measure every task and seed; ``advance`` is told of each training, and the folder keeps it."""
+def measure(workers: int, advance: Advance, folder: Path) -> dict[str, Any]:
+    """Measure every task and seed; ``advance`` is told of each training, and the folder keeps it.
+
+    Beside the checkpoints there are their `changes`; ``norms`` are the columns of `Decreases`.
+    """
     began, setting = time.perf_counter(), Setting()
     cells = [(task, seed, setting) for seed in SEEDS for task in setting.plans]
     found: dict[str, list[Checkpoint]] = {task: [] for task in setting.plans}
@@ -342,10 +310,16 @@ def measure(workers: int, advance: Advance, folder: Path) -> BestNorm:
         found[task] += checkpoints
         advance("best-norm", 1)
     every = [c for of_task in found.values() for c in of_task]
-    seconds = round(time.perf_counter() - began, 1)
-    return BestNorm(
-        torch=torch.__version__, setting=setting, seconds=seconds, checkpoints=every, changes=changes(every)
-    )
+    return {
+        "torch": torch.__version__,
+        "setting": setting,
+        "seconds": round(time.perf_counter() - began, 1),
+        "norms": NORMS,
+        "early": EARLY,
+        "late": LATE,
+        "checkpoints": every,
+        "changes": changes(every),
+    }
 
 
 def inverse(found: Decreases, by: str, adaptive: bool) -> float:
@@ -362,21 +336,29 @@ def ratio(found: Decreases, by: str, adaptive: bool) -> float:
 
 
 def quantity(what: str, gradient: str, adaptive: bool, by: str, at: Checkpoint) -> float:
-    """Return the value of a `Change` at a checkpoint."""
+    """Return the value at a checkpoint of what `changes` compares."""
     if what == "anisotropy":
         return math.log2(at.anisotropy)
     return (inverse if what == "1/p" else ratio)(getattr(at, gradient), by, adaptive)
 
 
-def changes(checkpoints: Sequence[Checkpoint]) -> list[Change]:
-    """Return the change of every quantity on every task. Values that are NaN are left out."""
+def changes(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """Return how every quantity changes from the checkpoints up to EARLY to those from LATE on, on every task.
+
+    - what: "1/p" of the best ℓp norm; "ℓ6/ℓ2", log₂ of the ratio of decreases; or "anisotropy", its log₂. By the
+      ``gradient`` and the decrease (``by``) that are named, in ``adaptive`` coordinates or not. NaN is left out.
+    - early, late, difference: over the seeds, each training's own mean: mean, and the ends of the 95 % interval.
+    - correlation: Spearman's with the anisotropy over the checkpoints of a training, over the seeds.
+    - p_value: of the difference, Holm-corrected over the tasks: by the exact sign-flip test if there are seeds enough
+      for it to reject, else by the paired t test.
+    """
     runs: dict[str, dict[int, list[Checkpoint]]] = {}
     for c in checkpoints:
         runs.setdefault(c.task, {}).setdefault(c.seed, []).append(c)
-    found: list[dict[str, object]] = []
+    found: list[dict[str, Any]] = []
     kinds = product(("1/p", "ℓ6/ℓ2"), ("batch", "large"), (False, True), BY)
     for kind in (("anisotropy", "large", False, "best"), *kinds):
-        p_values, names = [], ("what", "gradient", "adaptive", "by")
+        p_values = []
         for task, seeds in runs.items():
             rows = []
             for run in seeds.values():
@@ -385,16 +367,17 @@ def changes(checkpoints: Sequence[Checkpoint]) -> list[Change]:
                 if early and late:
                     rank = _rank([x for _, x in known], [c.anisotropy for c, _ in known])
                     rows.append((fmean(early), fmean(late), rank))
-            columns = dict(zip(("early", "late", "correlation"), zip(*rows, strict=True), strict=True))
-            test = paired(columns["late"], columns["early"])
+            before, after, ranks = zip(*rows, strict=True)
+            test = paired(after, before)
             exact = test.exact if len(rows) >= pairs_needed(len(runs)) else None
             p_values.append(test.p_value if exact is None else exact)
-            intervals = {key: interval(values) for key, values in columns.items()} | {"difference": test.interval}
-            numbers = {key: [digits(y) for y in (x.mean, x.low, x.high)] for key, x in intervals.items()}
-            found.append(dict(zip(names, kind, strict=True)) | {"task": task} | numbers)
+            intervals = {"early": interval(before), "late": interval(after), "difference": test.interval}
+            intervals["correlation"] = interval(ranks)
+            names = dict(zip(("what", "gradient", "adaptive", "by"), kind, strict=True)) | {"task": task}
+            found.append(names | {key: [digits(x) for x in (i.mean, i.low, i.high)] for key, i in intervals.items()})
         for change, p in zip(found[-len(runs) :], holm(p_values), strict=True):
             change["p_value"] = digits(p)
-    return [Change.model_validate(change) for change in found]
+    return found
 
 
 def _rank(a: Sequence[float], b: Sequence[float]) -> float:

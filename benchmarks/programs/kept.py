@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 
-def write(result: BaseModel, path: Path) -> None:
+def write(result: BaseModel | Mapping[str, Any], path: Path) -> None:
     """As JSON, every record of its lists of them a line, so that a later measurement shows what changed."""
-    lists = {
-        name: value
-        for name, value in result
-        if isinstance(value, list | tuple) and value and all(isinstance(record, BaseModel) for record in value)
-    }
-    parts = [json.dumps(result.model_dump(exclude=set(lists)), ensure_ascii=False)[1:-1]]
-    for name, records in lists.items():
-        lines = ",\n".join(record.model_dump_json() for record in records)
-        parts.append(f'"{name}": [\n{lines}\n]')
+    parts = []
+    for name, value in dict(result).items():
+        records = isinstance(value, list) and value and isinstance(value[0], BaseModel | dict)
+        lines = ",\n".join(map(_json, value)) if records else ""
+        parts.append(f'"{name}": ' + (f"[\n{lines}\n]" if records else _json(value)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{" + ", ".join(part for part in parts if part) + "}\n", encoding="utf-8")
+    path.write_text("{" + ", ".join(parts) + "}\n", encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    return to_json(value).decode()

@@ -6,16 +6,19 @@ those of the protocol that was declared before.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable
+from itertools import product
 from statistics import mean
+from typing import NamedTuple
 
 from scipy import stats
 
-from benchmarks.report.tables import Grid
+from benchmarks.grid import Grid
+from benchmarks.report.data import mean_of
 from benchmarks.report.text import filled, number, p_value, percent, signed, unit
 from benchmarks.results import Comparison, Results, Row, TaskResults, collect, measure, test_score
-from benchmarks.stats import ALPHA, Interval, holm, interval, paired
+from benchmarks.stats import ALPHA, Difference, Interval, holm, interval, paired
 from benchmarks.store import Store
 from benchmarks.study import papers
 from benchmarks.study.papers import Protocol
@@ -32,21 +35,19 @@ def page(protocol: Protocol, results: Results | None) -> str:
     """Return the page as Markdown; without results, what is declared."""
     name = protocol.study.name
     link = f"[arXiv:{protocol.paper}](https://arxiv.org/abs/{protocol.paper})"
-    parts = [f"# {TITLES[name]}", f"**The claim** of {link}: {protocol.claim}."]
+    parts = [f"# {PAGES[name].title}", f"**The claim** of {link}: {protocol.claim}."]
     if results is None:
         parts.append(NOT_YET)
     else:
         done = "" if results.whole else f" Only {results.done} of {results.wanted} runs are done: this can change."
-        lost = (
-            sorted({row.name for row in results.rows if row.diverged or row.failed}) if len(results.tasks) == 1 else []
-        )
-        if lost:
+        lost = sorted({row.name for row in results.rows if row.diverged or row.failed})
+        if lost and len(results.tasks) == 1:
             verdict = f"no verdict, as final runs of {', '.join(lost)} were lost."
         elif not all(len(row.runs) > 1 or row.diverged for row in results.rows):
             verdict = "too few runs are done for a verdict."
         else:
-            verdict = VERDICTS[name](results)
-        parts += [f"**Here:** {verdict}{done}", *_beside(protocol, results), *TABLES[name](results)]
+            verdict = PAGES[name].verdict(results)
+        parts += [f"**Here:** {verdict}{done}", *_beside(protocol, results), *PAGES[name].tables(results)]
     parts += [
         "## How it was done",
         f"`python -m benchmarks run {name}` makes this study. {_filled_in(protocol, results)}",
@@ -84,8 +85,9 @@ def _beside(protocol: Protocol, results: Results) -> list[str]:
     """Return the paper's numbers beside ours."""
     if not protocol.reported:
         return ["We do not have the paper's numbers, so the tables show only ours."]
-    ours = OURS[protocol.study.name](results)
-    return [_table(("", "the paper", "here"), [(w, value, ours.get(w, "–")) for w, value in protocol.reported.items()])]
+    ours = PAGES[protocol.study.name].ours(results)
+    rows = [(what, value, ours.get(what, "–")) for what, value in protocol.reported.items()]
+    return [Grid(("", "the paper", "here"), rows).markdown]
 
 
 # Every page's own words.
@@ -111,15 +113,14 @@ def _pwd(results: Results) -> str:
 def _lpsgdm(results: Results) -> str:
     (task,) = results.tasks.values()
     others = [c for c in task.comparisons if c.row.name.removesuffix(" tuned") in ("SGD", "AdamW", "Lion")]
-    beaten = [c for c in others if c.verdict < 0]
+    verdicts = [c.verdict for c in others]
+    better, worse, ties = map(verdicts.count, (-1, 1, 0))  # of LPSGDM: the verdicts are the others'
     cases = {c.row.name: c for c in task.comparisons}
     length, constant = cases["SGD at LPSGDM's length"], cases["p = 6 tuned"]
-    lost = [c for c in others if c.verdict > 0]
-    rest = len(others) - len(beaten) - len(lost)
     return (
-        f"the claim {'holds' if len(beaten) == len(others) else 'does not hold'}: of {len(others)} comparisons with "
-        f"SGD, AdamW and Lion, at the paper's settings and tuned, LPSGDM is significantly better in {len(beaten)}, "
-        f"significantly worse in {len(lost)}, with no significant difference in {rest}. "
+        f"the claim {'holds' if better == len(others) else 'does not hold'}: of {len(others)} comparisons with "
+        f"SGD, AdamW and Lion, at the paper's settings and tuned, LPSGDM is significantly better in {better}, "
+        f"significantly worse in {worse}, with no significant difference in {ties}. "
         f"The controls: {_pair(length)} is {_difference(length)}, {_word(length)}: "
         f"{_of(length, 'the direction helps')}; {_pair(constant)} is {_difference(constant)}, {_word(constant)}: "
         f"{_of(constant, 'annealing p helps')}."
@@ -159,48 +160,42 @@ _MEASURES: dict[str, tuple[Callable[[RunRecord], float | None], int]] = {
 }
 
 
-class _Effect:
-    """Return the change of one measure by one aid under one optimizer: paired by seed, over the other two aids."""
+class Effect(NamedTuple):
+    """The change of one measure by one aid under one optimizer: paired by seed, over the other two aids."""
 
-    def __init__(self, arm: str, aid: str, name: str, on: list[Row], off: list[Row]) -> None:
-        self.arm, self.aid, self.name = arm, aid, name
-        of, self.sign = _MEASURES[name]
-        values = [[_by_seed(row, of) for row in side] for side in (on, off)]
-        seeds = set.intersection(*(set(found) for side in values for found in side))
-        sides = [[mean(found[seed] for found in side) for seed in sorted(seeds)] for side in values]
-        self.seeds = len(seeds)
-        self.difference = paired(*sides) if self.seeds > 1 else None
-        self.adjusted = math.nan
+    arm: str
+    aid: str
+    measure: str
+    difference: Difference
+    adjusted: float
 
     @property
     def better(self) -> bool:
-        return self.difference is not None and self.adjusted < ALPHA and self.sign * self.difference.interval.mean > 0
+        _, sign = _MEASURES[self.measure]
+        return self.adjusted < ALPHA and sign * self.difference.interval.mean > 0
 
 
-def effects(results: Results) -> list[_Effect]:
-    """Return the effects of batch normalisation, skips and ReLU, Holm-corrected together."""
+def effects(results: Results) -> list[Effect]:
+    """Return the effects of batch normalisation, skips and ReLU that can be tested, Holm-corrected together."""
     found = []
-    for arm in (arm.name for arm in results.study.arms):
-        for aid, has in _AIDS:
-            sides: tuple[list[Row], list[Row]] = [], []
-            for task in DEEP:
-                if task.name in results.tasks:
-                    sides[not has(task)].append(results.tasks[task.name].row(arm))
-            found += [_Effect(arm, aid, name, *sides) for name in _MEASURES]
-    tested = [effect for effect in found if effect.difference is not None]
-    for effect, p in zip(tested, holm([e.difference.p_value for e in tested if e.difference]), strict=True):
-        effect.adjusted = p
-    return found
+    for arm, (aid, has), name in product(results.study.arms, _AIDS, _MEASURES):
+        sides: tuple[list[dict[int, float]], ...] = [], []
+        for task in DEEP:
+            if task.name in results.tasks:
+                row = results.tasks[task.name].row(arm.name)
+                sides[not has(task)].append(_by_seed(row, _MEASURES[name][0]))
+        seeds = sorted(set.intersection(*(set(values) for side in sides for values in side)))
+        if len(seeds) > 1:
+            on, off = ([mean(values[seed] for values in side) for seed in seeds] for side in sides)
+            found.append((arm.name, aid, name, paired(on, off)))
+    adjusted = holm([difference.p_value for *_, difference in found])
+    return [Effect(*case, p) for case, p in zip(found, adjusted, strict=True)]
 
 
 def _trajectory(results: Results) -> str:
-    found = effects(results)
-    both = [
-        f"{aid} under {arm}"
-        for arm in (arm.name for arm in results.study.arms)
-        for aid, _ in _AIDS
-        if all(effect.better for effect in found if (effect.arm, effect.aid) == (arm, aid))
-    ]
+    better = Counter((effect.arm, effect.aid) for effect in effects(results) if effect.better)
+    cases = product((arm.name for arm in results.study.arms), (aid for aid, _ in _AIDS))
+    both = [f"{aid} under {arm}" for arm, aid in cases if better[arm, aid] == len(_MEASURES)]
     arms = " or ".join(arm.name for arm in results.study.arms)
     of = f"of {len(_AIDS) * len(results.study.arms)} cases ({_AIDS_IN_WORDS}, under {arms})"
     lost = sum(row.diverged for row in results.rows)
@@ -215,54 +210,36 @@ def _trajectory(results: Results) -> str:
 def _arms(results: Results) -> list[str]:
     (task,) = results.tasks.values()
     zeros = any(_mean(row, "zeros") > 0 for row in task.rows if row.values(measure("zeros")))
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for row in task.rows:
-        edge = "†" if row.at_edge else ""
-        rate = f"{row.lr:.3g}{edge}" if row.lr else "–"
         how = "tuned" if row.arm.search else f"as {row.arm.tuned_as}" if row.arm.tuned_as else "fixed"
-        score = _percent(row.values(test_score)) if row.values(test_score) else f"{row.diverged} diverged"
-        shown = [row.name, rate, how, score]
-        rows.append((*shown, _share(row)) if zeros else tuple(shown))
+        rows.append([row.name, _rate(row), how, _score(row), *([_share(row)] if zeros else [])])
     heads = ("arm", "learning rate", "chosen", "test accuracy", *(["exact zeros"] if zeros else []))
-    notes = ["† At an end of the range: a better one may lie beyond."] if any("†" in row[1] for row in rows) else []
-    return ["## Arms", _table(heads, rows), *notes, "## Differences", _differences(task)]
-
-
-def _differences(task: TaskResults) -> str:
-    rows = [
+    edge = any(row.at_edge for row in task.rows)
+    notes = ["† At an end of the range: a better one may lie beyond."] if edge else []
+    held = [
         (c.row.name, c.against.name, _ends(c.difference.interval), p_value(c.adjusted, name=False), _word(c))
         for c in task.comparisons
     ]
-    return _table(("arm", "minus", "points of test accuracy", "P-value (Holm)", "verdict"), rows)
+    differences = Grid(("arm", "minus", "points of test accuracy", "P-value (Holm)", "verdict"), held)
+    return ["## Arms", Grid(heads, rows).markdown, *notes, "## Differences", differences.markdown]
 
 
 def _networks(results: Results) -> list[str]:
     """Return the tables of effects and of networks, and the rank correlation over the networks."""
-    rows = [
-        (
-            e.arm,
-            e.aid,
-            e.name,
-            _ends(e.difference.interval, 1, 3),
-            p_value(e.adjusted, name=False),
-            "yes" if e.better else "no",
-        )
-        for e in effects(results)
-        if e.difference is not None
-    ]
+    rows = []
+    for e in effects(results):
+        difference, p = _ends(e.difference.interval, 1, 3), p_value(e.adjusted, name=False)
+        rows.append([e.arm, e.aid, e.measure, difference, p, "yes" if e.better else "no"])
     heads = ("optimizer", "with − without", "measure", "difference", "P-value (Holm)", "significantly better")
     effect = f"## Effect of {_AIDS_IN_WORDS.replace(' or ', ' and ')} on the cosine and the loss"
-    parts = [effect, _table(heads, rows), "## Does regularity go with success?"]
+    parts = [effect, Grid(heads, rows).markdown, "## Does regularity go with success?"]
     for arm in (arm.name for arm in results.study.arms):
         of = [task.row(arm) for task in results.tasks.values()]
+        columns = [[_by_seed(row, measured) for measured, _ in _MEASURES.values()] for row in of]
         rhos = []
         for seed in results.study.seeds:
-            pairs = [
-                (cosine, run.curve[-1].train_loss)
-                for row in of
-                for run in row.runs
-                if run.spec.seed == seed and not run.diverged and (cosine := run.measures.get("median cosine"))
-            ]
+            pairs = [(cosine[seed], loss[seed]) for cosine, loss in columns if seed in cosine]
             if len(pairs) > 3:
                 rhos.append(float(stats.spearmanr(*zip(*pairs, strict=True)).statistic))
         if len(rhos) > 1:
@@ -270,24 +247,21 @@ def _networks(results: Results) -> list[str]:
                 f"{arm}: the rank correlation over {len(of)} networks between the median cosine and the final training "
                 f"loss is {_ends(interval(rhos), 1)}, the mean over {len(rhos)} seeds; the paper expects it below 0."
             )
-    networks: list[tuple[str, ...]] = []
-    for task in results.tasks.values():
-        for row in task.rows:
-            cells = [_plain(row.values(of)) for of, _ in _MEASURES.values()]
-            more = [_plain(row.values(measure(name))) for name in ("straightness", "negative γ")]
-            score = _percent(row.values(test_score)) if row.values(test_score) else f"{row.diverged} diverged"
-            rate = f"{row.lr:.3g}{'†' if row.at_edge else ''}" if row.lr else "–"
-            networks.append((task.name.removeprefix("fashion-deep-"), row.name, rate, *cells, *more, score))
-    columns = ("network", "optimizer", "learning rate", *_MEASURES, "straightness", "steps with γ < 0", "test accuracy")
-    return [*parts, "## Networks", _table(columns, networks)]
+    shown = [*(of for of, _ in _MEASURES.values()), measure("straightness"), measure("negative γ")]
+    networks = []
+    for row in results.rows:
+        cells = [number(it) if (it := mean_of(row, of)) else "–" for of in shown]
+        networks.append([row.task.removeprefix("fashion-deep-"), row.name, _rate(row), *cells, _score(row)])
+    titles = ("network", "optimizer", "learning rate", *_MEASURES, "straightness", "steps with γ < 0", "test accuracy")
+    return [*parts, "## Networks", Grid(titles, networks).markdown]
 
 
 # How numbers are written.
 
 
 def _family(task: TaskResults, start: str) -> list[Row]:
-    tuned = [row for row in task.rows if row.name.startswith(start) and row.arm.tuned_as]
-    return [row for row in tuned if row.values(measure("zeros"))]
+    rows = [row for row in task.rows if row.name.startswith(start) and row.arm.tuned_as]
+    return [row for row in rows if row.values(measure("zeros"))]
 
 
 def _by_seed(row: Row, of: Callable[[RunRecord], float | None]) -> dict[int, float]:
@@ -316,20 +290,18 @@ def _ends(i: Interval, factor: float = 100, digits: int = 2) -> str:
     return f"{signed(factor * i.mean, digits)} ({low} to {high})"
 
 
-def _percent(values: Sequence[float]) -> str:
-    return percent(interval(values), 2) if values else "–"
+def _rate(row: Row) -> str:
+    return f"{row.lr:.3g}{'†' if row.at_edge else ''}" if row.lr else "–"
 
 
-def _plain(values: Sequence[float]) -> str:
-    return number(interval(values)) if values else "–"
+def _score(row: Row) -> str:
+    score = mean_of(row, test_score)
+    return percent(score, 2) if score else f"{row.diverged} diverged"
 
 
 def _share(row: Row) -> str:
-    return _percent(row.values(measure("zeros")))
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return Grid([*heads], [True, *[False] * (len(heads) - 1)], [[*row] for row in rows]).markdown
+    zeros = mean_of(row, measure("zeros"))
+    return percent(zeros, 2) if zeros else "–"
 
 
 def _ours_of_pwd(results: Results) -> dict[str, str]:
@@ -346,28 +318,21 @@ def _ours_of_pwd(results: Results) -> dict[str, str]:
 
 def _ours_of_lpsgdm(results: Results) -> dict[str, str]:
     (task,) = results.tasks.values()
-    return {row.name: f"{_percent(row.values(test_score))}" for row in task.rows if row.values(test_score)}
+    return {row.name: _score(row) for row in task.rows if row.values(test_score)}
 
 
-TITLES = {
-    "paper-pwd": "ℓp decay makes zeros",
-    "paper-lpsgdm": "LPSGDM against SGD, AdamW and Lion",
-    "paper-agr": "Adaptive gradient regularization",
-    "paper-trajectory": "The regularity of trajectories",
-}
-VERDICTS: dict[str, Callable[[Results], str]] = {
-    "paper-pwd": _pwd,
-    "paper-lpsgdm": _lpsgdm,
-    "paper-agr": _agr,
-    "paper-trajectory": _trajectory,
-}
-TABLES: dict[str, Callable[[Results], list[str]]] = {
-    "paper-pwd": _arms,
-    "paper-lpsgdm": _arms,
-    "paper-agr": _arms,
-    "paper-trajectory": _networks,
-}
-OURS: dict[str, Callable[[Results], dict[str, str]]] = {
-    "paper-pwd": _ours_of_pwd,
-    "paper-lpsgdm": _ours_of_lpsgdm,
+class Page(NamedTuple):
+    """What a page has of its own: title, verdict, tables, and our numbers by the names of the paper's."""
+
+    title: str
+    verdict: Callable[[Results], str]
+    tables: Callable[[Results], list[str]] = _arms
+    ours: Callable[[Results], dict[str, str]] = lambda results: {}
+
+
+PAGES = {
+    "paper-pwd": Page("ℓp decay makes zeros", _pwd, ours=_ours_of_pwd),
+    "paper-lpsgdm": Page("LPSGDM against SGD, AdamW and Lion", _lpsgdm, ours=_ours_of_lpsgdm),
+    "paper-agr": Page("Adaptive gradient regularization", _agr),
+    "paper-trajectory": Page("The regularity of trajectories", _trajectory, _networks),
 }

@@ -8,13 +8,14 @@ rate are held against AdamW at its best rate, by test data, on fresh seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.environment import Environment
+from benchmarks.grid import Grid
 from benchmarks.report.text import p_value
 from benchmarks.results import Results, Row, validation_loss
 from benchmarks.stats import Interval, holm, paired
@@ -203,23 +204,22 @@ def rates(cells: Sequence[Tried], length: str, task: str) -> tuple[float, ...]:
     return (min(of_adamw, key=lambda cell: cell.loss).lr,)
 
 
-Cell = tuple[str, str]  # a length and a task
-
-
-def condensed(grids: Mapping[Cell, Results], edges: Mapping[Cell, Results], finals: Mapping[Cell, Results]) -> Radii:
-    """Return what the documentation needs of all studies."""
-    cells = [cell for (length, _), results in grids.items() for cell in tried(length, results)]
-    beyond = [cell for (length, _), results in edges.items() for cell in tried(length, results)]
-    every = [*grids.values(), *edges.values(), *finals.values()]
-    environments = {repr(e): e for results in every for e in results.environments}
+def measure(made: Callable[[Study], Results]) -> Radii:
+    """Have every study made, the grids first, by which the others are chosen; keep what the documentation needs."""
+    grids = [(length, made(grid(length, task))) for length, task in CELLS]
+    cells = [cell for length, results in grids for cell in tried(length, results)]
+    ratios = choose(cells)
+    finals = [(length, made(final(length, task, ratios, rates(cells, length, task)))) for length, task in CELLS]
+    edges = [(length, made(edge(length, task))) for length, task in CELLS]
+    every = [results for _, results in (*grids, *edges, *finals)]
     return Radii(
-        environments=list(environments.values()),
+        environments=list({repr(e): e for results in every for e in results.environments}.values()),
         epochs=EPOCHS,
         tuned_on=TUNED_ON,
         seeds=SEEDS,
         seconds=round(sum(results.seconds for results in every), 1),
-        tried=[*cells, *beyond],
-        found=[_found(length, row) for (length, _), results in finals.items() for row in results.rows],
+        tried=[*cells, *(cell for length, results in edges for cell in tried(length, results))],
+        found=[_found(length, row) for length, results in finals for row in results.rows],
     )
 
 
@@ -243,9 +243,11 @@ class Held(NamedTuple):
     difference: Interval
     p_value: float
 
-    def __str__(self) -> str:
+    @property
+    def cells(self) -> tuple[str, str]:
+        """The loss and the difference, as tables show them."""
         d = self.difference
-        return f"{self.loss:.3f} | {d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
+        return f"{self.loss:.3f}", f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
 
 
 def held(kept: Radii, length: str, task: str) -> dict[str, Held]:
@@ -267,27 +269,26 @@ def held(kept: Radii, length: str, task: str) -> dict[str, Held]:
 def tables(kept: Radii) -> tuple[str, ...]:
     """Return the Markdown tables of the documentation: what was tried at Muon's rate, the finals, and the extras."""
     ratios = (*RATIOS, BEYOND[0])
-    lines = [f"| run | preset | {' | '.join(f'{r:g}' for r in ratios)} |", "|:--|:--|" + "--:|" * len(ratios)]
+    grid, finals, extras = [], [], []
     for length, task in CELLS:
         for preset in PRESETS:
             losses = by_ratio(kept.tried, length, task, preset)
             best = min(losses[ratio] for ratio in RATIOS)
             said = [f"**{x:.3f}**" if x == best else f"{x:.3f}" if x else "" for x in map(losses.get, ratios)]
-            lines.append(f"| {_run(kept, length, task)} | {preset} | {' | '.join(said)} |")
-    for preset in PRESETS:
-        of = " | ".join(f"{ratio:.2f}" for ratio in worst(kept.tried, preset))
-        lines.append(f"| worst over best | {preset} | {of} | |")
-    final = ["| run | AdamW | muon | minus AdamW | muon-adamw | minus AdamW |", "|:--|--:|--:|--:|--:|--:|"]
-    extras = ["| on bytes, 10 epochs | test loss | minus muon-adamw | P |", "|:--|--:|--:|--:|"]
-    for length, task in CELLS:
+            grid.append([_run(kept, length, task), preset, *said])
         cases = held(kept, length, task)
         (rival,) = {cases[preset].against for preset in PRESETS}
         loss = fmean(next(a.loss for a in kept.found if (a.length, a.task, a.arm) == (length, task, rival)))
-        said = [f"{loss:.3f} at {rival.removeprefix('AdamW ')}", *(str(cases[preset]) for preset in PRESETS)]
-        final.append(f"| {_run(kept, length, task)} | {' | '.join(said)} |")
-        extras += [f"| {c.arm} | {c} | {p_value(c.p_value, name=False)} |" for c in cases.values() if c.arm in EXTRAS]
-    found = ("\n".join(table).replace("-0.", "−0.").replace("\u00a0", " ") for table in (lines, final, extras))
-    return tuple(found)
+        final = f"{loss:.3f} at {rival.removeprefix('AdamW ')}"
+        finals.append([_run(kept, length, task), final, *(cell for preset in PRESETS for cell in cases[preset].cells)])
+        extras += [[c.arm, *c.cells, p_value(c.p_value, name=False)] for c in cases.values() if c.arm in EXTRAS]
+    grid += [["worst over best", p, *(f"{ratio:.2f}" for ratio in worst(kept.tried, p)), ""] for p in PRESETS]
+    found = (
+        Grid(["run", "preset", *(f"{ratio:g}" for ratio in ratios)], grid, left=2),
+        Grid(["run", "AdamW", *(title for preset in PRESETS for title in (preset, "minus AdamW"))], finals),
+        Grid(["on bytes, 10 epochs", "test loss", "minus muon-adamw", "P"], extras),
+    )
+    return tuple(table.markdown.replace("-0.", "−0.").replace("\u00a0", " ") for table in found)
 
 
 def _run(kept: Radii, length: str, task: str) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from benchmarks.progress import Advance
@@ -42,20 +42,18 @@ ROUNDS = 101
 class Arm(Frozen):
     """A way to decay weights, and the λ that are tried; p is None where it has none."""
 
-    over: Literal["nothing", "AdamW's own", "entries", "rows"]
+    over: Literal["no decay", "AdamW's own", "entries", "rows"]
     p: float | None
     weight_decays: tuple[float, ...]
 
     @property
     def name(self) -> str:
         """What tables call it."""
-        return (
-            ("no decay" if self.over == "nothing" else self.over) if self.p is None else f"ℓ{self.p:g} of {self.over}"
-        )
+        return self.over if self.p is None else f"ℓ{self.p:g} of {self.over}"
 
 
 ARMS = (
-    Arm(over="nothing", p=None, weight_decays=(0.0,)),
+    Arm(over="no decay", p=None, weight_decays=(0.0,)),
     Arm(over="AdamW's own", p=None, weight_decays=(1.0, 3.0, 10.0)),
     *(Arm(over="entries", p=p, weight_decays=(0.05, 0.1, 0.2, 0.4)) for p in (0.5, 0.8, 1.0)),
     *(Arm(over="rows", p=p, weight_decays=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0)) for p in (0.5, 1.0)),
@@ -64,13 +62,7 @@ ARMS = (
 LAYERS = tuple((n, zeros) for n in (128, 512, 2048) for zeros in (0.8, 0.95, 0.99))
 
 
-class Kept(BaseModel):
-    """A piece of the results."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Run(Kept):
+class Run(Frozen):
     """One network: accuracies, the share of weights that is zero, units, and parameters before and after shrinking.
 
     ``error`` is the largest difference between outputs of the two on the test inputs, relative to the largest output.
@@ -90,32 +82,7 @@ class Run(Kept):
     error: float
 
 
-class Timing(Kept):
-    """How many times as fast one network is as another: the median of paired ratios, and its 95 % interval."""
-
-    batch: int
-    milliseconds: float
-    speedup: float
-    interval: tuple[float, float] | None
-
-
-class NetTiming(Timing):
-    """A shrunk network against the full one, which takes so many milliseconds."""
-
-    task: str
-    arm: str
-    weight_decay: float
-    seed: int
-
-
-class LayerTiming(Timing):
-    """A linear layer in CSR against the dense one, which takes so many milliseconds."""
-
-    units: int
-    zeros: float
-
-
-class Chosen(Kept):
+class Chosen(Frozen):
     """The λ of an arm that leaves the smallest networks of those that keep the accuracy, by validation alone.
 
     ``keeps`` is whether any does; else it is the λ of the best accuracy.
@@ -125,20 +92,6 @@ class Chosen(Kept):
     arm: str
     weight_decay: float
     keeps: bool
-
-
-class Sparsity(Kept):
-    """The whole measurement."""
-
-    torch: str
-    cpu: str
-    seconds: float
-    settings: dict[str, dict[str, float]]
-    descriptions: dict[str, str]
-    runs: list[Run]
-    chosen: list[Chosen]
-    networks: list[NetTiming]
-    layers: list[LayerTiming]
 
 
 def train(task: str, arm: Arm, weight_decay: float, seed: int) -> tuple[Run, nn.Module, nn.Module]:
@@ -217,8 +170,11 @@ def choose(runs: list[Run]) -> list[Chosen]:
     return found
 
 
-def measure(workers: int, advance: Advance, folder: Path) -> Sparsity:
-    """Train everything, then time what was chosen; ``advance`` is told of each, and the folder keeps the runs."""
+def measure(workers: int, advance: Advance, folder: Path) -> dict[str, Any]:
+    """Train everything, then time what was chosen; ``advance`` is told of each, and the folder keeps the runs.
+
+    Timings are of the shrunk ``networks`` against the full ones, and of the linear ``layers`` in CSR against dense.
+    """
     from benchmarks.speed.records import machine
 
     began = time.perf_counter()
@@ -228,61 +184,58 @@ def measure(workers: int, advance: Advance, folder: Path) -> Sparsity:
         runs.append(run)
         nets[run.task, run.arm, run.weight_decay, run.seed] = full, shrunk
         advance("training", 1)
-    chosen, networks = choose(runs), []
-    for choice in chosen:
+    chosen, networks, layers = choose(runs), [], []
+    for choice, seed in product(chosen, SEEDS):
         inputs = TASKS[choice.task].load().train[0]
-        for seed in SEEDS:
-            key = (choice.task, choice.arm, choice.weight_decay, seed)
-            for batch in BATCHES:
-                t = versus(*nets[key], inputs[:batch])
-                networks.append(
-                    NetTiming(
-                        task=choice.task, arm=choice.arm, weight_decay=choice.weight_decay, seed=seed, **t.model_dump()
-                    )
-                )
-            advance("timing", 1)
-    layers = []
-    for units, zeros in LAYERS:
-        layers += [LayerTiming(units=units, zeros=zeros, **t.model_dump()) for t in sparse_layer(units, zeros)]
+        network = choice.model_dump(exclude={"keeps"}) | {"seed": seed}
+        networks += [versus(*nets[tuple(network.values())], inputs[:batch]) | network for batch in BATCHES]
         advance("timing", 1)
-    return Sparsity(
-        torch=torch.__version__,
-        cpu=machine(torch.device("cpu"), (), None).cpu,
-        seconds=time.perf_counter() - began,
-        settings=SETTINGS,
-        descriptions={name: task.description for name, task in TASKS.items()},
-        runs=runs,
-        chosen=chosen,
-        networks=networks,
-        layers=layers,
-    )
+    for units, zeros in LAYERS:
+        layers += [timing | {"units": units, "zeros": zeros} for timing in sparse_layer(units, zeros)]
+        advance("timing", 1)
+    return {
+        "torch": torch.__version__,
+        "cpu": machine(torch.device("cpu"), (), None).cpu,
+        "seconds": time.perf_counter() - began,
+        "settings": SETTINGS,
+        "descriptions": {name: task.description for name, task in TASKS.items()},
+        "runs": runs,
+        "chosen": chosen,
+        "networks": networks,
+        "layers": layers,
+    }
 
 
-def versus(full: nn.Module, small: nn.Module, inputs: Tensor) -> Timing:
-    """The two in turns on one thread, in inference mode; each round begins with the other one."""
+def versus(full: nn.Module, small: nn.Module, inputs: Tensor) -> dict[str, Any]:
+    """How many times as fast the small network is, which takes turns with the full one on one thread.
+
+    It is the median of paired ratios, with its 95 % interval, None of too few rounds, beside the batch size and the
+    milliseconds that the full one takes. Both are in inference mode, and each round begins with the other one.
+    """
     from benchmarks.speed.measure import TURN, Entrant, on_cpu, take_turns, threads_set
-    from benchmarks.speed.records import ratio
+    from benchmarks.speed.records import Entry, ratio
 
     entrants = [
-        Entrant(name, "", partial(net, inputs), 0.0, 0.0)
-        for name, net in (("full", full.eval()), ("small", small.eval()))
+        Entrant(Entry(optimizer=name, backend="", streams=0, first=0), partial(net.eval(), inputs))
+        for name, net in (("full", full), ("small", small))
     ]
     with threads_set(1), torch.inference_mode():
         for entrant in entrants:
             entrant.times = max(1, round(TURN / 2 / min(on_cpu(entrant.step) for _ in range(5))))
         take_turns(entrants, ROUNDS, on_cpu)
-    times = [entrant.entry() for entrant in entrants]
-    faster = ratio(*times)
-    return Timing(
-        batch=len(inputs),
-        milliseconds=round(1000 * sorted(times[0].seconds)[ROUNDS // 2], 5),
-        speedup=round(faster.median, 3),
-        interval=faster.interval and (round(faster.interval[0], 3), round(faster.interval[1], 3)),
-    )
+    times, others = (entrant.entry for entrant in entrants)
+    faster = ratio(times, others)
+    ends = faster.interval
+    return {
+        "batch": len(inputs),
+        "milliseconds": round(1000 * sorted(times.seconds)[ROUNDS // 2], 5),
+        "speedup": round(faster.median, 3),
+        "interval": ends and (round(ends[0], 3), round(ends[1], 3)),
+    }
 
 
 @torch.no_grad()
-def sparse_layer(units: int, zeros: float) -> list[Timing]:
+def sparse_layer(units: int, zeros: float) -> list[dict[str, Any]]:
     """A square linear layer with so many zeros at random places, in CSR against dense, for each batch size."""
     drawn = torch.Generator().manual_seed(0)
     dense = nn.Linear(units, units)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -36,28 +35,6 @@ class Size(Frozen):
     axis: str
     width: int
     depth: int
-
-
-class Point(BaseModel):
-    """One size under one optimizer at one rate: validation losses at the end, a seed each; None where it diverged."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    size: Size
-    optimizer: str
-    lr: float
-    losses: list[float | None]
-
-
-class Transfer(BaseModel):
-    """The whole measurement."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    torch: str
-    seconds: float
-    settings: dict[str, dict[str, int]]
-    points: list[Point]
 
 
 # Width by 8 at one depth, depth by 4 at one width.
@@ -128,17 +105,24 @@ def count() -> int:
     return sum(SETTINGS[size.model]["seeds"] for size, _, _ in plan())
 
 
-def measure(workers: int, advance: Advance, folder: Path) -> Transfer:
-    """Train everything; ``advance`` is told of each run, and the folder keeps it."""
+def measure(workers: int, advance: Advance, folder: Path) -> dict[str, Any]:
+    """Train everything; ``advance`` is told of each run, and the folder keeps it.
+
+    A point is one size under one optimizer at one rate: validation losses at the end, a seed each; None where it
+    diverged.
+    """
     began = time.perf_counter()
-    cells = plan()
-    runs = [(i, seed) for i, (size, _, _) in enumerate(cells) for seed in range(SETTINGS[size.model]["seeds"])]
+    points: list[dict[str, Any]] = [{"size": s, "optimizer": name, "lr": lr, "losses": []} for s, name, lr in plan()]
+    runs = [(p, seed) for p in points for seed in range(SETTINGS[p["size"].model]["seeds"])]
     # The largest models first, so that no worker is left with one at the end.
-    runs.sort(key=lambda run: -cells[run[0]][0].width * cells[run[0]][0].depth)
-    losses: dict[int, list[float | None]] = {i: [] for i in range(len(cells))}
-    made = each(workers, train, [(*cells[i], seed) for i, seed in runs], folder)
-    for (i, _), loss in zip(runs, made, strict=True):
-        losses[i].append(loss)
+    runs.sort(key=lambda run: -run[0]["size"].width * run[0]["size"].depth)
+    made = each(workers, train, [(p["size"], p["optimizer"], p["lr"], seed) for p, seed in runs], folder)
+    for (point, _), loss in zip(runs, made, strict=True):
+        point["losses"].append(loss)
         advance("transfer", 1)
-    points = [Point(size=s, optimizer=n, lr=lr, losses=losses[i]) for i, (s, n, lr) in enumerate(cells)]
-    return Transfer(torch=torch.__version__, seconds=time.perf_counter() - began, settings=SETTINGS, points=points)
+    return {
+        "torch": torch.__version__,
+        "seconds": time.perf_counter() - began,
+        "settings": SETTINGS,
+        "points": points,
+    }

@@ -64,10 +64,8 @@ def _view(results: Results) -> dict[str, Any]:
             for answer in results.answers
             if (mine := [c for c in answer.comparisons if c.row.task == task.name])
         ]
-        grid = tables.grid(tables.columns(task), task.rows)
-        tasks.append(
-            {"name": task.name, "text": said[task.name], "forests": drawn, "grid": grid, "notes": tables.notes(task)}
-        )
+        shown = {"forests": drawn, "grid": tables.grid(task), "notes": tables.notes(task)}
+        tasks.append({"name": task.name, "text": said[task.name], **shown})
     alone = tasks[0]["forests"] if len(tasks) == 1 else []
     if alone:
         tasks[0]["forests"] = []

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import Environment
+from benchmarks.grid import Grid
 from benchmarks.report import data
-from benchmarks.report.data import Rows
 from benchmarks.report.forest import Forest, on_task
-from benchmarks.report.tables import Grid, state
+from benchmarks.report.tables import state
 from benchmarks.report.text import counted, listed, of, p_value, unit
 from benchmarks.report.words import ENGINE
-from benchmarks.results import Comparison, Results, TaskResults, family, test_score
+from benchmarks.results import Comparison, Results, Row, TaskResults, family, test_score
 from benchmarks.store import UnfitStore
 
 
 @dataclass(frozen=True)
 class Case:
-    """An arm of a study against the same arm of the first study, on a task."""
+    """An arm of a study on a task, held against the same arm of the first study; None if it cannot be, or is it."""
 
-    task: str
-    arm: str
     study: str
-    held: Comparison
+    row: Row
+    held: Comparison | None
 
 
 def compare(studies: Sequence[Results], folder: Path) -> Path:
@@ -45,15 +44,14 @@ def compare(studies: Sequence[Results], folder: Path) -> Path:
     if not (tasks and arms):
         raise UnfitStore(f"{listed(list(named))} have no task and arm in common: there is nothing to compare")
     cases = _cases(named, tasks, arms)
-    rows = _rows(named, tasks, arms, cases)
     view = {
         "title": f"normopt: {listed(list(named))} compared",
         "counts": [_count(name, opening, cases) for name in others],
         "changes": [(name, _changes(named, opening, name)) for name in others],
-        "tasks": [(task, _forest(first, task, cases), _grid(named, task, arms, cases)) for task in tasks],
+        "tasks": [(task, *_shown(first.tasks[task], [*named], cases)) for task in tasks],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compare.csv").write_text(data.csv_text(rows), encoding="utf-8")
+    (folder / "compare.csv").write_text(data.csv_text([*map(_numbers, cases)]), encoding="utf-8")
     (folder / "compare.md").write_text(ENGINE.get_template("compare.md.j2").render(**view), encoding="utf-8")
     path = folder / "compare.html"
     path.write_text(ENGINE.get_template("compare.html.j2").render(**view), encoding="utf-8")
@@ -71,22 +69,23 @@ def _named(studies: Sequence[Results]) -> dict[str, Results]:
 
 
 def _cases(named: Mapping[str, Results], tasks: Sequence[str], arms: Sequence[str]) -> list[Case]:
-    """Every arm of every other study against the first study's, seed by seed: one family, corrected once."""
-    first, *others = named
-    keys, pairs = [], []
-    for task in tasks:
+    """Every arm of every study against the first study's, seed by seed: one family, corrected once."""
+    first = next(iter(named))
+    rows: list[tuple[str, Row]] = []
+    pairs = {}
+    for task, arm, (name, results) in product(tasks, arms, named.items()):
         there = named[first].tasks[task]
-        for arm, name in product(arms, others):
-            row, base = named[name].tasks[task].row(arm), there.row(arm)
-            shared = {run.spec.seed for run in row.runs} & {run.spec.seed for run in base.runs}
-            if len(shared) > 1 and not (row.failed or base.failed):
-                keys.append((task, arm, name))
-                pairs.append((there, row, base, there.score))
-    return [Case(*key, held) for key, held in zip(keys, family(pairs), strict=True)]
+        row, base = results.tasks[task].row(arm), there.row(arm)
+        shared = {run.spec.seed for run in row.runs} & {run.spec.seed for run in base.runs}
+        if name != first and len(shared) > 1 and not (row.failed or base.failed):
+            pairs[len(rows)] = there, row, base, there.score
+        rows.append((name, row))
+    held = dict(zip(pairs, family(pairs.values()), strict=True))
+    return [Case(*found, held.get(i)) for i, found in enumerate(rows)]
 
 
 def _count(name: str, first: str, cases: Sequence[Case]) -> str:
-    mine = [case.held for case in cases if case.study == name]
+    mine = [case.held for case in cases if case.study == name and case.held]
     sure = [c for c in mine if c.verdict]
     better = sum(c.verdict > 0 for c in sure)
     same = sum(c.difference.interval.low == c.difference.interval.high == 0 for c in mine)
@@ -132,52 +131,39 @@ def _short(value: Any) -> str:
     return f"({', '.join(map(str, value))})" if isinstance(value, tuple) else str(value)
 
 
-def _grid(named: Mapping[str, Results], task: str, arms: Sequence[str], cases: Sequence[Case]) -> Grid:
-    first, *others = named
-    it = unit(named[first].tasks[task].task)
-    held = {(case.arm, case.study): case.held for case in cases if case.task == task}
-    titles = ["arm", *named, *(f"{name} − {first}" for name in others), *(f"P-value, {name}" for name in others)]
+def _shown(task: TaskResults, names: Sequence[str], cases: Sequence[Case]) -> tuple[Forest, Grid]:
+    """The differences on a task as a plot, and beside the scores as a table."""
+    first, *others = names
+    it = unit(task.task)
+    drawn: dict[str, Comparison] = {}
     rows = []
-    for arm in arms:
-        told = [held.get((arm, name)) for name in others]
-        differences = [it.difference(c.difference.interval) if c else "" for c in told]
-        p_values = [p_value(c.adjusted, name=False) if c else "" for c in told]
-        rows.append([arm, *(_score(results.tasks[task], arm) for results in named.values()), *differences, *p_values])
-    return Grid(titles, [True] + [False] * (len(titles) - 1), rows)
+    for arm, of_arm in groupby((case for case in cases if case.row.task == task.name), lambda case: case.row.name):
+        mine = [*of_arm]
+        means = [data.mean_of(case.row, test_score) for case in mine]
+        scores = [it.score(mean) if mean else state(case.row) for mean, case in zip(means, mine, strict=True)]
+        held = [case.held for case in mine[1:]]
+        differences = [it.difference(c.difference.interval) if c else "" for c in held]
+        p_values = [p_value(c.adjusted, name=False) if c else "" for c in held]
+        rows.append([arm, *scores, *differences, *p_values])
+        drawn |= {f"{arm}, {name}": c for name, c in zip(others, held, strict=True) if c}
+    titles = ["arm", *names, *(f"{name} − {first}" for name in others), *(f"P-value, {name}" for name in others)]
+    found = [*drawn.values()]
+    return on_task(task, task.name, found, found, [*drawn]), Grid(titles, rows)
 
 
-def _score(task: TaskResults, arm: str) -> str:
-    row = task.row(arm)
-    mean = data.mean_of(row, test_score)
-    return unit(task.task).score(mean) if mean else state(row)
-
-
-def _rows(named: Mapping[str, Results], tasks: Sequence[str], arms: Sequence[str], cases: Sequence[Case]) -> Rows:
-    held = {(case.task, case.arm, case.study): case.held for case in cases}
-    found: Rows = []
-    for task, arm, (name, results) in product(tasks, arms, named.items()):
-        row, c = results.tasks[task].row(arm), held.get((task, arm, name))
-        mean, i = data.mean_of(row, test_score), c.difference.interval if c else None
-        found.append(
-            {
-                "task": task,
-                "arm": arm,
-                "study": name,
-                "seeds": len(row.runs),
-                "diverged": row.diverged,
-                **data.ends("test_score", mean),
-                "difference_to_first": i.mean if i else None,
-                "difference_low": i.low if i else None,
-                "difference_high": i.high if i else None,
-                "p_value_holm": c.adjusted if c else None,
-                "verdict": c.verdict if c else None,
-            }
-        )
-    return found
-
-
-def _forest(first: Results, task: str, cases: Sequence[Case]) -> Forest:
-    mine = [case for case in cases if case.task == task]
-    held = [case.held for case in mine]
-    names = [f"{case.arm}, {case.study}" for case in mine]
-    return on_task(first.tasks[task], task, held, held, names)
+def _numbers(case: Case) -> dict[str, Any]:
+    row, c = case.row, case.held
+    i = c.difference.interval if c else None
+    return {
+        "task": row.task,
+        "arm": row.name,
+        "study": case.study,
+        "seeds": len(row.runs),
+        "diverged": row.diverged,
+        **data.ends("test_score", data.mean_of(row, test_score)),
+        "difference_to_first": i.mean if i else None,
+        "difference_low": i.low if i else None,
+        "difference_high": i.high if i else None,
+        "p_value_holm": c.adjusted if c else None,
+        "verdict": c.verdict if c else None,
+    }

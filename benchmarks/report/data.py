@@ -132,12 +132,11 @@ def measures(task: TaskResults) -> list[str]:
 
 
 def comparisons(results: Results) -> Rows:
-    """Every comparison of every question, with its verdict."""
-    return [comparison(answer, c) for answer in results.answers for c in answer.comparisons]
+    """Every comparison of every question: in ``verdict``, 1 is that the arm is better, −1 worse, and 0 is a tie."""
+    return [_compared(answer, c) for answer in results.answers for c in answer.comparisons]
 
 
-def comparison(answer: Answer, c: Comparison) -> dict[str, Any]:
-    """One comparison: better and worse is of the arm, 1 and −1 in ``verdict``; 0 is a tie."""
+def _compared(answer: Answer, c: Comparison) -> dict[str, Any]:
     found = c.difference.interval
     return {
         "question": answer.question.title,

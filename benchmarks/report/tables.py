@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from math import inf
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from benchmarks.grid import Grid
 from benchmarks.report import data
 from benchmarks.report.text import NBSP, counted, number, of, percent, ratio, signed, unit
 from benchmarks.results import Results, Row, TaskResults, measure, ms_per_step, test_loss, test_score, validation_loss
@@ -20,75 +20,30 @@ WIDE = 120  # characters of a terminal that shows losses too
 EDGE = "†"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A title and a row's text under it."""
-
-    title: str
-    cell: Callable[[Row], str]
-    left: bool = False
-    least: float = 0  # characters of the narrowest terminal that shows it
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as text: what is in the cells, and under which titles."""
-
-    titles: list[str]
-    left: list[bool]
-    rows: list[list[str]]
-
-    @property
-    def markdown(self) -> str:
-        """As Markdown; a bar in a name would end its cell."""
-        lines = ["| " + " | ".join(self.titles) + " |"]
-        lines += ["|" + "|".join(":--" if left else "--:" for left in self.left) + "|"]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows]
-        return "\n".join(lines)
-
-
-def grid(columns: Sequence[Column], rows: Sequence[Row]) -> Grid:
-    """The rows under the columns."""
-    cells = [[column.cell(row) for column in columns] for row in rows]
-    return Grid([c.title for c in columns], [c.left for c in columns], cells)
-
-
-def columns(task: TaskResults) -> list[Column]:
-    """The columns of a task's table; without those in which no arm has anything."""
+def grid(task: TaskResults, width: float = inf) -> Grid:
+    """A task's table, without measures of which no arm has any, and without what so many characters do not hold."""
     it = unit(task.task)
-    return [
-        Column("arm", lambda row: row.name, left=True),
-        *_tuned(task),
-        Column(f"test {it.title}", _mean(test_score, it.score)),
-        Column("test loss", _mean(test_loss, number), least=WIDE),
-        Column("validation loss", _mean(validation_loss, number), least=WIDE),
-        Column(f"steps to {it.rounded(task.target)}", lambda row: _steps(task, row)),
-        Column("seconds to it", lambda row: _seconds(task, row), least=WIDE),
-        *(_measure(name) for name in data.measures(task) if _found(task, name)),
-        Column("ms/step", _mean(ms_per_step, lambda interval: f"{interval.mean:.2f}"), least=inf),
-        Column("state KiB", lambda row: f"{row.runs[0].state_bytes / 1024:.0f}" if row.runs else "", least=inf),
-    ]
-
-
-def _tuned(task: TaskResults) -> list[Column]:
-    def column(name: str) -> Column:
-        def cell(row: Row) -> str:
-            value = row.settings.get(name)
-            text = f"{value:g}" if isinstance(value, int | float) else "" if value is None else str(value)
-            return text + EDGE if name in row.at_edge else text
-
-        return Column("learning rate" if name == "lr" else name, cell)
-
     searched = dict.fromkeys(name for row in task.rows for name in row.arm.search)
-    return [column(name) for name in searched]
+    measured = [n for n in data.measures(task) if any(value for row in task.rows for value in row.values(measure(n)))]
+    cells: dict[str, Callable[[Row], str]] = {"arm": lambda row: row.name}
+    cells |= {"learning rate" if name == "lr" else name: partial(_setting, name) for name in searched}
+    cells[f"test {it.title}"] = _mean(test_score, it.score)
+    if width >= WIDE:
+        cells |= {"test loss": _mean(test_loss, number), "validation loss": _mean(validation_loss, number)}
+    cells[f"steps to {it.rounded(task.target)}"] = partial(_steps, task)
+    if width >= WIDE:
+        cells["seconds to it"] = partial(_seconds, task)
+    cells |= {name: _mean(measure(name), percent if name == "zeros" else number) for name in measured}
+    if width == inf:
+        cells["ms/step"] = _mean(ms_per_step, lambda interval: f"{interval.mean:.2f}")
+        cells["state KiB"] = lambda row: f"{row.runs[0].state_bytes / 1024:.0f}" if row.runs else ""
+    return Grid([*cells], [[cell(row) for cell in cells.values()] for row in task.rows])
 
 
-def _found(task: TaskResults, name: str) -> bool:
-    return any(value for row in task.rows for value in row.values(measure(name)))
-
-
-def _measure(name: str) -> Column:
-    return Column(name, _mean(measure(name), percent if name == "zeros" else number))
+def _setting(name: str, row: Row) -> str:
+    value = row.settings.get(name)
+    text = f"{value:g}" if isinstance(value, int | float) else "" if value is None else str(value)
+    return text + EDGE if name in row.at_edge else text
 
 
 def _mean(value: Callable[[RunRecord], float | None], write: Callable[[Interval], str]) -> Callable[[Row], str]:
@@ -146,7 +101,7 @@ def standings(results: Results) -> Grid | None:
         areas = f"{s.steps.area:.2f}", f"{s.seconds.area:.2f}"
         rows.append([s.arm, against, told, improved, iqm, f"{s.rank:.1f}", *areas])
     titles = ["arm", "against", "better–worse–tie", "improvement", "IQM", "mean rank", "steps area", "seconds area"]
-    return Grid(titles, [True, True] + [False] * 6, rows)
+    return Grid(titles, rows, left=2)
 
 
 STANDINGS = (
@@ -166,20 +121,10 @@ def terminal(results: Results, width: int) -> list[Table]:
 
 def _terminal(task: TaskResults, width: int) -> Table:
     runs = counted(max((len(row.runs) for row in task.rows), default=0), "seed")
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-        title=f"{task.name}, {runs}".replace(NBSP, " "),
-        title_justify="left",
-        title_style="bold",
-    )
-    shown = [column for column in columns(task) if width >= column.least]
-    cells = [[column.cell(row) for column in shown] for row in task.rows]
-    for i, column in enumerate(shown):
+    shown = grid(task, width)
+    table = shown.terminal(f"{task.name}, {runs}".replace(NBSP, " "))
+    table.collapse_padding = True
+    for column, title, cells in zip(table.columns, shown.titles, zip(*shown.rows, strict=True), strict=True):
         # Titles may be broken into lines at plain spaces, a number and its interval may not.
-        needed = max(len(text) for text in [*column.title.split(" "), *(line[i] for line in cells)])
-        table.add_column(column.title, justify="left" if column.left else "right", width=needed)
-    for line in cells:
-        table.add_row(*line)
+        column.width = max(map(len, [*title.split(" "), *cells]))
     return table

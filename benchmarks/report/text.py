@@ -36,10 +36,6 @@ class Unit:
         scaled = interval.times(self.factor)
         return _with_interval(scaled, 1, self.sign)
 
-    def plain(self, value: float) -> str:
-        """One score without an interval: 95 %, or −2."""
-        return f"{self.factor * value:.6g}{self.sign}".replace("-", "−")
-
     def rounded(self, value: float) -> str:
         """One score to four digits: 97.21 %."""
         return f"{self.factor * value:.4g}{self.sign}".replace("-", "−")

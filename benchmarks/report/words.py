@@ -57,7 +57,8 @@ def findings(results: Results) -> list[Finding]:
     found.append(Finding("Answer", _said("headline", results, leaders=_leaders(results), edges=edges)))
     for answer in results.answers:
         sparse = _sparsity(results, answer) if answer.question.title == DECAYED else ([], [])
-        words = _said("answer", results, answer=answer, pairs=_pairs(answer), many=MANY, sparse=sparse)
+        pairs = [(pair, answer.between(pair.arm, pair.control)) for pair in answer.question.pairs]
+        words = _said("answer", results, answer=answer, pairs=pairs, many=MANY, sparse=sparse)
         found.append(Finding(answer.question.title, words))
     edges = _where([row for row in results.rows if row.at_edge])
     lost = _where([row for row in results.rows if row.diverged or row.failed])
@@ -101,14 +102,6 @@ def _leaders(results: Results) -> list[tuple[str, str, Interval]]:
     held = [(arm.name, other) for arm in results.study.arms if (other := results.study.against(arm.name))]
     found = [(*pair, results.improvements[pair]) for pair in held if pair in results.improvements]
     return [case for case in found if not case[2].low <= 0.5 <= case[2].high]
-
-
-def _pairs(answer: Answer) -> list[tuple[Any, list[Comparison]]]:
-    """Every pair of a question with its comparisons."""
-    return [
-        (pair, [c for c in answer.comparisons if (c.row.name, c.against.name) == (pair.arm, pair.control)])
-        for pair in answer.question.pairs
-    ]
 
 
 def _where(rows: Sequence[Row]) -> list[str]:

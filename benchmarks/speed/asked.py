@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks.speed.candidates import (
     ADAMW,
@@ -26,8 +26,7 @@ from benchmarks.speed.typed import PACKAGES
 ELEMENTWISE = (*PLAIN, GENERAL)
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One promise."""
 
     what: str

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 import normopt
 from benchmarks.speed.models import MATRICES, Model
+from benchmarks.speed.records import Entry
 
 LR = 1e-8  # no run of the program moves a weight far, whatever the rule: the arithmetic stays the same
 MOMENTUM: dict[str, Any] = {"lr": LR, "momentum": 0.9}
@@ -74,6 +75,10 @@ class Candidate:
     @property
     def name(self) -> str:
         return f"{self.optimizer}, {self.backend}"
+
+    def entry(self, first: float) -> Entry:
+        """Its entry in a case, without times but for that of the first step."""
+        return Entry(optimizer=self.optimizer, backend=self.backend, streams=self.streams, first=first)
 
 
 def candidates(model: Model, compiled: bool = False) -> list[Candidate]:

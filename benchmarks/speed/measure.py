@@ -6,9 +6,9 @@ import gc
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.speed.candidates import COMPILED, LR, Candidate
 from benchmarks.speed.limit import STREAMS, limit
 from benchmarks.speed.models import MATRICES, Model, Tensors
-from benchmarks.speed.records import Case, Entry
+from benchmarks.speed.records import DIGITS, Case, Entry
 
 Step = Callable[[], object]
 Clock = Callable[[Step], float]
@@ -33,26 +33,11 @@ LAUNCH = re.compile(r"cu(da)?(LaunchKernel|LaunchCooperativeKernel|GraphLaunch|M
 
 @dataclass
 class Entrant:
-    """What takes turns: a step, what is known of it, how many a turn has, and the time of one in each round so far."""
+    """What takes turns: a step, how many of them a turn has, and the entry that gets the time of one in each round."""
 
-    optimizer: str
-    backend: str
+    entry: Entry
     step: Step
-    streams: float
-    first: float
     times: int = 1
-    launches: int | None = None
-    seconds: list[float] = field(default_factory=list)
-
-    def entry(self) -> Entry:
-        return Entry(
-            optimizer=self.optimizer,
-            backend=self.backend,
-            streams=self.streams,
-            first=round(self.first, 7),
-            seconds=[round(s, 7) for s in self.seconds],
-            launches=self.launches,
-        )
 
 
 def measure(
@@ -95,15 +80,15 @@ def measure(
                     least.refresh()
 
         if least is not None:
-            first = clock(least.step)
-            entrants.append(Entrant("limit", least.name, least.step, STREAMS, first))
+            entry = Entry(optimizer="limit", backend=least.name, streams=STREAMS, first=clock(least.step))
+            entrants.append(Entrant(entry, least.step))
         for candidate in candidates:
             try:
-                entrant = warmed(candidate, tensors.weights, clock, before, tensors.adopt)
+                one = warmed(candidate, tensors.weights, clock, before, tensors.adopt)
                 if not tensors.intact:
                     tensors.renew()
                     raise ValueError("its step takes the gradients away or changes them, and the next finds others")
-                entrants.append(entrant)
+                entrants.append(one)
             except Exception as error:
                 if not entrants:
                     raise
@@ -111,7 +96,7 @@ def measure(
                 continue
             if device.type != "cuda":
                 continue
-            entrants[-1].launches = launches(entrants[-1].step)
+            one.entry = one.entry.model_copy(update={"launches": launches(one.step)})
             if candidate.to_capture is not None and not fresh:  # a graph reads where gradients were
                 try:
                     entrants.append(captured(candidate, tensors, clock))
@@ -122,18 +107,27 @@ def measure(
             for entrant in entrants:
                 entrant.times = max(1, round(TURN / min(clock(entrant.step) for _ in range(WARM))))
         take_turns(entrants, rounds, clock, before)
+    return case_of(model, entrants, failed, dtype, device, part=part, group=group, threads=threads, fresh=fresh)
+
+
+def case_of(
+    model: Model,
+    entrants: Iterable[Entrant],
+    failed: dict[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+    **about: Any,
+) -> Case:
+    """The case of entrants that have had their turns, and of those that failed."""
     return Case(
-        part=part,
-        group=group,
         model=model.name,
         tensors=model.tensors,
         parameters=model.parameters,
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
-        threads=threads,
-        fresh=fresh,
-        entries=[e.entry() for e in entrants],
+        entries=[entrant.entry for entrant in entrants],
         failed=failed,
+        **about,
     )
 
 
@@ -162,7 +156,8 @@ def take_turns(
             for turn in range(n):
                 before()
                 entrant = entrants[(r + turn * stride) % n]
-                entrant.seconds.append(clock(partial(repeat, entrant.step, entrant.times)) / entrant.times)
+                seconds = clock(partial(repeat, entrant.step, entrant.times)) / entrant.times
+                entrant.entry.seconds.append(round(seconds, DIGITS))
     finally:
         if collects:
             gc.enable()
@@ -200,7 +195,7 @@ def warmed(
         before()
         step()
     before()
-    return Entrant(candidate.optimizer, candidate.backend, step, candidate.streams, first)
+    return Entrant(candidate.entry(first), step)
 
 
 def scheduled(optimizer: Optimizer, orders: Sequence[float]) -> Step:
@@ -226,10 +221,8 @@ def captured(candidate: Candidate, tensors: Tensors, clock: Clock) -> Entrant:
     first = time.perf_counter() - began
     for _ in range(WARM):
         clock(graph.replay)
-    one = launches(graph.replay)
-    return Entrant(
-        candidate.optimizer, f"{candidate.backend}, graph", graph.replay, candidate.streams, first, launches=one
-    )
+    about = {"backend": f"{candidate.backend}, graph", "launches": launches(graph.replay)}
+    return Entrant(candidate.entry(first).model_copy(update=about), graph.replay)
 
 
 def graph_of(step: Step) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
-from pathlib import Path
+from math import inf, prod
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from benchmarks.speed.records import told_by_linux
 
 Shape = tuple[int, ...]
 
@@ -148,13 +149,10 @@ SETS = 11  # of a model's size, alive at once: weights 1, gradients 3 (drawn, ol
 
 
 def fits(model: Model, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the memory that is free now holds what timing a model takes."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
-    return free is None or SETS * model.parameters * dtype.itemsize <= free
-
-
-def _available() -> int | None:
-    """Bytes of memory that the system could give, None where it does not say."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    """Whether the memory that is free now holds what timing a model takes; True where the system does not say."""
+    if device.type == "cuda":
+        free: float = torch.cuda.mem_get_info(device)[0]
+    else:
+        said = told_by_linux("meminfo", "MemAvailable")
+        free = 1024 * int(said.split()[0]) if said else inf
+    return SETS * model.parameters * dtype.itemsize <= free

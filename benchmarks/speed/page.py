@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from rich.table import Table
-
+from benchmarks.grid import Grid
 from benchmarks.speed import plot, report, share
 from benchmarks.speed.candidates import OWN
 from benchmarks.speed.records import Case, Entry, Ratio, Results, ratio
@@ -57,14 +56,18 @@ def tables(results: Results) -> list[Case]:
     return [case for case in results.cases if case.part == "table"]
 
 
-def rows(cases: Sequence[Case], models: Sequence[str]) -> Iterable[tuple[str, list[str]]]:
-    """What is typed, or a family, with its cell for each model."""
+def users(results: Results) -> Grid:
+    """The users' table: under each family what is typed, with a cell for each model."""
+    cases = tables(results)
+    models = [*sizes(cases)]
+    rows = []
     for family in dict.fromkeys(case.group for case in cases):
         mine = [case for case in cases if case.group == family]
-        yield family, [""] * len(models)
+        rows.append([f"**{family}**", *("" for _ in models)])
         for code in dict.fromkeys(e.optimizer for case in mine for e in case.entries):
-            found = {case.model: (case, e) for case in mine for e in case.entries if e.optimizer == code}
-            yield code, [cell(*found[model]) if model in found else "–" for model in models]
+            cells = {case.model: cell(case, e) for case in mine for e in case.entries if e.optimizer == code}
+            rows.append([f"`{code}`", *(cells.get(model, "–") for model in models)])
+    return Grid(["ms per step (× normopt's)", *models], rows)
 
 
 def cell(case: Case, entry: Entry) -> str:
@@ -81,100 +84,58 @@ def sizes(cases: Sequence[Case]) -> dict[str, str]:
     return {model: f"{case.tensors:,} tensors, {case.parameters:,} parameters" for model, case in whole.items()}
 
 
-def terminal(results: Results) -> Table | None:
-    """The users' table for a terminal; None if it was not measured."""
-    cases = tables(results)
-    models = [*sizes(cases)]
-    titles = [("ms per step (× normopt's)", True), *((model, False) for model in models)]
-    found = [[name, *cells] for name, cells in rows(cases, models)]
-    return report.framed(titles, found, slower(results).replace("`", "")) if cases else None
+def memory(results: Results) -> Grid:
+    """The table of memory."""
+    titles = ("optimizer", "model", "state, bytes a parameter", "peak, × the weights")
+    rows = [(f"`{h.optimizer}`", h.model, f"{h.state:.2f}", f"{h.peak:.2f}") for h in results.held]
+    return Grid(titles, rows, left=2)
+
+
+def shares(results: Results) -> Grid:
+    """The table of what part of a training step the optimizer's is."""
+    cases = [case for case in results.cases if case.part == "share"]
+    rows = []
+    for code in dict.fromkeys(e.optimizer for case in cases for e in case.entries if e is not case.reference):
+        found = [(case, case.entry(code, OWN)) for case in cases]
+        rows.append([f"`{code}`", *("–" if e is None else str(share.percent(case, e)) for case, e in found)])
+    return Grid(["optimizer", *(f"{case.model}, {case.parameters:,} parameters" for case in cases)], rows)
+
+
+def growth(results: Results) -> Grid:
+    """The table of how the time grows with the number and with the size of tensors."""
+    cases = [case for case in results.cases if case.part == "growth"]
+    codes = dict.fromkeys(e.optimizer for case in cases for e in case.entries)
+    rows = []
+    for case in cases:
+        seconds = {e.optimizer: median(e.seconds) for e in case.entries}
+        rows.append([case.model, *(digits(1000 * seconds[code]) if code in seconds else "–" for code in codes)])
+    return Grid(["size", *(f"`{code}`" for code in codes)], rows)
 
 
 def markdown(results: Results, pictures: Mapping[str, str]) -> str:
     """The users' page, with the pictures at these addresses."""
-    parts = ["# Speed", *_typed(results), *_growth(results, pictures), *_held(results), *_shared(results)]
-    return "\n\n".join([*parts, LIMITS]) + "\n"
-
-
-def _typed(results: Results) -> Iterable[str]:
-    cases = tables(results)
+    parts, cases = ["# Speed"], tables(results)
     if cases:
-        models = [*sizes(cases)]
         first = cases[0]
         threads = f", on {first.threads} thread{'' if first.threads == 1 else 's'}" if first.device == "cpu" else ""
-        yield slower(results)
-        yield report.table(
-            [("ms per step (× normopt's)", True), *((model, False) for model in models)],
-            ([f"`{name}`" if any(cells) else f"**{name}**", *cells] for name, cells in rows(cases, models)),
-        )
-        yield textwrap.fill(HOW.format(dtype=first.dtype, threads=threads, rounds=results.rounds), 120)
+        how = HOW.format(dtype=first.dtype, threads=threads, rounds=results.rounds)
         about = "; ".join(f"{model}: {size}" for model, size in sizes(cases).items())
-        yield textwrap.fill(f"{about}. {MUONS}", 120)
-    yield report.described(results.machine)
-    yield from (*report.told(results), *(line for case in cases for line in report.failures(case)))
-
-
-def _growth(results: Results, pictures: Mapping[str, str]) -> Iterable[str]:
-    cases = [case for case in results.cases if case.part == "growth"]
-    if cases:
-        yield "## How the cost grows"
-        yield GROWTH
-        for name, address in pictures.items():
-            if name.startswith("by-"):
-                yield f"![Times of steps {name.replace('-', ' ')}]({address})"
-        codes = dict.fromkeys(e.optimizer for case in cases for e in case.entries)
-        titles = [("size", True), *((f"`{code}`", False) for code in codes)]
-        entries = [(case, {e.optimizer: e for e in case.entries}) for case in cases]
-        yield report.table(
-            titles,
-            (
-                [case.model, *(digits(1000 * median(by[code].seconds)) if code in by else "–" for code in codes)]
-                for case, by in entries
-            ),
-        )
-
-
-def memory(results: Results) -> Table | None:
-    """The table of memory for a terminal; None if it was not measured."""
-    return report.framed(HELD, _rows_held(results, ""), "Memory") if results.held else None
-
-
-HELD = (("optimizer", True), ("model", True), ("state, bytes a parameter", False), ("peak, × the weights", False))
-
-
-def _rows_held(results: Results, quote: str) -> list[list[str]]:
-    return [[f"{quote}{h.optimizer}{quote}", h.model, f"{h.state:.2f}", f"{h.peak:.2f}"] for h in results.held]
-
-
-def _held(results: Results) -> Iterable[str]:
-    if results.held:
-        yield from ("## Memory", MEMORY, report.table(HELD, _rows_held(results, "`")))
-    yield from (f"The memory of {name} was not measured: {why}." for name, why in results.unheld.items())
-
-
-def shares(results: Results) -> Table | None:
-    """The table of shares for a terminal; None if they were not measured."""
-    titles, rows = _rows_shared(results, "")
-    return report.framed(titles, rows, "Percent of a training step") if rows else None
-
-
-def _rows_shared(results: Results, quote: str) -> tuple[list[tuple[str, bool]], list[list[str]]]:
-    cases = [case for case in results.cases if case.part == "share"]
-    codes = dict.fromkeys(e.optimizer for case in cases for e in case.entries if e is not case.reference)
-    rows = []
-    for code in codes:
-        found = [(case, case.entry(code, OWN)) for case in cases]
-        rows.append(
-            [f"{quote}{code}{quote}", *("–" if e is None else str(share.percent(case, e)) for case, e in found)]
-        )
-    return [("optimizer", True), *((f"{case.model}, {case.parameters:,} parameters", False) for case in cases)], rows
-
-
-def _shared(results: Results) -> Iterable[str]:
-    titles, rows = _rows_shared(results, "`")
-    if rows:
-        yield from ("## Share of a training step", SHARE, report.table(titles, rows))
-    yield from (line for case in results.cases if case.part == "share" for line in report.failures(case))
+        parts += [slower(results), users(results).markdown]
+        parts += [textwrap.fill(text, 120) for text in (how, f"{about}. {MUONS}")]
+    parts += [report.described(results.machine), *report.told(results)]
+    parts += [line for case in cases for line in report.failures(case)]
+    if (grown := growth(results)).rows:
+        drawn = {name.replace("-", " "): address for name, address in pictures.items() if name.startswith("by-")}
+        parts += ["## How the cost grows", GROWTH]
+        parts += [f"![Times of steps {name}]({address})" for name, address in drawn.items()]
+        parts.append(grown.markdown)
+    if (held := memory(results)).rows:
+        parts += ["## Memory", MEMORY, held.markdown]
+    parts += [f"The memory of {name} was not measured: {why}." for name, why in results.unheld.items()]
+    if (shared := shares(results)).rows:
+        parts += ["## Share of a training step", SHARE, shared.markdown]
+    parts += [line for case in results.cases if case.part == "share" for line in report.failures(case)]
+    return "\n\n".join([*parts, LIMITS]) + "\n"
 
 
 def write(results: Results, folder: Path) -> None:

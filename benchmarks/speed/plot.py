@@ -102,7 +102,7 @@ def _panel(ax: Axes, case: Case, optimizers: Sequence[str], backends: Sequence[s
 
 
 def _grown(sweep: str, cases: Sequence[Case]) -> Figure:
-    """The cost of a step against what grows: a line for each candidate and each number of threads."""
+    """The cost of a step against what grows, "tensors" or "parameters": a line for each candidate, by threads."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     threads = sorted({case.threads for case in cases})
     axes = figure.subplots(1, len(threads), squeeze=False, sharey=True).ravel()
@@ -110,7 +110,7 @@ def _grown(sweep: str, cases: Sequence[Case]) -> Figure:
         mine = [case for case in cases if case.threads == n]
         names = list(dict.fromkeys((e.optimizer, e.backend) for case in mine for e in case.entries))
         for (optimizer, backend), colour in zip(names, [*COLOURS.values(), *OTHERS], strict=False):
-            points = [(_along(case), case.entry(optimizer, backend)) for case in mine]
+            points = [(getattr(case, sweep), case.entry(optimizer, backend)) for case in mine]
             known = [(x, 1000 * median(e.seconds)) for x, e in points if e is not None]
             ax.plot(*zip(*known, strict=True), "o-", color=colour, ms=3.5, lw=1.3, label=optimizer)
         ax.set(xscale="log", yscale="log", xlabel=sweep, ylabel="ms a step" if ax is axes[0] else "")
@@ -119,10 +119,6 @@ def _grown(sweep: str, cases: Sequence[Case]) -> Figure:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=1)
     return figure
-
-
-def _along(case: Case) -> int:
-    return case.tensors if case.group == "tensors" else case.parameters
 
 
 def _colour(backend: str, backends: Sequence[str]) -> str:

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from scipy import stats
 
 import normopt
 from benchmarks.stats import LEVEL
+
+DIGITS = 7  # of seconds behind the point
 
 
 class Record(BaseModel):
@@ -51,8 +54,8 @@ class Entry(Record):
     optimizer: str
     backend: str
     streams: float
-    first: float
-    seconds: list[float]
+    first: Annotated[float, AfterValidator(lambda seconds: round(seconds, DIGITS))]
+    seconds: list[float] = []
     launches: int | None = None
 
 
@@ -147,7 +150,7 @@ def machine(device: torch.device, peers: Sequence[str], copied: float | None) ->
         except PackageNotFoundError:
             continue
     return Machine(
-        cpu=_cpu(),
+        cpu=told_by_linux("cpuinfo", "model name") or platform.processor() or "unknown",
         cores=os.cpu_count() or 1,
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
@@ -157,11 +160,11 @@ def machine(device: torch.device, peers: Sequence[str], copied: float | None) ->
     )
 
 
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
+def told_by_linux(file: str, name: str) -> str | None:
+    """What the first line of a file in /proc with this name says; None where there is none."""
+    path = Path("/proc") / file
     lines = path.read_text().splitlines() if path.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or "unknown")
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
+from benchmarks.grid import Grid
 from benchmarks.speed.asked import lines
 from benchmarks.speed.measure import TURN
 from benchmarks.speed.records import Case, Entry, Machine, Results, quartiles, ratio
@@ -33,59 +30,32 @@ LIMITS = {
 }
 
 
-@dataclass(frozen=True)
-class Column:
-    """A title and an entry's text under it."""
-
-    title: str
-    cell: Callable[[Case, Entry], str]
-    left: bool = False
-    wide: bool = False  # a narrow terminal does without it
-
-
-def columns(case: Case) -> list[Column]:
-    """The columns of a case's table."""
-    found = [
-        Column("optimizer", lambda case, e: e.optimizer, left=True),
-        Column("backend", lambda case, e: e.backend, left=True),
-        Column("ms", lambda case, e: "{1} ({0}–{2})".format(*(digits(1000 * q) for q in quartiles(e)))),
-        Column(
-            f"× {case.reference.optimizer}",
-            lambda case, e: "1" if e is case.reference else str(ratio(e, case.reference)),
-        ),
-        Column("bytes", lambda case, e: f"{case.moved(e):g}" if e.streams else "", wide=True),
-        Column("GB/s", lambda case, e: digits(case.bandwidth(e) / 1e9) if e.streams else "", wide=True),
-        Column("first s", lambda case, e: f"{e.first:.2f}", wide=True),
-    ]
-    launches = Column("launches", lambda case, e: "" if e.launches is None else str(e.launches))
-    return [*found, launches] if case.device == "cuda" else found
+def grid(case: Case, width: int = WIDE) -> Grid:
+    """A case's table, without some of its columns where there are fewer than `WIDE` characters."""
+    reference = case.reference
+    columns: dict[str, Callable[[Entry], str]] = {
+        "optimizer": lambda e: e.optimizer,
+        "backend": lambda e: e.backend,
+        "ms": lambda e: "{1} ({0}–{2})".format(*(digits(1000 * q) for q in quartiles(e))),
+        f"× {reference.optimizer}": lambda e: "1" if e is reference else str(ratio(e, reference)),
+    }
+    if width >= WIDE:
+        columns |= {
+            "bytes": lambda e: f"{case.moved(e):g}" if e.streams else "",
+            "GB/s": lambda e: digits(case.bandwidth(e) / 1e9) if e.streams else "",
+            "first s": lambda e: f"{e.first:.2f}",
+        }
+    if case.device == "cuda":
+        columns["launches"] = lambda e: "" if e.launches is None else str(e.launches)
+    return Grid([*columns], [[cell(e) for cell in columns.values()] for e in case.entries], left=2)
 
 
-def terminal(case: Case, width: int) -> Table:
-    """A case's table for a terminal that is so many characters wide."""
-    shown = [c for c in columns(case) if not c.wide or width >= WIDE]
-    rows = [[c.cell(case, e) for c in shown] for e in case.entries]
-    return framed([(c.title, c.left) for c in shown], rows, f"{case.title}: {size(case)}")
+def goals(results: Results) -> Grid:
+    """Goals, what was measured and whether they are met, of what was run."""
+    return Grid(("step", "goal", "measured", "met"), lines(results), left=4)
 
 
-def promises(results: Results) -> Table | None:
-    """Goals, what was measured and whether they are met, for a terminal; None if nothing of it was run."""
-    rows = [[line.what, line.asked, line.measured, line.met] for line in lines(results)]
-    return framed([(title, True) for title in ASKED], rows, "Goals") if rows else None
-
-
-ASKED = ("step", "goal", "measured", "met")
 UNCERTAIN = "A goal is met if the median meets it; this is uncertain if the goal lies within the interval."
-
-
-def framed(titles: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]], title: str) -> Table:
-    """A table for the terminal, of titles, each with whether its column is aligned left, and rows."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
-    for name, left in titles:
-        table.add_column(name, justify="left" if left else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def digits(x: float) -> str:
@@ -126,20 +96,9 @@ def markdown(results: Results, pictures: Mapping[str, str]) -> str:
     how = textwrap.fill(HOW.format(rounds=results.rounds, where=LIMITS[device], turn=TURNS[device]), 120)
     parts = ["# Limits of speed", described(results.machine), how]
     parts += [line for case in cases for line in failures(case)]
-    promised = lines(results)
-    if promised:
-        rows = [[line.what, line.asked, line.measured, line.met] for line in promised]
-        parts += ["## Goals", UNCERTAIN, table([(title, True) for title in ASKED], rows)]
+    if (promised := goals(results)).rows:
+        parts += ["## Goals", UNCERTAIN, promised.markdown]
     parts += [f"![Times of steps: {name}]({at})" for name, at in pictures.items() if not name.startswith("by-")]
     for case in cases:
-        shown = columns(case)
-        rows = [[c.cell(case, e) for c in shown] for e in case.entries]
-        parts += [f"## {case.title}", f"{size(case)}.", table([(c.title, c.left) for c in shown], rows)]
+        parts += [f"## {case.title}", f"{size(case)}.", grid(case).markdown]
     return "\n\n".join(parts) + "\n"
-
-
-def table(titles: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    head = ["| " + " | ".join(name for name, _ in titles) + " |"]
-    head += ["|" + "|".join(":--" if left else "--:" for _, left in titles) + "|"]
-    return "\n".join(head + ["| " + " | ".join(row) + " |" for row in rows])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from benchmarks.grid import Grid
 from benchmarks.speed import page, report
 from benchmarks.speed.candidates import Candidate, candidates
 from benchmarks.speed.measure import copied, measure, told
@@ -75,14 +76,13 @@ def run(
     )
     for line in (report.described(found.machine), *report.told(found)):
         tell(line)
-    asked = [case for part in CASES for case in CASES[part](wanted.get(part, ()), counts, compiled)]
-    for model, who, how in asked:
+    for model, who, how in asked(wanted, counts, compiled):
         if model.name in large:
             continue
         tell(f"Timing {model.name}: {len(who)} candidates in {rounds} rounds.")
         case = measure(model, who, rounds=rounds, dtype=dtype, device=device, **how)
-        found = found.model_copy(update={"cases": [*found.cases, case]})
-        tell(report.terminal(case, width))
+        found.cases.append(case)
+        tell(report.grid(case, width).terminal(f"{case.title}: {report.size(case)}"))
         for line in report.failures(case):
             tell(line)
         page.write(found, out)
@@ -90,22 +90,31 @@ def run(
         tell(f"Measuring the memory of {model.name}.")
         for stepped, candidate in ((m, c) for m, family in stepping(model) for c in installed(family)):
             try:
-                one = held(stepped, candidate, dtype, device)
-                found = found.model_copy(update={"held": [*found.held, one]})
+                found.held.append(held(stepped, candidate, dtype, device))
             except Exception as error:
-                why = {f"{candidate.optimizer}, {model.name}": told(error)}
-                found = found.model_copy(update={"unheld": found.unheld | why})
+                found.unheld[f"{candidate.optimizer}, {model.name}"] = told(error)
         page.write(found, out)
     for name in TRAININGS if "share" in parts else ():
         tell(f"Timing the training of {name} in {rounds} rounds.")
         who = [c for family in FAMILIES if family != MUON for c in installed(family)]
         case = share(name, who, rounds=rounds, dtype=dtype, device=device, threads=counts[-1])
-        found = found.model_copy(update={"cases": [*found.cases, case]})
+        found.cases.append(case)
         page.write(found, out)
-    for shown in (report.promises(found), page.memory(found), page.shares(found), page.terminal(found)):
-        if shown is not None:
-            tell(shown)
+    for title, grid in summaries(found):
+        tell(grid.terminal(title))
     return found
+
+
+def summaries(results: Results) -> Iterator[tuple[str, Grid]]:
+    """The tables over all cases, each with a title: what was not measured has none, and Markdown's marks are away."""
+    for title, grid in (
+        ("Goals", report.goals(results)),
+        ("Memory", page.memory(results)),
+        ("Percent of a training step", page.shares(results)),
+        (page.slower(results).replace("`", ""), page.users(results)),
+    ):
+        if grid.rows:
+            yield title, Grid(grid.titles, [[name.strip("`*"), *cells] for name, *cells in grid.rows], grid.left)
 
 
 def stepping(model: Model) -> Iterator[tuple[Model, str]]:
@@ -116,23 +125,15 @@ def stepping(model: Model) -> Iterator[tuple[Model, str]]:
             yield stepped, family
 
 
-def _table(models: Sequence[Model], counts: Sequence[int], compiled: bool) -> Iterator[Asked]:
-    for stepped, family in (found for model in models for found in stepping(model)):
-        how = dict(part="table", group=family, threads=counts[-1], fresh=True)
-        yield stepped, list(installed(family)), how
-
-
-def _growth(models: Sequence[Model], counts: Sequence[int], compiled: bool) -> Iterator[Asked]:
-    for model in models:
-        how = dict(part="growth", group=model.sweep, threads=counts[-1], fresh=True)
-        yield model, [typed.candidate() for typed in SWEPT], how
-
-
-def _limits(models: Sequence[Model], counts: Sequence[int], compiled: bool) -> Iterator[Asked]:
-    for model, threads, fresh in product(models, counts, (False, True)):
+def asked(wanted: Mapping[str, Sequence[Model]], counts: Sequence[int], compiled: bool) -> Iterator[Asked]:
+    """The cases of the models of each part that are timed by themselves: a model, who steps it, and how."""
+    users: dict[str, Any] = {"threads": counts[-1], "fresh": True}
+    for model in wanted.get("table", ()):
+        for stepped, family in stepping(model):
+            yield stepped, [*installed(family)], users | {"part": "table", "group": family}
+    for model in wanted.get("growth", ()):
+        yield model, [typed.candidate() for typed in SWEPT], users | {"part": "growth", "group": model.sweep}
+    for model, threads, fresh in product(wanted.get("limits", ()), counts, (False, True)):
         if not fresh or model.name == TINY:
             who = [*candidates(model, compiled), *(peers() if model.name != MATRICES else ())]
-            yield model, who, dict(threads=threads, fresh=fresh)
-
-
-CASES = {"table": _table, "growth": _growth, "limits": _limits}
+            yield model, who, {"threads": threads, "fresh": fresh}

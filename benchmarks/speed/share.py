@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.speed.candidates import Candidate
-from benchmarks.speed.measure import Entrant, clock_of, take_turns, threads_set, told, warmed
+from benchmarks.speed.measure import Entrant, case_of, clock_of, take_turns, threads_set, told, warmed
+from benchmarks.speed.models import Model
 from benchmarks.speed.records import Case, Entry, Ratio, ratio
 from benchmarks.tasks import TASKS
 
@@ -33,25 +34,16 @@ def share(
     clock = clock_of(device)
     failed = {}
     with threads_set(threads):
-        entrants = [Entrant(WHOLE, "", back, 0, clock(back))]
+        whole = Entry(optimizer=WHOLE, backend="", streams=0, first=clock(back))
+        entrants = [Entrant(whole, back)]
         for candidate in candidates:
             try:
                 entrants.append(warmed(candidate, parameters, clock, back))
             except Exception as error:
                 failed[candidate.name] = told(error)
         take_turns(entrants, rounds, clock, back)
-    return Case(
-        part="share",
-        model=name,
-        tensors=len(parameters),
-        parameters=sum(p.numel() for p in parameters),
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.type,
-        threads=threads,
-        fresh=True,
-        entries=[e.entry() for e in entrants],
-        failed=failed,
-    )
+    shapes = tuple(tuple(p.shape) for p in parameters)
+    return case_of(Model(name, shapes), entrants, failed, dtype, device, part="share", threads=threads, fresh=True)
 
 
 def percent(case: Case, entry: Entry) -> Ratio:

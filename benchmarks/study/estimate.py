@@ -42,19 +42,20 @@ class Estimate:
 def estimate(study: Study, store: Store, run: Run = train, patience: float = PATIENCE) -> Estimate:
     """Count the runs, and time what is not known."""
     pace = Pace(store.runs.values())
-    measured = {(record.spec.task, record.spec.optimizer) for record in store.runs.values()}
     all_lanes = lanes(study, store.trials)
-    slow: set[Key] = set()
-    failed: dict[Key, str] = {}
-    asked: dict[tuple[str, str], Key] = {}
+    # What is found of one arm holds for those with the same optimizer on the same task.
+    kinds = {key: (lane.task, lane.arm.optimizer) for key, lane in all_lanes.items()}
+    known = {(record.spec.task, record.spec.optimizer) for record in store.runs.values()}
+    slow: set[tuple[str, str]] = set()
+    failed: dict[tuple[str, str], str] = {}
     warm: set[str] = set()
     workers = Local(1)
     try:
         for key, lane in all_lanes.items():
-            like = lane.task, lane.arm.optimizer
-            if like in measured or like in asked:
+            like = kinds[key]
+            if like in known:
                 continue
-            asked[like] = key
+            known.add(like)
             spec = _probe(lane, all_lanes)
             # The first run of a task reads its data too, which later ones find in memory.
             for _ in range(1 if lane.task in warm else 2):
@@ -63,29 +64,27 @@ def estimate(study: Study, store: Store, run: Run = train, patience: float = PAT
                 except Died as error:
                     outcome = Outcome(None, error="its worker died", overdue=error.seconds >= patience)
                 if outcome.overdue:
-                    slow.add(key)
+                    slow.add(like)
                     pace.add(*like, patience * _epochs(lane))
                     break
                 if outcome.record is None:
-                    failed[key] = outcome.error
+                    failed[like] = outcome.error
                     break
                 if lane.task in warm:
                     pace.add(*like, outcome.record.seconds * _epochs(lane))
                 warm.add(lane.task)
     finally:
         workers.close()
-    # What was found of one arm holds for those with the same optimizer on the same task.
-    found = {key: asked.get((lane.task, lane.arm.optimizer), key) for key, lane in all_lanes.items()}
     return Estimate(
         lanes=all_lanes,
         missing={key: left(lane, all_lanes, store.losses) for key, lane in all_lanes.items()},
         seconds={
             key: seconds
-            for key, lane in all_lanes.items()
-            if found[key] not in failed and (seconds := pace.seconds(lane.task, lane.arm.optimizer)) is not None
+            for key, like in kinds.items()
+            if like not in failed and (seconds := pace.seconds(*like)) is not None
         },
-        slow=frozenset(key for key in all_lanes if found[key] in slow),
-        failed={key: failed[found[key]] for key in all_lanes if found[key] in failed},
+        slow=frozenset(key for key, like in kinds.items() if like in slow),
+        failed={key: failed[like] for key, like in kinds.items() if like in failed},
     )
 
 

@@ -59,14 +59,16 @@ def study(
     tasks: Sequence[str] = (),
     arms: Sequence[str] = (),
     trials: int | None = None,
-    seeds: int | None = None,
-    budget: float | None = None,
-    baseline: str | None = None,
-    batch_size: int | None = None,
     tuning_seeds: int | None = None,
-    amp: bool = False,
+    **others: Any,
 ) -> Study:
     """The preset, or the study of a file.toml, changed as the flags say; or without one, a study of its own.
+
+    Args:
+        what: the preset's name, or the file's.
+        tasks, arms: in place of its tasks, and beside its arms.
+        trials, tuning_seeds: of the tuning.
+        others: more keys of a file, as it has them. A flag that is None, empty or False changes nothing.
 
     Raises:
         BadStudy: it cannot be.
@@ -77,15 +79,11 @@ def study(
         if base is None:
             raise BadStudy(f"{unknown('preset', what, PRESETS)}; a file's name ends in .toml")
     tuning = {"trials": trials, "seeds": tuning_seeds}
-    changes: dict[str, Any] = {
-        "tasks": list(tasks) or None,
+    changes = {
+        "tasks": list(tasks),
         "arms": [arm(text) for text in arms],
         "tuning": {key: value for key, value in tuning.items() if value},
-        "seeds": seeds,
-        "budget": budget,
-        "baseline": baseline,
-        "batch_size": batch_size,
-        "amp": amp,
+        **others,
     }
     changes = {key: value for key, value in changes.items() if value}
     if base is not None and not changes:

@@ -197,21 +197,3 @@ def left(lane: Lane, all_lanes: Mapping[Key, Lane], losses: Losses) -> int:
     """How many runs of a lane are yet to be made."""
     told = lane.study.tuning.runs(len(lane.trials))
     return lane.runs_wanted - told - sum(run_id in losses for run_id in ready(lane, all_lanes))
-
-
-def choices(study: Study, trials: Mapping[Key, Sequence[Trial]]) -> dict[Key, Choice]:
-    """What tuning found for every arm on every task, in the study's order; those that are not tuned yet are left out.
-
-    Args:
-        study: which.
-        trials: as the store has them (`benchmarks.store.Store.trials`).
-    """
-    all_lanes = lanes(study, trials)
-    found = {key: chosen(lane, all_lanes) for key, lane in all_lanes.items()}
-    return {key: choice for key, choice in found.items() if choice is not None}
-
-
-def final_specs(study: Study, found: Mapping[Key, Choice]) -> dict[Key, list[RunSpec]]:
-    """The final runs of every arm on every task that has its settings, in the order of the seeds."""
-    all_lanes = lanes(study)
-    return {key: all_lanes[key].final_specs(choice) for key, choice in found.items()}

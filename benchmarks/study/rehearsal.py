@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 
 from benchmarks.optimizers import make_optimizer
-from benchmarks.study.spec import Arm, Range, RunSpec, Study
+from benchmarks.study.spec import RunSpec, Study
 from benchmarks.study.toml import BadStudy
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.digits import Digits
@@ -20,10 +19,11 @@ def rehearse(study: Study) -> None:
     """
     task = TASKS[Digits.name]
     for arm in study.arms:
+        searched = study.arm(arm.tuned_as).search if arm.tuned_as else arm.search
         spec = RunSpec(
             task=task.name,
             optimizer=arm.optimizer,
-            settings={**_middles(study.arm(arm.tuned_as) if arm.tuned_as else arm), **arm.settings},
+            settings={**{name: within.at(0.5) for name, within in searched.items()}, **arm.settings},
             p_schedule=arm.p_schedule,
             seed=0,
             epochs=task.epochs,
@@ -35,11 +35,3 @@ def rehearse(study: Study) -> None:
                 make_optimizer(spec, task.build(), task)
         except Exception as error:
             raise BadStudy(f"the optimizer of the arm {arm.name!r} cannot be made: {error}") from error
-
-
-def _middles(arm: Arm) -> dict[str, float]:
-    return {name: _middle(within) for name, within in arm.search.items()}
-
-
-def _middle(within: Range) -> float:
-    return math.sqrt(within.low * within.high) if within.log else (within.low + within.high) / 2

@@ -36,7 +36,7 @@ def quasi_random(search: Mapping[str, Range], n: int, seed: int) -> list[Setting
     # Drawn to the next power of two, as the balance of Sobol points wants; the first n of them are the same anyhow.
     points = qmc.Sobol(len(search), scramble=True, rng=seed).random_base2(math.ceil(math.log2(n)))[:n]
     return [
-        {name: _rounded(_at(within, x), within) for (name, within), x in zip(search.items(), point, strict=True)}
+        {name: _rounded(within.at(x), within) for (name, within), x in zip(search.items(), point, strict=True)}
         for point in points.tolist()
     ]
 
@@ -50,12 +50,6 @@ def tpe(search: Mapping[str, Range], history: History, seed: int) -> Settings:
     study.add_trials(told)
     asked = study.ask({**ranges})
     return {name: _rounded(float(asked.params[name]), within) for name, within in search.items()}
-
-
-def _at(within: Range, x: float) -> float:
-    if within.log:
-        return float(within.low * (within.high / within.low) ** x)
-    return within.low + (within.high - within.low) * x
 
 
 def _rounded(value: float, within: Range) -> float:

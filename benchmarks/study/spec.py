@@ -122,6 +122,12 @@ class Range(Frozen):
             raise ValueError(f"a range needs low < high, and low > 0 if log, but is {self.low:g} … {self.high:g}")
         return self
 
+    def at(self, share: float) -> float:
+        """Return the number so far from the low end to the high one."""
+        if self.log:
+            return float(self.low * (self.high / self.low) ** share)
+        return self.low + (self.high - self.low) * share
+
 
 class Arm(Frozen):
     """What a study compares: an optimizer with settings, some of which tuning finds.

@@ -34,9 +34,9 @@ import itertools
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
 
 from benchmarks.optimizers import check
 from benchmarks.study.presets import LEARNING_RATES, PRESETS
@@ -57,6 +57,20 @@ LR = Range(low=1e-4, high=1)  # of an optimizer of your own: as wide as those of
 
 class BadStudy(ValueError):
     """Settings of a study that cannot be; the message says where, and what is allowed."""
+
+
+def unknown(what: str, name: str, names: Mapping[str, object]) -> str:
+    """That there is none of that name, the near ones, and all."""
+    return f"there is no {what} {name!r}{near(name, names)} (known: {', '.join(names)})"
+
+
+def _known(what: str, names: Mapping[str, object]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(unknown(what, name, names))
+        return name
+
+    return AfterValidator(check)
 
 
 class ArmTable(Arm):
@@ -110,10 +124,10 @@ class TuningTable(Frozen):
 class StudyTable(Frozen):
     """The whole file: what it leaves out is that of the study on which it builds, if there is one."""
 
-    extends: str | None = None
+    extends: Annotated[str, _known("preset", PRESETS)] | None = None
     name: str | None = None
     purpose: str | None = None
-    tasks: tuple[str, ...] | None = None
+    tasks: tuple[Annotated[str, _known("task", TASKS)], ...] | None = None
     arms: tuple[ArmTable, ...] = ()
     baseline: str | None = None
     tuning: TuningTable = TuningTable()
@@ -121,21 +135,6 @@ class StudyTable(Frozen):
     budget: float | None = None
     batch_size: int | None = None
     amp: bool | None = None
-
-    @field_validator("extends")
-    @classmethod
-    def _preset(cls, name: str | None) -> str | None:
-        if name is not None and name not in PRESETS:
-            raise ValueError(unknown("preset", name, PRESETS))
-        return name
-
-    @field_validator("tasks")
-    @classmethod
-    def _tasks(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for name in names or ():
-            if name not in TASKS:
-                raise ValueError(unknown("task", name, TASKS))
-        return names
 
     def study(self, name: str, base: Study | None = None) -> Study:
         """The study, with a name if it gives itself none, and what it leaves out as in the base.
@@ -187,11 +186,6 @@ def build(content: Mapping[str, Any], name: str, base: Study | None = None) -> S
         return StudyTable.model_validate(content).study(name, base)
     except ValidationError as error:
         raise BadStudy("\n".join(map(_told, error.errors()))) from None
-
-
-def unknown(what: str, name: str, names: Mapping[str, object]) -> str:
-    """That there is none of that name, the near ones, and all."""
-    return f"there is no {what} {name!r}{near(name, names)} (known: {', '.join(names)})"
 
 
 def _told(details: Any) -> str:

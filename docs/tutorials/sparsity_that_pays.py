@@ -306,10 +306,10 @@ for task, title in TITLES.items():
 # %% [markdown]
 # - **Zeros do not reduce the size by themselves.** Decay of entries makes about nine in ten weights of the convolutions
 #   zero, but scattered, so hardly a channel dies. That helps storage
-#   ([`sparse_state_dict`][normopt.sparsity.sparse_state_dict]), but not for speed.
+#   ([`sparse_state_dict`][normopt.sparsity.sparse_state_dict]), but hardly speed.
 # - **Rows pay if regularization helps.** With noisy labels, networks with a third to a half of the parameters are more
-#   accurate than the full one, and two to five times as fast on 256 inputs. A single input gains little: most of its
-#   time is the overhead of calling a dozen modules.
+#   accurate than the full one, and one and a half to three times as fast on 256 inputs. A single input gains little:
+#   most of its time is the overhead of calling a dozen modules.
 # - **They do not always pay.** On the true labels all ringed networks are slightly less accurate than the full one,
 #   within the hundredth that was allowed, and only a quarter of the parameters is removed. Removing a few units can
 #   even be *slower*, as with ℓ1 decay of entries there: a width of 128 suits the processor's kernels, and one of 123

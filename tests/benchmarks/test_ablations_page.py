@@ -34,5 +34,5 @@ def test_the_commands_are_there_and_the_flags_are_a_study():
         with command.make_context(words[0], words[1:]) as context:
             given = context.params
         if given.get("task"):
-            study = flags.study(None, given["task"], given["arm"], None, None, None)
+            study = flags.study(None, given["task"], given["arm"])
             assert len(study.arms) == len(given["arm"])

@@ -175,7 +175,7 @@ def test_a_page_without_runs_shows_what_is_declared(name):
 @pytest.mark.parametrize("name", papers.DECLARED)
 def test_a_page_of_the_stored_runs_can_be_made(name):
     text = paper_pages.page(papers.DECLARED[name], paper_pages.read(name))
-    assert text.startswith(f"# {paper_pages.TITLES[name]}\n")
+    assert text.startswith(f"# {paper_pages.PAGES[name].title}\n")
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
 
 

@@ -273,7 +273,7 @@ def test_what_was_lost_is_named(tmp_path):
     assert "LPSGDM + AGR against LPSGDM (the same without): not compared, because runs are missing" in text[REGULARIZED]
     assert "2 runs raised an error" in text["How far to trust this"]
     assert "ValueError: no" in text["How far to trust this"]
-    cells = tables.grid(tables.columns(found.tasks[UP.name]), found.tasks[UP.name].rows).rows
+    cells = tables.grid(found.tasks[UP.name]).rows
     assert plain(cells[1][2]) == "2 of 6 diverged"
     report.write(found, tmp_path)
 
@@ -314,9 +314,8 @@ def test_numbers_stay_with_their_units(results, written):
     texts = [finding.text for finding in findings(results)] + (written / "summary.md").read_text("utf-8").splitlines()
     for text in texts:
         assert not re.search(r"\d (%|±|points?\b)|± \d", text), text
-    task = results.tasks[UP.name]
-    for column in tables.columns(task)[1:]:
-        assert all(" " not in column.cell(row) for row in task.rows)
+    for _, *cells in tables.grid(results.tasks[UP.name]).rows:
+        assert all(" " not in cell for cell in cells)
 
 
 def test_how_numbers_are_written():
@@ -340,10 +339,9 @@ def test_the_terminal_shows_what_fits_whole(results, width, losses):
         text = out.export_text()
         assert ("validation" in text) == losses
         assert "state" not in text
-        for row in task.rows:
-            line = next(line for line in text.splitlines() if row.name in line)
-            shown = [column for column in tables.columns(task) if width >= column.least]
-            assert all(column.cell(row) in line for column in shown)
+        for name, *cells in tables.grid(task, width).rows:
+            line = next(line for line in text.splitlines() if name in line)
+            assert all(cell in line for cell in cells)
 
 
 def test_a_preset_says_its_command_and_another_study_none(results, tmp_path):

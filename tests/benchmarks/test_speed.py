@@ -174,7 +174,7 @@ def test_the_copy_moves_as_many_bytes_as_five_streams():
 
 def test_every_round_runs_each_once_in_another_order():
     ran: list[str] = []
-    entrants = [Entrant(name, "", lambda name=name: ran.append(name), 5, 0.0) for name in "abc"]
+    entrants = [Entrant(entry(name, []), lambda name=name: ran.append(name)) for name in "abc"]
 
     def clock(step):
         step()
@@ -182,14 +182,14 @@ def test_every_round_runs_each_once_in_another_order():
 
     take_turns(entrants, 4, clock, before=lambda: ran.append("|"))
     assert "".join(ran) == "".join(f"|{name}" for name in "abcbaccabacb")
-    assert [len(e.seconds) for e in entrants] == [4, 4, 4]
-    assert entrants[0].seconds == [2, 10, 16, 20]
+    assert [len(e.entry.seconds) for e in entrants] == [4, 4, 4]
+    assert entrants[0].entry.seconds == [2, 10, 16, 20]
 
 
 @pytest.mark.parametrize("n", [1, 2, 6, 7])
 def test_nobody_always_follows_the_same(n):
     ran: list[int] = []
-    take_turns([Entrant(str(i), "", lambda i=i: ran.append(i), 5, 0.0) for i in range(n)], 4 * n, measure.on_cpu)
+    take_turns([Entrant(entry(str(i), []), lambda i=i: ran.append(i)) for i in range(n)], 4 * n, measure.on_cpu)
     rounds = [ran[i : i + n] for i in range(0, len(ran), n)]
     assert all(sorted(order) == [*range(n)] for order in rounds)
     assert {order[0] for order in rounds} == {*range(n)}
@@ -200,7 +200,7 @@ def test_nobody_always_follows_the_same(n):
 
 def test_no_garbage_is_collected_in_a_round():
     seen = []
-    take_turns([Entrant("a", "", lambda: seen.append(gc.isenabled()), 5, 0.0)], 2, measure.on_cpu)
+    take_turns([Entrant(entry("a", []), lambda: seen.append(gc.isenabled()))], 2, measure.on_cpu)
     assert seen == [False, False]
     assert gc.isenabled()
 
@@ -454,7 +454,8 @@ def test_no_promise_is_told_of_what_was_not_run():
     step = entry("normopt p = 3", [1.0] * ROUNDS)
     assert asked.lines(results_of(made_up([limit]), made_up([limit, step], dtype="bfloat16"))) == []
     assert asked.lines(results_of(made_up([limit, step], part="growth"))) == []
-    assert report.promises(results_of()) is None
+    assert report.goals(results_of()).rows == []
+    assert [*run.summaries(results_of())] == []
 
 
 # Candidates
@@ -663,7 +664,7 @@ def test_the_users_table_comes_first_below_what_is_slower():
 
 
 def test_muon_steps_matrices_where_they_are_most_and_not_too_many():
-    asked_for = [*run.CASES["table"]([MODELS[name] for name in run.DEFAULT["table"]], [1, 2], False)]
+    asked_for = [*run.asked({"table": [MODELS[name] for name in run.DEFAULT["table"]]}, [1, 2], False)]
     assert all(typed.ours(who[0].optimizer) for _, who, _ in asked_for)
     muon = [(model.name, model.parameters) for model, _, how in asked_for if how["group"] == typed.MUON]
     assert muon == [("mlp", 25_856), ("vit-s", 21_617_664)]
@@ -729,7 +730,7 @@ def test_the_command_from_end_to_end(small_default, monkeypatch, tmp_path):
     for said in ("small, 1 thread", "Goals", "ms a step"):
         assert said in done.output
     found = page.read(out)
-    assert {case.part for case in found.cases} == {*run.CASES, "share"}
+    assert {case.part for case in found.cases} == {"table", "growth", "limits", "share"}
     assert {h.model for h in found.held} == {"small"}
     assert {len(e.seconds) for case in found.cases for e in case.entries} == {2}
     done = CliRunner().invoke(app, ["speed", "--out", str(out), "--page", str(tmp_path / "speed.md")])

@@ -18,7 +18,7 @@ from benchmarks.environment import here
 from benchmarks.store import Store, UnfitStore
 from benchmarks.study.clusters import Local, NoCluster, connect
 from benchmarks.study.execute import SPARE, execute
-from benchmarks.study.lanes import choices, lanes, left
+from benchmarks.study.lanes import chosen, lanes, left
 from benchmarks.study.pace import Status
 from benchmarks.study.spec import Arm, RunSpec, Study
 from benchmarks.study.work import Outcome, work
@@ -92,7 +92,9 @@ def wait_until(true, process: subprocess.Popen[str] | None = None, seconds: floa
 def test_a_study_is_made_whole_and_nothing_of_it_again(whole, workers):
     assert len(whole.runs) == RUNS
     assert [len(t) for t in whole.trials.values()] == [6] * 4
-    assert len(choices(STUDY, whole.trials)) == 8
+    known = lanes(STUDY, whole.trials)
+    assert all(chosen(lane, known) for lane in known.values())
+    assert len(known) == 8
     assert whole.environments == [here(STUDY.tasks)]
     again = Store(whole.folder)
     before = {path: path.read_bytes() for path in whole.folder.iterdir()}

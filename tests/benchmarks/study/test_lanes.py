@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import qmc
 
 from benchmarks.study import search
-from benchmarks.study.lanes import Choice, Trial, choices, final_specs, lanes, left, ready
+from benchmarks.study.lanes import Choice, Trial, chosen, lanes, left, ready
 from benchmarks.study.spec import Range, Study
 from tests.benchmarks.study.mini import RUNS, STUDY, run
 
@@ -91,8 +91,8 @@ def test_the_lowest_loss_is_chosen_and_the_earliest_of_equals():
         Trial(number=n, settings={"lr": 0.1 * (n + 1)}, loss=loss, run_ids=(str(n),))
         for n, loss in enumerate((math.inf, 0.5, 0.25, 0.25, 0.75, 0.5))
     ]
-    found = choices(STUDY, {lane.key: trials})
-    assert found[lane.key] == Choice(settings=trials[2].settings, trials=tuple(trials))
+    known = lanes(STUDY, {lane.key: trials})
+    assert chosen(known[lane.key], known) == Choice(settings=trials[2].settings, trials=tuple(trials))
 
 
 def test_the_best_three_are_run_again_and_the_mean_of_all_their_runs_decides():
@@ -155,9 +155,10 @@ def test_choices_hold_what_is_tuned_and_final_runs_their_settings():
     whole, losses, _ = finish(STUDY)
     trials = {key: lane.trials for key, lane in whole.items()}
     del trials["mini-2", "A"]
-    found = choices(STUDY, trials)
+    known = lanes(STUDY, trials)
+    found = {key: choice for key, lane in known.items() if (choice := chosen(lane, known))}
     assert set(found) == set(whole) - {("mini-2", "A"), ("mini-2", "A again")}
-    specs = final_specs(STUDY, found)
+    specs = {key: known[key].final_specs(choice) for key, choice in found.items()}
     assert all([spec.seed for spec in of] == [1, 2, 3] for of in specs.values())
     assert {spec.epochs for of in specs.values() for spec in of} == {4, 3}
     lr = found["mini", "A"].settings["lr"]

@@ -139,7 +139,7 @@ def test_errors_of_all_keys_are_told_at_once(tmp_path):
     with pytest.raises(BadStudy) as caught:
         read(file(tmp_path, text))
     assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
-        "tasks", "arms.1.settings", "arms.1.search",
+        "tasks.1", "arms.1.settings", "arms.1.search",
     ]  # fmt: skip
 
 
@@ -196,7 +196,15 @@ def test_flags_change_a_file(tmp_path):
     old = read(path)
     assert flags.study(str(path)) == old
     new = flags.study(
-        str(path), ["bytes"], ["lion", "adamw name=SGD"], 4, 2, 0.25, "lion", batch_size=16, tuning_seeds=3
+        str(path),
+        ["bytes"],
+        ["lion", "adamw name=SGD"],
+        trials=4,
+        tuning_seeds=3,
+        seeds=2,
+        budget=0.25,
+        baseline="lion",
+        batch_size=16,
     )
     assert (new.name, new.tasks, new.seeds, new.budget) == ("mine-changed", ("bytes",), (1, 2), 0.25)
     assert (new.baseline, new.batch_size) == ("lion", 16)
