@@ -319,15 +319,20 @@ class Store:
 
     def _contains(self, path: Path) -> bool:
         """Every whole line of a file was read, and understood."""
+        return path.name not in self._spoilt and b"\n" not in self._rest(path)
+
+    def _rest(self, path: Path) -> bytes:
+        """What of a file has not been read."""
         with path.open("rb") as file:
             file.seek(self._read.get(path.name, 0))
-            return path.name not in self._spoilt and b"\n" not in file.read()
+            return file.read()
 
     def _warn_of_stumps(self) -> None:
-        for name, size in self._read.items():
+        for name in self._read:
             path = self.folder / name
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_size > size and not held(path):
+                # Asked before the rest is read: a program that has just ended may have written whole lines.
+                if not held(path) and (rest := self._rest(path)) and b"\n" not in rest:
                     _warn(f"{path}: the last line was cut off; what it held is made again")
 
     def _take(self, line: dict[str, Any]) -> None:

@@ -453,6 +453,25 @@ def test_trials_end_where_one_is_missing(tmp_path):
     assert Store(tmp_path).trials == {("mini", "A"): [trial(n) for n in range(4)]}
 
 
+def test_a_program_that_writes_its_last_lines_meanwhile_cut_none_off(tmp_path, monkeypatch):
+    """Between reading its file and asking whether it still lives."""
+    filled(tmp_path).close()
+    (file,) = tmp_path.glob("*.jsonl")
+    *before, last = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(before) + last[:20])
+
+    def ends(path):
+        file.write_bytes(b"".join(before) + last)
+        return False
+
+    monkeypatch.setattr("benchmarks.store.held", ends)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store = Store(tmp_path)
+        store.refresh()
+    assert set(store.runs) == {record.id for record in records(5)}
+
+
 def test_many_programs_write_to_one_folder_at_once(tmp_path):
     def write(first: int) -> None:
         store = Store(tmp_path)
