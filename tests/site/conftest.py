@@ -20,31 +20,35 @@ from filelock import FileLock
 from tests.patience import patience
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("docs/**/*", "normopt/**/*.py", "mkdocs.yml")
+SOURCES = ("docs/**/*", "normopt/**/*.py", "benchmarks/**/*.py", "mkdocs.yml")
 
 
-def built_site() -> Path | None:
-    """What `make docs` left in site/, if no page of it is older than what it was made from."""
-    pages = list((ROOT / "site").rglob("*.html"))
+def is_fresh(site: Path) -> bool:
+    """Whether there is a site, and no page of it is older than what it was made from."""
+    pages = list(site.rglob("*.html"))
     sources = (path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file() and path.suffix != ".pyc")
-    if not pages or min(p.stat().st_mtime for p in pages) < max(s.stat().st_mtime for s in sources):
-        return None
-    return ROOT / "site"
+    return bool(pages) and min(p.stat().st_mtime for p in pages) > max(s.stat().st_mtime for s in sources)
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """The site; built, if need be, with the tutorials run short, or with one of them run if not everything is tested.
+def site(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
+    """The site: what `make docs` left in site/, or a run before this one in pytest's cache; else it is built.
 
-    Once, whatever the number of workers.
+    With the tutorials run short, or with one of them run if not everything is tested. Once, whatever the number of
+    workers.
     """
-    if (made := built_site()) is not None:
-        return made
+    everything = pytestconfig.getoption("--all")
+    kept = None
+    if pytestconfig.pluginmanager.has_plugin("cacheprovider"):
+        kept = pytestconfig.cache.mkdir("site") / ("all" if everything else "some")
+    for made in (ROOT / "site", kept):
+        if made is not None and is_fresh(made):
+            return made
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     folder = shared / "site"
-    some = {} if request.config.getoption("--all") else {"NORMOPT_TUTORIALS": "lp_schedule_on_digits"}
+    some = {} if everything else {"NORMOPT_TUTORIALS": "lp_schedule_on_digits"}
     with FileLock(shared / "site.lock"):
         if not (folder / "sitemap.xml").exists():  # the last that a build writes
             done = subprocess.run(
@@ -57,6 +61,10 @@ def site(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
                 check=False,
             )
             assert done.returncode == 0, done.stdout + done.stderr
+            if kept is not None:
+                copy = shutil.copytree(folder, kept.with_suffix(".new"), dirs_exist_ok=True)
+                shutil.rmtree(kept, ignore_errors=True)
+                copy.rename(kept)
     return folder
 
 
