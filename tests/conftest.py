@@ -30,8 +30,8 @@ allow_torchvision_import()  # which timm and transformers import
 gc.disable()  # until the tests are collected: of a million objects that stay, to look for garbage takes a third longer
 
 # Folders and files whose tests share what is slow to make: ranks and others forked by tests/forked.py, the site, a
-# study that has been run, workers, a wheel, the import of transformers, Dynamo's first graph; and what compiles with
-# Numba most, which two workers cannot do at once.
+# study that has been run, workers, a wheel, a task's data, the import of transformers, Dynamo's first graph; and what
+# compiles with Numba most, which two workers cannot do at once.
 ONE_WORKER = {
     "architectures": "architectures",
     "frameworks": "architectures",
@@ -41,6 +41,7 @@ ONE_WORKER = {
     "test_resume.py": "forked",
     "test_sharding.py": "forked",
     "site": "site",
+    "tasks": "tasks",
     "test_cli.py": "study",
     "test_compile.py": "compile",
     "test_execute.py": "workers",

@@ -170,11 +170,6 @@ def test_timm_registration(timm_stub):
             assert "_" not in name
 
 
-def test_the_integrations_are_there_at_their_first_use():
-    code = "import normopt; normopt.integrations.timm.register; import sys; assert 'timm' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=patience(60))
-
-
 def test_without_timm_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.optim", None)
     with pytest.raises(ImportError, match="pip install timm"):

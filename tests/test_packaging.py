@@ -84,6 +84,8 @@ print(sorted({{m.split(".")[0] for m in set(sys.modules) - before}} - set(sys.st
 model = torch.nn.Linear(3, 2)
 model(torch.ones(1, 3)).sum().backward()
 normopt.LPSGDM(model.parameters()).step()
+normopt.integrations.timm.register  # there at its first use
+assert "timm" not in sys.modules
 """
     where, new = run(sys.executable, "-I", "-W", "error", "-c", code, cwd=wheel.parent).splitlines()
     assert Path(where).is_relative_to(target)

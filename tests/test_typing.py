@@ -61,9 +61,9 @@ scheduler = torch.optim.lr_scheduler.StepLR(own, 3)
 )
 
 
-def mypy(folder: Path, *arguments: str) -> str:
+def mypy(folder: Path, cache: Path, *arguments: str) -> str:
     """What mypy says about every file of a folder, as in a user's project."""
-    command = [sys.executable, "-m", "mypy", "--config-file=", f"--cache-dir={folder / 'cache'}", *arguments]
+    command = [sys.executable, "-m", "mypy", "--config-file=", f"--cache-dir={cache}", *arguments]
     command += map(str, sorted(folder.glob("*.py")))
     environment = {**os.environ, "MYPYPATH": str(ROOT)}
     return subprocess.run(
@@ -72,14 +72,15 @@ def mypy(folder: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What mypy says about all programs at once: it takes most of its time for torch."""
+def found(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> str:
+    """What mypy says about all programs at once: it takes most of its time for torch, once for all runs."""
     folder = tmp_path_factory.mktemp("programs")
     (folder / "wrong.py").write_text(HEAD + "\n".join(WRONG) + "\n", encoding="utf-8")
     (folder / "right.py").write_text(RIGHT, encoding="utf-8")
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)):
         (folder / f"readme_{i}.py").write_text(HEAD + block, encoding="utf-8")
-    return mypy(folder, "--check-untyped-defs")
+    kept = pytestconfig.pluginmanager.has_plugin("cacheprovider")
+    return mypy(folder, pytestconfig.cache.mkdir("mypy") if kept else folder / "cache", "--check-untyped-defs")
 
 
 def test_right_programs_and_the_readme_are_clean(found: str) -> None:

@@ -6,9 +6,8 @@ import errno
 import os
 import runpy
 import signal
-import subprocess
-import sys
 import tempfile
+import time
 from typing import ClassVar
 
 import numba
@@ -16,8 +15,7 @@ import pytest
 from numba.core import caching
 
 from normopt.kernels import compiling
-from tests.forked import run_file
-from tests.patience import patience
+from tests.forked import run, run_file
 
 STEP = """
 import torch, normopt
@@ -34,43 +32,32 @@ class Uncompiled:
     overloads: ClassVar[dict] = {}
 
 
-def run(code, *, timeout=40, **environment):
-    given = {**os.environ, **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=given, capture_output=True, text=True, timeout=patience(timeout)
-    )
+def compile_and_fork(folder, how):
+    """What a process does whose child, as a DataLoader's worker, has what its parent has open."""
+    tempfile.tempdir = str(folder)
+
+    def compiles():
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    compiling.call_with_jit_lock(compiles, compiled=Uncompiled())
+    os._exit(0)
 
 
-FORKING = """
-import os, signal, sys, time
-from normopt.kernels.compiling import call_with_jit_lock
-
-def compile_and_fork():
-    if os.fork() == 0:  # as a DataLoader's worker is: it has what its parent has open
-        os.close(1)
-        time.sleep(60)
-        os._exit(0)
-    if sys.argv[1] == "killed":
-        print("compiling", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-call_with_jit_lock(compile_and_fork, compiled=type('Kernel', (), {'overloads': {}})())
-print("compiled", flush=True)
-os._exit(0)
-"""
+def compile_next(folder):
+    tempfile.tempdir = str(folder)
+    os._exit(compiling.call_with_jit_lock(lambda: 7, compiled=Uncompiled()))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked on Windows")
 @pytest.mark.parametrize(("parent", "code"), [("done", 0), ("killed", -signal.SIGKILL)])
 def test_a_child_forked_during_a_compile_does_not_keep_the_lock(parent, code, tmp_path):
-    environment, command = {**os.environ, "TMPDIR": str(tmp_path)}, [sys.executable, "-c", FORKING, parent]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline().startswith("compil")
-        assert first.wait(60) == code
-        first.stdout.close()
-    waiting = "from normopt.kernels.compiling import call_with_jit_lock\n"
-    waiting += "call_with_jit_lock(print, 'mine', compiled=type('Kernel', (), {'overloads': {}})())"
-    assert run(waiting, TMPDIR=str(tmp_path), timeout=13).stdout == "mine\n"
+    assert run(compile_and_fork, tmp_path, parent, seconds=20) == code
+    assert len(list(tmp_path.glob("normopt-*.lock"))) == 1
+    assert run(compile_next, tmp_path, seconds=13) == 7
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked on Windows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,8 +57,11 @@ def test_results(half, request):
 
 
 @pytest.fixture(scope="module")
-def compile_kernel(tmp_path_factory):
-    """Compile a kernel for a GPU that is not there; returns its PTX."""
+def compile_kernel(tmp_path_factory, pytestconfig):
+    """Compile a kernel for a GPU that is not there; returns its PTX.
+
+    Triton's cache is kept between runs, in pytest's own, as long as no kernel is edited.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("triton is an interpreter here")
     import triton
@@ -65,7 +69,16 @@ def compile_kernel(tmp_path_factory):
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.compiler import ASTSource
 
+    from normopt.kernels.compiling import SOURCES
     from normopt.kernels.triton import OPTIONS
+
+    if pytestconfig.pluginmanager.has_plugin("cacheprovider"):
+        kept = pytestconfig.cache.mkdir("triton") / SOURCES
+        for old in kept.parent.iterdir():
+            if old != kept:
+                shutil.rmtree(old, ignore_errors=True)  # another worker may do so, too
+    else:
+        kept = tmp_path_factory.mktemp("triton")
 
     def ptx(kernel, capability, absent=(), options=OPTIONS, **constants):
         names = kernel.arg_names
@@ -75,7 +88,7 @@ def compile_kernel(tmp_path_factory):
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("TRITON_CACHE_DIR", str(kept))
         patch.setattr(CUDABackend, "make_cubin", lambda *_, **__: b"")  # of which `spills` asks where it is looked at
         yield ptx
 

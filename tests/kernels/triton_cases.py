@@ -480,23 +480,24 @@ def test_the_for_loop_entry_by_entry_at_the_ends(p, scale):
     def class_of(x):
         return x.isnan() * 3 + (x == math.inf) * 1 + (x == -math.inf) * 2
 
+    torch.manual_seed(0)
+    odds = [math.inf], [math.inf, -math.inf], [math.inf, math.nan], [3e38], [3e38, 3e38], [1e-42], [0.0] * 49
+    ws, gs = ([*map(torch.randn, [(50,)] * len(odds)), torch.randn(20, 2)] for _ in range(2))
+    for g, odd in zip(gs, odds, strict=False):  # all but the last, a tensor of ordinary entries
+        g[1 : 1 + len(odd)] = torch.tensor(odd)
     for regularized in (False, True):
-        for odd in ([math.inf], [math.inf, -math.inf], [math.inf, math.nan], [3e38], [3e38, 3e38], [1e-42], [0.0] * 49):
-            torch.manual_seed(0)
-            ws, gs = ([torch.randn(50), torch.randn(20, 2)] for _ in range(2))
-            gs[0][1 : 1 + len(odd)] = torch.tensor(odd)
-            run = Stepped(ws, lr=0.01, p=p, scale=scale, agr=regularized)
-            run.step(gs)
-            params = [torch.nn.Parameter(w.clone()) for w in ws]
-            for q, g in zip(params, gs, strict=True):
-                q.grad = g.clone()
-            normopt.SteepestDescent(params, lr=0.01, norm="lp", p=p, scale=scale, agr=regularized, foreach=False).step()
-            for ours, theirs in zip(run.weights, params, strict=True):
-                a, b = ours.cpu(), theirs.detach()
-                assert torch.equal(class_of(a), class_of(b))
-                fine = b.isfinite()
-                if fine.any():
-                    assert ((a - b).abs() <= 2e-4 * torch.maximum(b.abs(), b[fine].abs().max() * 1e-3))[fine].all()
+        run = Stepped(ws, lr=0.01, p=p, scale=scale, agr=regularized)
+        run.step(gs)
+        params = [torch.nn.Parameter(w.clone()) for w in ws]
+        for q, g in zip(params, gs, strict=True):
+            q.grad = g.clone()
+        normopt.SteepestDescent(params, lr=0.01, norm="lp", p=p, scale=scale, agr=regularized, foreach=False).step()
+        for ours, theirs in zip(run.weights, params, strict=True):
+            a, b = ours.cpu(), theirs.detach()
+            assert torch.equal(class_of(a), class_of(b))
+            fine = b.isfinite()
+            if fine.any():
+                assert ((a - b).abs() <= 2e-4 * torch.maximum(b.abs(), b[fine].abs().max() * 1e-3))[fine].all()
 
 
 def test_agr_where_chunks_have_the_same_largest_entry():

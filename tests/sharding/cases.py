@@ -90,12 +90,17 @@ def gradient(shape: tuple[int, ...], step: int, i: int, dtype: torch.dtype) -> T
 
 
 def error(ours: Tensor, theirs: Tensor, before: Tensor | None = None) -> float:
-    """The largest difference, relative to the largest entry of the weights or of the step."""
-    a, b = ours.double(), theirs.double()
-    if not b.numel():
+    """The largest difference, relative to the largest entry of the weights or of the step; of a DTensor, its shard's.
+
+    Shards are compared where they are: to gather them would take as long as all else.
+    """
+    assert ours.shape == theirs.shape
+    b = theirs.double()
+    a, part = to_local(ours).double(), to_local(laid(b, ours))
+    if not part.numel():
         return 0.0
     size = max(float(b.abs().amax()), 0.0 if before is None else float((b - before.double()).abs().amax()))
-    return float((a - b).abs().amax()) / max(size, 1e-30)
+    return float((a - part).abs().amax()) / max(size, 1e-30)
 
 
 def compare(
@@ -142,20 +147,20 @@ def compare(
         theirs.step()
         ours.step()
         for a, b, old in zip(plain, cut, before, strict=True):
-            now = whole(b.detach())
-            found["weights"] = max(found["weights"], error(now, a.detach(), old))
-            found["unequal"] += float((now != a.detach()).sum())
+            shard = laid(a.detach(), b)
+            found["weights"] = max(found["weights"], error(b.detach(), a.detach(), old))
+            found["unequal"] += float((to_local(b.detach()) != to_local(shard)).sum())
             for key, value in theirs.state[a].items():
                 # What Kahan's rounding keeps is a small part of a weight.
                 of = a.detach() if key == "kahan_compensation" else None
-                found["state"] = max(found["state"], error(whole(ours.state[b][key]), value, of))
+                found["state"] = max(found["state"], error(ours.state[b][key], value, of))
                 if reset:
                     is_sharded = isinstance(ours.state[b][key], DTensor)
                     ours.state[b][key] = laid(value.clone(), b) if is_sharded else value.clone()
             assert theirs.state[a].keys() == ours.state[b].keys()
             if reset:
                 with torch.no_grad():
-                    b.copy_(laid(a.detach(), b))
+                    b.copy_(shard)
         for x, y in zip(ours.norm_pairs(), theirs.norm_pairs(), strict=True):
             assert (x is None) == (y is None), (x, y)
             if x is not None and y is not None:

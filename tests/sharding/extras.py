@@ -41,7 +41,7 @@ def give_gradients(plain: list[torch.nn.Parameter], cut: list[torch.nn.Parameter
 
 
 def apart(plain: list[torch.nn.Parameter], cut: list[torch.nn.Parameter]) -> float:
-    return max(error(whole(b.detach()), a.detach()) for a, b in zip(plain, cut, strict=True))
+    return max(error(b.detach(), a.detach()) for a, b in zip(plain, cut, strict=True))
 
 
 def agr_on(optimizer: str, dim: int, scope: Any) -> float:

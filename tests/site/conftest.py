@@ -20,31 +20,35 @@ from filelock import FileLock
 from tests.patience import patience
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("docs/**/*", "normopt/**/*.py", "mkdocs.yml")
+SOURCES = ("docs/**/*", "normopt/**/*.py", "benchmarks/**/*.py", "mkdocs.yml")
 
 
-def built_site() -> Path | None:
-    """What `make docs` left in site/, if no page of it is older than what it was made from."""
-    pages = list((ROOT / "site").rglob("*.html"))
+def is_fresh(site: Path) -> bool:
+    """Whether there is a site, and no page of it is older than what it was made from."""
+    pages = list(site.rglob("*.html"))
     sources = (path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file() and path.suffix != ".pyc")
-    if not pages or min(p.stat().st_mtime for p in pages) < max(s.stat().st_mtime for s in sources):
-        return None
-    return ROOT / "site"
+    return bool(pages) and min(p.stat().st_mtime for p in pages) > max(s.stat().st_mtime for s in sources)
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """The site; built, if need be, with the tutorials run short, or with one of them run if not everything is tested.
+def site(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
+    """The site: what `make docs` left in site/, or a run before this one in pytest's cache; else it is built.
 
-    Once, whatever the number of workers.
+    With the tutorials run short, or with one of them run if not everything is tested. Once, whatever the number of
+    workers.
     """
-    if (made := built_site()) is not None:
-        return made
+    everything = pytestconfig.getoption("--all")
+    kept = None
+    if pytestconfig.pluginmanager.has_plugin("cacheprovider"):
+        kept = pytestconfig.cache.mkdir("site") / ("all" if everything else "some")
+    for made in (ROOT / "site", kept):
+        if made is not None and is_fresh(made):
+            return made
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     folder = shared / "site"
-    some = {} if request.config.getoption("--all") else {"NORMOPT_TUTORIALS": "lp_schedule_on_digits"}
+    some = {} if everything else {"NORMOPT_TUTORIALS": "lp_schedule_on_digits"}
     with FileLock(shared / "site.lock"):
         if not (folder / "sitemap.xml").exists():  # the last that a build writes
             done = subprocess.run(
@@ -57,6 +61,10 @@ def site(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
                 check=False,
             )
             assert done.returncode == 0, done.stdout + done.stderr
+            if kept is not None:
+                copy = shutil.copytree(folder, kept.with_suffix(".new"), dirs_exist_ok=True)
+                shutil.rmtree(kept, ignore_errors=True)
+                copy.rename(kept)
     return folder
 
 
@@ -106,20 +114,40 @@ def chromium() -> Iterator[Any]:
 
 
 class Visit:
-    """A page of the browser, and whatever went wrong on it."""
+    """A page of the browser, and whatever went wrong on it.
 
-    def __init__(self, page: Any, address: str) -> None:
-        self.page = page
+    Args:
+        page: of Playwright.
+        address: where the site is.
+        search: whether the page gets the index of the search, of which it makes a table at once; else an empty one.
+    """
+
+    def __init__(self, page: Any, address: str, search: bool = False) -> None:
+        self.page, self.address, self.search = page, address, search
         page.set_default_timeout(1000 * patience(10))
-        self.address = address
         self.troubles: list[str] = []
-        page.on("console", lambda m: self.troubles.append(f"console: {m.text}") if m.type == "error" else None)
-        page.on("pageerror", lambda error: self.troubles.append(f"error: {error}"))
-        page.on("response", lambda r: self.troubles.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
+        self.listeners = {
+            "console": lambda m: self.troubles.append(f"console: {m.text}") if m.type == "error" else None,
+            "pageerror": lambda error: self.troubles.append(f"error: {error}"),
+            "response": lambda r: self.troubles.append(f"{r.status}: {r.url}") if r.status >= 400 else None,
+        }
+        for event, listener in self.listeners.items():
+            page.on(event, listener)
         page.route("**/*", self.route)
 
+    def leave(self) -> None:
+        """Leave the page as a new one is."""
+        if self.page.url.startswith(self.address):
+            self.page.evaluate("() => { localStorage.clear(); sessionStorage.clear(); }")
+        self.page.goto("about:blank")
+        self.page.unroute_all()
+        for event, listener in self.listeners.items():
+            self.page.remove_listener(event, listener)
+
     def route(self, route: Any) -> None:
-        if route.request.url.startswith(self.address):
+        if route.request.url.endswith("/search_index.json") and not self.search:
+            route.fulfill(json={"config": {"lang": ["en"], "separator": " ", "pipeline": [], "fields": {}}, "docs": []})
+        elif route.request.url.startswith(self.address):
             route.continue_()
         else:
             self.troubles.append(f"asked another host: {route.request.url}")
@@ -137,18 +165,31 @@ class Visit:
         self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
-@pytest.fixture
-def visit(chromium: Any, address: str) -> Iterator[Any]:
-    """visit(**context options): a new Visit. What troubled it fails the test at its end."""
-    visits: list[Visit] = []
-    contexts = []
+@pytest.fixture(scope="session")
+def shared_page(chromium: Any) -> Any:
+    """A page for all tests: a new one is a new process, which compiles the site's scripts anew."""
+    return chromium.new_context().new_page()
 
-    def new(**options: Any) -> Visit:
-        contexts.append(chromium.new_context(**options))
-        visits.append(Visit(contexts[-1].new_page(), address))
-        return visits[-1]
+
+@pytest.fixture
+def visit(shared_page: Any, address: str) -> Iterator[Any]:
+    """visit(): a new Visit, one in a test. What troubled it fails the test at its end.
+
+    Args:
+        viewport: its size; 1280 × 720 by default.
+        search: as for Visit.
+        media: arguments of ``page.emulate_media``.
+    """
+    visits: list[Visit] = []
+
+    def new(viewport: tuple[int, int] = (1280, 720), search: bool = False, **media: str) -> Visit:
+        assert not visits
+        shared_page.set_viewport_size(dict(zip(("width", "height"), viewport, strict=True)))
+        shared_page.emulate_media(**{"color_scheme": "light", "reduced_motion": "no-preference", **media})
+        visits.append(Visit(shared_page, address, search))
+        return visits[0]
 
     yield new
-    for context in contexts:
-        context.close()
-    assert [trouble for one in visits for trouble in one.troubles] == []
+    for one in visits:
+        one.leave()
+        assert one.troubles == []

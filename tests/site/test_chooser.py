@@ -93,7 +93,7 @@ def test_the_standing_of_an_optimizer_is_that_of_the_results() -> None:
 
 
 def test_the_filter_hides_and_shows(visit: Any) -> None:
-    one = visit(viewport={"width": 1280, "height": 900})
+    one = visit(viewport=(1280, 900))
     one.goto("optimizers/")
     count, rows = one.page.locator("#chooser-count"), one.page.locator("#chooser tbody tr:visible")
     assert count.inner_text() == f"{len(TABLE)} of {len(TABLE)} optimizers"

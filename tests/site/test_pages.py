@@ -50,7 +50,7 @@ def test_the_site_is_whole_and_needs_no_other_host(site: Path) -> None:
 
 
 def test_a_page_of_every_kind_loads(visit: Any) -> None:
-    one = visit()
+    one = visit(search=True)
     drawn = [load(one, path) for path in KINDS]
     assert sum(formulas for formulas, _ in drawn) > 10
     assert sum(diagrams for _, diagrams in drawn) > 0
@@ -68,7 +68,7 @@ def load(one: Visit, path: str) -> tuple[int, int]:
 
 @pytest.mark.exhaustive
 def test_every_page_loads_and_every_link_holds(visit: Any, site: Path) -> None:
-    one = visit()
+    one = visit(search=True)
     pages = sorted(str(p.relative_to(site)).removesuffix("index.html") for p in site.rglob("*.html"))
     pages.remove(REPORT)
     assert set(KINDS) < set(pages)
@@ -137,7 +137,7 @@ FINDS = {
 
 
 def test_the_search_finds_what_users_type(visit: Any) -> None:
-    one = visit(viewport={"width": 1280, "height": 900})
+    one = visit(search=True)
     warnings: list[str] = []
     one.page.on("console", lambda message: warnings.append(message.text) if message.type == "warning" else None)
     one.goto("")
@@ -181,11 +181,11 @@ def scrolling(one: Visit, path: str) -> list[str]:
 
 
 def test_nothing_scrolls_sideways(visit: Any) -> None:
-    one = visit(viewport={"width": 1280, "height": 900})
+    one = visit(viewport=(1280, 900))
     paths = ["", "api/norms/", "how-to/which-parameter/", "results/", "theory/adaptive-coordinates/"]
     assert {path: found for path in paths if (found := scrolling(one, path))} == {}
-    narrow = visit(viewport={"width": 390, "height": 844})
-    assert [path for path in ("", "results/") if "the page" in scrolling(narrow, path)] == []
+    one.page.set_viewport_size({"width": 390, "height": 844})
+    assert [path for path in ("", "results/") if "the page" in scrolling(one, path)] == []
 
 
 def test_another_host_is_refused_and_reported(chromium: Any, address: str) -> None:

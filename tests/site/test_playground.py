@@ -231,7 +231,7 @@ def test_every_control_takes_the_keyboard(visit: Any, control: str, key: str, pa
 
 
 def test_the_mouse_drags_p_and_the_gradient(visit: Any) -> None:
-    one = visit(viewport={"width": 1280, "height": 900})
+    one = visit(viewport=(1280, 900))
     one.goto("playground/")
     page = one.page
 
@@ -447,7 +447,7 @@ def test_less_motion_shows_the_walk_whole(visit: Any) -> None:
 
 
 def test_the_pictures_follow_the_scheme_and_the_width(visit: Any) -> None:
-    one = visit(viewport={"width": 390, "height": 800}, color_scheme="light")
+    one = visit(viewport=(390, 800), color_scheme="light")
     one.goto("playground/")
 
     def colour() -> str:
