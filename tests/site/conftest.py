@@ -20,7 +20,7 @@ from filelock import FileLock
 from tests.patience import patience
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("docs/**/*", "normopt/**/*.py", "benchmarks/**/*.py", "mkdocs.yml")
+SOURCES = ("docs/**/*", "normopt/**/*.py", "benchmarks/**/*", "mkdocs.yml")
 
 
 def is_fresh(site: Path) -> bool:
