@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
 import numbers
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
 
 
 def check_number(
@@ -100,6 +104,24 @@ def near(value: object, choices: Iterable[str]) -> str:
     """Return a "did you mean" clause to append to a message, or an empty string."""
     close = difflib.get_close_matches(str(value).lower(), list(choices), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def names_arguments(init: Callable[P, None]) -> Callable[P, None]:
+    """Make a constructor say which arguments its class takes, if it gets a keyword argument that it does not take.
+
+    Python's own message names the base class that has the constructor, such as AnnealedP, and no remedy.
+    """
+    known = [*inspect.signature(init).parameters][1:]
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        for key in kwargs:
+            if key not in known:
+                name = type(args[0]).__name__
+                raise TypeError(f"{name} got an unexpected argument {key!r}; it takes {', '.join(known)}")
+        init(*args, **kwargs)
+
+    return checked
 
 
 def equals(value: object, number: float) -> bool:

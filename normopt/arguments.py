@@ -19,6 +19,7 @@ from normopt.stages import Decay, Momentum
 from normopt.stages.base import default_settings, owners
 
 SYNONYMS = {
+    "adjust_lr_fn": "it is aspect, in a group norm_aspect",
     "alpha": "α of RMSprop is metric_beta",
     "amsgrad": 'amsgrad=True is metric_rule="max"',
     "beta": "the β of an average of gradients is momentum",
@@ -28,6 +29,7 @@ SYNONYMS = {
     "cautious": 'cautious decay is decay="cautious"',
     "lambda_p": 'λ of ℓp decay is weight_decay, with decay="lp"',
     "learning_rate": "the learning rate is lr",
+    "ns_steps": "the number of Newton–Schulz steps is steps, in a group norm_steps",
     "p_max": "the p that a schedule starts from is p",
     "p_start": "the p that a schedule starts from is p",
     "wd": "the strength of the decay is weight_decay",
@@ -75,7 +77,12 @@ def check_unused(
     cases = [
         ("decay_p", [Decay.of(group).reads_p for group in groups], 'without decay="lp" or "cautious-lp"', True),
         ("decay", decays, "at weight_decay = 0 (unless that is a tensor, for a schedule)", True),
-        ("beta2", [Momentum.of(group).reads("beta2") for group in groups], 'without momentum_rule="lion"', True),
+        (
+            "beta2",
+            [Momentum.of(group).reads("beta2") for group in groups],
+            'without momentum_rule="lion" (the β₂ of adaptive coordinates is metric_beta)',
+            True,
+        ),
         ("bias_correction", corrected, "without an average: a momentum, a metric or differences", no_momentum),
         ("metric_beta", averages, 'without metric="diagonal", and under metric_rule="sum"', True),
         ("metric_eps", metrics, 'without metric="diagonal"', True),
@@ -163,13 +170,15 @@ def from_torch(given: Mapping[str, Any], betas: Sequence[str] = TORCHS["betas"])
     return ours
 
 
-def check_unknown_arguments(name: str, norm: object, arguments: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Raise a TypeError for an argument that is neither a setting of the optimizer ``name`` nor a norm field."""
+def check_unknown_arguments(cls: type, norm: object, arguments: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise a TypeError for an argument that is neither a setting of the optimizer ``cls`` nor a norm field."""
     fields = {registry.setting_key(f) for f in registry.entry_of(norm).fields} - {"p"}
     for key in arguments.keys() - fields - known.keys():
         takes = f"; the norm {norm!r} takes {', '.join(sorted(fields))}" if key.startswith("norm_") and fields else ""
-        hint = hint_for(key, {*fields, *known} - arguments.keys())
-        raise TypeError(f"{name} got an unexpected argument {key!r}{hint}{takes}")
+        # Its own arguments have been passed on as settings, by every class with a value of its own
+        own = inspect.signature(cls).parameters.keys() - {"params", "settings"}
+        hint = hint_for(key, ({*fields, *known} - arguments.keys()) | own)
+        raise TypeError(f"{cls.__name__} got an unexpected argument {key!r}{hint}{takes}")
 
 
 def hint_for(key: str, known: Iterable[str]) -> str:

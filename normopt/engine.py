@@ -204,7 +204,7 @@ class SteepestDescent(Optimizer):
         check_preset(type(self), params)
         declared = default_settings()
         given: dict[str, Any] = {"lr": lr, **settings}
-        check_unknown_arguments(type(self).__name__, given.get("norm", declared["norm"]), given, declared)
+        check_unknown_arguments(type(self), given.get("norm", declared["norm"]), given, declared)
         values = declared | given
         values |= registry.flatten(values["norm"], values)
         values = {key: plain(value) for key, value in values.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from normopt._checks import warn
 from normopt.sharding.exchange import nonzero
 from normopt.sharding.layout import is_dtensor, layout_of
 from normopt.stages.direction import comm_strategy
@@ -269,16 +269,12 @@ def pieces(recipe: Recipe, params: list[Tensor]) -> list[list[int]]:
     return found
 
 
-def warn_if_stuck(
-    params: list[Tensor], p: float, remedy: str = "weight_decay=0 in a param group of their own", stacklevel: int = 3
-) -> None:
+def warn_if_stuck(params: list[Tensor], p: float, remedy: str = "weight_decay=0 in a param group of their own") -> None:
     """Warn of tensors that ℓp decay will hold at zero, unless ``remedy`` is taken; frozen ones are never stepped."""
     decayed = [x for x in params if x.requires_grad and x.dim() >= 2 and x.numel() and not x.is_meta]
     stuck = [tuple(x.shape) for x, alive in zip(decayed, nonzero(decayed), strict=True) if not alive]
     if stuck:
-        warnings.warn(
+        warn(
             f"ℓp decay with p = {p:g} < 2 holds a zero weight at zero, and these tensors are all zero: {stuck}. "
-            f"Initialise them away from zero, or give them {remedy}.",
-            UserWarning,
-            stacklevel=stacklevel,
+            f"Initialise them away from zero, or give them {remedy}."
         )

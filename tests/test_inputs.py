@@ -437,6 +437,7 @@ IDLE = [
     (lambda ps: normopt.LPSGD(ps, dampening=0.1), "dampening"),
     (lambda ps: SteepestDescent(ps, norm="l2", scale="power", eps=1e-3), "eps = 0.001 does nothing at p = 2"),
     (lambda ps: SteepestDescent([{"params": ps}], beta2=0.9), 'beta2 = 0.9 does nothing without momentum_rule="lion"'),
+    (lambda ps: normopt.AdamW(ps, beta2=0.9), "beta2 = 0.9 .*the β₂ of adaptive coordinates is metric_beta"),
 ]
 UNLESS_SCHEDULED = [
     (lambda ps: normopt.SGD(ps, dampening=0.5), "dampening = 0.5 does nothing at momentum = 0"),

@@ -245,6 +245,7 @@ def test_step_never_changes_p():
         (lambda: CosineP(optimizer(), total_steps=3, space="log"), ValueError, "space"),
         (lambda: CosineP(optimizer(1.0, scale="matched"), total_steps=3, space="exponent"), ValueError, "p = 1"),
         (lambda: CosineP(object(), total_steps=3), TypeError, "optimizer"),
+        (lambda: CosineP(optimizer(), T_max=3), TypeError, "CosineP got .* 'T_max'; it takes optimizer, total_steps,"),
         (lambda: PiecewiseP(optimizer(), [], []), ValueError, "milestones"),
         (lambda: PiecewiseP(optimizer(), [3, 2], [4, 2]), ValueError, "increasing"),
         (lambda: PiecewiseP(optimizer(), [3], [4, 2]), ValueError, "as many values"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt._checks import check_bool, check_choice
+from normopt._checks import check_bool, check_choice, names_arguments
 from normopt.addons.attach import AddOn, check_dense_grads
 from normopt.norms.base import as_real, num_reals, stack, to_compute_dtype
 from normopt.sharding.exchange import of_each
@@ -72,6 +72,7 @@ class AGR(AddOn):
         >>> agr = normopt.AGR(opt)
     """
 
+    @names_arguments
     def __init__(self, optimizer: Optimizer, scope: Literal["tensor", "group"] = "tensor") -> None:
         check_choice("scope", scope, SCOPES)
         self._swapped: list[SwappedGrad] = []

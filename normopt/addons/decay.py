@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt._checks import check_bool, check_integer, equals, is_low_precision, is_quantized, near, warn
+from normopt._checks import (
+    check_bool,
+    check_integer,
+    equals,
+    is_low_precision,
+    is_quantized,
+    names_arguments,
+    near,
+    warn,
+)
 from normopt.addons.attach import AddOn, Closure, check_dense_grads
 from normopt.addons.block_norms import block_norms
 from normopt.engine import SteepestDescent
@@ -129,6 +138,7 @@ class LpDecay(AddOn):
         >>> decay = normopt.LpDecay(opt, p=0.8, weight_decay=0.1)
     """
 
+    @names_arguments
     def __init__(
         self,
         optimizer: Optimizer,
@@ -166,19 +176,19 @@ class LpDecay(AddOn):
             return
         if group.get("lr") is None:
             raise ValueError(f"{where} has no lr, which ℓp decay needs: set lp_decay=0 there")
+        if isinstance(self.optimizer, SteepestDescent):
+            _check_normopt(where, group)
         own = group.get("weight_decay", 0)
         if not group["lp_elastic"] and not equals(own, 0):
             raise ValueError(f"{where} has weight_decay = {own} of its own: set it to 0, or elastic=True to use both")
         if group["lp_over"] == "heads":
             _check_divisible(where, group)
-        if isinstance(self.optimizer, SteepestDescent):
-            _check_normopt(where, group)
 
     def _warn_new_group(self, group: Mapping[str, Any]) -> None:
         if not equals(group["lp_decay"], 0) and _current_p(group) < 2:
             remedy = "lp_decay=0 in a param group of their own, or a warmup"
             dense = [w for w in group["params"] if w.layout == torch.strided]  # others raise once they have a gradient
-            warn_if_stuck(dense, group["lp_p"], remedy, stacklevel=6)
+            warn_if_stuck(dense, group["lp_p"], remedy)
 
     def _pre_step(self, closure: Closure | None) -> Closure | None:
         self._decayed = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normopt._checks import check_number
+from normopt._checks import check_number, names_arguments
 from normopt.norms.base import num_reals, stack
 from normopt.norms.lp import Lp
 from normopt.schedules.base import PSchedule, interpolate_exponent
@@ -81,6 +81,7 @@ class AdaptiveP(PSchedule):
         ...     sched.step()
     """
 
+    @names_arguments
     def __init__(
         self,
         optimizer: Optimizer,

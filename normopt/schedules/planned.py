@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch.optim import Optimizer
 
-from normopt._checks import check_choice, check_integer, check_number, warn
+from normopt._checks import check_choice, check_integer, check_number, names_arguments, warn
 from normopt.schedules.base import PSchedule, interpolate_exponent
 
 
@@ -20,6 +20,7 @@ class AnnealedP(PSchedule):
         steps: total_steps.
     """
 
+    @names_arguments
     def __init__(
         self,
         optimizer: Optimizer,
@@ -202,6 +203,7 @@ class PiecewiseP(PSchedule):
     Source: ours; the milestones follow torch.optim.lr_scheduler.MultiStepLR.
     """
 
+    @names_arguments
     def __init__(
         self,
         optimizer: Optimizer,

@@ -304,6 +304,8 @@ def test_refused_on_normopts_own():
     ws = [torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))]
     with pytest.raises(ValueError, match=r'decay="lp", weight_decay=…, decay_p=…'):
         LpDecay(normopt.SGD(ws))
+    with pytest.raises(ValueError, match="is a setting of normopt's own optimizers"):
+        LpDecay(normopt.AdamW(ws, decay="lp"))
     with pytest.raises(ValueError, match="of its own"):
         LpDecay(normopt.SGD(ws, weight_decay=0.1), over="rows")
     with pytest.raises(ValueError, match="kahan"):
@@ -378,6 +380,7 @@ def test_it_detaches_in_the_middle(name):
         (dict(heads=2), ValueError, 'over="heads"'),
         (dict(warmup=1.5), TypeError, "^warmup must be an integer"),
         (dict(warmup=-1), ValueError, "^warmup must be in"),
+        (dict(decay_p=0.8), TypeError, "LpDecay got .* 'decay_p'; it takes optimizer, p, weight_decay,"),
         (dict(elastic=1), TypeError, "^elastic must be True or False"),
     ],
 )

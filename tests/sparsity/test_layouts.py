@@ -234,6 +234,22 @@ def test_a_sparse_state_dict_comes_back_exactly(layout, tmp_path):
         assert torch.equal(other.state_dict()[name], value)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # torch 2.14 on
+@pytest.mark.parametrize(("layout", "each"), [("csr", 12), ("csc", 12), ("coo", 20)])
+def test_a_file_has_the_documented_bytes_per_nonzero_weight(layout, each, tmp_path):
+    layer = nn.Linear(200, 100, bias=False)
+    nn.init.zeros_(layer.weight)
+    nn.init.ones_(layer.weight[::2])
+    path = tmp_path / "state.pt"
+    sizes = []
+    for model in (layer, to_sparse(layer)):
+        torch.save(sparse_state_dict(model, layout), path)
+        sizes.append(path.stat().st_size)
+    nonzeros = 10_000
+    assert each * nonzeros <= sizes[0] <= each * nonzeros + 5_000  # of names, row ends and the zip file
+    assert 12 * nonzeros <= sizes[1] <= 12 * nonzeros + 5_000
+
+
 def test_bad_input():
     for call in (to_sparse, to_dense, sparse_state_dict):
         with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
