@@ -283,7 +283,9 @@ class FusedUpdate:
         """Guard the tensors of a step that has just been prepared, if they need no closer look at the next."""
         params, operands = self._params, self._operands
         gradients = [p.grad for p in params]
-        plain = not (self.layouts or self.overlaps) and all(map(is_, gradients, self._gradients.tensors))
+        # State that this step has made is among what the next one writes.
+        plain = not (self.layouts or self._shared() or self.overlaps)
+        plain = plain and all(map(is_, gradients, self._gradients.tensors))
         if not plain or not all(all(operand.memory.contiguous) for operand in operands):
             return
         self._watched = recipe.slots

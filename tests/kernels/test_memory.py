@@ -380,6 +380,17 @@ def test_states_exchanged_between_parameters(name):
     trio.step()
 
 
+def test_a_gradient_in_the_state_that_the_step_before_has_made():
+    """The momentum is written before the gradient, which lies in it, is read."""
+    trio = Trio(((40,), (40,)), **RULES["SGD"])
+    trio.step()
+    trio.gradients()
+    for (p, q), opt in zip(trio.params, trio.opts, strict=True):
+        momentum = opt.state[p][BUFFER]
+        q.grad = momentum.view(40) if opt is trio.opts[0] else momentum.clone()  # only a fused step copies it itself
+    trio.step_with_these()
+
+
 def test_nothing_of_the_users_is_kept_alive():
     """Gradients that are set to None, state that is cleared and groups that are taken away are free at once."""
     params = [torch.nn.Parameter(torch.randn(40)) for _ in range(2)]
