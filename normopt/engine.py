@@ -584,7 +584,7 @@ class SteepestDescent(Optimizer):
         Returns:
             One [`NormPair`][normopt.norms.NormPair] of 0-d tensors a group, in the order of ``param_groups``;
             None for a group whose step needs no norm (SGD, signs, every "power" scale), that had no
-            gradient, or that was added since. Empty before the first step.
+            gradient or no entries, or that was added since. Empty before the first step.
 
         Example:
             >>> opt.step()
@@ -592,7 +592,7 @@ class SteepestDescent(Optimizer):
             ...     print(group["norm"], pair and (float(pair.update), float(pair.dual)))
         """
         known = [
-            group_norms([batch.norm_pair() for batch in found], whole_group, radius)
+            group_norms([b.norm_pair() for b in found if any(p.numel() for p in b.params)], whole_group, radius)
             for found, whole_group, radius in self._measured["last"]
         ]
         return known and known + [None] * (len(self.param_groups) - len(known))

@@ -79,6 +79,18 @@ def test_over_a_group(norm, scale, foreach):
     assert float(pair.update) == pytest.approx(float(update), rel=1e-10)
 
 
+@pytest.mark.parametrize("how", [dict(fused=True), dict(foreach=True), dict(foreach=False)], ids=str)
+def test_tensors_without_entries_have_no_part_in_it(how):
+    pairs = []
+    for shapes in ([(5, 4)], [(5, 4), (0, 3)], [(0, 3)]):
+        params = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
+        for p in params:
+            p.grad = torch.linspace(-1, 2, p.numel()).reshape(p.shape)
+        pairs += one_step(params, norm="lp", p=3.0, scale="dual", **how)
+    assert pairs[0] == pairs[1]
+    assert pairs[2] is None
+
+
 def test_none_where_a_step_needs_no_norm():
     for settings in (
         dict(norm="l2", scale="dual"),

@@ -110,3 +110,22 @@ def test_a_group_of_mixed_dtypes_without_a_gradient_that_is_not_zero(scale, p, f
 def test_fused(scale, decay, given):
     tensors = {k: torch.tensor(v, dtype=given) for k, v in dict(p=2.7, lr=0.013, weight_decay=0.0123).items()}
     assert_same_steps([torch.float32], tensors, norm="lp", scale=scale, decay=decay, momentum=0.9, fused=True)
+
+
+@every_dtype
+@pytest.mark.parametrize("decay", ["inside", "coupled", "decoupled", "proximal", "lp", "cautious"])
+@pytest.mark.parametrize("scale", ["dual", "relative"])
+def test_fused_steps_read_what_was_changed_in_place(scale, decay, given):
+    found = []
+    for how in (dict(fused=True), dict(foreach=False)):
+        torch.manual_seed(0)
+        p, strength = torch.nn.Parameter(torch.randn(8, 8)), torch.tensor(0.1, dtype=given)
+        settings = dict(norm="lp", p=3.0, scale=scale, momentum=0.9, weight_decay=strength, decay=decay)
+        opt = normopt.SteepestDescent([p], lr=0.1, **settings, **how)
+        for factor in (1, 20, 0):
+            opt.param_groups[0]["weight_decay"].mul_(factor)
+            for _ in range(2):
+                p.grad = torch.randn(8, 8)
+                opt.step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

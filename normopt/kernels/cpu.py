@@ -94,9 +94,10 @@ class Step:
                 self.values[kernels.EXPONENT :] = *exponent_of(exponent), *exponent_of(decay_exponent)
         if bool(tables.layouts) != self.sharded:
             return False
-        if self.same_rows != (same := (numbers.take, numbers.coupled)):
+        # By value: a tensor that was changed in place is the same object.
+        if self.same_rows != (same := (numbers.take, float(self.values[kernels.COUPLED]))):
             self.same_rows = same
-            self.rows[:, kernels.TAKE], self.rows[:, kernels.INSIDE] = numbers.take, self.values[kernels.COUPLED]
+            self.rows[:, kernels.TAKE], self.rows[:, kernels.INSIDE] = same
         if flags.momentum and numbers.first != numbers.take and (new := tables.new.get("momentum_buffer")):
             self.rows[new, kernels.TAKE] = numbers.first
             self.same_rows = None  # the next step has the same weight for all
