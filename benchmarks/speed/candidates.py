@@ -23,7 +23,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "fused": {"fused": True},
 }
 COMPILED = "compiled"
-OWN = "as it comes"  # the backend of a peer
+OWN = "default"  # the backend of a peer
 
 PLAIN = ("normopt p = 2", "normopt p = 3", "normopt p = ∞")
 GENERAL = "normopt p = 2.7"

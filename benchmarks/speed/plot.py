@@ -22,7 +22,7 @@ COLOURS = {
     "foreach": "#e8743b",
     "fused": "#3b82f6",
     "compiled": "#b05ce6",
-    "as it comes": "#1f9d6c",
+    "default": "#1f9d6c",
 }
 OTHERS = ["#d6457a", "#06a5c4", "#8a6d3b"]
 STYLE: Any = {

@@ -16,10 +16,10 @@ HOW = """\
 All steps of a case are timed in one run: in every round each of them has a turn, in another order, on the same weights,
 gradients and state. {turn} Times are medians over {rounds} rounds, with the quartiles in brackets. A ratio is computed
 in every round, to the reference measured in the same round; the table has the median of these ratios and, in brackets,
-its 95 % interval (order statistics). The reference is the limit{where}; for matrices it is torch's Muon. "As it comes"
-is another library's default. "Bytes" are the least that the rule must read and write for each parameter: its weight,
-gradient and state; GB/s are computed from them. The last column is the first step, in which kernels are compiled or
-read from a cache; it and two more steps are not in the times."""
+its 95 % interval (order statistics). The reference is the limit{where}; for matrices it is torch's Muon. The backend
+"default" is another library's own. "Bytes" are the least that the rule must read and write for each parameter: its
+weight, gradient and state; GB/s are computed from them. The last column is the first step, in which kernels are
+compiled or read from a cache; it and two more steps are not in the times."""
 TURNS = {
     "cpu": f"A turn is as many steps as take {1000 * TURN:g} ms, at least one; with fresh gradients it is one step.",
     "cuda": "A turn is one step, from an idle device.",

@@ -415,7 +415,7 @@ def test_promises_on_a_cpu():
         ("≤ 1.9 × torch AdamW, fused", "2.00", "no"),
         ("≤ 0.4 × torch SGD, fused", "0.38", "yes"),
         ("≤ 0.8 × torch SGD, fused", "0.38", "yes"),
-        ("≤ 1 × torch Muon, as it comes", "0.50", "yes"),
+        ("≤ 1 × torch Muon, default", "0.50", "yes"),
         ("≤ 5 s", "2.00", "yes"),
         ("≤ 0.5 s", "0.60", "no"),
     ]
@@ -444,7 +444,7 @@ def test_promises_on_cuda():
         ("≤ 5", "3", "yes"),
         ("≤ 1 × torch SGD, fused", "0.92", "yes"),
         ("≤ 1 × torch SGD, foreach", "0.37", "yes"),
-        ("≤ 0.5 × optimi.Lion(), as it comes", "0.55", "no"),
+        ("≤ 0.5 × optimi.Lion(), default", "0.55", "no"),
         ("≤ 5", "3", "yes"),
     ]
 
@@ -605,7 +605,7 @@ def test_a_training_steps_new_gradients_at_every_turn(name):
         dtype=torch.float32,
     )
     assert [e.optimizer for e in case.entries] == [share.WHOLE, "w"]
-    assert case.failed == {"r, as it comes": "ValueError: not today"}
+    assert case.failed == {"r, default": "ValueError: not today"}
     assert len(seen) == measure.WARM + 2
     assert all(len(s) == case.tensors for s in seen)
 
@@ -643,7 +643,7 @@ def test_what_cannot_be_told_from_equal_is_not_called_slower():
 def test_the_users_table_comes_first_below_what_is_slower():
     cases = [
         in_table([0.002] * ROUNDS, [0.001] * ROUNDS, model="mlp"),
-        in_table([0.004] * ROUNDS, [0.006] * ROUNDS, failed={"heavyball.SGD(), as it comes": "ValueError: no"}),
+        in_table([0.004] * ROUNDS, [0.006] * ROUNDS, failed={"heavyball.SGD(), default": "ValueError: no"}),
         made_up([entry("normopt.Lion()", [0.5] * ROUNDS, candidates.OWN)], part="table", group=typed.SIGNS),
     ]
     text = page.markdown(results_of(*cases, absent=["heavyball"]), {})
@@ -659,7 +659,7 @@ def test_the_users_table_comes_first_below_what_is_slower():
         "| `normopt.Lion()` | – | 500 (1) |",
     ]
     assert "Not installed, and so not measured: heavyball." in text
-    assert "heavyball.SGD(), as it comes failed: ValueError: no" in text
+    assert "heavyball.SGD(), default failed: ValueError: no" in text
     assert f"]({page.CONTRIBUTORS})" in text
 
 
