@@ -224,6 +224,12 @@ class SteepestDescent(Optimizer):
         """Wrap ``step`` as torch.optim does, for hooks and profilers, but only where there are any.
 
         Naming the step to a profiler that does not run would cost as much as a fifth of a step of six small tensors.
+
+        Args:
+            func: a class's ``step``.
+
+        Returns:
+            What torch.optim puts in its place at the class's first construction.
         """
         watched = Optimizer.profile_hook_step(func)
         everywhere = _global_optimizer_pre_hooks, _global_optimizer_post_hooks

@@ -113,7 +113,7 @@ def _grown(sweep: str, cases: Sequence[Case]) -> Figure:
             points = [(getattr(case, sweep), case.entry(optimizer, backend)) for case in mine]
             known = [(x, 1000 * median(e.seconds)) for x, e in points if e is not None]
             ax.plot(*zip(*known, strict=True), "o-", color=colour, ms=3.5, lw=1.3, label=optimizer)
-        ax.set(xscale="log", yscale="log", xlabel=sweep, ylabel="ms a step" if ax is axes[0] else "")
+        ax.set(xscale="log", yscale="log", xlabel=sweep, ylabel="ms per step" if ax is axes[0] else "")
         ax.set_title(mine[0].title.partition(", ")[2], loc="left")
         ax.grid(color=GREY, alpha=0.25, lw=0.6)
     handles, labels = axes[0].get_legend_handles_labels()

@@ -727,7 +727,7 @@ def test_the_command_from_end_to_end(small_default, monkeypatch, tmp_path):
     arguments = ["speed", "--model", "small", "--threads", "1", "--rounds", "2", "--out", str(out)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    for said in ("small, 1 thread", "Goals", "ms a step"):
+    for said in ("small, 1 thread", "Goals", "ms per step"):
         assert said in done.output
     found = page.read(out)
     assert {case.part for case in found.cases} == {"table", "growth", "limits", "share"}
