@@ -322,7 +322,7 @@ class Store:
         return path.name not in self._spoilt and b"\n" not in self._rest(path)
 
     def _rest(self, path: Path) -> bytes:
-        """What of a file has not been read."""
+        """Return the bytes of a file that have not been read yet."""
         with path.open("rb") as file:
             file.seek(self._read.get(path.name, 0))
             return file.read()

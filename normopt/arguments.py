@@ -175,7 +175,7 @@ def check_unknown_arguments(cls: type, norm: object, arguments: Mapping[str, Any
     fields = {registry.setting_key(f) for f in registry.entry_of(norm).fields} - {"p"}
     for key in arguments.keys() - fields - known.keys():
         takes = f"; the norm {norm!r} takes {', '.join(sorted(fields))}" if key.startswith("norm_") and fields else ""
-        # Its own arguments have been passed on as settings, by every class with a value of its own
+        # A class passes its own arguments on as settings, so all of them are given: they are suggested nevertheless.
         own = inspect.signature(cls).parameters.keys() - {"params", "settings"}
         hint = hint_for(key, ({*fields, *known} - arguments.keys()) | own)
         raise TypeError(f"{cls.__name__} got an unexpected argument {key!r}{hint}{takes}")

@@ -105,7 +105,6 @@ class Recipe:
         why: the reason for that backend, in words.
         differentiable: whether autograd records the step.
         version: how often its numbers have changed.
-        has_tensors: whether some of its numbers are tensors, whose values may change between steps.
     """
 
     backend: Backend
@@ -140,26 +139,27 @@ class Recipe:
         self._stale: set[type[Stage]] = set()
         self._flags: dict[str, Any] = {}
         self._numbers: dict[str, Any] = {}
-        self._look_for_tensors()
 
     @property
     def norm(self) -> Norm:
         """The norm, with its fields."""
         return self.direction.map
 
-    def _look_for_tensors(self) -> None:
-        numbers = self.write.lr, self.decay.weight_decay, self.direction.p
-        self.has_tensors = any(isinstance(x, Tensor) for x in numbers)
+    @property
+    def has_tensors(self) -> bool:
+        """True if some of its numbers are tensors, whose values may change between steps."""
+        lr, strength, p = self.write.lr, self.decay.weight_decay, self.direction.p
+        return isinstance(lr, Tensor) or isinstance(strength, Tensor) or isinstance(p, Tensor)
 
     def lower(self) -> tuple[dict[str, Any], Numbers] | str:
         """Return the fields of `Flags` that the stages set, and the numbers; or the reason why a stage has neither.
 
         As long as the flags stay the same, so does the object that is returned for them.
         """
-        ops, same = self._ops, True
+        ops, same, has_tensors = self._ops, True, self.has_tensors
         for stage in self.stages:
             cls = type(stage)
-            if cls in self._stale or cls not in ops or stage.lowers_others or self.has_tensors:
+            if cls in self._stale or cls not in ops or stage.lowers_others or has_tensors:
                 op = stage.lower()
                 if isinstance(op, str):
                     return op
@@ -209,7 +209,6 @@ class Recipe:
         for stage in stages.values():
             stage.check()
         self._stale |= stages.keys()
-        self._look_for_tensors()
         self.version += 1
         return True
 

@@ -54,7 +54,7 @@ def gallery(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch, registries: None) -> dict[str, Any]:
-    """What the blocks of docs/contributing.md define; what they register is forgotten afterwards."""
+    """Run the code blocks of docs/contributing.md and return their names; what they register is removed afterwards."""
     module = ModuleType("my_norms")
     monkeypatch.setitem(sys.modules, "my_norms", module)  # dataclasses look their module up, and so does the ablation
     exec(compile(python_of(ROOT / "docs/contributing.md"), "contributing.md", "exec"), module.__dict__)

@@ -73,7 +73,7 @@ def mypy(folder: Path, cache: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> str:
-    """What mypy says about all programs at once: it takes most of its time for torch, once for all runs."""
+    """Return mypy's output for all programs in one run: most of its time goes to torch, which is cached."""
     folder = tmp_path_factory.mktemp("programs")
     (folder / "wrong.py").write_text(HEAD + "\n".join(WRONG) + "\n", encoding="utf-8")
     (folder / "right.py").write_text(RIGHT, encoding="utf-8")

@@ -322,7 +322,7 @@ def _ours_of_lpsgdm(results: Results) -> dict[str, str]:
 
 
 class Page(NamedTuple):
-    """What a page has of its own: title, verdict, tables, and our numbers by the names of the paper's."""
+    """The parts that differ between pages: title, verdict, tables, and our numbers under the paper's names."""
 
     title: str
     verdict: Callable[[Results], str]

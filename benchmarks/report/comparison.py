@@ -21,7 +21,7 @@ from benchmarks.store import UnfitStore
 
 @dataclass(frozen=True)
 class Case:
-    """An arm of a study on a task, held against the same arm of the first study; None if it cannot be, or is it."""
+    """One arm on one task; ``held`` compares it with that of the first study, None for that one and if impossible."""
 
     study: str
     row: Row

@@ -33,7 +33,7 @@ LAUNCH = re.compile(r"cu(da)?(LaunchKernel|LaunchCooperativeKernel|GraphLaunch|M
 
 @dataclass
 class Entrant:
-    """What takes turns: a step, how many of them a turn has, and the entry that gets the time of one in each round."""
+    """A step to be timed, the number of steps in a turn, and the entry that stores the time per step of each round."""
 
     entry: Entry
     step: Step

@@ -149,7 +149,7 @@ SETS = 11  # of a model's size, alive at once: weights 1, gradients 3 (drawn, ol
 
 
 def fits(model: Model, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the memory that is free now holds what timing a model takes; True where the system does not say."""
+    """Whether the free memory is enough to time a model; True if the system does not report it."""
     if device.type == "cuda":
         free: float = torch.cuda.mem_get_info(device)[0]
     else:

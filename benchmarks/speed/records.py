@@ -161,7 +161,7 @@ def machine(device: torch.device, peers: Sequence[str], copied: float | None) ->
 
 
 def told_by_linux(file: str, name: str) -> str | None:
-    """What the first line of a file in /proc with this name says; None where there is none."""
+    """Return the value of the first line with this name in a file of /proc; None if there is none."""
     path = Path("/proc") / file
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)

@@ -77,7 +77,7 @@ class FlatParams:
         pieces = []
         for (device, params), shapes in zip(self.by_device.items(), self.shapes, strict=True):
             if self.dense and set(map(dtype_of, params)) == {self.dtype} and list(map(Tensor.size, params)) == shapes:
-                pieces.append(torch.cat(list(map(Tensor.ravel, params))))  # as below, in a tenth of the time
+                pieces.append(torch.cat(list(map(Tensor.ravel, params))))  # as below, in half the time
                 continue
             for p, shape in zip(params, shapes, strict=True):
                 if _shape(p) != shape:

@@ -28,9 +28,9 @@ ROOM = 1 << 24  # entries of a larger tensor up to which its powers are kept too
 
 
 class Step:
-    """One step of a batch, in place, and after `renew` another.
+    """The in-place step of a batch; `renew` prepares the next one, with other numbers or addresses.
 
-    Its kernels, and the arrays that they read and write beside the tensors, depend on flags and chunks only.
+    Its kernels, and the arrays that they use besides the tensors, depend on flags and chunks only.
 
     Args:
         flags, numbers: the stages' parts of the step.
@@ -78,7 +78,7 @@ class Step:
         cache["step"] = self
 
     def renew(self, flags: Flags, numbers: Numbers, tables: Tables) -> bool:
-        """Begin another step of tensors of the same shapes; return whether that is possible for these flags."""
+        """Prepare a step of tensors of the same shapes; return False if these flags need another Step."""
         factor = 1.0 if tables.unscale is None else float(tables.unscale)
         if self.numbers is not numbers or self.unscale != factor or flags is not self.flags:
             plain: Any = numbers

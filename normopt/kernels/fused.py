@@ -40,7 +40,7 @@ except ImportError:  # it is torch's own: without it, all is looked at closely a
 
 offset_of = cast(Any, Tensor.storage_offset)
 State = MutableMapping[Tensor, Any]
-FEW = 64  # tensors, for which a loop takes less time than the calls of NumPy
+FEW = 64  # tensors: for up to as many a Python loop is faster than NumPy
 
 
 class Memory(NamedTuple):
@@ -149,9 +149,9 @@ class Operand:
             self._bytes = np.array(self.sizes, dtype=np.int64)
 
     def replace(self, tensors: list[Tensor], addresses: list[int]) -> bool:
-        """Take other tensors in as large storages; return whether they are at the same places in these.
+        """Take the addresses of other tensors, whose storages have the same sizes; return whether their offsets agree.
 
-        The table is written in place.
+        The table is changed in place.
         """
         if 0 in addresses or list(map(offset_of, tensors)) != self.memory.offset:
             return False
@@ -246,7 +246,7 @@ class FusedUpdate:
             self._gradients.look([g.clone() if i in shared else g for i, g in enumerate(known)])
 
     def check_unchanged(self, recipe: Recipe, params: list[Tensor], state: State, gradients: list[Tensor]) -> bool:
-        """Do what `check` does where at most gradients are others since the last step; return whether that is so.
+        """Check as `check` does if only gradient tensors have changed since the last step; return whether that is so.
 
         Args:
             recipe, params, state: as in `check`.
@@ -283,7 +283,7 @@ class FusedUpdate:
         """Guard the tensors of a step that has just been prepared, if they need no closer look at the next."""
         params, operands = self._params, self._operands
         gradients = [p.grad for p in params]
-        # State that this step has made is among what the next one writes.
+        # State that this step has made is written by the next one, so it counts for overlaps.
         plain = not (self.layouts or self._shared() or self.overlaps)
         plain = plain and all(map(is_, gradients, self._gradients.tensors))
         if not plain or not all(all(operand.memory.contiguous) for operand in operands):

@@ -33,7 +33,7 @@ class Uncompiled:
 
 
 def compile_and_fork(folder, how):
-    """What a process does whose child, as a DataLoader's worker, has what its parent has open."""
+    """Compile in a process that forks meanwhile; the child, like a DataLoader's worker, inherits its open files."""
     tempfile.tempdir = str(folder)
 
     def compiles():

@@ -24,7 +24,7 @@ SOURCES = ("docs/**/*", "normopt/**/*.py", "benchmarks/**/*", "mkdocs.yml")
 
 
 def is_fresh(site: Path) -> bool:
-    """Whether there is a site, and no page of it is older than what it was made from."""
+    """Whether the site exists and all its pages are newer than their sources."""
     pages = list(site.rglob("*.html"))
     sources = (path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file() and path.suffix != ".pyc")
     return bool(pages) and min(p.stat().st_mtime for p in pages) > max(s.stat().st_mtime for s in sources)
